@@ -1,0 +1,51 @@
+"""One tensor as the checkpoint stores it: a block type, a logical shape and views of the file's own bytes.
+
+Owns nothing and copies nothing: `raw` is usually a view of a memory map. Decoding is quant/decode.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvfold.quant.types import BlockType
+
+
+@dataclass(frozen=True, eq=False)
+class QuantTensor:
+    """A matrix (or vector) in the blocks of its file.
+
+    name:  canonical name (the GGUF name, e.g. `blk.3.attn_q_a.weight`)
+    type:  how a row's bytes are read
+    shape: (rows, cols), or (cols,) for a vector; cols is the contiguous, blocked dimension
+    raw:   uint8 [rows, row_bytes] (a vector: [1, row_bytes]), C-contiguous, read-only
+    scale: float32 [ceil(rows / 128), ceil(cols / 128)] multipliers for fp8 checkpoints (`weight_scale_inv`), else None
+    """
+
+    name: str
+    type: BlockType
+    shape: tuple[int, ...]
+    raw: NDArray[np.uint8]
+    scale: NDArray[np.float32] | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if len(self.shape) == 2 else 1
+
+    @property
+    def cols(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.raw.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def row_slice(self, start: int, stop: int) -> QuantTensor:
+        """Rows [start, stop) without copying. Only without a scale, or at multiples of its 128 rows."""
+        scale = self.scale
+        if scale is not None:
+            assert start % 128 == 0, "fp8 block scales cover 128 rows"
+            scale = scale[start // 128 : (stop + 127) // 128]
+        return QuantTensor(self.name, self.type, (stop - start, self.cols), self.raw[start:stop], scale)
