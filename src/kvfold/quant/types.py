@@ -1,9 +1,9 @@
 """The one table of tensor types: how many bytes hold how many weights, and which types kvfold decodes.
 
-Owns names, numbers and sizes; the arithmetic is quant/decode.py. Numbers are those a GGUF file stores (`ggml_type`).
-Sources, as read in August 2026: llama.cpp `ggml/src/ggml-common.h` and gguf-py `constants.py` for mainline types,
-ik_llama.cpp `ggml/include/ggml.h` and `ggml/src/ggml-common.h` for numbers from 97 on. The two projects agree on every
-number both use, with two exceptions noted in the table (36 and the size of 15).
+Owns names, numbers and sizes; the arithmetic is quant/decode.py. Numbers are those a GGUF file stores
+(`ggml_type`). Sources, both of August 2026: llama.cpp `ggml/src/ggml-common.h` and gguf-py `constants.py` for
+mainline types, ik_llama.cpp `ggml/include/ggml.h` and `ggml/src/ggml-common.h` for numbers from 97 on. The two
+projects agree on every number both use, with two exceptions noted in the table (36, and the size of 15).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class BlockType:
     name:             as ggml spells it, upper case but for the K of the k-quants ("Q4_K")
     id:               number in a GGUF file; negative for types that only Hugging Face files have
     decodes:          False: recognised and refused, `instead` says what to use
-    interleaved_rows: rows stored together. A group of this many rows is contiguous; inside it the rows are mixed, so
-                      rows come and go in whole groups only
+    interleaved_rows: rows stored together. A group of this many rows is contiguous; inside it the rows are
+                      mixed, so rows come and go in whole groups only
     standard:         for rows that are interleaved blocks of another type: that type's name
-    row_meta_bytes:   bytes a row has besides its blocks, before them (an interleaved group has all its rows' first)
+    row_meta_bytes:   bytes a row has before its blocks (an interleaved group starts with those of all its rows)
     """
 
     name: str
@@ -40,20 +40,29 @@ class BlockType:
         """Bytes of one row of `cols` weights. UnsupportedType where that is not a whole number of blocks."""
         if cols < 0 or cols % self.block_elements:
             raise UnsupportedType(
-                f"Type {self.name} stores {self.block_elements} weights a block: a row of {cols} is not a whole "
-                f"number of blocks. The shape or the type of this tensor is wrong."
+                f"Type {self.name} stores {self.block_elements} weights a block: a row of {cols} is not a "
+                f"whole number of blocks. The shape or the type of this tensor is wrong."
             )
         return self.row_meta_bytes + cols // self.block_elements * self.block_bytes
 
     def refusal(self, tensor: str) -> UnsupportedType:
         """The error for a tensor of a type that is not decoded: what it is and what to use instead."""
-        return UnsupportedType(f"{tensor}: type {self.name} (ggml number {self.id}) is not decoded. {self.instead}")
+        return UnsupportedType(f"{tensor}: type {self.name} (number {self.id}) is not decoded. {self.instead}")
 
 
 def _refused(
-    name: str, id: int, block_elements: int, block_bytes: int, instead: str, rows: int = 1, meta: int = 0
+    name: str, id: int, block_elements: int, block_bytes: int, instead: str, *, rows: int = 1, meta: int = 0
 ) -> BlockType:
-    return BlockType(name, id, block_elements, block_bytes, False, instead, rows, "", meta)
+    return BlockType(
+        name,
+        id,
+        block_elements,
+        block_bytes,
+        decodes=False,
+        instead=instead,
+        interleaved_rows=rows,
+        row_meta_bytes=meta,
+    )
 
 
 def _interleaved(of: BlockType, id: int, rows: int) -> BlockType:
@@ -66,7 +75,7 @@ def _requantize(to: str) -> str:
     return f"It exists only in ik_llama.cpp: quantize the original model to {to} instead."
 
 
-_ACTIVATIONS = "It is an intermediate of matrix products, not a type for weights: write the tensor as Q8_0 instead."
+_ACTIVATIONS = "It is for intermediates of matrix products, not for weights: write the tensor as Q8_0 instead."
 _REMOVED = "Its writers removed it: quantize the original model to {} instead."
 
 F32 = BlockType("F32", 0, 1, 4)
@@ -76,7 +85,7 @@ Q4_1 = BlockType("Q4_1", 3, 32, 20)
 Q5_0 = BlockType("Q5_0", 6, 32, 22)
 Q5_1 = BlockType("Q5_1", 7, 32, 24)
 Q8_0 = BlockType("Q8_0", 8, 32, 34)
-# gguf-py lists 40 bytes, two float32 before the weights, as ggml had it in 2023; ggml itself stores two float16.
+# gguf-py lists 40 bytes, two float32 before the weights, as ggml had it in 2023; ggml stores two float16.
 Q8_1 = BlockType("Q8_1", 9, 32, 36)
 Q2_K = BlockType("Q2_K", 10, 256, 84)
 Q3_K = BlockType("Q3_K", 11, 256, 110)
@@ -148,8 +157,8 @@ TYPES: tuple[BlockType, ...] = (
     _refused("Q4_0_8_8", 33, 32, 18, _REMOVED.format("Q4_0"), rows=8),
     TQ1_0,
     TQ2_0,
-    # Mainline had IQ4_NL_4_4 here for some weeks of 2024, ik_llama.cpp reads BitNet's ternary matrices, 4 weights a
-    # byte and one scale for a whole matrix. Neither decodes, so the number needs no further distinction.
+    # Mainline had IQ4_NL_4_4 here in 2024; ik_llama.cpp reads BitNet's ternary matrices, 4 weights a byte and one
+    # scale for a whole matrix. Neither decodes, so the number needs no further distinction.
     _refused("I2_S", 36, 4, 1, "Quantize the original model to TQ2_0 or IQ4_NL instead."),
     _refused("IQ4_NL_4_8", 37, 32, 18, _REMOVED.format("IQ4_NL"), rows=4),
     _refused("IQ4_NL_8_8", 38, 32, 18, _REMOVED.format("IQ4_NL"), rows=8),
@@ -206,17 +215,17 @@ TYPES: tuple[BlockType, ...] = (
     # Rows are mixed in pairs of columns, so a pair is the block.
     BlockType("BF16_R16", 230, 2, 4, interleaved_rows=16, standard="BF16"),
     _interleaved(Q6_0, 233, 4),
-    _refused("IQ2_BN_R4", 335, 64, 16, _requantize("TQ2_0"), 4, 4),
-    _refused("IQ2_K_R4", 337, 256, 76, _requantize("IQ2_S or Q2_K"), 4),
-    _refused("IQ3_K_R4", 338, 256, 110, _requantize("IQ3_S or Q3_K"), 4),
-    _refused("IQ4_K_R4", 339, 256, 144, _requantize("IQ4_NL or Q4_K"), 4),
-    _refused("IQ5_K_R4", 340, 256, 176, _requantize("Q5_K"), 4),
-    _refused("IQ4_KS_R4", 344, 256, 136, _requantize("IQ4_XS"), 4, 4),
-    _refused("IQ5_KS_R4", 352, 256, 168, _requantize("Q5_K"), 4, 4),
+    _refused("IQ2_BN_R4", 335, 64, 16, _requantize("TQ2_0"), rows=4, meta=4),
+    _refused("IQ2_K_R4", 337, 256, 76, _requantize("IQ2_S or Q2_K"), rows=4),
+    _refused("IQ3_K_R4", 338, 256, 110, _requantize("IQ3_S or Q3_K"), rows=4),
+    _refused("IQ4_K_R4", 339, 256, 144, _requantize("IQ4_NL or Q4_K"), rows=4),
+    _refused("IQ5_K_R4", 340, 256, 176, _requantize("Q5_K"), rows=4),
+    _refused("IQ4_KS_R4", 344, 256, 136, _requantize("IQ4_XS"), rows=4, meta=4),
+    _refused("IQ5_KS_R4", 352, 256, 168, _requantize("Q5_K"), rows=4, meta=4),
     _interleaved(MXFP4, 353, 8),
-    _refused("Q8_K_R16", 397, 256, 258, _requantize("Q8_0"), 16),
-    _refused("Q8_KV_R8", 398, 32, 32, _requantize("Q8_0"), 8, 4),
-    _refused("Q8_K_R8", 399, 256, 258, _requantize("Q8_0"), 8),
+    _refused("Q8_K_R16", 397, 256, 258, _requantize("Q8_0"), rows=16),
+    _refused("Q8_KV_R8", 398, 32, 32, _requantize("Q8_0"), rows=8, meta=4),
+    _refused("Q8_K_R8", 399, 256, 258, _requantize("Q8_0"), rows=8),
 )
 
 _BY_ID = {t.id: t for t in TYPES}
@@ -229,13 +238,13 @@ def by_id(id: int) -> BlockType:
     if id not in _BY_ID:
         raise UnsupportedType(
             f"Tensor type number {id} is not known (0 to 42 are ggml's, 97 to 399 ik_llama.cpp's). "
-            f"The file is damaged, or was written by a newer program: quantize the model to a known type such as Q4_K."
+            f"The file is damaged or written by a newer program: quantize the model to a known type such as Q4_K."
         )
     return _BY_ID[id]
 
 
 def by_name(name: str) -> BlockType:
-    """The type with this name, in any case ("q4_k", "Q4_K"). UnsupportedType, with the names that decode, if none."""
+    """The type with this name, in any case ("q4_k", "Q4_K"). UnsupportedType if none has it."""
     if name.upper() not in _BY_NAME:
         known = ", ".join(t.name for t in TYPES if t.decodes)
         raise UnsupportedType(f"Tensor type {name!r} is not known; those that decode are: {known}.")
