@@ -1,0 +1,156 @@
+"""Which attention path a sequence takes in a step, what it costs, and why. Pure arithmetic: no arrays, no clocks.
+
+Costs count multiply-adds of attention and of the up-projections (mla/absorb.py) for R new rows over C cached keys,
+H heads; rates turn them into seconds. With equal rates and 128/64/128/512 heads the paths cross at R = 171 for
+large C, 159 at C = 1024, and at C = 0 decompressed never loses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from kvfold.config import MlaConfig
+from kvfold.errors import PlanError
+
+
+class Path(Enum):
+    """How one sequence of a step attends. The values are the numbers in Step.segments."""
+
+    STANDARD = 0  # over its own cache of per-head K and V (mla=0)
+    ABSORBED = 1  # over latents, W_UK folded into the query, W_UV unfolded after
+    DECOMPRESSED = 2  # latents expanded to K and V, then ordinary attention
+
+
+class Mla(Enum):
+    """The `--mla` setting. AUTO, ABSORBED, DECOMPRESSED and SPLIT share one latent cache and may change every step."""
+
+    AUTO = "auto"
+    STANDARD = "0"
+    ABSORBED = "1"
+    DECOMPRESSED = "2"
+    SPLIT = "3"  # decompressed for prompts, absorbed for generation
+
+
+class Fa(Enum):
+    """The `--fa` setting: UNFUSED stores the scores of a row tile, FUSED runs an online softmax over key tiles."""
+
+    AUTO = "auto"
+    UNFUSED = "0"
+    FUSED = "1"
+
+
+def parse_mla(value: str | int) -> Mla:
+    """`auto`, 0, 1, 2 or 3. Raises PlanError."""
+    try:
+        return Mla(str(value).lower())
+    except ValueError:
+        raise PlanError(f"mla={value}: allowed are auto, 0, 1, 2, 3.") from None
+
+
+def parse_fa(value: str | int) -> Fa:
+    """`auto`, 0 or 1. Raises PlanError."""
+    try:
+        return Fa(str(value).lower())
+    except ValueError:
+        raise PlanError(f"fa={value}: allowed are auto, 0, 1.") from None
+
+
+@dataclass(frozen=True)
+class MachineProfile:
+    """What the plan knows of a machine: multiply-adds per second of each path's products, tera per second.
+
+    Equal rates make the plan a pure count; measured profiles replace them.
+    """
+
+    name: str = "arithmetic"
+    absorbed_tmacs: float = 1.0
+    decompressed_tmacs: float = 1.0
+    standard_tmacs: float = 1.0
+
+    def tmacs(self, path: Path) -> float:
+        if path is Path.ABSORBED:
+            return self.absorbed_tmacs
+        return self.decompressed_tmacs if path is Path.DECOMPRESSED else self.standard_tmacs
+
+
+ARITHMETIC = MachineProfile()
+
+
+@dataclass(frozen=True)
+class MlaPlan:
+    """The choice for one sequence of one step. `costs` are multiply-adds per layer of every path considered."""
+
+    path: Path
+    fused: bool
+    reason: str
+    costs: tuple[tuple[Path, int], ...]
+
+
+def query_key_pairs(new_rows: int, cached_rows: int) -> int:
+    """Causal (query, key) pairs of R new rows over C cached ones: R C + R (R + 1) / 2."""
+    return new_rows * cached_rows + new_rows * (new_rows + 1) // 2
+
+
+def multiply_adds(path: Path, mla: MlaConfig, new_rows: int, cached_rows: int) -> int:
+    """Multiply-adds of one layer's attention and up-projections."""
+    pairs = query_key_pairs(new_rows, cached_rows)
+    up = (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank  # 131,072: per key, or per query row
+    if path is Path.ABSORBED:
+        return mla.num_heads * (pairs * (mla.latent_dim + mla.kv_lora_rank) + new_rows * up)
+    keys_expanded = new_rows + (cached_rows if path is Path.DECOMPRESSED else 0)
+    return mla.num_heads * (pairs * (mla.qk_head_dim + mla.v_head_dim) + keys_expanded * up)
+
+
+def choose(
+    mla: MlaConfig,
+    *,
+    new_rows: int,
+    cached_rows: int,
+    is_prompt: bool,
+    setting: Mla = Mla.AUTO,
+    fa: Fa = Fa.AUTO,
+    machine: MachineProfile = ARITHMETIC,
+) -> MlaPlan:
+    """The path for one sequence with `new_rows` rows in this step over `cached_rows` keys already cached."""
+    fused = fa is not Fa.UNFUSED
+    considered = (Path.STANDARD,) if setting is Mla.STANDARD else (Path.ABSORBED, Path.DECOMPRESSED)
+    costs = tuple((path, multiply_adds(path, mla, new_rows, cached_rows)) for path in considered)
+
+    def plan(path: Path, reason: str) -> MlaPlan:
+        return MlaPlan(path, fused, reason, costs)
+
+    if setting is Mla.STANDARD:
+        return plan(Path.STANDARD, "mla=0: the cache holds per-head K and V")
+    if setting is Mla.ABSORBED:
+        return plan(Path.ABSORBED, "forced by mla=1")
+    if setting is Mla.DECOMPRESSED:
+        return plan(Path.DECOMPRESSED, "forced by mla=2")
+    if setting is Mla.SPLIT:
+        return plan(Path.DECOMPRESSED if is_prompt else Path.ABSORBED, "mla=3: by role of the rows")
+
+    seconds = {path: macs / machine.tmacs(path) for path, macs in costs}
+    best = min(considered, key=lambda path: seconds[path])
+    other = max(considered, key=lambda path: seconds[path])
+    ratio = seconds[other] / seconds[best]
+    rows = f"{new_rows} new over {cached_rows} cached rows"
+    return plan(best, f"{rows}: {other.name.lower()} costs {ratio:.2f} x ({machine.name} profile)")
+
+
+def crossover_rows(mla: MlaConfig, cached_rows: int, machine: MachineProfile = ARITHMETIC) -> int | None:
+    """The smallest number of new rows at which decompressed is the cheaper path; None if there is none below 2^20."""
+
+    def decompressed_wins(rows: int) -> bool:
+        absorbed, decompressed = (
+            multiply_adds(path, mla, rows, cached_rows) / machine.tmacs(path)
+            for path in (Path.ABSORBED, Path.DECOMPRESSED)
+        )
+        return decompressed < absorbed
+
+    low, high = 1, 1 << 20
+    if not decompressed_wins(high):
+        return None
+    while low < high:  # monotonic: each further row saves 768 multiply-adds per key, expansion is paid once
+        middle = (low + high) // 2
+        low, high = (low, middle) if decompressed_wins(middle) else (middle + 1, high)
+    return low

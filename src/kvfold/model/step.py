@@ -1,0 +1,57 @@
+"""One step of work: frozen flat arrays, the same for every backend.
+
+A step advances one or more sequences. The rows of a sequence are contiguous, and sequences that take the same path
+are neighbours, so an attention op works on one range of rows (and does nothing when it is empty).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """T rows of S sequences.
+
+    token_ids   [T]
+    positions   [T]      0-based position in the sequence: the angle of RoPE
+    slots       [T]      where the row's cache entry goes: page * PAGE_TOKENS + offset (int64: pools may be large)
+    row_starts  [S + 1]  rows of sequence s are row_starts[s] .. row_starts[s + 1]
+    kv_lens     [S]      keys of sequence s, this step's included; row i of R sees keys 0 .. kv_len - R + i
+    page_starts [S + 1]  the page list of sequence s is pages[page_starts[s] : page_starts[s + 1]]
+    pages       [..]
+    segments    [N, 4]   (Path.value, fused, first sequence, last sequence + 1), one per path present, in order
+    output_rows [R]      rows whose hidden state and logits are wanted
+    """
+
+    token_ids: Int32
+    positions: Int32
+    slots: NDArray[np.int64]
+    row_starts: Int32
+    kv_lens: Int32
+    page_starts: Int32
+    pages: Int32
+    segments: Int32
+    output_rows: Int32
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
+
+    def segment(self, path: int) -> tuple[bool, range] | None:
+        """(fused, sequences) of the segment that takes this path, or None."""
+        for segment_path, fused, first, last in self.segments.tolist():
+            if segment_path == path:
+                return bool(fused), range(first, last)
+        return None
+
+    def page_list(self, sequence: int) -> Int32:
+        return self.pages[self.page_starts[sequence] : self.page_starts[sequence + 1]]
+
+    def rows(self, sequence: int) -> slice:
+        return slice(int(self.row_starts[sequence]), int(self.row_starts[sequence + 1]))
