@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -108,7 +108,7 @@ class MoeConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     family: str  # "deepseek-v2", "deepseek-v3", "kimi-k2", "moonlight", "glm-4.7-flash"
-    name: str
+    name: str = field(compare=False)  # what the file calls itself; says nothing about what the model is
     vocab_size: int
     hidden_size: int
     intermediate_size: int  # of the dense layers
@@ -120,6 +120,9 @@ class ModelConfig:
     rope: RopeConfig
     moe: MoeConfig | None
     tie_word_embeddings: bool = False
+    num_mtp_layers: int = 0  # multi-token-prediction layers the checkpoint declares behind the last one; not run
+    # what was filled in or left out while reading, one sentence each
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe is not None and layer >= self.num_dense_layers
