@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -123,6 +124,35 @@ class ModelConfig:
     num_mtp_layers: int = 0  # multi-token-prediction layers the checkpoint declares behind the last one; not run
     # what was filled in or left out while reading, one sentence each
     notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, object], *, file: object = "config.json", name: str = "") -> ModelConfig:
+        """Reads a parsed config.json: deepseek_v2, deepseek_v3, kimi_k2 or glm4_moe_lite.
+
+        `file` and `name` only label errors and the result. Raises UnsupportedModel for another architecture or an
+        option that is not implemented, ModelFileError for a value that cannot be right.
+        """
+        from kvfold.config_readers import read_hf
+
+        return read_hf(config, file=file, name=name)
+
+    @classmethod
+    def from_gguf(
+        cls,
+        metadata: Mapping[str, object],
+        tensor_shapes: Mapping[str, tuple[int, ...]],
+        *,
+        file: object = "GGUF",
+    ) -> ModelConfig:
+        """Reads the metadata of a GGUF file of architecture `deepseek2`.
+
+        `tensor_shapes` (name -> shape in numpy order) decides what metadata cannot: tied embeddings, the choice bias,
+        MTP layers. Keys that older converters did not write are filled in by model identity, each with a note.
+        Raises UnsupportedModel and ModelFileError as `from_hf` does.
+        """
+        from kvfold.config_readers import read_gguf
+
+        return read_gguf(metadata, tensor_shapes, file=file)
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe is not None and layer >= self.num_dense_layers
