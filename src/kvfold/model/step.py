@@ -6,7 +6,9 @@ are neighbours, so an attention op works on one range of rows (and does nothing 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,3 +57,30 @@ class Step:
 
     def rows(self, sequence: int) -> slice:
         return slice(int(self.row_starts[sequence]), int(self.row_starts[sequence + 1]))
+
+
+class StepRun(Protocol):
+    """One step under way on a backend. It owns the hidden rows between cuts, so other steps may run in between."""
+
+    @property
+    def position(self) -> int:
+        """The next segment to run; readable from any thread while `run` works."""
+
+    @property
+    def outputs(self) -> Mapping[str, NDArray[np.float32]]:
+        """After the head: "hidden" [R, hidden] and "logits" [R, vocab]."""
+
+    def run(self, last: int | None = None) -> int:
+        """Runs segments up to cut `last` (None: to the end) and returns the cut reached.
+
+        Raises Cancelled at the next cut after `cancel`; the run may go on afterwards.
+        """
+
+    def cancel(self) -> None:
+        """Ask a `run` under way in another thread to stop at its next cut."""
+
+
+class Steps(Protocol):
+    """What runs steps: every backend is one."""
+
+    def start(self, step: Step) -> StepRun: ...

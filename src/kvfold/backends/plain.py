@@ -1,0 +1,432 @@
+"""Backend `plain`: every op at once, in torch. The readable definition, the fallback, and the judge of the others.
+
+Weights stay in the blocks of their file and are decoded at use; nothing is cached between ops. Attention works in
+tiles that fit `workspace_bytes`, so a long prompt needs no more memory than a short one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvfold import _native
+from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
+from kvfold.config import GroupScore, MlaConfig, MoeConfig, RopeConfig, Scoring
+from kvfold.errors import Cancelled
+from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
+from kvfold.mla.plan import Path
+from kvfold.mla.rope import cos_sin, pair_columns
+from kvfold.model.deepseek import DeepseekModel
+from kvfold.model.step import Step
+from kvfold.quant.tensor import QuantTensor
+
+Weights = Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
+Tap = Callable[[str, Tensor], None]
+
+
+class PlainBackend:
+    """dtype: float32, or bfloat16 (products of bf16 values; norms, softmax, routing and sums over experts in float32).
+
+    tap: called with the name and the value of every op's result.
+    """
+
+    name = "plain"
+
+    def __init__(
+        self,
+        model: DeepseekModel,
+        weights: Weights,
+        cache: PagedCache,
+        *,
+        dtype: torch.dtype = torch.float32,
+        threads: int = 1,
+        workspace_bytes: int = 256 << 20,
+        tap: Tap | None = None,
+    ) -> None:
+        self.model = model
+        self.weights = weights
+        self.cache = cache
+        self.dtype = dtype
+        self.threads = threads
+        self.workspace_bytes = workspace_bytes
+        self.tap = tap
+
+    def start(self, step: Step) -> PlainRun:
+        return PlainRun(self.model, PlainOps(self, step))
+
+
+class PlainRun:
+    """Implements model.step.StepRun."""
+
+    def __init__(self, model: DeepseekModel, ops: PlainOps) -> None:
+        self._model = model
+        self._ops = ops
+        self._x: Tensor | None = None
+        self._cancelled = False
+        self.position = 0
+
+    @property
+    def outputs(self) -> Mapping[str, NDArray[np.float32]]:
+        return {name: x.float().numpy() for name, x in self._ops.outputs.items()}
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def run(self, last: int | None = None) -> int:
+        stop = self._model.num_segments if last is None else last
+        with torch.inference_mode():
+            while self.position < stop:
+                if self._cancelled:
+                    self._cancelled = False
+                    raise Cancelled(f"The step was cancelled before segment {self.position}.")
+                self._x = self._model.run_segment(self._ops, self.position, self._x)
+                self.position += 1
+        return self.position
+
+
+@dataclass
+class _Online:
+    """Softmax over key tiles that arrive one after another: running maximum, sum and weighted values, float32."""
+
+    maximum: Tensor  # [H, R, 1]
+    total: Tensor  # [H, R, 1]
+    values: Tensor  # [H, R, v]
+
+    @classmethod
+    def empty(cls, heads: int, rows: int, width: int) -> _Online:
+        return cls(
+            torch.full((heads, rows, 1), -math.inf), torch.zeros(heads, rows, 1), torch.zeros(heads, rows, width)
+        )
+
+    def absorb(self, scores: Tensor, values: Tensor) -> None:
+        """scores float32 [H, R, K], -inf where masked; every row must see at least one key of its first tile."""
+        maximum = torch.maximum(self.maximum, scores.amax(-1, keepdim=True))
+        weights = torch.exp(scores - maximum)
+        shrink = torch.exp(self.maximum - maximum)
+        self.total = self.total * shrink + weights.sum(-1, keepdim=True)
+        self.values = self.values * shrink + (weights.to(values.dtype) @ values).float()
+        self.maximum = maximum
+
+    def result(self) -> Tensor:
+        return self.values / self.total
+
+
+class PlainOps:
+    """The ops of one step, computed eagerly. Implements model.ops.Ops[Tensor]."""
+
+    def __init__(self, backend: PlainBackend, step: Step) -> None:
+        self._backend = backend
+        self._step = step
+        self._dtype = backend.dtype
+        self._rope_tables: dict[RopeConfig, tuple[Tensor, Tensor]] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def _done(self, name: str, x: Tensor) -> Tensor:
+        if self._backend.tap is not None:
+            self._backend.tap(name, x)
+        return x
+
+    # Weights
+
+    def _matrix(self, name: str) -> Tensor:
+        tensor = self._backend.weights[name]
+        if isinstance(tensor, tuple):  # one matrix per head: stacked rows
+            return torch.cat([self._decode(t) for t in tensor])
+        return self._decode(tensor)
+
+    def _decode(self, tensor: QuantTensor) -> Tensor:
+        out = np.empty((tensor.rows, tensor.cols), np.float32)
+        _native.decode(tensor.type.id, tensor.raw, out, scale=tensor.scale, threads=self._backend.threads)
+        return torch.from_numpy(out).reshape(tensor.shape)
+
+    def _up(self, kv_up: KvUp, mla: MlaConfig) -> tuple[Tensor, Tensor]:
+        """w_uk [H, nope, kv_lora], w_uv [H, v, kv_lora] in the compute type."""
+        if kv_up.kv_b is not None:
+            return split_kv_b(self._matrix(kv_up.kv_b).to(self._dtype), mla)
+        assert kv_up.k_b is not None and kv_up.v_b is not None
+        k_b, v_b = self._matrix(kv_up.k_b), self._matrix(kv_up.v_b)
+        return split_k_b_v_b(k_b.to(self._dtype), v_b.to(self._dtype), mla)
+
+    # Row-wise ops
+
+    def embed(self, name: str, table: str) -> Tensor:
+        tensor = self._backend.weights[table]
+        assert isinstance(tensor, QuantTensor)
+        group = tensor.type.interleaved_rows
+        rows = self._step.token_ids // group  # an interleaved group decodes as a whole
+        picked = tensor.raw.reshape(-1, group * tensor.raw.shape[-1])[rows].reshape(-1, tensor.raw.shape[-1])
+        part = QuantTensor(tensor.name, tensor.type, (len(rows) * group, tensor.cols), np.ascontiguousarray(picked))
+        x = self._decode(part).reshape(len(rows), group, -1)
+        inside = torch.from_numpy(self._step.token_ids % group).long()
+        return self._done(name, x[torch.arange(len(rows)), inside].to(self._dtype))
+
+    def norm(self, name: str, x: Tensor, weight: str, eps: float) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return self._done(name, (wide * self._matrix(weight)).to(self._dtype))
+
+    def linear(self, name: str, x: Tensor, weight: str) -> Tensor:
+        return self._done(name, x @ self._matrix(weight).to(self._dtype).T)
+
+    def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return x[:, start:stop]
+
+    def rope(self, name: str, x: Tensor, rope: RopeConfig, *, head_dim: int) -> Tensor:
+        if rope not in self._rope_tables:
+            cos, sin = cos_sin(rope, self._step.positions)
+            self._rope_tables[rope] = torch.from_numpy(cos)[:, None, :], torch.from_numpy(sin)[:, None, :]
+        cos_t, sin_t = self._rope_tables[rope]
+        part = x.view(x.shape[0], -1, head_dim)[..., head_dim - rope.dim :]
+        first, second = pair_columns(rope)
+        a, b = part[..., first].float(), part[..., second].float()
+        part[..., first], part[..., second] = (
+            (a * cos_t - b * sin_t).to(x.dtype),
+            (a * sin_t + b * cos_t).to(x.dtype),
+        )
+        return self._done(name, x)
+
+    def swiglu(self, name: str, gate: Tensor, up: Tensor) -> Tensor:
+        return self._done(name, torch.nn.functional.silu(gate) * up)
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        return self._done(name, x + y)
+
+    def take_outputs(self, name: str, x: Tensor) -> Tensor:
+        return self._done(name, x[torch.from_numpy(self._step.output_rows).long()])
+
+    def output(self, name: str, x: Tensor) -> None:
+        self.outputs[name] = x
+
+    # Experts
+
+    def route(self, name: str, x: Tensor, weight: str, bias: str | None, moe: MoeConfig) -> tuple[Tensor, Tensor]:
+        logits = x.float() @ self._matrix(weight).T
+        scores = logits.softmax(-1) if moe.scoring is Scoring.SOFTMAX else logits.sigmoid()
+        choice = scores if bias is None else scores + self._matrix(bias).reshape(1, -1)
+        if moe.num_groups > 1:
+            groups = choice.view(len(x), moe.num_groups, -1)
+            if moe.group_score is GroupScore.TOP2_SUM:
+                rank, refused = groups.topk(2, dim=-1).values.sum(-1), -math.inf
+            else:
+                rank, refused = groups.amax(-1), 0.0  # the released V2 code fills 0.0, V3 -inf
+            kept = torch.zeros_like(rank, dtype=torch.bool)
+            kept.scatter_(1, rank.topk(moe.num_groups_per_tok, dim=-1).indices, True)
+            choice = groups.masked_fill(~kept[..., None], refused).view(len(x), -1)
+        ids = choice.topk(moe.num_experts_per_tok, dim=-1).indices
+        weights = scores.gather(1, ids)
+        if moe.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * moe.routed_scaling_factor
+        return self._done(f"{name}.ids", ids), self._done(name, weights)
+
+    def experts(
+        self,
+        name: str,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate: str,
+        up: str,
+        down: str,
+        subset: range | None = None,
+    ) -> Tensor:
+        stacks = [self._backend.weights[w] for w in (gate, up, down)]
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        for expert in ids.unique().tolist():
+            if subset is not None and expert not in subset:
+                continue
+            rows, choices = (ids == expert).nonzero(as_tuple=True)
+            w_gate, w_up, w_down = (self._decode(stack[expert]).to(self._dtype) for stack in stacks)
+            hidden = torch.nn.functional.silu(x[rows] @ w_gate.T) * (x[rows] @ w_up.T)
+            out.index_add_(0, rows, (hidden @ w_down.T).float() * weights[rows, choices, None])
+        return self._done(name, out.to(self._dtype))
+
+    # The cache
+
+    def _cached(self, array: int, layer: int) -> Tensor:
+        """[num_pages * PAGE_TOKENS, width] of one layer, sharing memory with the cache."""
+        rows = self._backend.cache.arrays[array][layer]
+        tensor = torch.from_numpy(rows.reshape(-1, rows.shape[-1]))
+        return tensor.view(torch.bfloat16) if self._backend.cache.layout.cache_type is CacheType.BF16 else tensor
+
+    def _write(self, array: int, layer: int, rows: Tensor) -> None:
+        cached = self._cached(array, layer)
+        cached[torch.from_numpy(self._step.slots)] = rows.to(cached.dtype)
+
+    def _keys(self, array: int, layer: int, sequence: int, start: int, stop: int) -> Tensor:
+        """Cached rows of tokens [start, stop) of a sequence, `start` at a page: [stop - start, width]."""
+        pages = self._step.page_list(sequence)[start // PAGE_TOKENS : -(-stop // PAGE_TOKENS)]
+        slots = pages.astype(np.int64)[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)
+        picked = self._cached(array, layer)[torch.from_numpy(slots.reshape(-1)[: stop - start])]
+        return picked.to(self._dtype)
+
+    def append_latent(self, name: str, layer: int, c_kv: Tensor, k_rope: Tensor) -> None:
+        self._write(0, layer, self._done(name, torch.cat([c_kv, k_rope], dim=-1)))
+
+    def append_full(self, name: str, layer: int, c_kv: Tensor, k_rope: Tensor, kv_up: KvUp, mla: MlaConfig) -> None:
+        k, v = self._expand(c_kv, k_rope, *self._up(kv_up, mla))
+        self._write(0, layer, self._done(f"{name}.k", k.transpose(0, 1).flatten(1)))
+        self._write(1, layer, self._done(f"{name}.v", v.transpose(0, 1).flatten(1)))
+
+    # Attention. Queries are [H, R, d], keys [H or 1, K, d], so that one matrix product serves all heads.
+
+    def fold_q(self, name: str, q: Tensor, kv_up: KvUp, mla: MlaConfig) -> Tensor:
+        out = q.new_empty(len(q), mla.num_heads * mla.latent_dim)
+        rows = self._rows(Path.ABSORBED)
+        if rows is not None:
+            w_uk, _ = self._up(kv_up, mla)
+            per_head = q[rows].view(-1, mla.num_heads, mla.qk_head_dim)
+            folded = torch.einsum("rhn,hnc->rhc", per_head[..., : mla.qk_nope_head_dim], w_uk)
+            out[rows] = torch.cat([folded, per_head[..., mla.qk_nope_head_dim :]], dim=-1).flatten(1)
+        return self._done(name, out)
+
+    def attend_latent(self, name: str, layer: int, q_latent: Tensor, mla: MlaConfig) -> Tensor:
+        out = q_latent.new_empty(len(q_latent), mla.num_heads * mla.kv_lora_rank)
+        for sequence, rows, fused in self._sequences(Path.ABSORBED):
+
+            def latents(start: int, stop: int, sequence: int = sequence) -> tuple[Tensor, Tensor]:
+                keys = self._keys(0, layer, sequence, start, stop)[None]
+                return keys, keys[..., : mla.kv_lora_rank]
+
+            q = q_latent[rows].view(-1, mla.num_heads, mla.latent_dim).transpose(0, 1)
+            out[rows] = self._attend(q, latents, sequence, mla.softmax_scale, fused, mla.latent_dim)
+        return self._done(name, out)
+
+    def unfold_v(self, name: str, o_latent: Tensor, kv_up: KvUp, mla: MlaConfig) -> Tensor:
+        out = o_latent.new_empty(len(o_latent), mla.num_heads * mla.v_head_dim)
+        rows = self._rows(Path.ABSORBED)
+        if rows is not None:
+            _, w_uv = self._up(kv_up, mla)
+            per_head = o_latent[rows].view(-1, mla.num_heads, mla.kv_lora_rank)
+            out[rows] = torch.einsum("rhc,hvc->rhv", per_head, w_uv).flatten(1)
+        return self._done(name, out)
+
+    def attend_expanded(
+        self, name: str, layer: int, q: Tensor, kv_up: KvUp, mla: MlaConfig, into: Tensor
+    ) -> Tensor:
+        if self._rows(Path.DECOMPRESSED) is None:
+            return into
+        w_uk, w_uv = self._up(kv_up, mla)
+        for sequence, rows, fused in self._sequences(Path.DECOMPRESSED):
+            per_head = q[rows].view(-1, mla.num_heads, mla.qk_head_dim).transpose(0, 1)
+            for heads in self._head_groups(mla, sequence, fused):
+
+                def expanded(
+                    start: int, stop: int, sequence: int = sequence, heads: slice = heads
+                ) -> tuple[Tensor, Tensor]:
+                    latents = self._keys(0, layer, sequence, start, stop)
+                    c_kv, k_rope = latents[:, : mla.kv_lora_rank], latents[:, mla.kv_lora_rank :]
+                    return self._expand(c_kv, k_rope, w_uk[heads], w_uv[heads])
+
+                width = (heads.stop - heads.start) * (mla.qk_head_dim + mla.v_head_dim)
+                columns = slice(heads.start * mla.v_head_dim, heads.stop * mla.v_head_dim)
+                into[rows, columns] = self._attend(
+                    per_head[heads], expanded, sequence, mla.softmax_scale, fused, width
+                )
+        return self._done(name, into)
+
+    def attend_full(self, name: str, layer: int, q: Tensor, mla: MlaConfig) -> Tensor:
+        out = q.new_empty(len(q), mla.num_heads * mla.v_head_dim)
+        width = mla.num_heads * (mla.qk_head_dim + mla.v_head_dim)
+        for sequence, rows, fused in self._sequences(Path.STANDARD):
+
+            def cached(start: int, stop: int, sequence: int = sequence) -> tuple[Tensor, Tensor]:
+                k = self._keys(0, layer, sequence, start, stop).view(-1, mla.num_heads, mla.qk_head_dim)
+                v = self._keys(1, layer, sequence, start, stop).view(-1, mla.num_heads, mla.v_head_dim)
+                return k.transpose(0, 1), v.transpose(0, 1)
+
+            per_head = q[rows].view(-1, mla.num_heads, mla.qk_head_dim).transpose(0, 1)
+            out[rows] = self._attend(per_head, cached, sequence, mla.softmax_scale, fused, width)
+        return self._done(name, out)
+
+    @staticmethod
+    def _expand(c_kv: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents to K [H, L, nope + rope] and V [H, L, v]; the rope part is shared by all heads."""
+        k_nope = torch.einsum("lc,hnc->hln", c_kv, w_uk)
+        k = torch.cat([k_nope, k_rope[None].expand(len(w_uk), -1, -1)], dim=-1)
+        return k, torch.einsum("lc,hvc->hlv", c_kv, w_uv)
+
+    def _attend(
+        self,
+        q: Tensor,  # [H, R, d]
+        keys_values: Callable[[int, int], tuple[Tensor, Tensor]],  # token range -> [H or 1, K, d], [H or 1, K, v]
+        sequence: int,
+        scale: float,
+        fused: bool,
+        key_width: int,  # numbers that keys_values holds per key
+    ) -> Tensor:
+        """Causal attention of a sequence's last R tokens, tile by tile: [R, H * v]."""
+        num_heads, num_rows, _ = q.shape
+        num_keys = int(self._step.kv_lens[sequence])
+        first_row = num_keys - num_rows
+
+        def scores(rows: slice, k: Tensor, start: int) -> Tensor:
+            s = (q[:, rows] @ k.transpose(1, 2)).float() * scale
+            keys = torch.arange(start, start + k.shape[1])
+            future = keys[None, :] > (first_row + torch.arange(rows.start, rows.stop))[:, None]
+            return s.masked_fill(future, -math.inf)
+
+        if not fused:
+            k, v = keys_values(0, num_keys)
+            parts = []
+            for rows in self._row_tiles(num_rows, num_heads * num_keys):
+                weights = scores(rows, k, 0).softmax(-1).to(v.dtype)
+                parts.append((weights @ v).float())
+            return torch.cat(parts, dim=1).transpose(0, 1).flatten(1).to(self._dtype)
+
+        key_tile = self._tile(self._backend.workspace_bytes // 2, key_width, PAGE_TOKENS, 8 * PAGE_TOKENS)
+        tiles = [slice(a, min(a + key_tile, num_keys)) for a in range(0, num_keys, key_tile)]
+        row_tiles = list(self._row_tiles(num_rows, num_heads * key_tile))
+        state: list[_Online | None] = [None] * len(row_tiles)
+        for tile in tiles:
+            k, v = keys_values(tile.start, tile.stop)
+            for i, rows in enumerate(row_tiles):
+                if tile.start > first_row + rows.stop - 1:
+                    continue  # every key of this tile lies in the future of every row
+                online = state[i] or _Online.empty(num_heads, rows.stop - rows.start, v.shape[-1])
+                online.absorb(scores(rows, k, tile.start), v)
+                state[i] = online
+        results = [online.result() for online in state if online is not None]
+        return torch.cat(results, dim=1).transpose(0, 1).flatten(1).to(self._dtype)
+
+    # Ranges and tiles
+
+    def _rows(self, path: Path) -> slice | None:
+        """The rows of the segment that takes this path."""
+        segment = self._step.segment(path.value)
+        if segment is None:
+            return None
+        _, sequences = segment
+        return slice(int(self._step.row_starts[sequences.start]), int(self._step.row_starts[sequences.stop]))
+
+    def _sequences(self, path: Path) -> Iterator[tuple[int, slice, bool]]:
+        """(sequence, its rows, fused) of the segment that takes this path."""
+        segment = self._step.segment(path.value)
+        if segment is not None:
+            for sequence in segment[1]:
+                yield sequence, self._step.rows(sequence), segment[0]
+
+    def _head_groups(self, mla: MlaConfig, sequence: int, fused: bool) -> Iterator[slice]:
+        """Heads whose expanded keys fit half of the workspace: all keys without fusing, else a tile of 512."""
+        keys = 8 * PAGE_TOKENS if fused else int(self._step.kv_lens[sequence])
+        per_head = keys * (mla.qk_head_dim + mla.v_head_dim)
+        size = self._tile(self._backend.workspace_bytes // 2, per_head, 1, mla.num_heads)
+        for start in range(0, mla.num_heads, size):
+            yield slice(start, min(start + size, mla.num_heads))
+
+    def _row_tiles(self, num_rows: int, floats_per_row: int) -> Iterator[slice]:
+        """Rows whose scores fit half of the workspace."""
+        size = self._tile(self._backend.workspace_bytes // 2, floats_per_row, 1, num_rows)
+        for start in range(0, num_rows, size):
+            yield slice(start, min(start + size, num_rows))
+
+    @staticmethod
+    def _tile(nbytes: int, floats_each: int, step: int, most: int) -> int:
+        """The largest multiple of `step` up to `most` of which `floats_each` numbers fit; at least one step."""
+        return max(step, min(most, nbytes // (4 * floats_each) // step * step))

@@ -1,0 +1,87 @@
+"""Builds one Step from the work of several sequences. Decides the plan of each; never runs anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvfold.cache.latent import PAGE_TOKENS
+from kvfold.cache.pages import Sequence
+from kvfold.mla.plan import MlaPlan
+from kvfold.model.step import Step
+
+
+@dataclass(frozen=True)
+class Work:
+    """New tokens of one sequence. `outputs`: how many of its last rows the caller wants logits for."""
+
+    sequence: Sequence
+    token_ids: list[int]
+    is_prompt: bool
+    outputs: int = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step, the plan of each work in it and where its output rows stand in the step's outputs, in the order of the
+    works given."""
+
+    works: tuple[Work, ...]
+    step: Step
+    plans: tuple[MlaPlan, ...]
+    output_slices: tuple[slice, ...]
+
+    def commit(self) -> None:
+        """After the step ran: its rows are part of their sequences."""
+        for work in self.works:
+            work.sequence.length += len(work.token_ids)
+
+
+Planner = Callable[[int, int, bool], MlaPlan]
+"""(new rows, cached rows, is prompt) -> plan."""
+
+
+def build_batch(works: list[Work], planner: Planner) -> Batch:
+    """Reserves pages for every work (OutOfPages: none is changed but those before it) and lays the step out."""
+    for work in works:
+        work.sequence.reserve(len(work.token_ids))
+    plans = [planner(len(w.token_ids), w.sequence.length, w.is_prompt) for w in works]
+    # Neighbours share a path, so each attention op works on one range of rows.
+    order = sorted(range(len(works)), key=lambda i: plans[i].path.value)
+    ordered = [works[i] for i in order]
+    row_starts = np.cumsum([0] + [len(w.token_ids) for w in ordered]).astype(np.int32)
+
+    segments: list[tuple[int, int, int, int]] = []
+    for at, i in enumerate(order):
+        plan = plans[i]
+        if segments and segments[-1][:2] == (plan.path.value, int(plan.fused)):
+            segments[-1] = (*segments[-1][:3], at + 1)
+        else:
+            segments.append((plan.path.value, int(plan.fused), at, at + 1))
+
+    positions = [np.arange(w.sequence.length, w.sequence.length + len(w.token_ids)) for w in ordered]
+    slots = [
+        np.asarray(w.sequence.pages, np.int64)[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS
+        for w, p in zip(ordered, positions, strict=True)
+    ]
+    output_slices: list[slice] = [slice(0, 0)] * len(works)
+    output_rows: list[int] = []
+    for at, i in enumerate(order):
+        end = int(row_starts[at + 1])
+        output_slices[i] = slice(len(output_rows), len(output_rows) + works[i].outputs)
+        output_rows += range(end - works[i].outputs, end)
+
+    step = Step(
+        token_ids=np.concatenate([np.asarray(w.token_ids, np.int32) for w in ordered]),
+        positions=np.concatenate(positions).astype(np.int32),
+        slots=np.concatenate(slots),
+        row_starts=row_starts,
+        kv_lens=np.asarray([w.sequence.length + len(w.token_ids) for w in ordered], np.int32),
+        page_starts=np.cumsum([0] + [len(w.sequence.pages) for w in ordered]).astype(np.int32),
+        pages=np.concatenate([np.asarray(w.sequence.pages, np.int32) for w in ordered]),
+        segments=np.asarray(segments, np.int32).reshape(-1, 4),
+        output_rows=np.asarray(output_rows, np.int32),
+    )
+    return Batch(tuple(works), step, tuple(plans), tuple(output_slices))

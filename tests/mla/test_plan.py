@@ -1,0 +1,97 @@
+"""The plan: design.md's arithmetic, forced modes, and reasons."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvfold.config import MlaConfig
+from kvfold.errors import PlanError
+from kvfold.mla.plan import (
+    Fa,
+    MachineProfile,
+    Mla,
+    Path,
+    choose,
+    crossover_rows,
+    multiply_adds,
+    parse_fa,
+    parse_mla,
+    query_key_pairs,
+)
+
+V3 = MlaConfig(128, 128, 64, 128, 512, 1536, 192**-0.5)
+LITE = MlaConfig(16, 128, 64, 128, 512, None, 192**-0.5)
+LATENT_SETTINGS = (Mla.AUTO, Mla.ABSORBED, Mla.DECOMPRESSED, Mla.SPLIT)
+
+
+def test_multiply_adds_are_those_of_a_loop_over_rows() -> None:
+    rows, cached = 7, 13
+    keys_seen = [cached + i + 1 for i in range(rows)]
+    assert query_key_pairs(rows, cached) == sum(keys_seen)
+    absorbed = sum(k * (576 + 512) for k in keys_seen) + rows * 131_072
+    decompressed = sum(k * 320 for k in keys_seen) + (rows + cached) * 131_072
+    standard = sum(k * 320 for k in keys_seen) + rows * 131_072
+    assert multiply_adds(Path.ABSORBED, LITE, rows, cached) == 16 * absorbed
+    assert multiply_adds(Path.DECOMPRESSED, LITE, rows, cached) == 16 * decompressed
+    assert multiply_adds(Path.STANDARD, LITE, rows, cached) == 16 * standard
+
+
+@pytest.mark.parametrize(("cached", "expected"), [(1024, 159), (1 << 24, 171)])
+def test_crossover_is_where_the_design_says(cached: int, expected: int) -> None:
+    crossover = crossover_rows(V3, cached)
+    assert crossover is not None
+    assert abs(crossover - expected) <= 1
+    below = choose(V3, new_rows=crossover - 1, cached_rows=cached, is_prompt=True)
+    at = choose(V3, new_rows=crossover, cached_rows=cached, is_prompt=True)
+    assert (below.path, at.path) == (Path.ABSORBED, Path.DECOMPRESSED)
+
+
+def test_decompressed_never_loses_without_a_cache() -> None:
+    assert all(
+        choose(V3, new_rows=rows, cached_rows=0, is_prompt=True).path is Path.DECOMPRESSED
+        for rows in (1, 2, 63, 64, 511, 8192)
+    )
+
+
+def test_a_measured_profile_moves_the_crossover() -> None:
+    slow_expansion = MachineProfile("measured", absorbed_tmacs=2.0, decompressed_tmacs=1.0)
+    even, moved = crossover_rows(V3, 4096), crossover_rows(V3, 4096, slow_expansion)
+    assert even is not None
+    assert moved is not None
+    assert moved > 2 * even
+
+
+def test_split_goes_by_role_not_by_count() -> None:
+    for rows in (1, 300):
+        assert choose(V3, new_rows=rows, cached_rows=9, is_prompt=True, setting=Mla.SPLIT).path is Path.DECOMPRESSED
+        assert choose(V3, new_rows=rows, cached_rows=9, is_prompt=False, setting=Mla.SPLIT).path is Path.ABSORBED
+
+
+@pytest.mark.parametrize("setting", LATENT_SETTINGS)
+@pytest.mark.parametrize("fa", list(Fa))
+def test_every_latent_setting_shares_the_latent_cache(setting: Mla, fa: Fa) -> None:
+    plan = choose(LITE, new_rows=40, cached_rows=5000, is_prompt=True, setting=setting, fa=fa)
+    assert plan.path is not Path.STANDARD
+    assert plan.fused == (fa is not Fa.UNFUSED)
+    assert plan.reason
+    assert dict(plan.costs)[plan.path] > 0
+
+
+def test_the_reason_names_rows_and_ratio() -> None:
+    plan = choose(V3, new_rows=1, cached_rows=4096, is_prompt=False)
+    assert plan.path is Path.ABSORBED
+    assert "1 new over 4096 cached rows" in plan.reason
+    assert "decompressed costs" in plan.reason
+
+
+@pytest.mark.parametrize("value", ["4", "-1", "", "fast", 7])
+def test_wrong_settings_list_the_allowed_ones(value: str | int) -> None:
+    with pytest.raises(PlanError, match="allowed are auto, 0, 1, 2, 3"):
+        parse_mla(value)
+    with pytest.raises(PlanError, match="allowed are auto, 0, 1"):
+        parse_fa(value)
+
+
+def test_settings_parse_from_numbers_and_text() -> None:
+    assert [parse_mla(v) for v in ("auto", 0, "1", 2, "3")] == list(Mla)
+    assert [parse_fa(v) for v in ("AUTO", "0", 1)] == list(Fa)
