@@ -19,11 +19,11 @@ from typing import Any
 import gguf
 import ml_dtypes
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from kvfold.config import ModelConfig
-from kvfold.formats.tensor_names import KvLayout, expected_tensors, fused_experts
+from kvfold.formats.tensor_names import KvLayout, expected_tensors
 
 Array = NDArray[np.float32]
 
@@ -210,16 +210,16 @@ def hf_model(name: str, seed: int = 0, **overrides: Any) -> Any:
 
 def _in_memory_state(tiny: TinyModel) -> dict[str, Array]:
     """Names as transformers holds them: all experts of a layer in gate_up_proj [E, 2I, hidden] and down_proj."""
-    config, weights = tiny.model_config, dict(tiny.weights)
     state: dict[str, Array] = {}
-    for layer in range(config.num_layers):
-        if config.is_moe_layer(layer):
-            fused = fused_experts(layer)
-            gate, up = weights.pop(fused.gate_name), weights.pop(fused.up_name)
-            state[fused.hf_name] = np.concatenate([gate, up], axis=1)
-            state[fused.hf_down_name] = weights.pop(fused.down_name)
-    by_name = {spec.name: spec for spec in expected_tensors(config, KvLayout.KV_B)}
-    return state | {by_name[name].hf_names[0]: weight for name, weight in weights.items()}
+    for spec in expected_tensors(tiny.model_config, KvLayout.KV_B):  # gate comes before up
+        weight, fused = tiny.weights[spec.name], spec.fused
+        if fused is None:
+            state[spec.hf_names[0]] = weight
+        elif fused.part == 0:
+            state[fused.hf_name] = weight
+        else:
+            state[fused.hf_name] = np.concatenate([state[fused.hf_name], weight], axis=1)
+    return state
 
 
 def from_hf_model(model: Any) -> TinyModel:
@@ -228,14 +228,10 @@ def from_hf_model(model: Any) -> TinyModel:
     state = {key: value.numpy() for key, value in model.state_dict().items()}
     weights: dict[str, Array] = {}
     for spec in expected_tensors(ModelConfig.from_hf(config), KvLayout.KV_B):
-        layer_of_experts = spec.name.split(".")[1] if spec.name.endswith("_exps.weight") else None
-        if layer_of_experts is None:
+        if spec.fused is None:
             weights[spec.name] = state[spec.hf_names[0]]
-            continue
-        fused = fused_experts(int(layer_of_experts))
-        gate, up = np.split(state[fused.hf_name], 2, axis=1)
-        down = state[fused.hf_down_name]
-        weights[spec.name] = {fused.gate_name: gate, fused.up_name: up, fused.down_name: down}[spec.name]
+        else:
+            weights[spec.name] = np.split(state[spec.fused.hf_name], spec.fused.parts, axis=1)[spec.fused.part]
     return TinyModel(config, weights)
 
 
@@ -245,11 +241,7 @@ def _tiny(model: Any) -> TinyModel:
 
 # --- Hugging Face directories ----------------------------------------------------------------------------------------
 
-_DTYPES = {
-    "float32": ("float32", np.float32),
-    "float16": ("float16", np.float16),
-    "bfloat16": ("bfloat16", ml_dtypes.bfloat16),
-}
+_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FP8_BLOCK = 128
 
 
@@ -272,14 +264,13 @@ def write_hf_dir(
             parts = [weight] if len(spec.hf_names) == 1 and weight.ndim < 3 else list(weight)
             tensors |= dict(zip(spec.hf_names, parts, strict=True))
 
-    written: dict[str, tuple[str, NDArray[Any]]] = {}
+    written: dict[str, NDArray[Any]] = {}
     for name, weight in tensors.items():
         if dtype == "float8_e4m3fn":
             written |= _fp8(name, weight)
         else:
-            kind, numpy_type = _DTYPES[dtype]
             bias = name.endswith("e_score_correction_bias")  # float32 in released checkpoints of every dtype
-            written[name] = ("float32", weight) if bias else (kind, weight.astype(numpy_type))
+            written[name] = weight if bias else weight.astype(_DTYPES[dtype])
 
     path.mkdir(parents=True, exist_ok=True)
     described = dict(tiny.config)
@@ -297,13 +288,9 @@ def write_hf_dir(
         file = "model.safetensors" if shards == 1 else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
         files |= dict.fromkeys(part, file)
-        data = {
-            name: {"dtype": kind, "shape": array.shape, "data": array.tobytes()}
-            for name, (kind, array) in ((name, written[name]) for name in part)
-        }
-        safetensors.serialize_file(data, str(path / file), {"format": "pt"})
+        save_file({name: written[name] for name in part}, path / file, {"format": "pt"})
     if shards > 1:
-        total = sum(array.nbytes for _, array in written.values())
+        total = sum(array.nbytes for array in written.values())
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
     if tokenizer:
@@ -311,10 +298,10 @@ def write_hf_dir(
     return path
 
 
-def _fp8(name: str, weight: Array) -> dict[str, tuple[str, NDArray[Any]]]:
+def _fp8(name: str, weight: Array) -> dict[str, NDArray[Any]]:
     if weight.ndim != 2 or name in ("model.embed_tokens.weight", "lm_head.weight") or name.endswith(".gate.weight"):
         bias = name.endswith("e_score_correction_bias")
-        return {name: ("float32", weight) if bias else ("bfloat16", weight.astype(ml_dtypes.bfloat16))}
+        return {name: weight if bias else weight.astype(ml_dtypes.bfloat16)}
     rows, cols = weight.shape
     scale = np.zeros((-(-rows // FP8_BLOCK), -(-cols // FP8_BLOCK)), np.float32)
     stored = np.zeros(weight.shape, ml_dtypes.float8_e4m3fn)
@@ -322,7 +309,7 @@ def _fp8(name: str, weight: Array) -> dict[str, tuple[str, NDArray[Any]]]:
         block = np.s_[i * FP8_BLOCK : (i + 1) * FP8_BLOCK, j * FP8_BLOCK : (j + 1) * FP8_BLOCK]
         scale[i, j] = np.abs(weight[block]).max() / 448.0  # the largest e4m3 number
         stored[block] = (weight[block] / scale[i, j]).astype(ml_dtypes.float8_e4m3fn)
-    return {name: ("float8_e4m3fn", stored), f"{name}_scale_inv": ("float32", scale)}
+    return {name: stored, f"{name}_scale_inv": scale}
 
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------
@@ -470,6 +457,7 @@ def write_gguf(
     whose columns are no multiple of the block is written in F16.
     """
     tiny = _tiny(model)
+    assert tiny.config.get("rope_interleave", True), "GGUF has no key for half-split rotary pairs"
     legacy = (layout is KvLayout.KV_B and not include_both) if legacy_keys is None else legacy_keys
     metadata = {"general.name": "tiny", **gguf_metadata(tiny.config, legacy=legacy)}
     token_list, token_types, merges = vocabulary()

@@ -27,45 +27,33 @@ class KvLayout(Enum):
 
 
 @dataclass(frozen=True)
+class FusedPart:
+    """A second place where files keep the matrices of all experts: one tensor [E, parts * rows, cols], of which ours
+    are the rows from part * rows on.
+
+    llama.cpp's converter joins gate and up on request (`--fuse-gate-up-exps`); transformers holds its weights so.
+    """
+
+    gguf_name: str  # empty where GGUF has no name of its own for it
+    hf_name: str
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """One tensor that a model must have.
 
     name:     canonical name
     shape:    numpy order: (n,), (rows, cols), or (count, rows, cols) for one matrix per expert or per head
     hf_names: the Hugging Face tensors that hold it: one, or one per expert; empty where that format has no such tensor
+    fused:    where else it may be
     """
 
     name: str
     shape: tuple[int, ...]
     hf_names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class FusedExperts:
-    """Gate and up projections of all experts of a layer in one tensor [E, 2 * I, hidden], the gate rows first.
-
-    llama.cpp's converter writes it on request (`--fuse-gate-up-exps`); transformers keeps weights so in memory.
-    """
-
-    gguf_name: str
-    hf_name: str
-    hf_down_name: str  # [E, hidden, I]: ffn_down_exps under the name that goes with `hf_name`
-    gate_name: str  # canonical name of the first I rows of every expert
-    up_name: str  # and of the other I
-    down_name: str
-
-
-def fused_experts(layer: int) -> FusedExperts:
-    """The names of the fused form in one layer."""
-    blk, hf = f"blk.{layer}.", f"model.layers.{layer}.mlp.experts."
-    return FusedExperts(
-        gguf_name=f"{blk}ffn_gate_up_exps.weight",
-        hf_name=f"{hf}gate_up_proj",
-        hf_down_name=f"{hf}down_proj",
-        gate_name=f"{blk}ffn_gate_exps.weight",
-        up_name=f"{blk}ffn_up_exps.weight",
-        down_name=f"{blk}ffn_down_exps.weight",
-    )
+    fused: FusedPart | None = None
 
 
 def expected_tensors(config: ModelConfig, layout: KvLayout) -> list[TensorSpec]:
@@ -100,9 +88,7 @@ def _attention(config: ModelConfig, layer: int, layout: KvLayout) -> list[Tensor
             TensorSpec(f"{blk}attn_q_b.weight", (q_rows, q_lora), (f"{hf}q_b_proj.weight",)),
         ]
     latent = [
-        TensorSpec(
-            f"{blk}attn_kv_a_mqa.weight", (mla.latent_dim, hidden), (f"{hf}kv_a_proj_with_mqa.weight",)
-        ),
+        TensorSpec(f"{blk}attn_kv_a_mqa.weight", (mla.latent_dim, hidden), (f"{hf}kv_a_proj_with_mqa.weight",)),
         TensorSpec(f"{blk}attn_kv_a_norm.weight", (kv_lora,), (f"{hf}kv_a_layernorm.weight",)),
     ]
     if layout is KvLayout.KV_B:
@@ -141,6 +127,10 @@ def _moe(config: ModelConfig, layer: int) -> list[TensorSpec]:
     def per_expert(projection: str) -> tuple[str, ...]:
         return tuple(f"{hf}experts.{expert}.{projection}.weight" for expert in range(experts))
 
+    def in_gate_up(part: int) -> FusedPart:
+        return FusedPart(f"{blk}ffn_gate_up_exps.weight", f"{hf}experts.gate_up_proj", part, parts=2)
+
+    in_down = FusedPart("", f"{hf}experts.down_proj", part=0, parts=1)
     specs = [
         _ffn_norm(config, layer),
         TensorSpec(f"{blk}ffn_gate_inp.weight", (experts, hidden), (f"{hf}gate.weight",)),
@@ -148,9 +138,9 @@ def _moe(config: ModelConfig, layer: int) -> list[TensorSpec]:
     if moe.has_choice_bias:
         specs.append(TensorSpec(f"{blk}exp_probs_b.bias", (experts,), (f"{hf}gate.e_score_correction_bias",)))
     specs += [
-        TensorSpec(f"{blk}ffn_gate_exps.weight", (experts, wide, hidden), per_expert("gate_proj")),
-        TensorSpec(f"{blk}ffn_up_exps.weight", (experts, wide, hidden), per_expert("up_proj")),
-        TensorSpec(f"{blk}ffn_down_exps.weight", (experts, hidden, wide), per_expert("down_proj")),
+        TensorSpec(f"{blk}ffn_gate_exps.weight", (experts, wide, hidden), per_expert("gate_proj"), in_gate_up(0)),
+        TensorSpec(f"{blk}ffn_up_exps.weight", (experts, wide, hidden), per_expert("up_proj"), in_gate_up(1)),
+        TensorSpec(f"{blk}ffn_down_exps.weight", (experts, hidden, wide), per_expert("down_proj"), in_down),
     ]
     if shared:
         hf += "shared_experts."
