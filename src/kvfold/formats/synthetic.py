@@ -16,11 +16,12 @@ that some experts clearly win, and the head 3 / sqrt(cols), so that some tokens 
 IQ4_NL: attention scores of standard deviation 1.2 to 2.3, the residual from 1 to 6 over 27 layers, logits 2.9.
 
 **Types.** One type for all matrices, as users' files have it with these exceptions, `_tensor_type` in this order:
-vectors and the router F32; the head (tied embeddings too) Q6_K but for Q8_0; the embedding Q4_K where the type has less than 3
-bits a weight. Rows that are not a whole number of blocks: attn_k_b, whose rows are qk_nope_head_dim = 128 long, Q8_0,
-everything else what llama.cpp's quantizer falls back to (Q4_K to Q5_0, Q5_K to Q5_1, Q6_K to Q8_0, ternary to Q4_0,
-other types to IQ4_NL; F16 where 32 does not divide the row either). Row-interleaved types (ik_llama.cpp's _R4, _R8):
-their standard type for the embedding, whose rows are looked up one by one, and where rows are not whole groups.
+vectors and the router F32; the head (tied embeddings too) Q6_K but for Q8_0; the embedding Q4_K where the type has
+less than 3 bits a weight. Rows that are not a whole number of blocks: attn_k_b, whose rows are qk_nope_head_dim = 128
+long, Q8_0, everything else what llama.cpp's quantizer falls back to (Q4_K to Q5_0, Q5_K to Q5_1, Q6_K to Q8_0, ternary
+to Q4_0, other types to IQ4_NL; F16 where 32 does not divide the row either). Row-interleaved types (ik_llama.cpp's
+_R4, _R8): their standard type for the embedding, whose rows are looked up one by one, and where rows are not whole
+groups.
 """
 
 from __future__ import annotations
