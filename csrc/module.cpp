@@ -1,0 +1,6 @@
+// The extension module kvfold._native: a list of what binds itself to it.
+#include <nanobind/nanobind.h>
+
+void bind_decode(nanobind::module_& m);
+
+NB_MODULE(_native, m) { bind_decode(m); }
