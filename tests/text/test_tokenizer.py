@@ -19,7 +19,7 @@ import tokenizers
 
 from kvfold.errors import KvfoldError, ModelFileError, SettingError, UnsupportedModel
 from kvfold.formats.gguf import open_gguf
-from kvfold.text.pre_tokenizers import WORD_SPLITS
+from kvfold.text.pre_tokenizers import WORD_SPLITS, build_pre_tokenizer
 from kvfold.text.tokenizer import Tokenizer
 from text.vocabularies import (
     ASSISTANT,
@@ -34,6 +34,8 @@ from text.vocabularies import (
     strange_strings,
     vocabulary,
 )
+
+PUBLISHED = Path(__file__).parent / "pre_tokenizers.json"
 
 
 def write_hf(directory: Path, vocabulary: Vocabulary, **config: Any) -> Path:
@@ -56,6 +58,18 @@ def compare(ours: Tokenizer, oracle: tokenizers.Tokenizer, strings: list[str]) -
 
 def test_the_table_holds_every_published_scheme() -> None:
     assert set(WORD_SPLITS) == set(SCHEMES)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_spelled_as_published(scheme: str) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = build_pre_tokenizer(scheme)
+
+    def spelled(spec: dict[str, Any]) -> str:  # a line break may be itself or an escape inside the regex
+        return json.dumps(spec, sort_keys=True).replace(r"\\r", r"\r").replace(r"\\n", r"\n")
+
+    expected = json.loads(PUBLISHED.read_text())[scheme]
+    assert spelled(json.loads(backend.to_str())["pre_tokenizer"]) == spelled(expected)
 
 
 def test_gguf_vocabulary_equals_the_published_one(any_vocabulary: Vocabulary) -> None:
