@@ -1,0 +1,299 @@
+"""Base training and the chat tune, one loop: Muon for matrices, AdamW for the rest, linear decay to zero.
+
+    python -m training.train --data DIR --out DIR --tokens 320e6                      # base
+    python -m training.train --data DIR --out DIR --tune --init DIR/base.safetensors  # chat tune
+
+Owns batches, optimizers and schedules. Writes OUT/<name>.safetensors (bfloat16 masters), OUT/<name>.packed.safetensors
+(the file's blocks, what export.py wraps) and OUT/<name>.jsonl (metrics). Never reads text.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.data import NO_LOSS
+from training.model import Storyteller, StorytellerConfig, weight_type
+from training.quantize import decode, encode
+from training.tokenizer import BOS_ID, EOS_ID
+
+# Share of rows per group, first while the rate is high, then in the decay (plain tales last: they are the purpose).
+# 320 M tokens make about 25 epochs of tales, 20 of children's books and 11 of novels.
+MIX = {"tales": (0.12, 0.30), "children": (0.42, 0.40), "novels": (0.46, 0.30)}
+TUNE_MIX = {"tune": 0.6, "tales": 0.25, "children": 0.15}
+BALANCE_WEIGHT = 0.01
+
+
+class Windows:
+    """Rows of `length` + 1 tokens of one array, each token once an epoch: cut at a random phase, then shuffled."""
+
+    def __init__(self, tokens: np.ndarray, length: int, rng: np.random.Generator) -> None:
+        self.tokens, self.length, self.rng, self.starts = tokens, length, rng, np.empty(0, np.int64)
+
+    def take(self, count: int) -> np.ndarray:
+        while len(self.starts) < count:
+            phase = int(self.rng.integers(self.length))
+            starts = np.arange(phase, len(self.tokens) - self.length - 1, self.length)
+            self.starts = np.concatenate([self.starts, self.rng.permutation(starts)])
+        starts, self.starts = self.starts[:count], self.starts[count:]
+        return self.tokens[starts[:, None] + np.arange(self.length + 1)]
+
+
+class Packed:
+    """Rows that start at a document's beginning and hold whole documents while they fit, filled with ignored EOS."""
+
+    def __init__(self, tokens: np.ndarray, length: int, rng: np.random.Generator) -> None:
+        bounds = np.append(np.flatnonzero((tokens & ~NO_LOSS) == BOS_ID), len(tokens))
+        self.documents = [tokens[a : min(b, a + length + 1)] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        self.length, self.rng, self.rows = length, rng, np.empty((0, length + 1), np.uint16)
+
+    def take(self, count: int) -> np.ndarray:
+        while len(self.rows) < count:
+            rows, row, used = [], np.full(self.length + 1, EOS_ID | NO_LOSS, np.uint16), 0
+            for index in self.rng.permutation(len(self.documents)):
+                document = self.documents[index]
+                if used + len(document) > self.length + 1:
+                    rows.append(row)
+                    row, used = np.full(self.length + 1, EOS_ID | NO_LOSS, np.uint16), 0
+                row[used : used + len(document)] = document
+                used += len(document)
+            self.rows = np.concatenate([self.rows, np.stack(rows)])
+        rows_now, self.rows = self.rows[:count], self.rows[count:]
+        return rows_now
+
+
+def split(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [B, T]; targets that carry NO_LOSS are -100."""
+    host = torch.from_numpy(rows.astype(np.int32))
+    host = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    mask = int(NO_LOSS)
+    inputs, targets = (host[:, :-1] & (mask - 1)).long(), host[:, 1:].long()
+    return inputs, torch.where(targets >= mask, -100, targets)
+
+
+# --------------------------------------------------------------------------------------------------------- optimizer
+
+
+def orthogonalize(update: Tensor) -> Tensor:
+    """Newton-Schulz (5 steps, bfloat16) of [N, rows, columns]: every singular value to about 1. Muon, Jordan 2024."""
+    x = update.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum 0.95 (Nesterov), orthogonalized, scaled to AdamW's root-mean-square 0.2 (Liu et al. 2025), batched by shape."""
+
+    def __init__(self, params: list[nn.Parameter], weight_decay: float, compiled: bool) -> None:
+        self.weight_decay = weight_decay
+        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for p in params:
+            by_shape.setdefault(tuple(p.shape), []).append(p)
+        self.groups = [(ps, torch.zeros(len(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
+        self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        for params, momentum in self.groups:
+            grad = torch.stack([p.grad for p in params])  # type: ignore[misc]
+            momentum.lerp_(grad, 0.05)
+            update = grad.lerp(momentum, 0.95).flatten(0, -3)
+            scale = 0.2 * math.sqrt(max(update.shape[-2:]))
+            update = self.orthogonalize(update).view_as(momentum).float()
+            torch._foreach_mul_(params, 1 - rate * self.weight_decay)
+            torch._foreach_add_(params, list((update * (-rate * scale)).unbind(0)))
+
+
+def split_parameters(model: Storyteller) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Matrices for Muon; embedding, router and norms for AdamW."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        (matrices if p.ndim >= 2 and "embd" not in name and "gate_inp" not in name else rest).append(p)
+    return matrices, rest
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.compiler.set_stance("force_eager")  # the odd shapes of evaluation are not worth their compile time
+@torch.no_grad()
+def nats_per_token(model: Storyteller, tokens: np.ndarray, length: int, device: torch.device, rows: int = 16) -> tuple[float, int]:
+    """Summed -log p and the count of targets, windows of `length` with half of each as context. BOS is never a target."""
+    model.eval()
+    total, count = 0.0, 0
+    stride = length // 2
+    starts = list(range(0, max(1, len(tokens) - stride), stride))
+    for first in range(0, len(starts), rows):
+        batch = np.full((len(starts[first : first + rows]), length + 1), EOS_ID, np.int64)
+        targets_used = np.zeros((len(batch), length), bool)
+        for i, start in enumerate(starts[first : first + rows]):
+            piece = tokens[start : start + length + 1]
+            batch[i, : len(piece)] = piece
+            targets_used[i, (0 if start == 0 else length - stride) : len(piece) - 1] = True
+        rows_t = torch.from_numpy(batch).to(device)
+        used = torch.from_numpy(targets_used).to(device) & (rows_t[:, 1:] != BOS_ID)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(rows_t[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), rows_t[:, 1:].flatten(), reduction="none").view_as(used)
+        total += float(loss[used].double().sum())
+        count += int(used.sum())
+    model.train()
+    return total, count
+
+
+def bits_per_byte(model: Storyteller, tokens: np.ndarray, num_bytes: int, length: int, device: torch.device) -> float:
+    return nats_per_token(model, tokens, length, device)[0] / math.log(2) / num_bytes
+
+
+def save(model: Storyteller, out: Path, name: str) -> None:
+    metadata = {"config": json.dumps(dataclasses.asdict(model.config))}
+    tensors = {k: p.detach().cpu() for k, p in model.gguf_tensors()}
+    save_file({k: t.bfloat16().contiguous() for k, t in tensors.items()}, out / f"{name}.safetensors", metadata)
+    packed = {k: t if weight_type(k) == "F32" else encode(t, weight_type(k)) for k, t in tensors.items()}
+    save_file({k: t.contiguous() for k, t in packed.items()}, out / f"{name}.packed.safetensors", metadata)
+
+
+def load_packed(path: Path) -> Storyteller:
+    """The model exactly as shipped: weights decoded from the file's blocks, no further quantization."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        config = StorytellerConfig(**json.loads(file.metadata()["config"]))
+    model = Storyteller(dataclasses.replace(config, quantized=False, dropout=0.0))
+    state = {}
+    for name, tensor in load_file(path).items():
+        kind = weight_type(name)
+        state[name.removesuffix(".weight")] = tensor if kind == "F32" else decode(tensor, kind)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def batches(args: argparse.Namespace, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """uint16 rows [B, T + 1] for each step. The last quarter of base training, and the tune, use the full context."""
+    arrays = {n: np.load(args.data / f"{n}.npy") for n in (TUNE_MIX if args.tune else MIX)}
+    kinds = Packed if args.tune else Windows
+    short, long = args.length, args.long_length
+    sources = {t: {n: kinds(a, t, rng) for n, a in arrays.items()} for t in {short, long}}
+    for step in range(steps):
+        progress = step / steps
+        length = long if args.tune or progress >= args.long_from else short
+        late = max(0.0, (progress - args.decay_from) / (1 - args.decay_from))
+        if args.tune:
+            shares = list(TUNE_MIX.values())
+        else:
+            shares = [early + (end - early) * min(1.0, 2 * late) for early, end in MIX.values()]
+        counts = rng.multinomial(args.batch_tokens // length, np.array(shares) / sum(shares))
+        yield np.concatenate([s.take(n) for s, n in zip(sources[length].values(), counts, strict=True) if n])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", default="")
+    parser.add_argument("--tokens", type=float, default=320e6, help="tokens to train on, repeats counted")
+    parser.add_argument("--batch-tokens", type=int, default=65536)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--long-length", type=int, default=2048)
+    parser.add_argument("--long-from", type=float, default=0.75, help="progress at which rows become long")
+    parser.add_argument("--decay-from", type=float, default=0.5, help="progress at which the rate starts to fall to 0")
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--init", type=Path, help="start from these weights")
+    parser.add_argument("--tune", action="store_true", help="chat tune: packed conversations mixed with tales")
+    parser.add_argument("--config", default="{}", help="JSON of StorytellerConfig fields that differ")
+    parser.add_argument("--eval-every", type=int, default=500)
+    parser.add_argument("--no-heldout", action="store_true", help="skip the held-out figures (probes must not see them)")
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = args.name or ("tune" if args.tune else "base")
+    if args.tune:
+        args.decay_from = 0.0
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    meta = json.loads((args.data / "meta.json").read_text())
+    fields = {"vocab_size": meta["vocab_size"], **json.loads(args.config), "dropout": args.dropout}
+    config = StorytellerConfig(**fields)
+    model = Storyteller(config).to(device)
+    if args.init:
+        model.load_state_dict({k.removesuffix(".weight"): t.float() for k, t in load_file(args.init).items()})
+    if not args.no_compile:
+        for block in model.blk:
+            block.compile(dynamic=False)
+
+    def loss_of(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, head.to(x.dtype)).float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    head_loss = loss_of if args.no_compile else torch.compile(loss_of, dynamic=False)
+    matrices, rest = split_parameters(model)
+    muon = Muon(matrices, args.weight_decay, compiled=not args.no_compile)
+    adam = torch.optim.AdamW(rest, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
+
+    steps = int(args.tokens // args.batch_tokens)
+    rng = np.random.default_rng(args.seed)
+    val = np.load(args.data / "val.npy")
+    log = (args.out / f"{name}.jsonl").open("w")
+
+    def report(**values: object) -> None:
+        line = json.dumps(values)
+        print(line, flush=True)
+        log.write(line + "\n")
+        log.flush()
+
+    report(parameters=sum(p.numel() for p in model.parameters()), steps=steps, **dataclasses.asdict(config))
+    started, warmup, seen = time.monotonic(), 20 if args.tune else 100, 0
+    running = torch.zeros(2, device=device)
+    for step, rows in enumerate(batches(args, steps, rng)):
+        progress = step / steps
+        falling = 1.0 if progress < args.decay_from else (1 - progress) / (1 - args.decay_from)
+        rate = args.rate * min(1.0, (step + 1) / warmup) * falling
+        inputs, targets = split(rows, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            x, head, balance = model.hidden(inputs)
+            loss = head_loss(x, head, targets)
+        (loss + BALANCE_WEIGHT * balance).backward()
+        nn.utils.clip_grad_norm_(rest, 1.0)
+        muon.step(rate)
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.step()
+        model.zero_grad(set_to_none=True)
+        running += torch.stack([loss.detach(), balance.detach()])
+        seen += inputs.numel()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            mean = running.tolist()
+            count = 100 if (step + 1) % 100 == 0 else steps % 100
+            report(step=step + 1, loss=mean[0] / count, balance=mean[1] / count, rate=rate, tokens=seen,
+                   seconds=round(time.monotonic() - started, 1))  # fmt: skip
+            running.zero_()
+        if (step + 1) % args.eval_every == 0 or step + 1 == steps:
+            report(step=step + 1, val_bpb=bits_per_byte(model, val, meta["bytes"]["val"], 1024, device))
+    save(model, args.out, name)
+    for source, size in meta["bytes"].items():
+        if source.startswith("heldout") and not args.no_heldout:
+            nats, count = nats_per_token(model, np.load(args.data / f"{source}.npy"), args.long_length, device)
+            report(source=source, bpb=nats / math.log(2) / size, perplexity=math.exp(nats / count), tokens=count)
+    report(done=True, seconds=round(time.monotonic() - started, 1))
+
+
+if __name__ == "__main__":
+    main()
