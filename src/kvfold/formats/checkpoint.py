@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -136,21 +136,7 @@ def _from_gguf(path: Path, file: GgufFile) -> Checkpoint:
             where="tokenizer.ggml.tokens",
         )
 
-    every_layer = [f"blk.{layer}.attn_kv_b.weight" in shapes for layer in range(config.num_layers)]
-    spare = {name for name in shapes if name.endswith((".attn_k_b.weight", ".attn_v_b.weight"))}
-    layout = KvLayout.KV_B if all(every_layer) or not spare else KvLayout.K_B_V_B
-    notes = []
-    if layout is KvLayout.K_B_V_B:
-        spare = {name for name in shapes if name.endswith(".attn_kv_b.weight")}
-    if spare:
-        # one of the two is enough, and exact on its own: rebuilding either from the other would requantize it
-        same = (
-            "attn_k_b and attn_v_b, as attn_kv_b holds"
-            if layout is KvLayout.KV_B
-            else ("attn_kv_b, as attn_k_b and attn_v_b hold")
-        )
-        notes.append(f"{len(spare)} tensors ignored: {same} the same weights.")
-
+    layout, spare, note = _kv_layout(shapes, config.num_layers)
     sources = []
     for spec in expected_tensors(config, layout):
         sources.append((spec, [_Source((spec.name,), spec.shape)]))
@@ -167,8 +153,21 @@ def _from_gguf(path: Path, file: GgufFile) -> Checkpoint:
         kv_layout=layout,
         tensors=tensors,
         vocabulary=Vocabulary(MappingProxyType(vocabulary), MappingProxyType({})),
-        info=(*config.notes, *notes, *ignored),
+        info=(*config.notes, *note, *ignored),
     )
+
+
+def _kv_layout(names: Collection[str], num_layers: int) -> tuple[KvLayout, set[str], tuple[str, ...]]:
+    """(the form to use, tensors of the other one, a note on them). One form is enough and exact on its own; building
+    either from the other would requantize it."""
+    whole = {name for name in names if name.endswith(".attn_kv_b.weight")}
+    split = {name for name in names if name.endswith((".attn_k_b.weight", ".attn_v_b.weight"))}
+    has_whole = all(f"blk.{layer}.attn_kv_b.weight" in whole for layer in range(num_layers))
+    if has_whole or not split:
+        note = f"{len(split)} tensors ignored: attn_k_b and attn_v_b, as attn_kv_b holds the same weights."
+        return KvLayout.KV_B, split, (note,) if split else ()
+    note = f"{len(whole)} tensors ignored: attn_kv_b, as attn_k_b and attn_v_b hold the same weights."
+    return KvLayout.K_B_V_B, whole, (note,) if whole else ()
 
 
 def _from_hf(path: Path, directory: HfDirectory) -> Checkpoint:

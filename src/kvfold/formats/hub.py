@@ -27,6 +27,7 @@ VOCABULARY_PATTERNS = (
     "chat_template.jinja",
     "tiktoken.model",
 )
+NETWORK_TIMEOUT = 10.0  # seconds for the hub's answer what a repository holds
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?::(?P<choice>[^:]+))?")
 _SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-\d{5}\.gguf")
 
@@ -101,7 +102,9 @@ def _list_files(repository: str) -> list[str]:
     )
 
     try:
-        return list(HfApi().list_repo_files(repository))
+        # not list_repo_files: without a network that one retries for 23 s
+        info = HfApi().model_info(repository, timeout=NETWORK_TIMEOUT)
+        return [file.rfilename for file in info.siblings or []]
     except GatedRepoError as error:
         raise ModelFileError(
             repository, "the repository is gated. Accept its terms on huggingface.co, then `hf auth login`."
