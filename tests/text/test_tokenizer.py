@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -134,6 +135,17 @@ def test_a_gguf_file_gives_the_same_tokenizer(tmp_path: Path, v3_vocabulary: Voc
     compare(ours, v3_vocabulary.oracle(), strange_strings(200, seed=6))
     assert ours.chat_template == "{{ messages }}"
     assert ours.bos_id == metadata["tokenizer.ggml.bos_token_id"]
+
+
+def test_a_checkpoint_of_either_kind_gives_its_tokenizer(tmp_path: Path) -> None:
+    known = vocabulary("glm4")
+    files = {path.name: path for path in write_hf(tmp_path, known).iterdir()}
+    text = "the fox said " + "𝔸" * 3
+    expected = known.oracle().encode(text, add_special_tokens=False).ids
+    for source in (SimpleNamespace(metadata=known.metadata, files={}), SimpleNamespace(metadata={}, files=files)):
+        assert Tokenizer.from_vocabulary(source).encode(text, add_bos=False) == expected
+    with pytest.raises(ModelFileError, match="no vocabulary"):
+        Tokenizer.from_vocabulary(SimpleNamespace(metadata={}, files={}))
 
 
 # ---- special tokens

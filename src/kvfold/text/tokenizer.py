@@ -11,19 +11,28 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kvfold.errors import SettingError
 from kvfold.text.pre_tokenizers import BYTE_OF, CHAR_OF
 from kvfold.text.streaming import DetokenizeStream
-from kvfold.text.vocabulary import Vocabulary, read_gguf, read_hf
+from kvfold.text.vocabulary import ParsedVocabulary, read_gguf, read_hf
+
+
+class VocabularySource(Protocol):
+    """Where a checkpoint's vocabulary is: the `tokenizer.*` keys of a GGUF, or files by name. One is empty."""
+
+    @property
+    def metadata(self) -> Mapping[str, object]: ...
+    @property
+    def files(self) -> Mapping[str, Path]: ...
 
 
 class Tokenizer:
-    """One model's vocabulary. Attributes as in Vocabulary: vocab_size, special_ids, bos_id, eos_ids, add_bos,
+    """One model's vocabulary. Attributes as in ParsedVocabulary: vocab_size, special_ids, bos_id, eos_ids, add_bos,
     chat_template."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: ParsedVocabulary) -> None:
         self._backend = vocabulary.backend
         self._added_bytes = vocabulary.added_bytes
         self._control_ids = frozenset(vocabulary.special_ids.values())
@@ -45,7 +54,12 @@ class Tokenizer:
     @classmethod
     def from_hf(cls, directory: str | Path) -> Tokenizer:
         """From a Hugging Face directory; see vocabulary.read_hf."""
-        return cls(read_hf(Path(directory)))
+        return cls(read_hf({path.name: path for path in Path(directory).iterdir() if path.is_file()}))
+
+    @classmethod
+    def from_vocabulary(cls, source: VocabularySource) -> Tokenizer:
+        """From whichever of the two an open checkpoint has."""
+        return cls(read_gguf(source.metadata, "the GGUF file") if source.metadata else read_hf(source.files))
 
     # ---- both directions
 

@@ -33,7 +33,7 @@ _TIKTOKEN_RESERVED = 256  # ids after the ranks, named by added_tokens_decoder (
 
 
 @dataclass(frozen=True, eq=False)
-class Vocabulary:
+class ParsedVocabulary:
     """One vocabulary file, understood.
 
     backend:       splits and merges; matches user-defined tokens in a text, control tokens never
@@ -100,7 +100,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, control: Iterable[str], user_defi
 # ---- GGUF
 
 
-def read_gguf(metadata: Mapping[str, Any], file: object) -> Vocabulary:
+def read_gguf(metadata: Mapping[str, Any], file: object) -> ParsedVocabulary:
     """From the `tokenizer.*` keys of a GGUF; `file` is named in errors.
 
     UnsupportedModel: not a byte-level BPE, or a pre-tokenizer kvfold does not know.
@@ -174,7 +174,7 @@ def read_gguf(metadata: Mapping[str, Any], file: object) -> Vocabulary:
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise ModelFileError(file, f"expected a string, got {template!r:.60}", where="tokenizer.chat_template")
-    return Vocabulary(
+    return ParsedVocabulary(
         backend=backend,
         vocab_size=len(tokens),
         special_ids=control,
@@ -229,24 +229,24 @@ def _byte_token(text: str, id: int, bad: _Bad) -> bytes:
 # ---- Hugging Face directories
 
 
-def read_hf(directory: Path) -> Vocabulary:
-    """From a Hugging Face directory: tokenizer.json, or Moonshot's tiktoken.model; with tokenizer_config.json,
-    generation_config.json and chat_template.jinja where they exist."""
-    config = _read_json(directory / "tokenizer_config.json") or {}
-    generation = _read_json(directory / "generation_config.json") or {}
-    if (directory / "tokenizer.json").is_file():
-        backend, control, plain, vocab_size = _read_tokenizer_json(directory / "tokenizer.json")
+def read_hf(files: Mapping[str, Path]) -> ParsedVocabulary:
+    """From the files of a Hugging Face directory, by name: tokenizer.json, or Moonshot's tiktoken.model; with
+    tokenizer_config.json, special_tokens_map.json, generation_config.json and chat_template.jinja where they exist."""
+    config = _read_json(files, "special_tokens_map.json") | _read_json(files, "tokenizer_config.json")
+    generation = _read_json(files, "generation_config.json")
+    if "tokenizer.json" in files:
+        backend, control, plain, vocab_size = _read_tokenizer_json(files)
         end_of_turn: tuple[str, ...] = ()
-    elif (directory / "tiktoken.model").is_file():
-        backend, control, plain, vocab_size = _read_tiktoken(directory / "tiktoken.model", config)
+    elif "tiktoken.model" in files:
+        backend, control, plain, vocab_size = _read_tiktoken(files["tiktoken.model"], config)
         end_of_turn = word_split("kimi-k2").end_of_turn
     else:
-        raise ModelFileError(directory, "no vocabulary: expected tokenizer.json or tiktoken.model in it")
+        where = next((path.parent for path in files.values()), "the checkpoint")
+        raise ModelFileError(where, "no vocabulary: expected tokenizer.json or tiktoken.model in it")
 
-    where = directory / "tokenizer_config.json"
-    bos_id, eos_id = (_named_token(config, name, backend, where) for name in ("bos_token", "eos_token"))
+    bos_id, eos_id = (_named_token(config, name, backend, files) for name in ("bos_token", "eos_token"))
     eos_ids = {eos_id} if eos_id is not None else set()
-    eos_ids |= _generation_ends(generation, vocab_size, directory / "generation_config.json")
+    eos_ids |= _generation_ends(generation, vocab_size, files)
     eos_ids |= {control[text] for text in end_of_turn if text in control}
 
     for id in eos_ids | ({bos_id} if bos_id is not None else set()):  # control, whatever its flag says
@@ -259,7 +259,7 @@ def read_hf(directory: Path) -> Vocabulary:
     add_bos = config.get("add_bos_token")
     if add_bos is None:  # then the post-processor of tokenizer.json decides
         add_bos = bos_id is not None and backend.encode("").ids[:1] == [bos_id]
-    return Vocabulary(
+    return ParsedVocabulary(
         backend=backend,
         vocab_size=vocab_size,
         special_ids=control,
@@ -267,13 +267,15 @@ def read_hf(directory: Path) -> Vocabulary:
         bos_id=bos_id,
         eos_ids=frozenset(eos_ids),
         add_bos=bool(add_bos),
-        chat_template=_hf_template(directory, config),
+        chat_template=_hf_template(files, config),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+def _read_json(files: Mapping[str, Path], name: str) -> dict[str, Any]:
+    """The object in the file called `name`; empty where there is no such file."""
+    if name not in files:
+        return {}
+    path = files[name]
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -283,7 +285,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _read_tokenizer_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int], dict[str, int], int]:
+def _read_tokenizer_json(
+    files: Mapping[str, Path],
+) -> tuple[tokenizers.Tokenizer, dict[str, int], dict[str, int], int]:
     """(backend without added tokens, control tokens, other added tokens, vocabulary size).
 
     `tokenizers` aborts the process on some wrong model sections (a subword prefix, for one), so the vocabulary is
@@ -291,10 +295,12 @@ def _read_tokenizer_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, in
     """
     from tokenizers import Tokenizer
 
+    path = files["tokenizer.json"]
+
     def bad(key: str, reason: str) -> ModelFileError:
         return ModelFileError(path, reason, where=key)
 
-    spec = _read_json(path) or {}
+    spec = _read_json(files, "tokenizer.json")
     model, decoder = spec.get("model"), spec.get("decoder")
     kind = model.get("type", "BPE") if isinstance(model, dict) else None
     if (
@@ -405,29 +411,38 @@ def _read_tiktoken(
     return backend, control, {}, len(vocab)
 
 
-def _named_token(config: Mapping[str, Any], name: str, backend: tokenizers.Tokenizer, file: Path) -> int | None:
+def _named_token(
+    config: Mapping[str, Any],
+    name: str,
+    backend: tokenizers.Tokenizer,
+    files: Mapping[str, Path],
+) -> int | None:
     value = config.get(name)
     text = value.get("content") if isinstance(value, dict) else value
     if text is None:
         return None
     id = backend.token_to_id(text) if isinstance(text, str) else None
     if id is None:
+        file = files.get("tokenizer_config.json") or files["special_tokens_map.json"]
         raise ModelFileError(file, f"{text!r:.60} is no token of this vocabulary", where=name)
     return id
 
 
-def _generation_ends(generation: Mapping[str, Any], vocab_size: int, file: Path) -> set[int]:
+def _generation_ends(generation: Mapping[str, Any], vocab_size: int, files: Mapping[str, Path]) -> set[int]:
     value = generation.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(id) is not int or not 0 <= id < vocab_size for id in ids):
-        raise ModelFileError(file, f"expected ids below {vocab_size}, got {value!r:.60}", where="eos_token_id")
+        raise ModelFileError(
+            files["generation_config.json"],
+            f"expected ids below {vocab_size}, got {value!r:.60}",
+            where="eos_token_id",
+        )
     return set(ids)
 
 
-def _hf_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+def _hf_template(files: Mapping[str, Path], config: Mapping[str, Any]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates: [{"name": ..., "template": ...}]
         by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
