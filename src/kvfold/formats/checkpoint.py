@@ -106,7 +106,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    names = sorted(entry.name for entry in path.iterdir())
+    try:
+        names = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise ModelFileError(path, f"the directory cannot be read: {error.strerror}.") from error
     has_safetensors = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
     # the first shard stands for a split model
     ggufs = [name for name in names if name.endswith(".gguf") and ("-of-" not in name or "-00001-of-" in name)]
