@@ -101,9 +101,7 @@ class Loaded:
         return plan_for(self.model.config, self.settings, new_rows, cached_rows, is_prompt)
 
 
-def plan_for(
-    config: ModelConfig, settings: Settings, new_rows: int, cached_rows: int, is_prompt: bool
-) -> MlaPlan:
+def plan_for(config: ModelConfig, settings: Settings, new_rows: int, cached_rows: int, is_prompt: bool) -> MlaPlan:
     """The plan of one sequence under these settings."""
     return choose(
         config.mla,
@@ -209,5 +207,3 @@ def read_ahead(weights: Weights, progress: Progress | None) -> None:
 
 def _silent(done: int, total: int) -> None:
     """Progress that nobody watches."""
-
-

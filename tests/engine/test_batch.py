@@ -14,9 +14,7 @@ MLA = MlaConfig(4, 16, 8, 16, 32, None, 24**-0.5)
 
 
 def _split(new: int, cached: int, is_prompt: bool) -> MlaPlan:
-    return choose(
-        MLA, new_rows=new, cached_rows=cached, is_prompt=is_prompt, setting=Mla.SPLIT, fa=Fa.AUTO
-    )
+    return choose(MLA, new_rows=new, cached_rows=cached, is_prompt=is_prompt, setting=Mla.SPLIT, fa=Fa.AUTO)
 
 
 def test_mixed_batch_groups_paths_and_keeps_outputs_in_caller_order() -> None:

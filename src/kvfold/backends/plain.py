@@ -33,7 +33,8 @@ Tap = Callable[[str, Tensor], None]
 class PlainBackend:
     """dtype: float32, or bfloat16 (products of bf16 values; norms, softmax, routing and sums over experts in float32).
 
-    tap: called with the name and the value of every op's result.
+    tap: called with the name and the value of every op's result; it may overwrite the value, as a comparison does that
+    replays another engine's expert ids where a router is undecided.
     """
 
     name = "plain"
@@ -140,9 +141,18 @@ class PlainOps:
             return torch.cat([self._decode(t) for t in tensor])
         return self._decode(tensor)
 
+    def _stack(self, name: str) -> tuple[QuantTensor, ...]:
+        """One matrix per expert."""
+        tensor = self._backend.weights[name]
+        assert isinstance(tensor, tuple), name
+        return tensor
+
     def _decode(self, tensor: QuantTensor) -> Tensor:
         out = np.empty((tensor.rows, tensor.cols), np.float32)
-        _native.decode(tensor.type.id, tensor.raw, out, scale=tensor.scale, threads=self._backend.threads)
+        if tensor.scale is None:
+            _native.decode(tensor.type.id, tensor.raw, out, self._backend.threads)
+        else:
+            _native.decode_fp8(tensor.raw, tensor.scale, out, self._backend.threads)
         return torch.from_numpy(out).reshape(tensor.shape)
 
     def _up(self, kv_up: KvUp, mla: MlaConfig) -> tuple[Tensor, Tensor]:
@@ -158,13 +168,9 @@ class PlainOps:
     def embed(self, name: str, table: str) -> Tensor:
         tensor = self._backend.weights[table]
         assert isinstance(tensor, QuantTensor)
-        group = tensor.type.interleaved_rows
-        rows = self._step.token_ids // group  # an interleaved group decodes as a whole
-        picked = tensor.raw.reshape(-1, group * tensor.raw.shape[-1])[rows].reshape(-1, tensor.raw.shape[-1])
-        part = QuantTensor(tensor.name, tensor.type, (len(rows) * group, tensor.cols), np.ascontiguousarray(picked))
-        x = self._decode(part).reshape(len(rows), group, -1)
-        inside = torch.from_numpy(self._step.token_ids % group).long()
-        return self._done(name, x[torch.arange(len(rows)), inside].to(self._dtype))
+        out = np.empty((self._step.num_rows, tensor.cols), np.float32)
+        _native.decode_rows(tensor.type.id, tensor.raw, self._step.token_ids, out)
+        return self._done(name, torch.from_numpy(out).to(self._dtype))
 
     def norm(self, name: str, x: Tensor, weight: str, eps: float) -> Tensor:
         wide = x.float()
@@ -209,6 +215,7 @@ class PlainOps:
         logits = x.float() @ self._matrix(weight).T
         scores = logits.softmax(-1) if moe.scoring is Scoring.SOFTMAX else logits.sigmoid()
         choice = scores if bias is None else scores + self._matrix(bias).reshape(1, -1)
+        self._done(f"{name}.choice", choice)
         if moe.num_groups > 1:
             groups = choice.view(len(x), moe.num_groups, -1)
             if moe.group_score is GroupScore.TOP2_SUM:
@@ -218,12 +225,12 @@ class PlainOps:
             kept = torch.zeros_like(rank, dtype=torch.bool)
             kept.scatter_(1, rank.topk(moe.num_groups_per_tok, dim=-1).indices, True)
             choice = groups.masked_fill(~kept[..., None], refused).view(len(x), -1)
-        ids = choice.topk(moe.num_experts_per_tok, dim=-1).indices
+        ids = self._done(f"{name}.ids", choice.topk(moe.num_experts_per_tok, dim=-1).indices)
         weights = scores.gather(1, ids)
         if moe.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * moe.routed_scaling_factor
-        return self._done(f"{name}.ids", ids), self._done(name, weights)
+        return ids, self._done(name, weights)
 
     def experts(
         self,
@@ -236,9 +243,9 @@ class PlainOps:
         down: str,
         subset: range | None = None,
     ) -> Tensor:
-        stacks = [self._backend.weights[w] for w in (gate, up, down)]
+        stacks = [self._stack(w) for w in (gate, up, down)]
         out = torch.zeros(x.shape, dtype=torch.float32)
-        for expert in ids.unique().tolist():
+        for expert in np.unique(ids.numpy()).tolist():
             if subset is not None and expert not in subset:
                 continue
             rows, choices = (ids == expert).nonzero(as_tuple=True)

@@ -1,0 +1,13 @@
+"""The compiled half of kvfold (csrc/). Arrays are C-contiguous and are never converted: a wrong dtype is a TypeError."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+def decodable_types() -> dict[int, tuple[int, int, int, int]]: ...
+def decode(type_id: int, raw: NDArray[np.uint8], out: NDArray[np.float32], threads: int = 1) -> None: ...
+def decode_rows(
+    type_id: int, raw: NDArray[np.uint8], rows: NDArray[np.int32], out: NDArray[np.float32]
+) -> None: ...
+def decode_fp8(
+    raw: NDArray[np.uint8], scale: NDArray[np.float32], out: NDArray[np.float32], threads: int = 1
+) -> None: ...
