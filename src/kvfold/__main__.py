@@ -1,0 +1,5 @@
+"""`python -m kvfold` is `kvfold`."""
+
+from kvfold.cli.main import main
+
+main()

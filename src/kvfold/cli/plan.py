@@ -1,0 +1,137 @@
+"""`kvfold plan`: what a model will take and which path each phase of its work takes, before it is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvfold.cli.options import (
+    DEFAULT_BATCH_ROWS,
+    DEFAULT_WORKSPACE_BYTES,
+    Backend,
+    BatchRows,
+    CacheTypeOption,
+    Context,
+    Device,
+    Dtype,
+    Fa,
+    Json,
+    Mla,
+    ModelArgument,
+    Threads,
+    Workspace,
+)
+from kvfold.cli.terminal import human_bytes, print_json, print_table, report
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from kvfold.explain import Memory, Phase, PlanReport
+
+
+def plan(
+    model: ModelArgument = None,
+    ctx_size: Context = 0,
+    mla: Mla = "auto",
+    fa: Fa = "auto",
+    cache_type: CacheTypeOption = "f16",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    batch_size: BatchRows = DEFAULT_BATCH_ROWS,
+    workspace: Workspace = DEFAULT_WORKSPACE_BYTES,
+    json: Json = False,
+) -> None:
+    """Says what a model takes and which attention path its work takes.
+
+    Memory by part; path, cost and reason of prompts and of generation; where the paths cross; which backend runs. The
+    model is not loaded.
+    """
+    from kvfold.explain import model_path, plan_report
+    from kvfold.formats.checkpoint import open_checkpoint
+    from kvfold.load import Settings
+
+    settings = Settings.parse(
+        mla=mla,
+        fa=fa,
+        dtype=dtype,
+        cache_type=cache_type,
+        backend=backend,
+        device=device,
+        threads=threads,
+        n_ctx=ctx_size or None,
+        workspace_bytes=workspace,
+    )
+    found = plan_report(open_checkpoint(model_path(model)), settings, batch_rows=batch_size)
+    if json:
+        print_json(found)
+    else:
+        _show(report(), found)
+
+
+def _show(console: Console, found: PlanReport) -> None:
+    config = found.config
+    console.print(f"{found.path}: {config.family}, {config.num_layers} layers, context {found.n_ctx:,} tokens\n")
+    print_table(console, "Memory", ("", ">", ""), _memory(found.memory, found.n_ctx))
+    console.print(f"{_verdict(found.memory)}\n")
+    print_table(
+        console,
+        f"Attention, 10^9 multiply-adds in all layers, prompts in steps of {found.batch_rows:,} rows",
+        ("phase", "path", ">cost", ">standard", ">absorbed", ">decompressed", "reason"),
+        [(p.name, _path(p), _giga(p.macs), *(_giga(macs) for _, macs in p.forced), p.reason) for p in found.phases],
+    )
+    print_table(
+        console,
+        "New rows in a step from which decompressed is cheaper than absorbed",
+        (">cached tokens", ">new rows"),
+        [(f"{c.depth:,}", "never" if c.rows is None else f"{c.rows:,}") for c in found.crossovers],
+    )
+    for name, reasons in found.backend.refused:
+        console.print(f"backend {name} refuses: {', '.join(reasons)}")
+    if found.backend.name:
+        console.print(f"backend {found.backend.name}: {found.backend.reason}")
+    else:
+        console.print(found.backend.reason, style="red")
+    for line in found.info:
+        console.print(f"note: {line}")
+
+
+def _memory(memory: Memory, n_ctx: int) -> Iterator[tuple[str, str, str]]:
+    for part in memory.weights:
+        yield part.part, human_bytes(part.nbytes), ""
+    if memory.cache_bytes == memory.full_cache_bytes:
+        other = f"as latents: {human_bytes(memory.latent_cache_bytes)}"
+    else:
+        other = f"as full K and V: {human_bytes(memory.full_cache_bytes)}"
+    yield f"cache, {n_ctx:,} tokens in {memory.cache_type}", human_bytes(memory.cache_bytes), other
+    yield "workspace", human_bytes(memory.workspace_bytes), ""
+    yield "together", human_bytes(memory.needed_bytes), ""
+
+
+def _verdict(memory: Memory) -> str:
+    if memory.free_bytes is None:
+        return "This system does not tell how much memory is free."
+    free = human_bytes(memory.free_bytes)
+    if memory.fits:
+        return f"Fits: {free} are free."
+    missing = human_bytes(memory.needed_bytes - memory.free_bytes)
+    if memory.cache_bytes + memory.workspace_bytes <= memory.free_bytes:
+        return (
+            f"Does not fit: {free} are free, {missing} are missing. It runs all the same, from the disk: weights that "
+            f"find no room are read again at every step."
+        )
+    return (
+        f"Does not fit: {free} are free, {missing} are missing. The cache alone is too large: choose a smaller -c."
+    )
+
+
+def _path(phase: Phase) -> str:
+    names = [path.name.lower() for path, _ in phase.steps]
+    counts = [f"{count} x " if len(names) > 1 else "" for _, count in phase.steps]
+    return f"{', '.join(map(str.__add__, counts, names))}, {'fused' if phase.fused else 'unfused'}"
+
+
+def _giga(multiply_adds: int) -> str:
+    return f"{multiply_adds / 1e9:,.3g}" if multiply_adds < 1e12 else f"{multiply_adds / 1e9:,.0f}"

@@ -1,0 +1,395 @@
+"""What `kvfold inspect` and `kvfold plan` say, as data: computed here, shown by cli/. Reads headers, never weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvfold.backends.choose import Needs, choose_backend, types_of
+from kvfold.cache.latent import CacheLayout, CacheType
+from kvfold.config import ModelConfig
+from kvfold.errors import KvfoldError
+from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
+from kvfold.formats.gguf import GgufTensor, StringArray, open_gguf
+from kvfold.formats.hub import resolve
+from kvfold.formats.safetensors import HfTensor, open_hf_directory
+from kvfold.load import (
+    Settings,
+    available_memory_bytes,
+    cache_layout,
+    default_context,
+    embedded_model,
+    plan_for,
+)
+from kvfold.mla.plan import Path as AttentionPath
+from kvfold.mla.plan import crossover_rows, multiply_adds
+from kvfold.quant.types import BlockType
+
+LISTED_ITEMS = 8  # of a metadata array; longer ones are described
+PROMPT_ROWS = 512  # the prompt that phases are compared with, as llama-bench's pp512
+CROSSOVER_DEPTHS = (0, 256, 1024, 4096, 16384, 65536)  # cached tokens
+
+
+def model_path(model: str | None) -> Path:
+    """The file or directory of what a user calls a model; None is the embedded one. Raises as formats/hub.py does."""
+    return embedded_model() if model is None else resolve(model)
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as the file names it; shape with the contiguous dimension last."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class TypeUse:
+    """How much of a file is in one tensor type."""
+
+    type: str
+    decodes: bool
+    num_tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """Bytes a token takes in the cache, all layers together."""
+
+    cache_type: str
+    latent_bytes: int
+    full_bytes: int  # per-head keys and values: what mla=0 caches
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file is. Where it is refused, everything up to the refusal is filled in.
+
+    format:  "GGUF" or "safetensors", empty where the file is neither
+    refusal: the sentence that says why it does not load; empty if it does
+    backend: what would run it, and why
+    """
+
+    path: str
+    format: str
+    files: tuple[str, ...]
+    metadata: Mapping[str, object]
+    tensors: tuple[StoredTensor, ...]
+    types: tuple[TypeUse, ...]
+    config: ModelConfig | None
+    kv_layout: str
+    cache: tuple[CacheCost, ...]
+    info: tuple[str, ...]
+    backend: str
+    refusal: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(use.nbytes for use in self.types)
+
+
+def inspect_file(path: Path) -> Inspection:
+    """Everything a header says, and whether kvfold runs it. Raises nothing of ours: a refusal is part of the result."""
+    refusal, checkpoint = "", None
+    try:
+        checkpoint = open_checkpoint(path)
+    except KvfoldError as error:
+        refusal = str(error)
+    try:
+        stored = _stored(path)
+    except KvfoldError as error:
+        stored = _Stored("", (), {}, (), ())
+        refusal = refusal or str(error)
+    config = checkpoint.config if checkpoint else None
+    backend = ""
+    if checkpoint:
+        try:
+            choice = choose_backend("auto", Needs(types_of(checkpoint.tensors.values()), "auto", "auto"))
+            backend = f"{choice.candidate.name}: {choice.reason}"
+        except KvfoldError as error:
+            refusal = str(error)
+    return Inspection(
+        path=str(path),
+        format=stored.format,
+        files=tuple(file.name for file in stored.files),
+        metadata=stored.metadata,
+        tensors=stored.tensors,
+        types=stored.types,
+        config=config,
+        kv_layout=checkpoint.kv_layout.value if checkpoint else "",
+        cache=tuple(cache_costs(config)) if config else (),
+        info=checkpoint.info if checkpoint else (),
+        backend=backend,
+        refusal=refusal,
+    )
+
+
+def cache_costs(config: ModelConfig) -> Iterable[CacheCost]:
+    """Latent against full cache in every number format."""
+    for cache_type in CacheType:
+        yield CacheCost(
+            cache_type.value,
+            CacheLayout.latent(config, cache_type).bytes_per_token,
+            CacheLayout.standard(config, cache_type).bytes_per_token,
+        )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A file's own view of itself, before anyone asks whether it is a model."""
+
+    format: str
+    files: tuple[Path, ...]
+    metadata: Mapping[str, object]
+    tensors: tuple[StoredTensor, ...]
+    types: tuple[TypeUse, ...]
+
+
+def _stored(path: Path) -> _Stored:
+    """A GGUF file, the GGUF file of a directory, or a directory of safetensors."""
+    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if ggufs:
+        file = open_gguf(ggufs[0])
+        metadata = {key: _shown(value) for key, value in file.metadata.items()}
+        return _Stored("GGUF", file.files, metadata, *_tensors(file.tensors.values()))
+    directory = open_hf_directory(path)
+    return _Stored("safetensors", directory.files, dict(directory.config), *_tensors(directory.tensors.values()))
+
+
+def _tensors(
+    tensors: Iterable[GgufTensor | HfTensor],
+) -> tuple[tuple[StoredTensor, ...], tuple[TypeUse, ...]]:
+    listed = []
+    counts: Counter[BlockType] = Counter()
+    sizes: Counter[BlockType] = Counter()
+    for tensor in tensors:
+        scale = tensor.scale if isinstance(tensor, HfTensor) else None
+        nbytes = tensor.raw.nbytes + (0 if scale is None else scale.nbytes)
+        listed.append(
+            StoredTensor(tensor.name, tensor.type.name, tensor.shape, nbytes, tensor.file.name, tensor.offset)
+        )
+        counts[tensor.type] += 1
+        sizes[tensor.type] += nbytes
+    uses = (TypeUse(type.name, type.decodes, counts[type], nbytes) for type, nbytes in sizes.most_common())
+    return tuple(listed), tuple(uses)
+
+
+def _shown(value: object) -> object:
+    """A metadata value as JSON can hold it; long arrays are described."""
+    if isinstance(value, StringArray):
+        return value[:] if len(value) <= LISTED_ITEMS else f"array of {len(value)} strings"
+    if isinstance(value, np.ndarray):
+        return value.tolist() if value.size <= LISTED_ITEMS else f"array of {value.size} {value.dtype.name}"
+    return value
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryPart:
+    part: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a loaded model takes, and whether that is there.
+
+    latent_cache, full_cache: bytes of n_ctx tokens as latents, and as per-head keys and values (mla=0)
+    cache_bytes: of the cache these settings choose
+    free_bytes:  memory available now; None where the system does not tell
+    """
+
+    weights: tuple[MemoryPart, ...]
+    cache_type: str
+    latent_cache_bytes: int
+    full_cache_bytes: int
+    cache_bytes: int
+    workspace_bytes: int
+    free_bytes: int | None
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(part.nbytes for part in self.weights)
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes + self.workspace_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.free_bytes is None else self.needed_bytes <= self.free_bytes
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of work under the plan. Multiply-adds are attention and up-projections, all layers, all steps.
+
+    steps:  (path, number of steps that take it); a long prompt is run in steps of batch_rows
+    fused:  online softmax
+    macs:   of the paths taken
+    forced: of each path, taken in every step
+    reason: the plan's, for the last step
+    """
+
+    name: str
+    new_rows: int
+    cached_rows: int
+    steps: tuple[tuple[AttentionPath, int], ...]
+    fused: bool
+    macs: int
+    forced: tuple[tuple[AttentionPath, int], ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """From `rows` new rows on, decompressed is the cheaper path over `depth` cached ones; None: never below 2^20."""
+
+    depth: int
+    rows: int | None
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """name is empty where no backend can run the model; `reason` then says why."""
+
+    name: str
+    reason: str
+    refused: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    path: str
+    config: ModelConfig
+    n_ctx: int
+    batch_rows: int
+    memory: Memory
+    phases: tuple[Phase, ...]
+    crossovers: tuple[Crossover, ...]
+    backend: BackendReport
+    info: tuple[str, ...]
+
+
+def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int) -> PlanReport:
+    """Memory, backend and attention of a model under these settings, without loading it."""
+    config = checkpoint.config
+    n_ctx = settings.n_ctx or default_context(config, cache_layout(config, settings))
+    prompt = min(PROMPT_ROWS, n_ctx)
+    half = n_ctx // 2
+    kinds = (
+        (f"prompt of {prompt:,}", prompt, 0, True),
+        (f"prompt of {min(prompt, n_ctx - half):,} at {half:,}", min(prompt, n_ctx - half), half, True),
+        (f"prompt of {n_ctx:,}", n_ctx, 0, True),
+        (f"generation at {n_ctx - 1:,}", 1, n_ctx - 1, False),
+    )
+    return PlanReport(
+        path=str(checkpoint.path),
+        config=config,
+        n_ctx=n_ctx,
+        batch_rows=batch_rows,
+        memory=memory_of(checkpoint, settings, n_ctx),
+        phases=tuple(
+            phase(name, config, settings, new, cached, is_prompt=is_prompt, batch_rows=batch_rows)
+            for name, new, cached, is_prompt in kinds
+        ),
+        crossovers=tuple(
+            Crossover(depth, crossover_rows(config.mla, depth)) for depth in CROSSOVER_DEPTHS if depth < n_ctx
+        ),
+        backend=_backend(checkpoint, settings),
+        info=checkpoint.info,
+    )
+
+
+def memory_of(checkpoint: Checkpoint, settings: Settings, n_ctx: int) -> Memory:
+    config = checkpoint.config
+    sizes = dict.fromkeys(_GROUPS, 0)
+    for name, tensor in checkpoint.tensors.items():
+        sizes[weight_group(name)] += sum(part.nbytes for part in matrices(tensor))
+    return Memory(
+        weights=tuple(MemoryPart(part, nbytes) for part, nbytes in sizes.items() if nbytes),
+        cache_type=settings.cache_type.value,
+        latent_cache_bytes=n_ctx * CacheLayout.latent(config, settings.cache_type).bytes_per_token,
+        full_cache_bytes=n_ctx * CacheLayout.standard(config, settings.cache_type).bytes_per_token,
+        cache_bytes=n_ctx * cache_layout(config, settings).bytes_per_token,
+        workspace_bytes=settings.workspace_bytes,
+        free_bytes=available_memory_bytes(),
+    )
+
+
+_GROUPS = (
+    "embedding and head",
+    "attention",
+    "dense layers",
+    "routed experts",
+    "shared experts",
+    "norms and routers",
+)
+
+
+def weight_group(name: str) -> str:
+    """The part of the model that a tensor belongs to, by its canonical name."""
+    stem = name.split(".")[-2]
+    if stem in ("token_embd", "output"):
+        return "embedding and head"
+    if stem.endswith("norm") or stem in ("ffn_gate_inp", "exp_probs_b"):
+        return "norms and routers"
+    if stem.startswith("attn_"):
+        return "attention"
+    if stem.endswith("_exps"):
+        return "routed experts"
+    return "shared experts" if stem.endswith("_shexp") else "dense layers"
+
+
+def phase(
+    name: str,
+    config: ModelConfig,
+    settings: Settings,
+    new_rows: int,
+    cached_rows: int,
+    *,
+    is_prompt: bool,
+    batch_rows: int,
+) -> Phase:
+    """What the plan does with `new_rows` rows of one sequence over `cached_rows` cached ones."""
+    windows = [(min(batch_rows, new_rows - start), cached_rows + start) for start in range(0, new_rows, batch_rows)]
+    plans = [plan_for(config, settings, rows, cached, is_prompt) for rows, cached in windows]
+
+    def macs(paths: Iterator[AttentionPath]) -> int:
+        pairs = zip(paths, windows, strict=True)
+        return config.num_layers * sum(multiply_adds(path, config.mla, *window) for path, window in pairs)
+
+    return Phase(
+        name=name,
+        new_rows=new_rows,
+        cached_rows=cached_rows,
+        steps=tuple(Counter(plan.path for plan in plans).items()),
+        fused=plans[-1].fused,
+        macs=macs(plan.path for plan in plans),
+        forced=tuple((path, macs(path for _ in windows)) for path in AttentionPath),
+        reason=plans[-1].reason,
+    )
+
+
+def _backend(checkpoint: Checkpoint, settings: Settings) -> BackendReport:
+    needs = Needs(types_of(checkpoint.tensors.values()), settings.dtype, settings.device)
+    try:
+        choice = choose_backend(settings.backend, needs)
+    except KvfoldError as error:
+        return BackendReport("", str(error), ())
+    return BackendReport(choice.candidate.name, choice.reason, choice.refused)

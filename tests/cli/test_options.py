@@ -1,0 +1,178 @@
+"""Options: sizes, environment variables, llama.cpp's spellings, defaults equal to the engine's."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import typer
+
+from kit.command_line import Kvfold
+from kvfold.cli.later import LATER_FLAGS, LATER_VERBS
+from kvfold.cli.main import app
+from kvfold.cli.options import DEFAULT_BATCH_ROWS, DEFAULT_WORKSPACE_BYTES, parse_limit, parse_size
+from kvfold.cli.run import run
+from kvfold.engine.sampler import SamplingParams
+from kvfold.llm import DEFAULT_BATCH_ROWS as LLM_BATCH_ROWS
+from kvfold.llm import LLM
+from kvfold.load import DEFAULT_WORKSPACE_BYTES as LOAD_WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", 0), ("4096", 4096), ("32K", 32768), ("32k", 32768), ("1M", 1 << 20), ("2G", 2 << 30)]
+)
+def test_sizes_take_binary_suffixes(text: str, value: int) -> None:
+    assert parse_size(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "K", "-1", "1.5K", "32KB", "1T", "0x10", "1 K"])
+def test_anything_else_is_no_size(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="32K"):
+        parse_size(text)
+
+
+def test_minus_one_is_no_limit() -> None:
+    assert parse_limit("-1") == -1
+    with pytest.raises(typer.BadParameter):
+        parse_limit("-2")
+
+
+def commands() -> dict[str, Any]:
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def shown_options(name: str) -> list[Any]:
+    return [
+        p for p in commands()[name].params if p.param_type_name == "option" and not p.hidden and p.name != "help"
+    ]
+
+
+@pytest.mark.parametrize("verb", ["run", "inspect", "plan", "synth"])
+def test_every_flag_has_its_own_environment_variable_and_help(verb: str) -> None:
+    options = shown_options(verb)
+    variables = [option.envvar for option in options]
+    assert all(variable.startswith("KVFOLD_") for variable in variables)
+    assert len(set(variables)) == len(variables)
+    assert all(option.help for option in options)
+
+
+def test_the_same_flag_means_the_same_everywhere() -> None:
+    by_variable: dict[str, set[tuple[str, ...]]] = {}
+    for verb in ("run", "inspect", "plan", "synth"):
+        for option in shown_options(verb):
+            by_variable.setdefault(option.envvar, set()).add(tuple(option.opts))
+    assert {variable: spellings for variable, spellings in by_variable.items() if len(spellings) > 1} == {}
+
+
+def test_help_shows_defaults_and_variables(kvfold: Kvfold) -> None:
+    done = kvfold("run", "--help")
+    assert done.code == 0
+    text = " ".join(done.out.split())
+    for shown in (
+        "KVFOLD_CTX_SIZE",
+        "KVFOLD_TEMP; default: 0.8",
+        "KVFOLD_WORKSPACE; default: (256M)",
+        "-ctk",
+        "-mla",
+    ):
+        assert shown in text, shown
+
+
+def test_defaults_are_the_engines() -> None:
+    ours = {name: p.default for name, p in inspect.signature(run).parameters.items()}
+    for field in fields(SamplingParams):
+        if field.name in ours and field.name != "stop":
+            assert ours[field.name] == field.default, field.name
+    assert DEFAULT_BATCH_ROWS == LLM_BATCH_ROWS
+    assert DEFAULT_WORKSPACE_BYTES == LOAD_WORKSPACE_BYTES
+    engine = {name: p.default for name, p in inspect.signature(LLM).parameters.items()}
+    for name in ("mla", "fa", "dtype", "cache_type", "backend", "device", "threads"):
+        assert ours[name] == engine[name], name
+
+
+def test_every_sampling_setting_but_the_bias_has_a_flag() -> None:
+    settings = {field.name for field in fields(SamplingParams)} - {"max_tokens", "logit_bias"}
+    assert settings <= set(inspect.signature(run).parameters)
+
+
+# --- later work ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+@pytest.mark.parametrize("flag", LATER_FLAGS, ids=lambda flag: flag.names[0])
+def test_flags_of_later_work_are_answered_by_a_sentence(kvfold: Kvfold, verb: str, flag: Any) -> None:
+    for name in flag.names:
+        values = ["x"] if flag.takes_value else []
+        done = kvfold(
+            verb, name, *values, "-n" if verb == "run" else "-b", "0", "/no/such/model.gguf", "text", "more"
+        )
+        assert (done.code, done.out) == (1, ""), name
+        assert done.err == f"kvfold: {flag.names[0]} is not there yet. Today: {flag.today}.\n", name
+
+
+def test_fmoe_is_taken_with_a_value_as_well(kvfold: Kvfold) -> None:
+    assert kvfold("run", "-fmoe", "1", "-p", "text").err.startswith("kvfold: -fmoe is not there yet.")
+
+
+@pytest.mark.parametrize("verb", sorted(LATER_VERBS))
+def test_verbs_of_later_work_are_answered_by_a_sentence(kvfold: Kvfold, verb: str) -> None:
+    for arguments in ([], ["model.gguf", "--port", "80", "-x"], ["--help"]):
+        done = kvfold(verb, *arguments)
+        assert (done.code, done.out) == (1, "")
+        assert done.err == f"kvfold: `kvfold {verb}` is not there yet. Today: {LATER_VERBS[verb]}.\n"
+
+
+def test_no_flag_of_later_work_hides_one_that_works() -> None:
+    works = {spelling for verb in ("run", "plan") for option in shown_options(verb) for spelling in option.opts}
+    later = [name for flag in LATER_FLAGS for name in flag.names]
+    assert not works & set(later)
+    assert len(later) == len(set(later))
+    assert not set(LATER_VERBS) & {"run", "inspect", "plan", "synth"}
+
+
+# --- exit codes ------------------------------------------------------------------------------------------------------
+
+
+def test_version_and_no_arguments(kvfold: Kvfold) -> None:
+    import kvfold as package
+
+    assert kvfold("--version").out == f"kvfold {package.__version__}\n"
+    shown = kvfold()
+    assert "inspect" in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--bogus"], ["run", "--bogus"], ["nosuchverb"], ["run", "-t", "many", "text"]]
+)
+def test_a_wrong_command_line_is_exit_code_2(kvfold: Kvfold, arguments: list[str]) -> None:
+    done = kvfold(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert "Error" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "/no/such.gguf", "text"], "kvfold: /no/such.gguf: "),
+        (["run", "--top-p", "2", "text"], "kvfold: top_p is 2.0; allowed: "),
+        (["run", "-mla", "4", "text"], "kvfold: mla=4: allowed are auto, 0, 1, 2, 3."),
+        (["run", "--device", "cuda", "text"], "kvfold: The cuda backend is not there yet"),
+        (["plan", "-ctk", "q8_0"], "kvfold: cache_type=q8_0: allowed are f32, f16, bf16."),
+        (["synth", "llama", "x.gguf"], "kvfold: llama: there is no such shape"),
+    ],
+)
+def test_a_known_error_is_one_sentence_and_exit_code_1(kvfold: Kvfold, arguments: list[str], sentence: str) -> None:
+    done = kvfold(*arguments)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(sentence)
+    assert done.err.count("\n") == 1
+
+
+def test_debug_shows_where_a_sentence_comes_from(kvfold: Kvfold, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvfold.errors import SettingError
+
+    monkeypatch.setenv("KVFOLD_DEBUG", "1")
+    with pytest.raises(SettingError, match="no such shape"):
+        kvfold("synth", "llama", "x.gguf")

@@ -1,0 +1,134 @@
+"""`kvfold inspect`, `plan` and `synth`: what they print, in words and as JSON. Figures are tests/test_explain.py's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kit.command_line import Kvfold
+from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
+from kvfold.formats.synthetic import SHAPES
+
+
+def test_inspect_says_dimensions_cache_types_and_verdict(kvfold: Kvfold, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    assert kvfold("synth", "tiny", file).code == 0
+    done = kvfold("inspect", file)
+    assert (done.code, done.err) == (0, "")
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    assert lines[0] == f"{file}: GGUF, 1 file, 34 tensors, 2.67 MiB"
+    for line in (
+        "general.architecture deepseek2",
+        "family deepseek-v3",
+        "experts 2 of 8, from 2 of 4 groups, sigmoid scores",
+        "heads 4, key 128 nope + 64 rope, value 128",
+        "latent 512 (kv_lora_rank) + 64 (rope) = 576 numbers a token and layer",
+        "type latent full K and V ratio",
+        "f16 2,304 5,120 2.2",
+        "IQ4_NL 22 2.44 MiB",
+    ):
+        assert line in lines, line
+    assert lines[-1].startswith("loads, backend ")
+    assert not any(line.startswith("blk.") for line in lines)
+
+    listed = kvfold("inspect", file, "--tensors").out
+    assert sum(line.startswith(("blk.", "token_embd", "output")) for line in listed.splitlines()) == 34
+
+
+def test_inspect_as_json(kvfold: Kvfold, tmp_path: Path) -> None:
+    directory = write_hf_dir(tiny_model("v2-lite"), tmp_path / "hf", dtype="bfloat16")
+    found = json.loads(kvfold("inspect", "--json", directory).out)
+    assert (found["format"], found["refusal"], found["tensors"]) == ("safetensors", "", [])
+    assert found["config"]["mla"]["latent_dim"] == 48
+    assert found["cache"][0] == {"cache_type": "f32", "latent_bytes": 3 * 48 * 4, "full_bytes": 3 * 4 * 80 * 4}
+    assert found["nbytes"] == sum(use["nbytes"] for use in found["types"])
+    tensors = json.loads(kvfold("inspect", "--json", "--tensors", directory).out)["tensors"]
+    assert {"name", "type", "shape", "nbytes", "file", "offset"} == set(tensors[0])
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_inspect_of_a_refused_file_is_exit_code_1_and_the_reason(
+    kvfold: Kvfold, tmp_path: Path, as_json: bool
+) -> None:
+    refused = {
+        write_gguf(tiny_model("v3"), tmp_path / "llama.gguf", architecture="llama"): "'llama'",
+        tmp_path / "broken.gguf": "GGUF",
+        tmp_path / "model.bin": "pickle",
+    }
+    for file, reason in refused.items():
+        if not file.exists():
+            file.write_bytes(b"no model at all")
+        done = kvfold("inspect", file, *["--json"] * as_json)
+        assert (done.code, done.err) == (1, "")
+        said = json.loads(done.out)["refusal"] if as_json else done.out.splitlines()[-1]
+        assert reason in said and str(file) in said
+
+
+def test_what_is_not_there_cannot_be_inspected(kvfold: Kvfold) -> None:
+    done = kvfold("inspect", "/no/such.gguf")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("kvfold: /no/such.gguf: there is no such file")
+
+
+def test_plan_says_memory_phases_crossovers_and_backend(kvfold: Kvfold, tiny_gguf: Path) -> None:
+    done = kvfold("plan", tiny_gguf, "-c", "2K", "--workspace", "64M")
+    assert (done.code, done.err) == (0, "")
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    assert lines[0] == f"{tiny_gguf}: deepseek-v3, 3 layers, context 2,048 tokens"
+    assert "workspace 64 MiB" in lines
+    assert any(line.startswith("Fits: ") for line in lines)
+    for start in (
+        "routed experts ",
+        "cache, 2,048 tokens in f16 ",
+        "prompt of 512 at 1,024 ",
+        "generation at 2,047 ",
+    ):
+        assert any(line.startswith(start) for line in lines), start
+    assert any("absorbed, fused" in line and "costs" in line for line in lines)
+    assert lines[-1].startswith("backend ")
+
+
+def test_plan_says_what_a_setting_changes(kvfold: Kvfold, tiny_gguf: Path) -> None:
+    def phases(*arguments: str) -> list[list[object]]:
+        report = json.loads(kvfold("plan", tiny_gguf, "-c", "3000", "--json", *arguments).out)
+        return [phase["steps"] for phase in report["phases"]]
+
+    assert phases("-mla", "1") == [[["absorbed", 1]], [["absorbed", 1]], [["absorbed", 2]], [["absorbed", 1]]]
+    assert phases("-mla", "2", "-b", "1K")[2] == [["decompressed", 3]]
+    assert phases("-mla", "0")[3] == [["standard", 1]]
+
+
+def test_plan_says_when_nothing_fits_and_nothing_runs(
+    kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvfold.explain.available_memory_bytes", lambda: 70 << 20)
+    shown = kvfold(
+        "plan", tiny_gguf, "-c", "100K", "--workspace", "1M", "--backend", "native", "--dtype", "bfloat16"
+    )
+    assert shown.code == 0
+    assert "The cache alone is too large" not in shown.out
+    monkeypatch.setattr("kvfold.explain.available_memory_bytes", lambda: 2 << 20)
+    assert (
+        "Does not fit" in (out := kvfold("plan", tiny_gguf, "-c", "1M").out)
+        and "The cache alone is too large" in out
+    )
+    assert "float32 only" in shown.out
+
+
+def test_synth_writes_what_inspect_reads(kvfold: Kvfold, tmp_path: Path) -> None:
+    file = tmp_path / "one-layer.gguf"
+    done = kvfold("synth", "tiny", file, "--layers", "1", "--type", "q8_0", "--legacy-kv-b", "--seed", "7")
+    assert (done.code, done.out) == (0, "")
+    assert done.err.startswith(f"{file}: 1 layers, ")
+    found = json.loads(kvfold("inspect", "--json", file).out)
+    assert (found["refusal"], found["kv_layout"]) == ("", "kv_b")
+    assert found["types"][0]["type"] == "Q8_0"
+    again = kvfold("synth", "tiny", file)
+    assert again.code == 1 and "exists already" in again.err
+
+
+def test_synth_help_names_every_shape(kvfold: Kvfold) -> None:
+    text = " ".join(kvfold("synth", "--help").out.split())
+    assert all(shape in text for shape in SHAPES)

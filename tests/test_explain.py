@@ -1,0 +1,189 @@
+"""What inspect and plan report: figures that follow from the published shapes, from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
+from kvfold.explain import inspect_file, phase, plan_report, weight_group
+from kvfold.formats.checkpoint import open_checkpoint
+from kvfold.formats.synthetic import SHAPES, shape_with_layers, synthesize
+from kvfold.formats.tensor_names import KvLayout, expected_tensors
+from kvfold.load import Settings
+from kvfold.mla.plan import Path as AttentionPath
+from kvfold.mla.plan import choose, multiply_adds
+
+
+@pytest.fixture(scope="module")
+def synth_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("explain") / "tiny.gguf"
+    synthesize(SHAPES["tiny"], file)
+    return file
+
+
+def test_a_gguf_file_shows_metadata_types_and_cache(synth_gguf: Path) -> None:
+    found = inspect_file(synth_gguf)
+    assert (found.refusal, found.format, found.kv_layout) == ("", "GGUF", "k_b+v_b")
+    assert found.metadata["general.architecture"] == "deepseek2"
+    assert found.metadata["tokenizer.ggml.tokens"] == "array of 1024 strings"
+    assert {use.type for use in found.types} == {"IQ4_NL", "Q6_K", "F32"}
+    assert sum(use.num_tensors for use in found.types) == len(found.tensors)
+    assert sum(tensor.nbytes for tensor in found.tensors) == found.nbytes == open_checkpoint(synth_gguf).nbytes
+    # 2 layers: 576 numbers as latents, 4 heads of 192 + 128 as keys and values
+    assert [(c.cache_type, c.latent_bytes, c.full_bytes) for c in found.cache] == [
+        ("f32", 4608, 10240),
+        ("f16", 2304, 5120),
+        ("bf16", 2304, 5120),
+    ]
+    assert found.backend
+
+
+def test_a_directory_shows_the_same_model(tmp_path: Path) -> None:
+    directory = write_hf_dir(tiny_model("v3"), tmp_path / "hf", dtype="float8_e4m3fn", shards=2)
+    found = inspect_file(directory)
+    assert (found.refusal, found.format, found.kv_layout) == ("", "safetensors", "kv_b")
+    assert len(found.files) == 2
+    assert found.metadata["model_type"] == "deepseek_v3"
+    assert {use.type for use in found.types} == {"F8_E4M3", "BF16", "F32"}
+    assert found.nbytes == open_checkpoint(directory).nbytes
+    assert found.config == tiny_model("v3").model_config
+
+
+def test_a_directory_around_one_gguf_file_is_that_file(tmp_path: Path) -> None:
+    write_gguf(tiny_model("v3"), tmp_path / "one.gguf")
+    assert inspect_file(tmp_path).tensors == inspect_file(tmp_path / "one.gguf").tensors
+
+
+def test_spare_tensors_are_noted(tmp_path: Path) -> None:
+    found = inspect_file(write_gguf(tiny_model("v3"), tmp_path / "both.gguf", include_both=True))
+    assert found.refusal == ""
+    assert any("attn_kv_b" in line for line in found.info)
+
+
+def test_a_refused_model_shows_everything_up_to_the_refusal(tmp_path: Path) -> None:
+    file = write_gguf(tiny_model("v3"), tmp_path / "llama.gguf", architecture="llama")
+    found = inspect_file(file)
+    assert "general.architecture is 'llama'" in found.refusal
+    assert found.metadata["general.architecture"] == "llama"
+    assert (found.config, found.cache) == (None, ())
+    assert found.types
+
+    tensors = {"blk.1.ffn_norm.weight": None}
+    incomplete = write_gguf(tiny_model("v3"), tmp_path / "incomplete.gguf", tensors=tensors)
+    found = inspect_file(incomplete)
+    assert "missing: blk.1.ffn_norm.weight" in found.refusal
+    assert len(found.tensors) == len(inspect_file(file).tensors) - 1
+
+
+def test_a_broken_file_is_refused_with_its_reason(tmp_path: Path, synth_gguf: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(synth_gguf.read_bytes()[:5000])
+    found = inspect_file(broken)
+    assert str(broken) in found.refusal and "truncated" in found.refusal
+    assert (found.format, found.metadata, found.tensors) == ("", {}, ())
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def settings(**chosen: object) -> Settings:
+    return Settings.parse(**chosen)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+@pytest.mark.parametrize("layout", list(KvLayout))
+def test_every_tensor_of_every_shape_has_its_group(shape: str, layout: KvLayout) -> None:
+    config = SHAPES[shape]
+    groups: dict[str, int] = {}
+    for spec in expected_tensors(config, layout):
+        size = 1
+        for dim in spec.shape:
+            size *= dim
+        groups[weight_group(spec.name)] = groups.get(weight_group(spec.name), 0) + size
+    moe = config.moe
+    assert moe is not None
+    moe_layers = config.num_layers - config.num_dense_layers
+    hidden = config.hidden_size
+    assert groups["embedding and head"] == 2 * config.vocab_size * hidden
+    assert groups["dense layers"] == config.num_dense_layers * 3 * hidden * config.intermediate_size
+    assert groups["shared experts"] == moe_layers * 3 * hidden * moe.shared_intermediate_size
+    assert groups["routed experts"] == moe_layers * 3 * hidden * moe.num_experts * moe.expert_intermediate_size
+    assert groups["norms and routers"] < groups["attention"]
+
+
+def test_memory_adds_up_and_follows_the_settings(synth_gguf: Path) -> None:
+    checkpoint = open_checkpoint(synth_gguf)
+    latent = plan_report(checkpoint, settings(n_ctx=1000, workspace_bytes=5 << 20), batch_rows=512).memory
+    assert latent.weight_bytes == checkpoint.nbytes
+    assert (latent.latent_cache_bytes, latent.full_cache_bytes) == (2_304_000, 5_120_000)
+    assert latent.cache_bytes == latent.latent_cache_bytes
+    assert latent.needed_bytes == checkpoint.nbytes + 2_304_000 + (5 << 20)
+    full = plan_report(checkpoint, settings(n_ctx=1000, mla=0, cache_type="f32"), batch_rows=512).memory
+    assert full.cache_bytes == full.full_cache_bytes == 10_240_000
+
+
+def test_whether_it_fits_is_a_comparison_with_free_memory(
+    synth_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(synth_gguf)
+    for free, fits in ((1 << 40, True), (1 << 20, False), (None, None)):
+        monkeypatch.setattr("kvfold.explain.available_memory_bytes", lambda free=free: free)
+        assert plan_report(checkpoint, settings(n_ctx=64), batch_rows=512).memory.fits is fits
+
+
+def test_phases_count_every_step_of_every_layer() -> None:
+    config = SHAPES["deepseek-v3"]
+    found = phase("", config, settings(), 5000, 100, is_prompt=True, batch_rows=2048)
+    windows = [(2048, 100), (2048, 2148), (904, 4196)]
+    assert found.steps == ((AttentionPath.DECOMPRESSED, 3),)
+    for path, macs in found.forced:
+        assert macs == 61 * sum(multiply_adds(path, config.mla, *window) for window in windows)
+    assert found.macs == dict(found.forced)[AttentionPath.DECOMPRESSED]
+    assert found.reason == choose(config.mla, new_rows=904, cached_rows=4196, is_prompt=True).reason
+
+
+def test_a_phase_may_change_its_path_between_steps() -> None:
+    config = SHAPES["deepseek-v3"]
+    found = phase("", config, settings(), 2048 + 100, 0, is_prompt=True, batch_rows=2048)
+    assert found.steps == ((AttentionPath.DECOMPRESSED, 1), (AttentionPath.ABSORBED, 1))
+    assert found.macs < min(macs for path, macs in found.forced if path is not AttentionPath.STANDARD)
+
+
+def test_a_v3_file_of_two_layers_plans_as_the_paper_counts(tmp_path: Path) -> None:
+    """Without its 4 GB: the vocabulary and the experts are cut, which attention does not see."""
+    whole = shape_with_layers(SHAPES["deepseek-v3"], 2)
+    assert whole.moe is not None
+    moe = replace(whole.moe, num_experts=8, num_groups=4, num_groups_per_tok=2, num_experts_per_tok=2)
+    config = replace(
+        whole,
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=256,
+        moe=replace(moe, expert_intermediate_size=256, shared_intermediate_size=256),
+    )
+    file = tmp_path / "v3.gguf"
+    synthesize(config, file, legacy_kv_b=True)
+    report = plan_report(open_checkpoint(file), settings(n_ctx=163840), batch_rows=2048)
+    assert report.memory.latent_cache_bytes == 163840 * 2 * 576 * 2
+    assert [(c.depth, c.rows) for c in report.crossovers][:3] == [(0, 1), (256, 135), (1024, 159)]
+    first, half, whole_context, generation = report.phases
+    assert (first.new_rows, half.cached_rows, whole_context.new_rows) == (512, 81920, 163840)
+    assert generation.steps == ((AttentionPath.ABSORBED, 1),)
+    # one row over 163,840 keys: 128 heads x (576 + 512) a key, and folding and unfolding 131,072 each head
+    assert generation.macs == 2 * 128 * (163840 * 1088 + 131072)
+    assert whole_context.steps == ((AttentionPath.DECOMPRESSED, 80),)
+    assert report.backend.name
+
+
+def test_a_context_of_one_token_has_a_plan(synth_gguf: Path) -> None:
+    report = plan_report(open_checkpoint(synth_gguf), settings(n_ctx=1), batch_rows=2048)
+    assert [p.new_rows for p in report.phases] == [1, 1, 1, 1]
+
+
+def test_a_backend_that_cannot_run_is_part_of_the_report(synth_gguf: Path) -> None:
+    report = plan_report(open_checkpoint(synth_gguf), settings(backend="native", dtype="bfloat16"), batch_rows=64)
+    assert report.backend.name == ""
+    assert "float32 only" in report.backend.reason
