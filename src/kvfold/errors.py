@@ -54,3 +54,11 @@ class NotYet(KvfoldError):
 
 class Cancelled(KvfoldError):
     """The step was stopped at a layer cut because its caller asked for it."""
+
+
+class NumericsError(KvfoldError):
+    """The model computed NaN or infinity; only the request it happened in fails."""
+
+
+class TemplateError(KvfoldError):
+    """A chat template that raised, never ended, or asked for too much; the sentence says which."""
