@@ -154,7 +154,7 @@ class Stream(Iterator[str]):
         self._pieces: list[str] = []
         self._flushed = False
         prompt_ids = llm._prompt_ids(prompt)
-        sampler = Sampler(params, llm.vocab_size)
+        sampler = Sampler(params, llm.vocab_size, llm.tokenizer.eos_ids)
         end_ids = frozenset() if params.ignore_eos else llm.tokenizer.eos_ids
         # The context bounds a completion; a prompt that leaves no room is refused by the scheduler's sentence.
         room = llm.loaded.n_ctx - len(prompt_ids)

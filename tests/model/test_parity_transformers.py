@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from kit.harness import Harness, close
+from kit.routing import Undecided
 from kit.tiny_models import CONFIGS, hf_model, write_hf_dir
-from kvfold.config import GroupScore, MoeConfig, Scoring
 from kvfold.engine.batch import Work
 
 FAMILIES = tuple(CONFIGS)
@@ -25,48 +25,6 @@ PROMPT_LENGTHS = (17, 300)
 
 def _prompt(length: int, seed: int, vocab: int) -> list[int]:
     return [int(i) for i in np.random.default_rng([seed, length]).integers(0, vocab, length)]
-
-
-class _Undecided:
-    """A tap: finds the positions where a routing decision is closer than 1e-5 and replays the reference there.
-
-    The distance is that between the last expert (or group) taken and the first left, in router logits where scores are
-    a softmax of them, else in scores with their bias.
-    """
-
-    def __init__(self, moe: MoeConfig, reference_ids: list[torch.Tensor]) -> None:
-        self._moe = moe
-        self._reference_ids = iter(reference_ids)  # one [T, k] per MoE layer
-        self._here = torch.zeros(len(reference_ids[0]), dtype=torch.bool)
-        self.positions = torch.zeros(len(reference_ids[0]), dtype=torch.bool)
-
-    def __call__(self, name: str, value: torch.Tensor) -> None:
-        if name.endswith(".route.choice"):
-            self._here = self._undecided(value)
-            self.positions |= self._here
-        elif name.endswith(".route.ids"):
-            value[self._here] = next(self._reference_ids)[self._here]
-
-    def _undecided(self, choice: torch.Tensor) -> torch.Tensor:
-        moe = self._moe
-        scores = choice.log() if moe.scoring is Scoring.SOFTMAX else choice
-        groups = scores.view(len(scores), moe.num_groups, -1)
-        close_groups = torch.zeros(len(scores), dtype=torch.bool)
-        if moe.num_groups > 1:
-            top2 = moe.group_score is GroupScore.TOP2_SUM
-            rank = groups.topk(2).values.sum(-1) if top2 else groups.amax(-1)
-            close_groups = _margin(rank, moe.num_groups_per_tok) < 1e-5
-            kept = rank.topk(moe.num_groups_per_tok).indices
-            scores = groups.gather(1, kept[..., None].expand(-1, -1, groups.shape[-1])).flatten(1)
-        return close_groups | (_margin(scores, moe.num_experts_per_tok) < 1e-5)
-
-
-def _margin(scores: torch.Tensor, taken: int) -> torch.Tensor:
-    """Between the last taken and the first left; infinite where all are taken."""
-    if scores.shape[-1] == taken:
-        return torch.full(scores.shape[:1], float("inf"))
-    ordered = scores.sort(-1, descending=True).values
-    return ordered[:, taken - 1] - ordered[:, taken]
 
 
 def _with_expert_ids(model: Any, ids: list[int]) -> tuple[Any, list[torch.Tensor]]:
@@ -91,7 +49,7 @@ def _check(family: str, seed: int, tmp_path: Path) -> tuple[int, int]:
     for length in PROMPT_LENGTHS:
         ids = _prompt(length, seed, config.vocab_size)
         expected, expert_ids = _with_expert_ids(model, ids)
-        undecided = _Undecided(config.moe, expert_ids)
+        undecided = Undecided(config.moe, 1e-5, expert_ids)
         harness.tap(undecided)
         sequence = harness.sequence()
         (actual,) = harness.step([Work(sequence, ids, is_prompt=True, outputs=length)])

@@ -43,7 +43,10 @@ class QuantTensor:
         return self.raw.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def row_slice(self, start: int, stop: int) -> QuantTensor:
-        """Rows [start, stop) without copying. Only without a scale, or at multiples of its 128 rows."""
+        """Rows [start, stop) without copying: whole groups of an interleaved type, and from a multiple of 128 with a
+        scale."""
+        group = self.type.interleaved_rows
+        assert start % group == 0 and stop % group == 0, "interleaved rows come in whole groups"
         scale = self.scale
         if scale is not None:
             assert start % 128 == 0, "fp8 block scales cover 128 rows"
