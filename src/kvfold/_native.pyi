@@ -11,3 +11,54 @@ def decode_rows(
 def decode_fp8(
     raw: NDArray[np.uint8], scale: NDArray[np.float32], out: NDArray[np.float32], threads: int = 1
 ) -> None: ...
+
+def tile_isa() -> str: ...
+
+# Fields of model/program.py in their order: (buffer, start, width), (width, domain, first, last), (kind, name, inputs,
+# outputs, weights, ints, floats), (name, ops, buffers, x_out, outputs).
+_Value = tuple[int, int, int]
+_Buffer = tuple[int, int, int, int]
+_Op = tuple[str, str, list[_Value], list[_Value], list[int], list[int], list[float]]
+_Segment = tuple[str, list[_Op], list[_Buffer], _Value | None, list[tuple[str, _Value]]]
+_Part = tuple[NDArray[np.uint8], NDArray[np.float32] | None]  # rows and fp8 scale
+
+class Program:
+    """Wrong arrays, and parts that do not fit each other, are a ValueError."""
+
+    def __init__(
+        self,
+        segments: list[_Segment],
+        weights: list[tuple[str, int, int, int, list[_Part]]],  # name, type, rows of a part, cols, parts
+        cache_type: int,  # 0 f32, 1 f16, 2 bf16; halves come as uint16
+        cache: list[NDArray[np.generic]],
+        threads: int,
+        workspace_bytes: int,
+    ) -> None: ...
+    def move_weight(self, handle: int, parts: list[_Part]) -> None: ...
+    @property
+    def num_segments(self) -> int: ...
+    @property
+    def outputs(self) -> list[tuple[str, int]]: ...
+
+class StepRun:
+    """`outputs`: arrays [R, width] in the order of Program.outputs. Wrong arrays are a ValueError."""
+
+    def __init__(
+        self,
+        program: Program,
+        token_ids: NDArray[np.int32],
+        slots: NDArray[np.int64],
+        row_starts: NDArray[np.int32],
+        kv_lens: NDArray[np.int32],
+        page_starts: NDArray[np.int32],
+        pages: NDArray[np.int32],
+        segments: NDArray[np.int32],
+        output_rows: NDArray[np.int32],
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
+        outputs: list[NDArray[np.float32]],
+    ) -> None: ...
+    def run(self, last: int) -> bool: ...
+    def cancel(self) -> None: ...
+    @property
+    def position(self) -> int: ...

@@ -4,8 +4,9 @@
 per layer, one for the head. Nothing in it depends on a step: row counts, page lists and the plan arrive with each
 step, weights are numbered handles. backends/native.py hands it to C++.
 
-A buffer is [rows, width] of 4-byte numbers. Rows come from a domain that a step gives a size: all T rows, or the R
-output rows. Within a segment a buffer lives from the op that defines it to the last op that reads it; two buffers
+A buffer is [rows, width] of 4-byte numbers. Rows come from a domain that a step gives a size: all T rows, the R
+output rows, or the rows of the absorbed segment (a prompt that is decompressed reserves nothing for folded queries).
+Within a segment a buffer lives from the op that defines it to the last op that reads it; two buffers
 whose lives do not meet may share memory. x, the hidden rows, is the only value that crosses a cut.
 """
 
@@ -25,6 +26,7 @@ class Domain(Enum):
 
     ROWS = 0  # all rows of the step
     OUTPUTS = 1  # its output rows
+    ABSORBED = 2  # rows of its absorbed segment, counted from the first of them
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,13 @@ class Recorder:
 
     def fold_q(self, name: str, q: Value, kv_up: KvUp, mla: MlaConfig) -> Value:
         return self._record(
-            "fold_q", name, (q,), (mla.num_heads * mla.latent_dim,), weights=self._kv(kv_up), ints=_dims(mla)
+            "fold_q",
+            name,
+            (q,),
+            (mla.num_heads * mla.latent_dim,),
+            weights=self._kv(kv_up),
+            ints=_dims(mla),
+            domain=Domain.ABSORBED,
         )[0]
 
     def attend_latent(self, name: str, layer: int, q_latent: Value, mla: MlaConfig) -> Value:
@@ -180,6 +188,7 @@ class Recorder:
             (mla.num_heads * mla.v_head_dim,),
             weights=self._kv(kv_up),
             ints=_dims(mla),
+            domain=Domain.ROWS,
         )[0]
 
     def attend_expanded(self, name: str, layer: int, q: Value, kv_up: KvUp, mla: MlaConfig, into: Value) -> Value:

@@ -1,0 +1,327 @@
+// program.h for Python: arrays checked and borrowed here, the GIL released while segments run.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "kernels/tile.h"
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace kvfold;
+
+namespace {
+
+template <typename T, size_t ndim>
+using Array = nb::ndarray<const T, nb::ndim<ndim>, nb::c_contig, nb::device::cpu>;
+using OutputArray = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+[[noreturn]] void refuse(const std::string& text) { throw nb::value_error(text.c_str()); }
+
+// An array of exactly this number type, never a converted copy.
+template <typename Wanted>
+Wanted array_of(nb::handle object, const std::string& what, const char* expected) {
+  Wanted array;
+  if (!nb::try_cast(object, array, false)) {
+    refuse(what + ": " + nb::cast<std::string>(nb::str(object.type())) +
+           ", expected a C-contiguous array of " + expected + " on the CPU.");
+  }
+  return array;
+}
+
+template <typename T>
+std::vector<T> numbers(nb::handle object, const char* what, const char* expected) {
+  const auto array = array_of<Array<T, 1>>(object, what, expected);
+  return std::vector<T>(array.data(), array.data() + array.size());
+}
+
+std::vector<float> angles(nb::handle object, const char* what) {
+  const auto array = array_of<Array<float, 2>>(object, what, "float32 [T, rope / 2]");
+  return std::vector<float>(array.data(), array.data() + array.size());
+}
+
+template <typename A>
+std::string shape_of(const A& array) {
+  std::string text = "(";
+  for (size_t i = 0; i < array.ndim(); i++) text += (i ? ", " : "") + std::to_string(array.shape(i));
+  return text + ")";
+}
+
+constexpr std::pair<const char*, OpKind> kKinds[] = {
+    {"embed", OpKind::kEmbed},
+    {"norm", OpKind::kNorm},
+    {"linear", OpKind::kLinear},
+    {"rope", OpKind::kRope},
+    {"append_latent", OpKind::kAppendLatent},
+    {"fold_q", OpKind::kFoldQ},
+    {"attend_latent", OpKind::kAttendLatent},
+    {"unfold_v", OpKind::kUnfoldV},
+    {"attend_expanded", OpKind::kAttendExpanded},
+    {"append_full", OpKind::kAppendFull},
+    {"attend_full", OpKind::kAttendFull},
+    {"swiglu", OpKind::kSwiglu},
+    {"add", OpKind::kAdd},
+    {"route", OpKind::kRoute},
+    {"experts", OpKind::kExperts},
+    {"take_outputs", OpKind::kTakeOutputs},
+};
+
+OpKind kind_of(const std::string& kind) {
+  for (const auto& [name, value] : kKinds) {
+    if (kind == name) return value;
+  }
+  refuse("op kind " + kind + ": the native backend has no such op.");
+}
+
+// The fields of model/program.py's dataclasses, in their order.
+using ValueTuple = std::tuple<int32_t, int64_t, int64_t>;
+using BufferTuple = std::tuple<int64_t, int, int32_t, int32_t>;
+using OpTuple = std::tuple<std::string, std::string, std::vector<ValueTuple>, std::vector<ValueTuple>,
+                           std::vector<int32_t>, std::vector<int64_t>, std::vector<double>>;
+using SegmentTuple = std::tuple<std::string, std::vector<OpTuple>, std::vector<BufferTuple>,
+                                std::optional<ValueTuple>, std::vector<std::pair<std::string, ValueTuple>>>;
+
+Value value_of(const ValueTuple& tuple) {
+  return {std::get<0>(tuple), std::get<1>(tuple), std::get<2>(tuple)};
+}
+
+Segment segment_of(const SegmentTuple& tuple) {
+  const auto& [name, ops, buffers, x_out, outputs] = tuple;
+  Segment segment{name, {}, {}, x_out ? value_of(*x_out) : Value{-1, 0, 0}, {}};
+  for (const auto& [kind, op_name, inputs, op_outputs, weights, ints, floats] : ops) {
+    Op op{kind_of(kind), op_name, {}, {}, weights, ints, floats};
+    for (const ValueTuple& value : inputs) op.inputs.push_back(value_of(value));
+    for (const ValueTuple& value : op_outputs) op.outputs.push_back(value_of(value));
+    segment.ops.push_back(std::move(op));
+  }
+  for (const auto& [width, domain, first, last] : buffers) {
+    if (domain < 0 || domain > static_cast<int>(Domain::kAbsorbed)) {
+      refuse(name + ": domain " + std::to_string(domain) + ", expected 0 to 2.");
+    }
+    segment.buffers.push_back({width, static_cast<Domain>(domain), first, last});
+  }
+  for (const auto& [output, value] : outputs) segment.outputs.emplace_back(output, value_of(value));
+  return segment;
+}
+
+// (uint8 [rows, row_bytes], scale or None)
+using PartTuple = std::tuple<nb::object, nb::object>;
+
+WeightPart part_of(const Weight& weight, const PartTuple& tuple) {
+  const auto& [raw_object, scale_object] = tuple;
+  const auto raw = array_of<Array<uint8_t, 2>>(raw_object, weight.name, "uint8 [rows, row_bytes]");
+  const int64_t row_bytes = weight.type->row_bytes(weight.cols);
+  if (static_cast<int64_t>(raw.shape(0)) != weight.part_rows ||
+      static_cast<int64_t>(raw.shape(1)) != row_bytes) {
+    refuse(weight.name + ": bytes " + shape_of(raw) + ", expected (" + std::to_string(weight.part_rows) +
+           ", " + std::to_string(row_bytes) + ").");
+  }
+  if (scale_object.is_none()) return {raw.data(), nullptr};
+  constexpr int32_t kFp8 = -1;  // quant/types.py: F8_E4M3
+  if (weight.type->id != kFp8) refuse(weight.name + ": a scale, expected none for this type.");
+  const auto scale =
+      array_of<Array<float, 2>>(scale_object, weight.name + " scale", "float32 [rows / 128, cols / 128]");
+  const auto squares = [](int64_t n) { return static_cast<size_t>((n + fp8_block - 1) / fp8_block); };
+  if (scale.shape(0) != squares(weight.part_rows) || scale.shape(1) != squares(weight.cols)) {
+    refuse(weight.name + ": scale " + shape_of(scale) + ", expected (" +
+           std::to_string(squares(weight.part_rows)) + ", " + std::to_string(squares(weight.cols)) + ").");
+  }
+  return {raw.data(), scale.data()};
+}
+
+// (name, type number, rows of a part, cols, parts)
+using WeightTuple = std::tuple<std::string, int, int64_t, int64_t, std::vector<PartTuple>>;
+
+Weight weight_of(const WeightTuple& tuple) {
+  const auto& [name, type_id, rows, cols, parts] = tuple;
+  Weight weight{name, find_layout(type_id), rows, cols, {}};
+  if (weight.type == nullptr) refuse(name + ": type number " + std::to_string(type_id) + " has no decoder.");
+  if (rows < 1 || cols < 1)
+    refuse(name + ": shape (" + std::to_string(rows) + ", " + std::to_string(cols) + ").");
+  for (const PartTuple& part : parts) weight.parts.push_back(part_of(weight, part));
+  return weight;
+}
+
+CacheArray cache_array_of(nb::handle object, int type) {
+  if (type < 0 || type > static_cast<int>(CacheType::kBF16)) {
+    refuse("cache type " + std::to_string(type) + ", expected 0 (f32), 1 (f16) or 2 (bf16).");
+  }
+  const auto cache_type = static_cast<CacheType>(type);
+  const auto describe = [&](const auto& array) {
+    if (array.shape(2) != static_cast<size_t>(kPageTokens)) {
+      refuse("cache " + shape_of(array) + ", expected pages of " + std::to_string(kPageTokens) + " tokens.");
+    }
+    return CacheArray{array.data(), cache_type, static_cast<int64_t>(array.shape(0)),
+                      static_cast<int64_t>(array.shape(1)), static_cast<int64_t>(array.shape(3))};
+  };
+  using F32 = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+  using Half = nb::ndarray<uint16_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+  if (cache_type == CacheType::kF32) return describe(array_of<F32>(object, "cache", "float32, writable"));
+  return describe(array_of<Half>(object, "cache", "uint16, writable"));
+}
+
+// A Program and the arrays it points into.
+struct BoundProgram {
+  BoundProgram(const std::vector<SegmentTuple>& segments, const std::vector<WeightTuple>& weights,
+               int cache_type, const std::vector<nb::object>& cache, int threads, int64_t workspace_bytes)
+      : program(segments_of(segments), weights_of(weights), cache_of(cache, cache_type), threads,
+                workspace_bytes),
+        cache_arrays(cache) {
+    for (const auto& weight : weights) parts.push_back(std::get<4>(weight));
+  }
+
+  static std::vector<Segment> segments_of(const std::vector<SegmentTuple>& tuples) {
+    std::vector<Segment> segments;
+    for (const SegmentTuple& tuple : tuples) segments.push_back(segment_of(tuple));
+    return segments;
+  }
+  static std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples) {
+    std::vector<Weight> weights;
+    for (const WeightTuple& tuple : tuples) weights.push_back(weight_of(tuple));
+    return weights;
+  }
+  static std::vector<CacheArray> cache_of(const std::vector<nb::object>& arrays, int type) {
+    std::vector<CacheArray> cache;
+    for (const nb::object& array : arrays) cache.push_back(cache_array_of(array, type));
+    return cache;
+  }
+
+  void move_weight(int32_t handle, std::vector<PartTuple> moved) {
+    if (handle < 0 || handle >= static_cast<int32_t>(parts.size())) {
+      refuse("weight handle " + std::to_string(handle) + ", expected 0 to " +
+             std::to_string(parts.size() - 1) + ".");
+    }
+    const Weight& weight = program.weights()[handle];
+    if (moved.size() != parts[handle].size()) {
+      refuse(weight.name + ": " + std::to_string(moved.size()) + " parts, expected " +
+             std::to_string(parts[handle].size()) + ".");
+    }
+    std::vector<WeightPart> places;
+    for (const PartTuple& part : moved) places.push_back(part_of(weight, part));
+    {
+      const nb::gil_scoped_release released;  // a segment may be running
+      program.move_weight(handle, std::move(places));
+    }
+    parts[handle] = std::move(moved);
+  }
+
+  std::vector<std::pair<std::string, int64_t>> outputs() const {
+    std::vector<std::pair<std::string, int64_t>> list;
+    for (const OutputSpec& output : program.outputs()) list.emplace_back(output.name, output.width);
+    return list;
+  }
+
+  Program program;
+  std::vector<std::vector<PartTuple>> parts;  // by handle
+  std::vector<nb::object> cache_arrays;
+};
+
+// A StepRun and the arrays it writes to.
+struct BoundRun {
+  BoundRun(BoundProgram& bound, nb::handle token_ids, nb::handle slots, nb::handle row_starts,
+           nb::handle kv_lens, nb::handle page_starts, nb::handle pages, nb::handle segments,
+           nb::handle output_rows, nb::handle cos, nb::handle sin, std::vector<nb::object> outputs)
+      : output_arrays(std::move(outputs)),
+        run(bound.program,
+            step_of(token_ids, slots, row_starts, kv_lens, page_starts, pages, output_rows, cos, sin),
+            segments_of(segments),
+            pointers(bound.program, output_arrays, nb::cast<size_t>(output_rows.attr("size")))) {}
+
+  static Step step_of(nb::handle token_ids, nb::handle slots, nb::handle row_starts, nb::handle kv_lens,
+                      nb::handle page_starts, nb::handle pages, nb::handle output_rows, nb::handle cos,
+                      nb::handle sin) {
+    Step step;
+    step.token_ids = numbers<int32_t>(token_ids, "token_ids", "int32 [T]");
+    step.slots = numbers<int64_t>(slots, "slots", "int64 [T]");
+    step.row_starts = numbers<int32_t>(row_starts, "row_starts", "int32 [S + 1]");
+    step.kv_lens = numbers<int32_t>(kv_lens, "kv_lens", "int32 [S]");
+    step.page_starts = numbers<int32_t>(page_starts, "page_starts", "int32 [S + 1]");
+    step.pages = numbers<int32_t>(pages, "pages", "int32 [..]");
+    step.output_rows = numbers<int32_t>(output_rows, "output_rows", "int32 [R]");
+    step.cos = angles(cos, "cos");
+    step.sin = angles(sin, "sin");
+    return step;
+  }
+
+  static std::vector<PathSegment> segments_of(nb::handle object) {
+    const auto array = array_of<Array<int32_t, 2>>(object, "segments", "int32 [N, 4]");
+    if (array.shape(1) != 4) refuse("segments: shape " + shape_of(array) + ", expected (N, 4).");
+    std::vector<PathSegment> segments;
+    for (size_t i = 0; i < array.shape(0); i++) {
+      const int32_t* row = array.data() + 4 * i;
+      segments.push_back({row[0], row[1], row[2], row[3]});
+    }
+    return segments;
+  }
+
+  static std::vector<float*> pointers(const Program& program, const std::vector<nb::object>& arrays,
+                                      size_t rows) {
+    const std::vector<OutputSpec>& specs = program.outputs();
+    if (arrays.size() != specs.size()) {
+      refuse("outputs: " + std::to_string(arrays.size()) + ", expected " + std::to_string(specs.size()) +
+             ".");
+    }
+    std::vector<float*> data;
+    for (size_t i = 0; i < specs.size(); i++) {
+      const auto array = array_of<OutputArray>(arrays[i], specs[i].name, "float32 [R, width], writable");
+      if (array.shape(0) != rows || static_cast<int64_t>(array.shape(1)) != specs[i].width) {
+        refuse(specs[i].name + ": shape " + shape_of(array) + ", expected (" + std::to_string(rows) + ", " +
+               std::to_string(specs[i].width) + ").");
+      }
+      data.push_back(array.data());
+    }
+    return data;
+  }
+
+  bool advance(int32_t last) {
+    const nb::gil_scoped_release released;
+    return run.run(last);
+  }
+
+  std::vector<nb::object> output_arrays;
+  StepRun run;
+};
+
+}  // namespace
+
+void bind_program(nb::module_& m) {
+  nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const WorkspaceTooSmall& e) {
+      PyErr_SetString(nb::module_::import_("kvfold.errors").attr("SettingError").ptr(), e.what());
+    }
+  });
+
+  m.def("tile_isa", [] { return tiles().isa; }, "The instruction set of the float32 tiles on this machine.");
+
+  nb::class_<BoundProgram>(m, "Program", "A recorded model over one cache. See backends/native.py.")
+      .def(nb::init<const std::vector<SegmentTuple>&, const std::vector<WeightTuple>&, int,
+                    const std::vector<nb::object>&, int, int64_t>(),
+           "segments"_a, "weights"_a, "cache_type"_a, "cache"_a, "threads"_a, "workspace_bytes"_a,
+           "ValueError where the parts do not fit each other, SettingError where the workspace is too small.")
+      .def("move_weight", &BoundProgram::move_weight, "handle"_a, "parts"_a,
+           "The same weight in other arrays, from the next cut on. ValueError where shapes differ.")
+      .def_prop_ro("num_segments", [](const BoundProgram& bound) { return bound.program.num_segments(); })
+      .def_prop_ro("outputs", &BoundProgram::outputs, "[(name, width)] of what the last segment hands over.");
+
+  nb::class_<BoundRun>(m, "StepRun", "One step under way.")
+      .def(nb::init<BoundProgram&, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle,
+                    nb::handle, nb::handle, nb::handle, nb::handle, std::vector<nb::object>>(),
+           nb::keep_alive<1, 2>(), "program"_a, "token_ids"_a, "slots"_a, "row_starts"_a, "kv_lens"_a,
+           "page_starts"_a, "pages"_a, "segments"_a, "output_rows"_a, "cos"_a, "sin"_a, "outputs"_a,
+           "ValueError where the step is inconsistent, SettingError where it needs more workspace.")
+      .def("run", &BoundRun::advance, "last"_a, "Runs to cut `last`; False: stopped at a cut by cancel().")
+      .def("cancel", [](BoundRun& bound) { bound.run.cancel(); })
+      .def_prop_ro("position", [](const BoundRun& bound) { return bound.run.position(); });
+}

@@ -1,0 +1,104 @@
+#include "kernels/mla_up.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/tile.h"
+
+namespace kvfold {
+namespace {
+
+// A unit of work decodes its head's rows once for this many tokens: 131,072 weights for 128 * 131,072
+// multiply-adds.
+constexpr int64_t kTokenBlock = 128;
+
+}  // namespace
+
+int64_t up_panel_floats(const KvUp& up) { return std::max(panel_floats(up.uk()), panel_floats(up.uv())); }
+
+int64_t append_full_floats(const MlaDims& dims, const KvUp& up) {
+  return up_panel_floats(up) + kTokenBlock * (dims.qk() + dims.v);
+}
+
+void fold_q(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up, Matrix q,
+            Matrix out) {
+  const PathRange& range = step.range(Path::kAbsorbed);
+  const int64_t rows = range.num_rows();
+  if (rows == 0) return;
+  const Weight& uk = up.uk();
+  machine.team.for_each(dims.heads, [&](int64_t head, int member) {
+    const float* from = q.row(range.first_row) + head * dims.qk();
+    float* to = out.data + head * dims.latent();
+    for (int64_t i = 0; i < rows; i++) {
+      float* folded = to + i * out.stride;
+      std::memset(folded, 0, dims.kv_lora * 4);
+      std::memcpy(folded + dims.kv_lora, from + i * q.stride + dims.nope, dims.rope * 4);
+    }
+    const int64_t count = up.kv_b ? dims.nope : dims.kv_lora;
+    for_panels(
+        uk, up.uk_row(dims, head), count, machine.of(member), [&](const float* panel, int64_t at, int64_t n) {
+          if (up.kv_b) {
+            tiles().nn(from + at, q.stride, rows, panel, uk.cols, dims.kv_lora, n, to, out.stride);
+          } else {
+            tiles().nt(from, q.stride, nullptr, rows, panel, uk.cols, n, dims.nope, to + at, out.stride);
+          }
+        });
+  });
+}
+
+void unfold_v(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up, Matrix o,
+              Matrix out) {
+  const PathRange& range = step.range(Path::kAbsorbed);
+  const int64_t rows = range.num_rows();
+  if (rows == 0) return;
+  const Weight& uv = up.uv();
+  const int64_t panels = num_panels(uv, dims.v), size = panel_rows(uv);
+  machine.team.for_each(dims.heads * panels, [&](int64_t unit, int member) {
+    const int64_t head = unit / panels, at = unit % panels * size, n = std::min(size, dims.v - at);
+    const float* panel = decode_panel(uv, up.uv_row(dims, head) + at, n, machine.of(member));
+    tiles().nt(o.data + head * dims.kv_lora, o.stride, nullptr, rows, panel, uv.cols, n, dims.kv_lora,
+               out.row(range.first_row) + head * dims.v + at, out.stride);
+  });
+}
+
+void expand(const MlaDims& dims, const KvUp& up, int64_t head, const Latents& latents, int64_t n,
+            float* panel, float* k, int64_t k_stride, float* v, int64_t v_stride) {
+  const Weight &uk = up.uk(), &uv = up.uv();
+  for (int64_t i = 0; i < n; i++) {
+    if (!up.kv_b) std::memset(k + i * k_stride, 0, dims.nope * 4);
+    std::memcpy(k + i * k_stride + dims.nope, latents.k_rope + i * latents.rope_stride, dims.rope * 4);
+  }
+  const int64_t count = up.kv_b ? dims.nope : dims.kv_lora;
+  for_panels(uk, up.uk_row(dims, head), count, panel, [&](const float* rows, int64_t at, int64_t num) {
+    if (up.kv_b) {
+      tiles().nt(latents.c_kv, latents.c_stride, nullptr, n, rows, uk.cols, num, dims.kv_lora, k + at,
+                 k_stride);
+    } else {
+      tiles().nn(latents.c_kv + at, latents.c_stride, n, rows, uk.cols, dims.nope, num, k, k_stride);
+    }
+  });
+  for_panels(uv, up.uv_row(dims, head), dims.v, panel, [&](const float* rows, int64_t at, int64_t num) {
+    tiles().nt(latents.c_kv, latents.c_stride, nullptr, n, rows, uv.cols, num, dims.kv_lora, v + at,
+               v_stride);
+  });
+}
+
+void append_full(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up, Matrix c_kv,
+                 Matrix k_rope, const CacheArray& k_cache, const CacheArray& v_cache, int64_t layer) {
+  const int64_t rows = step.num_rows(), blocks = (rows + kTokenBlock - 1) / kTokenBlock;
+  machine.team.for_each(dims.heads * blocks, [&](int64_t unit, int member) {
+    const int64_t head = unit / blocks, first = unit % blocks * kTokenBlock;
+    const int64_t n = std::min(kTokenBlock, rows - first);
+    float* k = machine.of(member) + up_panel_floats(up);
+    float* v = k + n * dims.qk();
+    const Latents latents{c_kv.row(first), c_kv.stride, k_rope.row(first), k_rope.stride};
+    expand(dims, up, head, latents, n, machine.of(member), k, dims.qk(), v, dims.v);
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t slot = step.slots[first + i];
+      write_slot(k_cache, layer, slot, k + i * dims.qk(), head * dims.qk(), dims.qk());
+      write_slot(v_cache, layer, slot, v + i * dims.v, head * dims.v, dims.v);
+    }
+  });
+}
+
+}  // namespace kvfold

@@ -1,0 +1,205 @@
+#include "kernels/moe.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernels/linear.h"
+#include "kernels/rowwise.h"
+#include "kernels/tile.h"
+
+namespace kvfold {
+namespace {
+
+constexpr int64_t kRowTile = 32;  // rows of one expert computed at a time
+
+// The k largest of n numbers to `chosen`, largest first, equal ones by index; taken[n] is working memory.
+void take_largest(const float* numbers, int64_t n, int64_t k, int32_t* chosen, bool* taken) {
+  std::fill(taken, taken + n, false);
+  for (int64_t i = 0; i < k; i++) {
+    int64_t best = -1;
+    for (int64_t j = 0; j < n; j++) {
+      if (!taken[j] && (best < 0 || numbers[j] > numbers[best])) best = j;
+    }
+    taken[best] = true;
+    chosen[i] = static_cast<int32_t>(best);
+  }
+}
+
+void softmax(float* scores, int64_t n) {
+  const float max = *std::max_element(scores, scores + n);
+  float sum = 0.0f;
+  for (int64_t e = 0; e < n; e++) sum += scores[e] = std::exp(scores[e] - max);
+  for (int64_t e = 0; e < n; e++) scores[e] /= sum;
+}
+
+float best_two(const float* scores, int64_t n) {
+  float first = std::max(scores[0], scores[1]), second = std::min(scores[0], scores[1]);
+  for (int64_t e = 2; e < n; e++) {
+    second = std::max(second, std::min(first, scores[e]));
+    first = std::max(first, scores[e]);
+  }
+  return first + second;
+}
+
+// Scores of experts whose group is not among the best become what the released code fills in: 0 for V2, -inf
+// for V3.
+void refuse_groups(float* choice, const Routing& routing, float* ranks, int32_t* kept, bool* taken) {
+  const int64_t size = routing.num_experts / routing.num_groups;
+  for (int64_t g = 0; g < routing.num_groups; g++) {
+    const float* group = choice + g * size;
+    ranks[g] = routing.top2_sum ? best_two(group, size) : *std::max_element(group, group + size);
+  }
+  take_largest(ranks, routing.num_groups, routing.groups_per_token, kept, taken);
+  const float refused = routing.top2_sum ? -std::numeric_limits<float>::infinity() : 0.0f;
+  for (int64_t g = 0; g < routing.num_groups; g++) {
+    if (!taken[g]) std::fill(choice + g * size, choice + (g + 1) * size, refused);
+  }
+}
+
+}  // namespace
+
+int64_t route_floats(const Weight& weight, const Routing& routing) {
+  return std::max(panel_floats(weight), 4 * routing.num_experts);
+}
+
+int64_t route_shared_floats(const Routing& routing) { return 2 * routing.num_experts; }
+
+void route(const Machine& machine, int64_t rows, Matrix x, const Weight& weight, const Weight* bias,
+           const Routing& routing, Matrix ids, Matrix weights) {
+  const int64_t num_experts = routing.num_experts;
+  const float* correction = bias ? decode_panel(*bias, 0, 1, machine.shared) : nullptr;
+  const int64_t window = machine.shared_floats / num_experts - 1;
+  const Matrix logits{machine.shared + num_experts, num_experts, num_experts};
+  for (int64_t first = 0; first < rows; first += window) {
+    const int64_t n = std::min(window, rows - first);
+    linear(machine, n, Matrix{x.row(first), x.stride, x.width}, weight, logits);
+    constexpr int64_t kRows = 8;
+    machine.team.for_each((n + kRows - 1) / kRows, [&](int64_t unit, int member) {
+      float* choice = machine.of(member);  // [E], then ranks, kept groups and marks, at most [E] each
+      float* ranks = choice + num_experts;
+      auto* kept = reinterpret_cast<int32_t*>(ranks + num_experts);
+      auto* taken = reinterpret_cast<bool*>(kept + num_experts);
+      for (int64_t i = unit * kRows; i < std::min(n, (unit + 1) * kRows); i++) {
+        float* scores = logits.row(i);
+        if (routing.sigmoid) {
+          for (int64_t e = 0; e < num_experts; e++) scores[e] = 1.0f / (1.0f + std::exp(-scores[e]));
+        } else {
+          softmax(scores, num_experts);
+        }
+        for (int64_t e = 0; e < num_experts; e++) choice[e] = scores[e] + (correction ? correction[e] : 0.0f);
+        if (routing.num_groups > 1) refuse_groups(choice, routing, ranks, kept, taken);
+        int32_t* chosen = ids.ids(first + i);
+        take_largest(choice, num_experts, routing.per_token, chosen, taken);
+        float* out = weights.row(first + i);
+        float sum = 1e-20f;
+        for (int64_t k = 0; k < routing.per_token; k++) sum += out[k] = scores[chosen[k]];
+        for (int64_t k = 0; k < routing.per_token; k++) {
+          if (routing.norm_topk) out[k] /= sum;
+          out[k] *= routing.scaling;
+        }
+      }
+    });
+  }
+}
+
+int64_t experts_floats(const Experts& experts) {
+  const int64_t inner_panels = panel_floats(experts.gate) + panel_floats(experts.up);
+  return std::max(inner_panels, panel_floats(experts.down)) + 2 * kRowTile * 64;
+}
+
+int64_t experts_shared_floats(const Experts& experts, int64_t per_token) {
+  // Of a window: where each expert's rows start, the experts that have any, and per row and choice the row,
+  // its weight and the inner activations.
+  return 2 * (experts.count + 1) + per_token * (2 + experts.inner());
+}
+
+void mix_experts(const Machine& machine, int64_t rows, Matrix x, Matrix ids, Matrix weights,
+                 const Experts& experts, Matrix out) {
+  const int64_t per_token = ids.width, inner = experts.inner(), hidden = x.width;
+  const int64_t tables = 2 * (experts.count + 1);
+  const int64_t window = (machine.shared_floats - tables) / (per_token * (2 + inner));
+  auto* starts = reinterpret_cast<int32_t*>(machine.shared);  // [E + 1]: of each expert's pairs
+  int32_t* active = starts + experts.count + 1;               // experts that have rows
+  int32_t* pair_rows = active + experts.count + 1;            // [pairs]: row within the window
+  auto* pair_weights = reinterpret_cast<float*>(pair_rows + window * per_token);
+  float* activations = pair_weights + window * per_token;  // [pairs, inner]
+
+  for (int64_t first = 0; first < rows; first += window) {
+    const int64_t n = std::min(window, rows - first);
+    const Matrix from{x.row(first), x.stride, hidden};
+    const auto takes_part = [&](int32_t e) { return experts.first <= e && e < experts.last; };
+
+    // Pairs (row, choice) sorted by expert, rows ascending.
+    std::fill(starts, starts + experts.count + 1, 0);
+    for (int64_t i = 0; i < n; i++) {
+      for (int64_t k = 0; k < per_token; k++) {
+        const int32_t e = ids.ids(first + i)[k];
+        if (takes_part(e)) starts[e + 1]++;
+      }
+    }
+    int64_t num_active = 0;
+    for (int32_t e = 0; e < experts.count; e++) {
+      if (starts[e + 1] > 0) active[num_active++] = e;
+      starts[e + 1] += starts[e];
+    }
+    for (int64_t i = 0; i < n; i++) {
+      for (int64_t k = 0; k < per_token; k++) {
+        const int32_t e = ids.ids(first + i)[k];
+        if (!takes_part(e)) continue;
+        pair_rows[starts[e]] = static_cast<int32_t>(i);
+        pair_weights[starts[e]++] = weights.row(first + i)[k];
+      }
+    }
+    for (int64_t e = experts.count; e > 0; e--)
+      starts[e] = starts[e - 1];  // filling moved each start to its end
+    starts[0] = 0;
+
+    // Calls use(pair, count) for tiles of an expert's pairs.
+    const auto for_pairs = [&](int32_t e, const auto& use) {
+      for (int64_t p = starts[e]; p < starts[e + 1]; p += kRowTile)
+        use(p, std::min<int64_t>(kRowTile, starts[e + 1] - p));
+    };
+
+    const int64_t step = std::min(panel_rows(experts.gate), panel_rows(experts.up));
+    const int64_t chunks = (inner + step - 1) / step;
+    machine.team.for_each(num_active * chunks, [&](int64_t unit, int member) {
+      const int32_t e = active[unit / chunks];
+      const int64_t at = unit % chunks * step, count = std::min(step, inner - at);
+      float* memory = machine.of(member);
+      float *gate_tile = memory, *up_tile = gate_tile + kRowTile * count;
+      float* panels = memory + 2 * kRowTile * 64;
+      const float* gate = decode_panel(experts.gate, e * inner + at, count, panels);
+      const float* up = decode_panel(experts.up, e * inner + at, count, panels + panel_floats(experts.gate));
+      for_pairs(e, [&](int64_t p, int64_t m) {
+        tiles().nt(from.data, from.stride, pair_rows + p, m, gate, hidden, count, hidden, gate_tile, count);
+        tiles().nt(from.data, from.stride, pair_rows + p, m, up, hidden, count, hidden, up_tile, count);
+        for (int64_t i = 0; i < m; i++) {
+          float* to = activations + (p + i) * inner + at;
+          for (int64_t c = 0; c < count; c++) to[c] = silu(gate_tile[i * count + c]) * up_tile[i * count + c];
+        }
+      });
+    });
+
+    const int64_t down_step = panel_rows(experts.down);
+    machine.team.for_each(num_panels(experts.down, hidden), [&](int64_t unit, int member) {
+      const int64_t at = unit * down_step, count = std::min(down_step, hidden - at);
+      float* tile = machine.of(member);
+      float* panel = tile + 2 * kRowTile * 64;
+      for (int64_t i = 0; i < n; i++) std::memset(out.row(first + i) + at, 0, count * 4);
+      for (int64_t a = 0; a < num_active; a++) {
+        const float* down = decode_panel(experts.down, active[a] * hidden + at, count, panel);
+        for_pairs(active[a], [&](int64_t p, int64_t m) {
+          tiles().nt(activations + p * inner, inner, nullptr, m, down, inner, count, inner, tile, count);
+          for (int64_t i = 0; i < m; i++) {
+            float* to = out.row(first + pair_rows[p + i]) + at;
+            for (int64_t c = 0; c < count; c++) to[c] += pair_weights[p + i] * tile[i * count + c];
+          }
+        });
+      }
+    });
+  }
+}
+
+}  // namespace kvfold

@@ -1,0 +1,33 @@
+// The constants and weights of an op in the types of its kernel. The order is that of model/program.py.
+
+#pragma once
+
+#include "kernels/mla_up.h"
+#include "kernels/moe.h"
+#include "recording.h"
+
+namespace kvfold {
+
+inline MlaDims mla_dims(const Op& op) { return {op.ints[0], op.ints[1], op.ints[2], op.ints[3], op.ints[4]}; }
+
+inline const Weight* weight_or_null(const Op& op, size_t i, const std::vector<Weight>& weights) {
+  return op.weights[i] >= 0 ? &weights[op.weights[i]] : nullptr;
+}
+
+inline KvUp up_weights(const Op& op, const std::vector<Weight>& weights) {
+  return {weight_or_null(op, 0, weights), weight_or_null(op, 1, weights), weight_or_null(op, 2, weights)};
+}
+
+inline Routing routing(const Op& op) {
+  return {op.ints[0],      op.ints[1],      op.ints[2],      op.ints[3],
+          op.ints[4] != 0, op.ints[5] != 0, op.ints[6] != 0, static_cast<float>(op.floats[0])};
+}
+
+inline Experts expert_range(const Op& op, const std::vector<Weight>& weights) {
+  const int64_t count =
+      weights[op.weights[2]].rows() / op.inputs[0].width;    // down gives every expert `hidden` rows
+  const int64_t last = op.ints[1] < 0 ? count : op.ints[1];  // -1: every expert
+  return {weights[op.weights[0]], weights[op.weights[1]], weights[op.weights[2]], op.ints[0], last, count};
+}
+
+}  // namespace kvfold

@@ -1,0 +1,104 @@
+// Walks a recording step by step: lays buffers out, runs ops in order, stops at cuts.
+//
+// The arithmetic is in kernels/. Knows nothing of Python: whoever builds a Program keeps weights, cache and
+// outputs alive while it is used.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/cache_rows.h"
+#include "kernels/step_view.h"
+#include "kernels/weights.h"
+#include "program_check.h"
+#include "recording.h"
+#include "thread_team.h"
+
+namespace kvfold {
+
+// 64-byte aligned numbers that are not written before they are used.
+class Floats {
+ public:
+  explicit Floats(int64_t count);
+  ~Floats();
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+class StepRun;
+
+// One model over one cache. Any number of StepRuns may be under way; their segments run one at a time.
+class Program {
+ public:
+  // Throws std::invalid_argument where the parts do not fit each other, WorkspaceTooSmall where the smallest
+  // tiles of an op do not fit `workspace_bytes`.
+  Program(std::vector<Segment> segments, std::vector<Weight> weights, std::vector<CacheArray> cache,
+          int threads, int64_t workspace_bytes);
+
+  // The same weight elsewhere in memory, from the next cut on; returns when no op uses the old place any
+  // more.
+  void move_weight(int32_t handle, std::vector<WeightPart> parts);
+
+  const std::vector<Weight>& weights() const { return weights_; }
+  int32_t num_segments() const { return static_cast<int32_t>(segments_.size()); }
+  const std::vector<OutputSpec>& outputs() const { return facts_.outputs; }
+
+ private:
+  friend class StepRun;
+
+  void run_op(const Op& op, const Segment& segment, const Step& step,
+              const std::vector<float*>& buffers) const;
+
+  std::vector<Segment> segments_;
+  std::vector<Weight> weights_;
+  std::vector<CacheArray> cache_;
+  const ProgramFacts facts_;
+  ThreadTeam team_;
+  Floats workspace_;
+  const Machine machine_;
+  std::mutex running_;  // held while a segment runs or a weight moves
+};
+
+// One step under way. Hidden rows stay in its own memory between cuts.
+class StepRun {
+ public:
+  // `step` as its arrays say, without what follows from them. `outputs`: where each of program.outputs()
+  // goes, [R, width]. Throws std::invalid_argument where the arrays are inconsistent or point outside of the
+  // cache or the vocabulary, WorkspaceTooSmall where a sequence is too long for the workspace.
+  StepRun(Program& program, Step step, const std::vector<PathSegment>& path_segments,
+          std::vector<float*> outputs);
+
+  // Runs segments up to cut `last`. False: stopped at a cut because of cancel(); may go on afterwards.
+  bool run(int32_t last);
+  void cancel() { cancelled_.store(true); }
+  int32_t position() const { return position_.load(); }
+
+ private:
+  int64_t rows_of(Domain domain) const;
+  int64_t lay_out(const Segment& segment, std::vector<int64_t>& offsets) const;
+  void run_segment(int32_t index);
+
+  Program& program_;
+  const Step step_;
+  const std::vector<float*> outputs_;
+  std::vector<std::vector<int64_t>>
+      offsets_;                        // by segment and buffer: where in arena_; -1 for those elsewhere
+  std::unique_ptr<Floats> hidden_[2];  // x before a segment and after it, in turn
+  std::unique_ptr<Floats> arena_;
+  int hidden_at_ = 0;  // which of them holds x at the present cut
+  std::atomic<int32_t> position_{0};
+  std::atomic<bool> cancelled_{false};
+  std::mutex advancing_;
+};
+
+}  // namespace kvfold

@@ -1,0 +1,169 @@
+"""Backend `native`: the model recorded once as a Program, walked by C++ (csrc/program.h) on a team of threads.
+
+Owns the way from Python values to the plain structs of C++ and the arrays those point into; computes nothing itself
+but the angles of RoPE. numpy only: a native run never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvfold import _native
+from kvfold.cache.latent import CacheType, PagedCache
+from kvfold.errors import Cancelled
+from kvfold.mla.rope import cos_sin
+from kvfold.model.deepseek import DeepseekModel
+from kvfold.model.program import Buffer, OpRecord, Segment, Value, record
+from kvfold.model.step import Step
+from kvfold.quant.tensor import QuantTensor
+
+Weight = QuantTensor | tuple[QuantTensor, ...]
+"""One matrix, or equal ones below each other: the experts of a layer, the heads of an up-projection."""
+
+_CACHE_TYPES = {CacheType.F32: 0, CacheType.F16: 1, CacheType.BF16: 2}
+
+
+class NativeBackend:
+    """One model over one cache, float32. Weights and cache are borrowed, never copied.
+
+    threads: members of the team that runs every op, the caller included. Results do not depend on it.
+    workspace_bytes: memory for tiles of weights, keys and scores, shared by all steps (one segment runs at a time).
+
+    Raises ValueError where weights, model and cache do not fit each other, SettingError where the smallest tiles do
+    not fit the workspace.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        model: DeepseekModel,
+        weights: Mapping[str, Weight],
+        cache: PagedCache,
+        *,
+        threads: int,
+        workspace_bytes: int,
+    ) -> None:
+        self.model = model
+        recorded = record(model, {name: _rows(weight) for name, weight in weights.items()})
+        self._handles = {name: handle for handle, name in enumerate(recorded.weight_names)}
+        self._layouts = [_layout(weights[name]) for name in recorded.weight_names]
+        self._program = _native.Program(
+            segments=[_segment(s) for s in recorded.segments],
+            weights=[(name, *_layout(weights[name]), _parts(weights[name])) for name in recorded.weight_names],
+            cache_type=_CACHE_TYPES[cache.layout.cache_type],
+            # C++ reads a half as its 16 bits.
+            cache=[a.view(np.uint16) if a.dtype == np.float16 else a for a in cache.arrays],
+            threads=threads,
+            workspace_bytes=workspace_bytes,
+        )
+
+    def start(self, step: Step) -> NativeRun:
+        """Checks the step and reserves its buffers; nothing runs yet. ValueError: array, expected, got."""
+        return NativeRun(self.model, self._program, step)
+
+    def move_weight(self, name: str, weight: Weight) -> None:
+        """The same weight at another place in memory, from the next cut on, for steps under way too.
+
+        The old arrays are not read any more when this returns. ValueError where the new one is of another type or
+        shape, KeyError for a name the model does not use.
+        """
+        handle = self._handles[name]
+        if _layout(weight) != self._layouts[handle]:
+            raise ValueError(
+                f"{name}: type number, rows and columns {_layout(weight)}, expected {self._layouts[handle]}."
+            )
+        self._program.move_weight(handle, _parts(weight))
+
+
+class NativeRun:
+    """Implements model.step.StepRun."""
+
+    def __init__(self, model: DeepseekModel, program: _native.Program, step: Step) -> None:
+        if step.positions.shape != step.token_ids.shape:
+            raise ValueError(f"positions: shape {step.positions.shape}, expected {step.token_ids.shape}.")
+        self._num_segments = model.num_segments
+        self._outputs: dict[str, NDArray[np.float32]] = {
+            name: np.empty((len(step.output_rows), width), np.float32) for name, width in program.outputs
+        }
+        cos, sin = cos_sin(model.config.rope, step.positions)
+        self._run = _native.StepRun(
+            program,
+            token_ids=step.token_ids,
+            slots=step.slots,
+            row_starts=step.row_starts,
+            kv_lens=step.kv_lens,
+            page_starts=step.page_starts,
+            pages=step.pages,
+            segments=step.segments,
+            output_rows=step.output_rows,
+            cos=cos,
+            sin=sin,
+            outputs=list(self._outputs.values()),
+        )
+
+    @property
+    def position(self) -> int:
+        return self._run.position
+
+    @property
+    def outputs(self) -> Mapping[str, NDArray[np.float32]]:
+        """Empty before the head has run."""
+        return self._outputs if self.position == self._num_segments else {}
+
+    def run(self, last: int | None = None) -> int:
+        if not self._run.run(self._num_segments if last is None else last):
+            raise Cancelled(f"The step was cancelled before segment {self.position}.")
+        return self.position
+
+    def cancel(self) -> None:
+        self._run.cancel()
+
+
+# The tuples that csrc/bind_program.cpp reads, in the order of model/program.py's fields.
+
+
+def _value(value: Value) -> tuple[int, int, int]:
+    return value.buffer, value.start, value.width
+
+
+def _buffer(buffer: Buffer) -> tuple[int, int, int, int]:
+    return buffer.width, buffer.domain.value, buffer.first, buffer.last
+
+
+def _op(op: OpRecord) -> _native._Op:
+    inputs, outputs = [_value(v) for v in op.inputs], [_value(v) for v in op.outputs]
+    return op.kind, op.name, inputs, outputs, list(op.weights), list(op.ints), list(op.floats)
+
+
+def _segment(segment: Segment) -> _native._Segment:
+    return (
+        segment.name,
+        [_op(op) for op in segment.ops],
+        [_buffer(buffer) for buffer in segment.buffers],
+        None if segment.x_out is None else _value(segment.x_out),
+        [(name, _value(value)) for name, value in segment.outputs],
+    )
+
+
+def _tensors(weight: Weight) -> tuple[QuantTensor, ...]:
+    return weight if isinstance(weight, tuple) else (weight,)
+
+
+def _rows(weight: Weight) -> int:
+    return sum(tensor.rows for tensor in _tensors(weight))
+
+
+def _layout(weight: Weight) -> tuple[int, int, int]:
+    """(type number, rows of a part, cols). ValueError where the parts differ."""
+    layouts = {(tensor.type.id, tensor.rows, tensor.cols) for tensor in _tensors(weight)}
+    if len(layouts) != 1:
+        raise ValueError(f"{_tensors(weight)[0].name}: parts of {len(layouts)} types or shapes, expected one.")
+    return layouts.pop()
+
+
+def _parts(weight: Weight) -> list[tuple[NDArray[np.uint8], NDArray[np.float32] | None]]:
+    return [(tensor.raw, tensor.scale) for tensor in _tensors(weight)]
