@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvfold.cache.session import Session
 from kvfold.engine.request import FinishReason, Request
 from kvfold.engine.runner import Runner
 from kvfold.engine.sampler import Sampler, SamplingParams
@@ -34,6 +35,7 @@ class Stats:
     """Counts and seconds of one request. Prompt time runs from its first step to its first token."""
 
     prompt_tokens: int
+    reused_tokens: int  # of the prompt, found in the session's cache
     generated_tokens: int
     prompt_seconds: float
     generation_seconds: float
@@ -41,8 +43,9 @@ class Stats:
 
     @property
     def prompt_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+        """Computed prompt tokens per second."""
+        computed = self.prompt_tokens - self.reused_tokens
+        return computed / self.prompt_seconds if self.prompt_seconds else 0.0
 
     @property
     def generation_rate(self) -> float:
@@ -122,9 +125,19 @@ class LLM:
                 pass
         return [stream.output for stream in streams]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
-        """Completes one prompt: iterate for pieces of text; `.output` holds the whole after the last piece."""
-        return Stream(self, prompt, params or SamplingParams())
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, session: Session | None = None
+    ) -> Stream:
+        """Completes one prompt: iterate for pieces of text; `.output` holds the whole after the last piece.
+
+        A session keeps its cache between calls: a prompt that begins like the last one is computed from where it
+        differs.
+        """
+        return Stream(self, prompt, params or SamplingParams(), session)
+
+    def session(self) -> Session:
+        """A cache that outlives its requests. Release it when the conversation ends."""
+        return Session(self.loaded.pool)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after every token: float32 [T, vocab]. No token is added to those given."""
@@ -147,7 +160,7 @@ class LLM:
 class Stream(Iterator[str]):
     """One request as it runs. Pieces are whole code points; a stop string never shows. Closing it early cancels."""
 
-    def __init__(self, llm: LLM, prompt: Prompt, params: SamplingParams) -> None:
+    def __init__(self, llm: LLM, prompt: Prompt, params: SamplingParams, session: Session | None = None) -> None:
         self._runner = llm._runner
         self._text = llm.tokenizer.stream(stop=params.stop)
         self._seen = 0
@@ -159,7 +172,7 @@ class Stream(Iterator[str]):
         # The context bounds a completion; a prompt that leaves no room is refused by the scheduler's sentence.
         room = llm.loaded.n_ctx - len(prompt_ids)
         max_tokens = min(params.max_tokens, room) if room > 0 else params.max_tokens
-        self._request: Request = self._runner.submit(prompt_ids, sampler.sample, max_tokens, end_ids)
+        self._request: Request = self._runner.submit(prompt_ids, sampler.sample, max_tokens, end_ids, session)
 
     def __next__(self) -> str:
         while True:
@@ -200,6 +213,7 @@ class Stream(Iterator[str]):
         request = self._request
         return Stats(
             prompt_tokens=len(request.prompt_ids),
+            reused_tokens=request.num_reused,
             generated_tokens=len(request.token_ids),
             prompt_seconds=request.first_token_at - request.prompt_started_at,
             generation_seconds=request.last_token_at - request.first_token_at,

@@ -52,8 +52,14 @@ class Sequence:
         if missing > 0:
             self.pages += self.pool.take(missing)
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens and give back the pages that held only forgotten ones."""
+        assert 0 <= length <= self.length
+        keep = pages_for(length)
+        self.pool.give_back(self.pages[keep:])
+        del self.pages[keep:]
+        self.length = length
+
     def release(self) -> None:
         """Give every page back; the sequence is empty again."""
-        self.pool.give_back(self.pages)
-        self.pages = []
-        self.length = 0
+        self.truncate(0)

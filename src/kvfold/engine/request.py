@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.cache.pages import Sequence
+from kvfold.cache.session import Session
 
 
 class FinishReason(Enum):
@@ -30,6 +31,8 @@ class Request:
     max_tokens: int
     end_ids: frozenset[int]
     sequence: Sequence
+    session: Session | None = None  # keeps the sequence when the request ends
+    num_reused: int = 0  # prompt tokens found in the session's cache
     token_ids: list[int] = field(default_factory=list)  # generated
     finish_reason: FinishReason | None = None
     submitted_at: float = field(default_factory=time.perf_counter)
@@ -41,6 +44,13 @@ class Request:
     def num_pending(self) -> int:
         """Tokens known but not yet in the cache: the rest of the prompt, or the last generated token."""
         return len(self.prompt_ids) + len(self.token_ids) - self.sequence.length
+
+    def end(self) -> None:
+        """The request works no more: its pages go back, or stay with its session."""
+        if self.session is None:
+            self.sequence.release()
+        else:
+            self.session.record(self.prompt_ids + self.token_ids)
 
     def pending(self, most: int) -> list[int]:
         """The next pending tokens, at most `most`."""

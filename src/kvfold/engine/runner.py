@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.cache.pages import PagePool, Sequence
+from kvfold.cache.session import Session
 from kvfold.engine.batch import Batch, Planner, Work, build_batch
 from kvfold.engine.request import FinishReason, Request, Sample
 from kvfold.engine.scheduler import Scheduler
@@ -36,10 +37,22 @@ class Runner:
     def is_idle(self) -> bool:
         return self._scheduler.is_idle
 
-    def submit(self, prompt_ids: list[int], sample: Sample, max_tokens: int, end_ids: frozenset[int]) -> Request:
-        """Queue a prompt of at least one token. Raises OutOfPages where it can never fit."""
-        request = Request(prompt_ids, sample, max_tokens, end_ids, Sequence(self._pool))
+    def submit(
+        self,
+        prompt_ids: list[int],
+        sample: Sample,
+        max_tokens: int,
+        end_ids: frozenset[int],
+        session: Session | None = None,
+    ) -> Request:
+        """Queue a prompt of at least one token; what its session has cached of it is not computed again.
+
+        Raises OutOfPages where it can never fit.
+        """
+        sequence = session.sequence if session else Sequence(self._pool)
+        request = Request(prompt_ids, sample, max_tokens, end_ids, sequence, session)
         self._scheduler.submit(request)
+        request.num_reused = session.rewind_to(prompt_ids) if session else 0
         return request
 
     def cancel(self, request: Request, reason: FinishReason = FinishReason.CANCELLED) -> None:

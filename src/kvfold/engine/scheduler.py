@@ -56,16 +56,16 @@ class Scheduler:
         return works
 
     def retire(self, request: Request) -> None:
-        """Take a request out, running or waiting, and give its pages back."""
+        """Take a request out, running or waiting."""
         if request in self.running:
             self.running.remove(request)
         else:
             self._waiting.remove(request)
-        request.sequence.release()
+        request.end()
 
     def _fits(self, request: Request) -> bool:
         promised = sum(_worst_case(r) - len(r.sequence.pages) for r in self.running)
-        return _worst_case(request) <= self._pool.num_free - promised
+        return _worst_case(request) - len(request.sequence.pages) <= self._pool.num_free - promised
 
 
 def _worst_case(request: Request) -> int:
