@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "backends": ("model", "mla", "cache", "quant", "config", "errors", "kernels", "_native"),
     "load": ("backends", "formats", "model", "mla", "cache", "quant", "config", "errors"),
     "engine": ("model", "mla.plan", "cache", "errors"),
-    "llm": ("load", "engine", "text", "formats.checkpoint", "errors"),
+    "llm": ("load", "engine", "text", "cache.session", "errors"),
     "explain": ("load", "backends.choose", "formats", "mla", "cache", "quant", "config", "errors"),
     "cli": ("llm", "load", "explain", "formats", "engine.sampler", "config", "errors", "__version__"),
     "bench": ("llm",),

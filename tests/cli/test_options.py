@@ -105,9 +105,7 @@ def test_every_sampling_setting_but_the_bias_has_a_flag() -> None:
 def test_flags_of_later_work_are_answered_by_a_sentence(kvfold: Kvfold, verb: str, flag: Any) -> None:
     for name in flag.names:
         values = ["x"] if flag.takes_value else []
-        done = kvfold(
-            verb, name, *values, "-n" if verb == "run" else "-b", "0", "/no/such/model.gguf", "text", "more"
-        )
+        done = kvfold(verb, "-b", "0", name, *values, "/no/such/model.gguf", "text", "more")
         assert (done.code, done.out) == (1, ""), name
         assert done.err == f"kvfold: {flag.names[0]} is not there yet. Today: {flag.today}.\n", name
 

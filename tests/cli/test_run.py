@@ -188,11 +188,18 @@ def test_a_prompt_longer_than_the_context_is_one_sentence(kvfold: Kvfold, tiny_g
     assert done.err.startswith("kvfold: 100 prompt tokens")
 
 
+def test_a_context_beyond_the_memory_is_one_sentence(kvfold: Kvfold, tiny_gguf: Path) -> None:
+    done = kvfold("run", "-c", "1000000G", tiny_gguf, PROMPT)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("kvfold: not enough memory: ") and done.err.count("\n") == 1
+
+
 # --- in a process of its own -----------------------------------------------------------------------------------------
 
 
-def start(*arguments: object, **pipes: int) -> subprocess.Popen[bytes]:
+def start(*arguments: object, encoding: str = "utf-8", **pipes: int) -> subprocess.Popen[bytes]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KVFOLD_")}
+    environment["PYTHONIOENCODING"] = encoding
     command = [sys.executable, "-m", "kvfold", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, **pipes)
 
@@ -222,3 +229,10 @@ def test_a_closed_pipe_is_quiet(tiny_gguf: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 1
+
+
+def test_a_terminal_without_the_characters_shows_question_marks(tiny_gguf: Path) -> None:
+    process = start(*ARGUMENTS, tiny_gguf, PROMPT, encoding="ascii", stdout=subprocess.PIPE)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert b"?" in out and out.isascii()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -56,10 +57,15 @@ add_later_verbs(app)
 
 def main() -> None:
     """The console script: never returns."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal has not: "?", not a traceback
     try:
         app(prog_name="kvfold")
-    except KvfoldError as failure:
+    except (KvfoldError, MemoryError) as failure:
         if os.environ.get("KVFOLD_DEBUG") == "1":
             raise
-        terminal.error(failure)
+        sentence = str(failure)
+        if isinstance(failure, MemoryError):
+            sentence = f"not enough memory: {sentence}. A smaller -c, -b or --workspace needs less (kvfold plan)."
+        terminal.error(sentence)
         sys.exit(1)
