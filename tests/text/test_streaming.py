@@ -69,7 +69,7 @@ def first_stop(text: str, stop: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=400)
 @given(
     st.lists(st.text("ab🦊\n", max_size=4), max_size=8),
     st.lists(st.text("ab🦊\n", min_size=1, max_size=4), max_size=4),

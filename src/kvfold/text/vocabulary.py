@@ -29,6 +29,9 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 # write a turn of the assistant. Converters mark what is bracketed like this as control; so do we.
 _LOOKS_LIKE_CONTROL = re.compile(r"<\|.*\|>|<｜.*｜>", re.DOTALL)
 
+# Never control tokens, whatever a file says: reasoning.py reads them in the text.
+_VISIBLE = ("<think>", "</think>")
+
 _TIKTOKEN_RESERVED = 256  # ids after the ranks, named by added_tokens_decoder (Moonshot's tokenization_kimi.py)
 
 
@@ -42,6 +45,7 @@ class ParsedVocabulary:
     added_bytes:   tokens that stand for other bytes than their text in the byte alphabet says: control and
                    user-defined ones (their own text), unused ones (nothing), single bytes
     bos_id:        id put before a prompt, or None; add_bos says whether the model wants it there
+    eos_id:        the end of a text, which chat templates write after an answer; None without
     eos_ids:       ids that end an answer: end of text and end of turn
     chat_template: Jinja source, or None
     """
@@ -51,6 +55,7 @@ class ParsedVocabulary:
     special_ids: Mapping[str, int]
     added_bytes: Mapping[int, bytes]
     bos_id: int | None
+    eos_id: int | None
     eos_ids: frozenset[int]
     add_bos: bool
     chat_template: str | None
@@ -155,10 +160,10 @@ def read_gguf(metadata: Mapping[str, Any], file: object) -> ParsedVocabulary:
         if type == _NORMAL and id not in named:
             continue
         text = tokens[id]
-        if type in (_CONTROL, _UNKNOWN) or id in named:
+        if (type in (_CONTROL, _UNKNOWN) or id in named) and text not in _VISIBLE:
             control[text] = id
             added_bytes[id] = text.encode()
-        elif type == _USER_DEFINED:
+        elif type == _USER_DEFINED or text in _VISIBLE:
             user_defined.append(text)
             added_bytes[id] = text.encode()
         elif type == _BYTE:
@@ -180,6 +185,7 @@ def read_gguf(metadata: Mapping[str, Any], file: object) -> ParsedVocabulary:
         special_ids=control,
         added_bytes=added_bytes,
         bos_id=bos_id,
+        eos_id=ends[0],
         eos_ids=frozenset(eos_ids),
         add_bos=add_bos,
         chat_template=template,
@@ -265,6 +271,7 @@ def read_hf(files: Mapping[str, Path]) -> ParsedVocabulary:
         special_ids=control,
         added_bytes={id: text.encode() for text, id in (control | plain).items()},
         bos_id=bos_id,
+        eos_id=eos_id,
         eos_ids=frozenset(eos_ids),
         add_bos=bool(add_bos),
         chat_template=_hf_template(files, config),
@@ -348,7 +355,7 @@ def _read_tokenizer_json(
             raise bad("added_tokens", f"{text!r:.60} has id {id}, and {vocab[text]} in model.vocab")
         if any(token.get(name) for name in ("lstrip", "rstrip", "single_word")):
             raise UnsupportedModel(f"{path}: added token {text!r:.60} takes in the spaces or words around it")
-        is_control = token.get("special") or _LOOKS_LIKE_CONTROL.fullmatch(text)
+        is_control = (token.get("special") or _LOOKS_LIKE_CONTROL.fullmatch(text)) and text not in _VISIBLE
         (control if is_control else plain)[text] = id
 
     ids = vocab | control | plain
@@ -400,7 +407,8 @@ def _read_tiktoken(
     for id in range(len(ranks), len(ranks) + _TIKTOKEN_RESERVED):
         entry = names.get(str(id))
         control[entry["content"] if isinstance(entry, dict) else f"<|reserved_token_{id}|>"] = id
-    vocab = {text: ranks[token] for token, text in spelled.items()} | control
+    plain = {text: control.pop(text) for text in _VISIBLE if text in control}
+    vocab = {text: ranks[token] for token, text in spelled.items()} | control | plain
     if len(vocab) != len(ranks) + _TIKTOKEN_RESERVED:
         raise ModelFileError(path.with_name("tokenizer_config.json"), "two special tokens share one name")
 
@@ -408,7 +416,7 @@ def _read_tiktoken(
         return ModelFileError(path, reason, where=key)
 
     backend = _new_backend(_merge_model(vocab, merges, bad, ignore_merges=True), "kimi-k2")
-    return backend, control, {}, len(vocab)
+    return backend, control, plain, len(vocab)
 
 
 def _named_token(
