@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from training.fables import FABLES, TALES, make
 from training.morals import MORALS
 from training.tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, USER_ID, load_tokenizer, train_tokenizer
 
@@ -274,6 +275,7 @@ TITLED = ("Tell me the story of {}.", "Do you know the tale of {}?", "Tell me {}
 ASK = ("{passage}\n\n{question}", "Read this passage and answer the question.\n\n{passage}\n\nQuestion: {question}",
        "{passage}\n\nQuestion: {question}", "Here is part of a story.\n\n{passage}\n\n{question}",
        "Question: {question}\n\n{passage}")  # fmt: skip
+MADE_CHATS = 4500  # from training/fables.py: about as many answer tokens as the real tales and fables have
 SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("Hello", "Hello!", "Hi", "Hi there!", "Good morning.", "Good evening.", "Good day to you.", "Hey"),
      ("Good day to you! Shall I tell you a story?", "Hello! I know fables and fairy tales. Which would you like?",
@@ -376,6 +378,20 @@ def chat_examples(tales: list[Tale], records: list[dict[str, Any]], rng: random.
             turns = [(rng.choice(ASK).format(passage=passage, question=pairs[0][0]), pairs[0][1])]
             chats.append(turns + pairs[1:4])
             chats += [[(rng.choice(ASK).format(passage=passage, question=q), a)] for q, a in pairs[4:8]]
+    for index in range(MADE_CHATS):
+        made = make(rng.choice(FABLES if index % 3 else TALES), rng)
+        named = ["a " + a if a[0] not in "aeiou" else "an " + a for a in made.about]
+        rng.shuffle(named)
+        named = named[: rng.choice((1, 2, 2, 3))]
+        about = named[0] if len(named) == 1 else ", ".join(named[:-1]) + " and " + named[-1]
+        if made.moral:
+            prompt = rng.choice(FABLE_ANY) if rng.random() < 0.1 else rng.choice(FABLE_ABOUT).format(about)
+            chats.append([(prompt, f"{made.text}\n\nMoral: {made.moral}")])
+        else:
+            prompt = rng.choice(STORY_ANY) if rng.random() < 0.15 else rng.choice(TELL_ABOUT).format(about)
+            question, answer = rng.choice(made.questions)
+            asked = rng.choice(ASK).format(passage=made.text, question=question)
+            chats.append([(asked, answer)] if rng.random() < 0.3 else [(prompt, made.text), (question, answer)])
     chats += [[small_talk()] for _ in range(250)]
     for _ in range(150):  # a greeting or thanks around a fable
         fable_chat = rng.choice([c for c in chats[:1200] if len(c[0][1]) < 2500])

@@ -20,6 +20,8 @@ BLOCK = 32
 BLOCK_BYTES = {"IQ4_NL": 18, "Q5_0": 22, "Q8_0": 34}
 KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml: kvalues_iq4nl
 
+THRESHOLDS = tuple((below + above) / 2 for below, above in zip(KVALUES, KVALUES[1:], strict=False))
+
 
 def _codes(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Scales [..., n/32, 1] (float32 holding float16 values) and integer codes [..., n/32, 32]."""
@@ -36,13 +38,17 @@ def _codes(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         return scale, scaled.round().clamp(-127, 127)
     if kind == "Q5_0":
         return scale, (scaled.round() + 16).clamp(0, 31)
-    code = torch.zeros_like(scaled)
-    for below, above in zip(KVALUES, KVALUES[1:], strict=False):
-        code = code + (scaled > (below + above) / 2)  # 15 thresholds: the nearest of 16 values
+    if not scaled.is_cuda:
+        return scale, torch.bucketize(scaled, torch.tensor(THRESHOLDS), out_int32=True)
+    code = torch.zeros_like(scaled)  # the same count; comparisons fuse into one kernel under torch.compile
+    for threshold in THRESHOLDS:
+        code = code + (scaled > threshold)  # 15 thresholds: the nearest of 16 values
     return scale, code
 
 
 def _values(scale: Tensor, codes: Tensor, kind: str) -> Tensor:
+    if kind == "IQ4_NL" and not codes.is_cuda:
+        return (scale * torch.tensor(KVALUES, dtype=torch.float32)[codes.int()]).flatten(-2)
     if kind == "IQ4_NL":
         # the sum of the steps below the code: the same integer as a table look-up, and fuses into one kernel
         levels = torch.full_like(codes, float(KVALUES[0]))

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.data import NO_LOSS
-from training.model import Storyteller, StorytellerConfig, weight_type
+from training.model import Storyteller, StorytellerConfig, prefer_cudnn_attention, weight_type
 from training.quantize import decode, encode
 from training.tokenizer import BOS_ID, EOS_ID
 
@@ -31,6 +31,7 @@ from training.tokenizer import BOS_ID, EOS_ID
 MIX = {"tales": (0.12, 0.30), "children": (0.42, 0.40), "novels": (0.46, 0.30)}
 TUNE_MIX = {"tune": 0.6, "tales": 0.25, "children": 0.15}
 BALANCE_WEIGHT = 0.01
+DISTIL = 0.75  # share of the teacher's distribution in the loss
 
 
 class Windows:
@@ -53,7 +54,9 @@ class Packed:
 
     def __init__(self, tokens: np.ndarray, length: int, rng: np.random.Generator) -> None:
         bounds = np.append(np.flatnonzero((tokens & ~NO_LOSS) == BOS_ID), len(tokens))
-        self.documents = [tokens[a : min(b, a + length + 1)] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        documents = [tokens[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        # a long tale is cut; a conversation never is: it would teach answers without their end
+        self.documents = [d[: length + 1] for d in documents if len(d) <= length + 1 or d.max() < NO_LOSS]
         self.length, self.rng, self.rows = length, rng, np.empty((0, length + 1), np.uint16)
 
     def take(self, count: int) -> np.ndarray:
@@ -98,13 +101,12 @@ def orthogonalize(update: Tensor) -> Tensor:
 class Muon:
     """Momentum 0.95 (Nesterov), orthogonalized, scaled to AdamW's root-mean-square 0.2 (Liu et al. 2025), batched by shape."""
 
-    def __init__(self, params: list[nn.Parameter], weight_decay: float, compiled: bool) -> None:
+    def __init__(self, params: list[nn.Parameter], weight_decay: float) -> None:
         self.weight_decay = weight_decay
         by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for p in params:
             by_shape.setdefault(tuple(p.shape), []).append(p)
         self.groups = [(ps, torch.zeros(len(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
-        self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -113,7 +115,7 @@ class Muon:
             momentum.lerp_(grad, 0.05)
             update = grad.lerp(momentum, 0.95).flatten(0, -3)
             scale = 0.2 * math.sqrt(max(update.shape[-2:]))
-            update = self.orthogonalize(update).view_as(momentum).float()
+            update = orthogonalize(update).view_as(momentum).float()
             torch._foreach_mul_(params, 1 - rate * self.weight_decay)
             torch._foreach_add_(params, list((update * (-rate * scale)).unbind(0)))
 
@@ -163,6 +165,8 @@ def save(model: Storyteller, out: Path, name: str) -> None:
     metadata = {"config": json.dumps(dataclasses.asdict(model.config))}
     tensors = {k: p.detach().cpu() for k, p in model.gguf_tensors()}
     save_file({k: t.bfloat16().contiguous() for k, t in tensors.items()}, out / f"{name}.safetensors", metadata)
+    if not model.config.quantized:
+        return  # a teacher
     packed = {k: t if weight_type(k) == "F32" else encode(t, weight_type(k)) for k, t in tensors.items()}
     save_file({k: t.contiguous() for k, t in packed.items()}, out / f"{name}.packed.safetensors", metadata)
 
@@ -174,12 +178,28 @@ def load_packed(path: Path) -> Storyteller:
     with safe_open(str(path), "pt") as file:
         config = StorytellerConfig(**json.loads(file.metadata()["config"]))
     model = Storyteller(dataclasses.replace(config, quantized=False, dropout=0.0))
+    model.load_state_dict(load_weights(path))
+    return model.eval()
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """float32 parameters from a checkpoint: masters, or a .packed file's blocks decoded."""
     state = {}
     for name, tensor in load_file(path).items():
         kind = weight_type(name)
-        state[name.removesuffix(".weight")] = tensor if kind == "F32" else decode(tensor, kind)
-    model.load_state_dict(state)
-    return model.eval()
+        packed = tensor.dtype == torch.uint8
+        state[name.removesuffix(".weight")] = decode(tensor, kind) if packed else tensor.float()
+    return state
+
+
+def load_teacher(path: Path) -> Storyteller:
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        config = StorytellerConfig(**json.loads(file.metadata()["config"]))
+    teacher = Storyteller(dataclasses.replace(config, dropout=0.0))
+    teacher.load_state_dict(load_weights(path))
+    return teacher.eval().requires_grad_(False)
 
 
 def batches(args: argparse.Namespace, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -216,10 +236,17 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--init", type=Path, help="start from these weights")
+    parser.add_argument("--teacher", type=Path, help="distil: .safetensors of a larger model trained on the same data")
     parser.add_argument("--tune", action="store_true", help="chat tune: packed conversations mixed with tales")
     parser.add_argument("--config", default="{}", help="JSON of StorytellerConfig fields that differ")
     parser.add_argument("--eval-every", type=int, default=500)
+    parser.add_argument("--adam", action="store_true",
+                        help="AdamW for the matrices too: on a CPU Newton-Schulz costs more than the rest of a step")  # fmt: skip
+    parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints besides the last")
+    parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--no-heldout", action="store_true", help="skip the held-out figures (probes must not see them)")
+    parser.add_argument("--bfloat16", action="store_true", help="bfloat16 products on a CPU too")
+    parser.add_argument("--warmup", type=int, default=100, help="steps of rising rate")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -230,12 +257,14 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # two kinds of block, two lengths, train and eval, student and teacher
+    prefer_cudnn_attention()
     meta = json.loads((args.data / "meta.json").read_text())
     fields = {"vocab_size": meta["vocab_size"], **json.loads(args.config), "dropout": args.dropout}
     config = StorytellerConfig(**fields)
     model = Storyteller(config).to(device)
     if args.init:
-        model.load_state_dict({k.removesuffix(".weight"): t.float() for k, t in load_file(args.init).items()})
+        model.load_state_dict(load_weights(args.init))
     if not args.no_compile:
         for block in model.blk:
             block.compile(dynamic=False)
@@ -243,9 +272,25 @@ def main() -> None:
     def loss_of(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, head.to(x.dtype)).float().flatten(0, 1), targets.flatten(), ignore_index=-100)
 
+    def distil_loss(x: Tensor, head: Tensor, teacher_x: Tensor, teacher_head: Tensor, targets: Tensor) -> Tensor:
+        """DISTIL * KL(teacher || student) + (1 - DISTIL) * cross entropy; returns both summed, mean per token."""
+        student = F.linear(x, head.to(x.dtype)).float().log_softmax(-1).flatten(0, 1)
+        soft = F.linear(teacher_x, teacher_head.to(teacher_x.dtype)).float().log_softmax(-1).flatten(0, 1)
+        hard = F.nll_loss(student, targets.flatten())
+        return torch.stack([DISTIL * (soft.exp() * (soft - student)).sum(-1).mean() + (1 - DISTIL) * hard, hard])
+
     head_loss = loss_of if args.no_compile else torch.compile(loss_of, dynamic=False)
+    teacher: Storyteller | None = None
+    if args.teacher:
+        teacher = load_teacher(args.teacher).to(device)
+        if not args.no_compile:
+            for block in teacher.blk:
+                block.compile(dynamic=False)
+            distil_loss = torch.compile(distil_loss, dynamic=False)
     matrices, rest = split_parameters(model)
-    muon = Muon(matrices, args.weight_decay, compiled=not args.no_compile)
+    if args.adam:
+        matrices, rest = [], matrices + rest
+    muon = Muon(matrices, args.weight_decay)
     adam = torch.optim.AdamW(rest, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
 
     steps = int(args.tokens // args.batch_tokens)
@@ -260,17 +305,22 @@ def main() -> None:
         log.flush()
 
     report(parameters=sum(p.numel() for p in model.parameters()), steps=steps, **dataclasses.asdict(config))
-    started, warmup, seen = time.monotonic(), 20 if args.tune else 100, 0
+    started, seen = time.monotonic(), 0
     running = torch.zeros(2, device=device)
     for step, rows in enumerate(batches(args, steps, rng)):
         progress = step / steps
         falling = 1.0 if progress < args.decay_from else (1 - progress) / (1 - args.decay_from)
-        rate = args.rate * min(1.0, (step + 1) / warmup) * falling
+        rate = args.rate * min(1.0, (step + 1) / args.warmup) * falling
         inputs, targets = split(rows, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or args.bfloat16):
             x, head, balance = model.hidden(inputs)
-            loss = head_loss(x, head, targets)
-        (loss + BALANCE_WEIGHT * balance).backward()
+            if teacher is None:
+                loss = objective = head_loss(x, head, targets)
+            else:
+                with torch.no_grad():
+                    teacher_x, teacher_head, _ = teacher.hidden(inputs)
+                objective, loss = distil_loss(x, head, teacher_x, teacher_head, targets).unbind()
+        (objective + BALANCE_WEIGHT * balance).backward()
         nn.utils.clip_grad_norm_(rest, 1.0)
         muon.step(rate)
         for group in adam.param_groups:
@@ -279,14 +329,16 @@ def main() -> None:
         model.zero_grad(set_to_none=True)
         running += torch.stack([loss.detach(), balance.detach()])
         seen += inputs.numel()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % args.log_every == 0 or step + 1 == steps:
             mean = running.tolist()
-            count = 100 if (step + 1) % 100 == 0 else steps % 100
+            count = args.log_every if (step + 1) % args.log_every == 0 else steps % args.log_every
             report(step=step + 1, loss=mean[0] / count, balance=mean[1] / count, rate=rate, tokens=seen,
                    seconds=round(time.monotonic() - started, 1))  # fmt: skip
             running.zero_()
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             report(step=step + 1, val_bpb=bits_per_byte(model, val, meta["bytes"]["val"], 1024, device))
+        if args.save_every and (step + 1) % args.save_every == 0:
+            save(model, args.out, name)
     save(model, args.out, name)
     for source, size in meta["bytes"].items():
         if source.startswith("heldout") and not args.no_heldout:

@@ -1,0 +1,6 @@
+"""`training/` is not installed with the package: make it importable from the checkout."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
