@@ -194,6 +194,21 @@ def test_role_markers_of_a_tokenizer_json_are_control_whatever_their_flag(tmp_pa
     assert ours.decode([ours.token_id("<think>")]) == ""
 
 
+def test_thought_tags_are_text_whatever_the_file_calls_them(tmp_path: Path) -> None:
+    """Otherwise decoding would drop them and nobody could tell thought from answer."""
+    known = vocabulary("deepseek-v3")
+    tokens, types = known.metadata["tokenizer.ggml.tokens"], known.metadata["tokenizer.ggml.token_type"]
+    as_control = [3 if text in USER_DEFINED else type for text, type in zip(tokens, types, strict=True)]
+    spec = json.loads(known.json)
+    for token in spec["added_tokens"]:
+        token["special"] = True
+    hf = Tokenizer.from_hf(write_hf(tmp_path, Vocabulary("deepseek-v3", json.dumps(spec), {})))
+    for ours in (Tokenizer.from_gguf(known.metadata | {"tokenizer.ggml.token_type": as_control}), hf):
+        ids = ours.encode("<think>why</think>", add_bos=False)
+        assert ids[0] == ours.token_id("<think>")
+        assert ours.decode(ids) == "<think>why</think>"
+
+
 def test_bos_is_added_when_the_model_wants_it_and_the_caller_does(v3_vocabulary: Vocabulary) -> None:
     wanted = Tokenizer.from_gguf(v3_vocabulary.metadata)
     unwanted = Tokenizer.from_gguf(v3_vocabulary.metadata | {"tokenizer.ggml.add_bos_token": False})
