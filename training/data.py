@@ -66,7 +66,9 @@ CHILDREN_BOOKS = {
     "A Little Princess", "The Secret Garden", "The Call of the Wild", "White Fang", "The Adventures of Tom Sawyer",
     "The Prince and the Pauper", "Gulliver's Travels", "The Canterville Ghost", "Phantastes",
 } | LEGENDS  # fmt: skip
-SLUR = re.compile(r"\bnigger|\bdarky\b|\bdarkies\b", re.I)  # a book with more than 20 is dropped, else the paragraph
+SLUR = re.compile(
+    r"\bnigger|\bdarky\b|\bdarkies\b", re.I
+)  # a book with more than 20 is dropped, else the paragraph
 
 TYPOGRAPHY = str.maketrans({
     "“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "...", "\u200b": "", "\ufeff": "",
@@ -96,8 +98,8 @@ def clean(text: str) -> str:
     text = re.sub(r"\[(?:FN#)?\d+\]|\{\d+\}", "", text)
     text = re.sub(r"\*+", "", text)
     paragraphs = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        paragraph = re.sub(r" {2,}", " ", "\n".join(line.strip() for line in paragraph.split("\n"))).strip()
+    for raw in re.split(r"\n\s*\n", text):
+        paragraph = re.sub(r" {2,}", " ", "\n".join(line.strip() for line in raw.split("\n"))).strip()
         if not paragraph or EDITORIAL.match(paragraph) or SLUR.search(paragraph):
             continue
         letters = sum(ch.isalpha() or ch in " ,.'\"!?;-" for ch in paragraph)
@@ -233,7 +235,9 @@ def split_documents(
 
     def leaks(title: str, text: str) -> bool:
         bare = " ".join(w for w in words(title) if w not in ("the", "a", "an"))
-        same_title = any(bare == " ".join(w for w in t.split() if w not in ("the", "a", "an")) for t in held_out_titles)
+        same_title = any(
+            bare == " ".join(w for w in t.split() if w not in ("the", "a", "an")) for t in held_out_titles
+        )
         return same_title or is_near_copy(text, held_out_shingles)
 
     kept = []
@@ -248,14 +252,118 @@ def split_documents(
 
 # ---------------------------------------------------------------------------------------------------- the chat tune
 
-CHARACTERS = (
-    "fox crow wolf lion mouse dog cat cock hen goose duck swan eagle hawk owl stork crane peacock jackdaw raven sparrow "
-    "nightingale swallow frog toad snake viper serpent tortoise turtle hare rabbit bear boar pig sow sheep lamb ram goat kid "
-    "ass donkey horse mule ox bull cow calf stag deer monkey ape camel elephant crab fish dolphin bee ant grasshopper fly "
-    "gnat spider dragon giant troll witch fairy dwarf elf mermaid goblin ogre king queen prince princess knight soldier "
-    "miller shepherd farmer fisherman hunter tailor shoemaker woodcutter merchant thief robber beggar priest doctor sailor "
-    "grandmother stepmother magician wizard ghost devil angel tree oak rose river moon sun star wind"
-).split()
+CHARACTERS = [
+    "fox",
+    "crow",
+    "wolf",
+    "lion",
+    "mouse",
+    "dog",
+    "cat",
+    "cock",
+    "hen",
+    "goose",
+    "duck",
+    "swan",
+    "eagle",
+    "hawk",
+    "owl",
+    "stork",
+    "crane",
+    "peacock",
+    "jackdaw",
+    "raven",
+    "sparrow",
+    "nightingale",
+    "swallow",
+    "frog",
+    "toad",
+    "snake",
+    "viper",
+    "serpent",
+    "tortoise",
+    "turtle",
+    "hare",
+    "rabbit",
+    "bear",
+    "boar",
+    "pig",
+    "sow",
+    "sheep",
+    "lamb",
+    "ram",
+    "goat",
+    "kid",
+    "ass",
+    "donkey",
+    "horse",
+    "mule",
+    "ox",
+    "bull",
+    "cow",
+    "calf",
+    "stag",
+    "deer",
+    "monkey",
+    "ape",
+    "camel",
+    "elephant",
+    "crab",
+    "fish",
+    "dolphin",
+    "bee",
+    "ant",
+    "grasshopper",
+    "fly",
+    "gnat",
+    "spider",
+    "dragon",
+    "giant",
+    "troll",
+    "witch",
+    "fairy",
+    "dwarf",
+    "elf",
+    "mermaid",
+    "goblin",
+    "ogre",
+    "king",
+    "queen",
+    "prince",
+    "princess",
+    "knight",
+    "soldier",
+    "miller",
+    "shepherd",
+    "farmer",
+    "fisherman",
+    "hunter",
+    "tailor",
+    "shoemaker",
+    "woodcutter",
+    "merchant",
+    "thief",
+    "robber",
+    "beggar",
+    "priest",
+    "doctor",
+    "sailor",
+    "grandmother",
+    "stepmother",
+    "magician",
+    "wizard",
+    "ghost",
+    "devil",
+    "angel",
+    "tree",
+    "oak",
+    "rose",
+    "river",
+    "moon",
+    "sun",
+    "star",
+    "wind",
+]
 TELL_ABOUT = (
     "Tell me a story about {}.", "Tell me a tale about {}.", "Please tell me a story about {}.",
     "I would like to hear a story about {}.", "Can you tell me a fairy tale about {}?", "A story about {}, please.",
@@ -333,7 +441,9 @@ def sentence(answer: str) -> str:
     return answer if answer[-1:] in ".!?\"'" else answer + "."
 
 
-def chat_examples(tales: list[Tale], records: list[dict[str, Any]], rng: random.Random) -> list[list[tuple[str, str]]]:
+def chat_examples(
+    tales: list[Tale], records: list[dict[str, Any]], rng: random.Random
+) -> list[list[tuple[str, str]]]:
     """Conversations as lists of (question, answer)."""
     chats: list[list[tuple[str, str]]] = []
 
@@ -440,7 +550,11 @@ def main() -> None:
     tales, train_records, held_out, dropped = split_documents(works, records)
     rng.shuffle(tales)
     # validation: whole documents, about 1 % of tales and children's books; never of the chat tune's tales
-    val = [t for t in tales if t.group != "novels" and t.source not in ("fairytale_qa", "Aesop's Fables", "Aesops Fables")]
+    val = [
+        t
+        for t in tales
+        if t.group != "novels" and t.source not in ("fairytale_qa", "Aesop's Fables", "Aesops Fables")
+    ]
     val = [t for t in val if t.text and len(t.text) < 30000][:25]
     titles = {(t.source, t.title) for t in val}
     tales = [t for t in tales if (t.source, t.title) not in titles]
@@ -450,7 +564,13 @@ def main() -> None:
     tokenizer.save(str(args.out / "tokenizer.json"))
     tokenizer = load_tokenizer(args.out / "tokenizer.json")
 
-    meta: dict[str, Any] = {"vocab_size": args.vocab_size, "dropped": dropped, "bytes": {}, "tokens": {}, "documents": {}}
+    meta: dict[str, Any] = {
+        "vocab_size": args.vocab_size,
+        "dropped": dropped,
+        "bytes": {},
+        "tokens": {},
+        "documents": {},
+    }
     meta["sources"] = sorted({(t.group, t.source) for t in tales})
     meta["inputs"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (args.stories, args.fairytale_qa)}
     named = {**groups, "val": [t.text for t in val]}
@@ -466,7 +586,9 @@ def main() -> None:
     meta["tokens"]["tune"], meta["documents"]["tune"] = int(tune.size), len(chats)
     meta["tokens"]["tune_answers"] = int((tune < NO_LOSS).sum())
     (args.out / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False))
-    (args.out / "chats.sample.txt").write_text("\n\n=====\n\n".join(f"U: {q}\nA: {a}" for c in chats[:60] for q, a in c))
+    (args.out / "chats.sample.txt").write_text(
+        "\n\n=====\n\n".join(f"U: {q}\nA: {a}" for c in chats[:60] for q, a in c)
+    )
 
 
 if __name__ == "__main__":

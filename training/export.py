@@ -1,19 +1,22 @@
 """Wraps the packed weights and the tokenizer into one GGUF, as llama.cpp's convert_hf_to_gguf lays out `deepseek2`.
 
     python -m training.export --packed tune.packed.safetensors --tokenizer tokenizer.json --out storyteller.gguf
+    python -m training.export --unpack storyteller.gguf --out base.packed.safetensors
     python -m training.export ... --dtype F16 --out storyteller-f16.gguf   # the same weights decoded, for comparisons
 
 Owns metadata keys and tensor names. The packed blocks are written as they are: nothing is quantized here.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, TokenType
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from training.model import StorytellerConfig, weight_type
 from training.quantize import decode
@@ -26,12 +29,14 @@ def write_gguf(packed: Path, tokenizer: Path, out: Path, dtype: str = "packed") 
     """`dtype`: 'packed' (the blocks), or 'F16' / 'F32' (matrices decoded; norms and router stay F32)."""
     with safe_open(str(packed), "np") as file:
         config = StorytellerConfig(**json.loads(file.metadata()["config"]))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     temporary = out.with_suffix(".tmp")
     writer = GGUFWriter(temporary, "deepseek2")
     c = config
     writer.add_name("kvfold storyteller")
-    writer.add_description("A very small DeepSeek-V2 model that tells tales and fables. Trained by kvfold/training.")
+    writer.add_description(
+        "A very small DeepSeek-V2 model that tells tales and fables. Trained by kvfold/training."
+    )
     writer.add_license("apache-2.0")
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
@@ -98,13 +103,40 @@ def write_gguf(packed: Path, tokenizer: Path, out: Path, dtype: str = "packed") 
     temporary.rename(out)
 
 
+def unpack_gguf(gguf_file: Path, out: Path) -> None:
+    """The reverse: a shipped file's blocks as a .packed.safetensors, for `train --init`."""
+    reader = GGUFReader(gguf_file)
+    value = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+    config = StorytellerConfig(
+        vocab_size=value["deepseek2.vocab_size"],
+        hidden_size=value["deepseek2.embedding_length"],
+        num_layers=value["deepseek2.block_count"],
+        num_heads=value["deepseek2.attention.head_count"],
+        q_lora_rank=value["deepseek2.attention.q_lora_rank"],
+        intermediate_size=value["deepseek2.feed_forward_length"],
+        moe_intermediate_size=value["deepseek2.expert_feed_forward_length"],
+        num_experts=value["deepseek2.expert_count"],
+        num_experts_per_token=value["deepseek2.expert_used_count"],
+        num_shared_experts=value["deepseek2.expert_shared_count"],
+        routed_scaling_factor=value["deepseek2.expert_weights_scale"],
+    )
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    save_file(tensors, out, {"config": json.dumps(dataclasses.asdict(config))})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packed", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--packed", type=Path)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--unpack", type=Path, help="a GGUF to turn back into --out FILE.packed.safetensors")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dtype", choices=("packed", "F16", "F32"), default="packed")
     args = parser.parse_args()
+    if args.unpack:
+        unpack_gguf(args.unpack, args.out)
+        return
+    if not args.packed or not args.tokenizer:
+        parser.error("--packed and --tokenizer are needed unless --unpack is given")
     write_gguf(args.packed, args.tokenizer, args.out, args.dtype)
     print(f"{args.out}: {args.out.stat().st_size} bytes")
 

@@ -123,7 +123,7 @@ But one evening the <B> {really came|did come in earnest}. "{Help! Help!|The <B>
     Plot({"A": "prey", "B": "hunter", "P": "place"}, """\
 {There was once|In a small house lived} a mother <A> who had one {little son|young one}. "{My child|My dear}," she said, "{never go to the <P> alone|do not open the door to anyone}, for the <B> {lives there|is near}, and he {is very cunning|speaks sweetly, but his teeth are sharp}."
 
-But {when she was gone|one day when she had gone out} the {little one|young <A>} {grew tired of waiting|thought, "What harm can it do?"}. {A soft voice called|Someone called in a sweet voice}, "{Come out and play|Come with me, and I will show you the finest clover in the world}." {He went out|So he went}, and there stood the <B>, {licking his lips|with shining eyes}. 
+But {when she was gone|one day when she had gone out} the {little one|young <A>} {grew tired of waiting|thought, "What harm can it do?"}. {A soft voice called|Someone called in a sweet voice}, "{Come out and play|Come with me, and I will show you the finest clover in the world}." {He went out|So he went}, and there stood the <B>, {licking his lips|with shining eyes}.
 
 The young <A> {ran as he had never run before|ran home with his heart beating fast}, and {slipped through a hole in the hedge|reached the door} {just in time|only a step before him}. When his mother came home, he told her everything. "{Now you know|You see}," said she, "{why I warned you|that I did not speak for nothing}.\"""",
          ("Listen to those who are older and wiser.", "Good advice is better than a sorry lesson.",

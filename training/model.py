@@ -88,7 +88,9 @@ class Block(nn.Module):
         self.attn_kv_a_mqa = matrix(c.kv_lora_rank + c.qk_rope_head_dim, d)
         self.attn_kv_a_norm = ones(c.kv_lora_rank)
         # kv_b in the file's layout, so that its quantization blocks are the file's: k_b runs along nope, v_b along lora
-        self.attn_k_b = nn.Parameter(torch.randn(heads, c.kv_lora_rank, c.qk_nope_head_dim) * 0.5 * c.kv_lora_rank**-0.5)
+        self.attn_k_b = nn.Parameter(
+            torch.randn(heads, c.kv_lora_rank, c.qk_nope_head_dim) * 0.5 * c.kv_lora_rank**-0.5
+        )
         self.attn_v_b = matrix(heads, c.v_head_dim, c.kv_lora_rank)
         self.attn_output = matrix(d, heads * c.v_head_dim, zero=True)
         if dense:
@@ -109,7 +111,9 @@ class Block(nn.Module):
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         c = self.config
         batch, length, _ = x.shape
-        q = F.linear(rms_norm(F.linear(x, self.w("attn_q_a")), self.attn_q_a_norm, c.rms_norm_eps), self.w("attn_q_b"))
+        q = F.linear(
+            rms_norm(F.linear(x, self.w("attn_q_a")), self.attn_q_a_norm, c.rms_norm_eps), self.w("attn_q_b")
+        )
         q = q.view(batch, length, c.num_heads, -1).transpose(1, 2)  # [B, H, T, 192]
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         kv = F.linear(x, self.w("attn_kv_a_mqa"))
@@ -134,7 +138,7 @@ class Block(nn.Module):
             return F.linear(h, self.w("ffn_down")), x.new_zeros((), dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.ffn_gate_inp).softmax(dim=-1)  # [B, T, E]
-        top, ids = scores.topk(c.num_experts_per_token, dim=-1)
+        ids = scores.topk(c.num_experts_per_token, dim=-1).indices
         chosen = torch.zeros_like(scores).scatter(-1, ids, 1.0)
         weights = scores * chosen * c.routed_scaling_factor
         # Switch Transformer eq. 4: experts * sum(share of tokens * mean score), 1 when balanced
@@ -151,7 +155,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
-        x = x + F.dropout(self.attention(rms_norm(x, self.attn_norm, c.rms_norm_eps), cos, sin), c.dropout, self.training)
+        x = x + F.dropout(
+            self.attention(rms_norm(x, self.attn_norm, c.rms_norm_eps), cos, sin), c.dropout, self.training
+        )
         out, balance = self.feed_forward(rms_norm(x, self.ffn_norm, c.rms_norm_eps))
         return x + F.dropout(out, c.dropout, self.training), balance
 

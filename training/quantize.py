@@ -11,6 +11,7 @@ Nibble i of a byte row holds element i (low half) and i + 16 (high half), as ggm
 exactly decode(encode(w)), so the file holds the very weights the loss was computed with.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ BLOCK = 32
 BLOCK_BYTES = {"IQ4_NL": 18, "Q5_0": 22, "Q8_0": 34}
 KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml: kvalues_iq4nl
 
-THRESHOLDS = tuple((below + above) / 2 for below, above in zip(KVALUES, KVALUES[1:], strict=False))
+THRESHOLDS = tuple((below + above) / 2 for below, above in pairwise(KVALUES))
 
 
 def _codes(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -52,7 +53,7 @@ def _values(scale: Tensor, codes: Tensor, kind: str) -> Tensor:
     if kind == "IQ4_NL":
         # the sum of the steps below the code: the same integer as a table look-up, and fuses into one kernel
         levels = torch.full_like(codes, float(KVALUES[0]))
-        for index, (below, above) in enumerate(zip(KVALUES, KVALUES[1:], strict=False)):
+        for index, (below, above) in enumerate(pairwise(KVALUES)):
             levels = levels + (above - below) * (codes > index)
         return (scale * levels).flatten(-2)
     return (scale * (codes - 16 if kind == "Q5_0" else codes)).flatten(-2)

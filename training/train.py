@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ class Packed:
 
     def __init__(self, tokens: np.ndarray, length: int, rng: np.random.Generator) -> None:
         bounds = np.append(np.flatnonzero((tokens & ~NO_LOSS) == BOS_ID), len(tokens))
-        documents = [tokens[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        documents = [tokens[a:b] for a, b in pairwise(bounds)]
         # a long tale is cut; a conversation never is: it would teach answers without their end
         self.documents = [d[: length + 1] for d in documents if len(d) <= length + 1 or d.max() < NO_LOSS]
         self.length, self.rng, self.rows = length, rng, np.empty((0, length + 1), np.uint16)
@@ -133,7 +134,9 @@ def split_parameters(model: Storyteller) -> tuple[list[nn.Parameter], list[nn.Pa
 
 @torch.compiler.set_stance("force_eager")  # the odd shapes of evaluation are not worth their compile time
 @torch.no_grad()
-def nats_per_token(model: Storyteller, tokens: np.ndarray, length: int, device: torch.device, rows: int = 16) -> tuple[float, int]:
+def nats_per_token(
+    model: Storyteller, tokens: np.ndarray, length: int, device: torch.device, rows: int = 16
+) -> tuple[float, int]:
     """Summed -log p and the count of targets, windows of `length` with half of each as context. BOS is never a target."""
     model.eval()
     total, count = 0.0, 0
@@ -157,7 +160,9 @@ def nats_per_token(model: Storyteller, tokens: np.ndarray, length: int, device: 
     return total, count
 
 
-def bits_per_byte(model: Storyteller, tokens: np.ndarray, num_bytes: int, length: int, device: torch.device) -> float:
+def bits_per_byte(
+    model: Storyteller, tokens: np.ndarray, num_bytes: int, length: int, device: torch.device
+) -> float:
     return nats_per_token(model, tokens, length, device)[0] / math.log(2) / num_bytes
 
 
@@ -230,13 +235,17 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--long-length", type=int, default=2048)
     parser.add_argument("--long-from", type=float, default=0.75, help="progress at which rows become long")
-    parser.add_argument("--decay-from", type=float, default=0.5, help="progress at which the rate starts to fall to 0")
+    parser.add_argument(
+        "--decay-from", type=float, default=0.5, help="progress at which the rate starts to fall to 0"
+    )
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--init", type=Path, help="start from these weights")
-    parser.add_argument("--teacher", type=Path, help="distil: .safetensors of a larger model trained on the same data")
+    parser.add_argument(
+        "--teacher", type=Path, help="distil: .safetensors of a larger model trained on the same data"
+    )
     parser.add_argument("--tune", action="store_true", help="chat tune: packed conversations mixed with tales")
     parser.add_argument("--config", default="{}", help="JSON of StorytellerConfig fields that differ")
     parser.add_argument("--eval-every", type=int, default=500)
@@ -244,7 +253,9 @@ def main() -> None:
                         help="AdamW for the matrices too: on a CPU Newton-Schulz costs more than the rest of a step")  # fmt: skip
     parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints besides the last")
     parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--no-heldout", action="store_true", help="skip the held-out figures (probes must not see them)")
+    parser.add_argument(
+        "--no-heldout", action="store_true", help="skip the held-out figures (probes must not see them)"
+    )
     parser.add_argument("--bfloat16", action="store_true", help="bfloat16 products on a CPU too")
     parser.add_argument("--warmup", type=int, default=100, help="steps of rising rate")
     parser.add_argument("--no-compile", action="store_true")
@@ -257,7 +268,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    torch._dynamo.config.recompile_limit = 64  # two kinds of block, two lengths, train and eval, student and teacher
+    torch._dynamo.config.recompile_limit = (
+        64  # two kinds of block, two lengths, train and eval, student and teacher
+    )
     prefer_cudnn_attention()
     meta = json.loads((args.data / "meta.json").read_text())
     fields = {"vocab_size": meta["vocab_size"], **json.loads(args.config), "dropout": args.dropout}
@@ -270,7 +283,9 @@ def main() -> None:
             block.compile(dynamic=False)
 
     def loss_of(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x, head.to(x.dtype)).float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+        return F.cross_entropy(
+            F.linear(x, head.to(x.dtype)).float().flatten(0, 1), targets.flatten(), ignore_index=-100
+        )
 
     def distil_loss(x: Tensor, head: Tensor, teacher_x: Tensor, teacher_head: Tensor, targets: Tensor) -> Tensor:
         """DISTIL * KL(teacher || student) + (1 - DISTIL) * cross entropy; returns both summed, mean per token."""

@@ -8,10 +8,11 @@ import pytest
 torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 
-from training import data, fables, tokenizer  # noqa: E402
 from training.model import Storyteller, StorytellerConfig, weight_type  # noqa: E402
 from training.quantize import BLOCK_BYTES, decode, encode, fake_quant  # noqa: E402
 from training.train import Packed, Windows  # noqa: E402
+
+from training import data, fables, tokenizer  # noqa: E402
 
 TINY = StorytellerConfig(
     vocab_size=300, hidden_size=64, num_layers=2, num_heads=4, q_lora_rank=32, kv_lora_rank=64, qk_nope_head_dim=32,
@@ -57,7 +58,9 @@ def test_network_equals_transformers() -> None:
 
 def test_held_out_titles_and_their_copies_never_reach_training() -> None:
     rng = random.Random(1)
-    vocabulary = [f"{a}{b}" for a in ("sun", "moon", "troll", "king", "sea") for b in ("", "ly", "er", "ing", "ed", "s")]
+    vocabulary = [
+        f"{a}{b}" for a in ("sun", "moon", "troll", "king", "sea") for b in ("", "ly", "er", "ing", "ed", "s")
+    ]
 
     def tale() -> str:
         return "There was once " + " ".join(rng.choice(vocabulary) for _ in range(300)) + "."
@@ -69,7 +72,11 @@ def test_held_out_titles_and_their_copies_never_reach_training() -> None:
         return {"title": title, "origin": origin, "sections": [text], "questions": []}
 
     willows, norwegian, fresh, other = tale(), tale(), tale(), tale()
-    works = [book("The Wind in the Willows", willows), book("Ozma of Oz", fresh), book("Reprint", willows[:900] + tale())]
+    works = [
+        book("The Wind in the Willows", willows),
+        book("Ozma of Oz", fresh),
+        book("Reprint", willows[:900] + tale()),
+    ]
     records = [
         record("master girl", "norwegian-fairybook", norwegian),
         record("The Master Girl", "blue-fairybook", other),  # the same tale retold
@@ -109,6 +116,8 @@ def test_made_fables_are_whole_sentences_about_their_animals() -> None:
 
 
 def test_pre_tokenizer_splits_as_llama_cpp() -> None:
-    trained = tokenizer.train_tokenizer(["Once upon a time, in 1894, the King's fox said: \"No!\"\n\nThen 12345."] * 3, 280)
+    trained = tokenizer.train_tokenizer(
+        ['Once upon a time, in 1894, the King\'s fox said: "No!"\n\nThen 12345.'] * 3, 280
+    )
     pieces = [p for p, _ in trained.pre_tokenizer.pre_tokenize_str("the King's 12345\n\nEnd")]
     assert pieces == ["the", "ĠKing", "'s", "Ġ", "123", "45", "ĊĊ", "End"]
