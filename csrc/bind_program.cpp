@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -283,9 +284,19 @@ struct BoundRun {
     return data;
   }
 
+  // Handlers of signals (Ctrl-C) run at cuts. The lock of Python is asked for no more often than this:
+  // another thread may keep it for 5 ms.
   bool advance(int32_t last) {
+    using Clock = std::chrono::steady_clock;
+    constexpr std::chrono::milliseconds kBetweenSignals(100);
+    Clock::time_point checked = Clock::now();
     const nb::gil_scoped_release released;
-    return run.run(last);
+    return run.run(last, [&] {
+      if (Clock::now() - checked < kBetweenSignals) return;
+      checked = Clock::now();
+      const nb::gil_scoped_acquire acquired;
+      if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    });
   }
 
   std::vector<nb::object> output_arrays;

@@ -195,7 +195,7 @@ void StepRun::run_segment(int32_t index) {
   if (new_x) hidden_at_ = 1 - hidden_at_;
 }
 
-bool StepRun::run(int32_t last) {
+bool StepRun::run(int32_t last, const std::function<void()>& at_cut) {
   if (last < 0 || last > program_.num_segments()) {
     throw std::invalid_argument("last: " + std::to_string(last) + ", expected 0 to " +
                                 std::to_string(program_.num_segments()) + ".");
@@ -203,9 +203,12 @@ bool StepRun::run(int32_t last) {
   const std::lock_guard<std::mutex> advancing(advancing_);
   while (position_.load() < last) {
     if (cancelled_.exchange(false)) return false;
-    const std::lock_guard<std::mutex> lock(program_.running_);
-    run_segment(position_.load());
+    {
+      const std::lock_guard<std::mutex> lock(program_.running_);
+      run_segment(position_.load());
+    }
     position_.fetch_add(1);
+    at_cut();
   }
   return true;
 }

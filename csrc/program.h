@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -79,7 +80,8 @@ class StepRun {
           std::vector<float*> outputs);
 
   // Runs segments up to cut `last`. False: stopped at a cut because of cancel(); may go on afterwards.
-  bool run(int32_t last);
+  // at_cut() is called after every segment, and what it throws stops the run as well.
+  bool run(int32_t last, const std::function<void()>& at_cut);
   void cancel() { cancelled_.store(true); }
   int32_t position() const { return position_.load(); }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import kvfold
 from kit.harness import Harness, Logits, close
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold.config import ModelConfig
@@ -220,4 +222,5 @@ assert "torch" not in sys.modules, "torch was imported"
 
 def test_a_native_run_never_imports_torch(tmp_path: Path) -> None:
     path = write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf")
-    subprocess.run([sys.executable, "-c", SCRIPT, str(path)], check=True)
+    environment = os.environ | {"PYTHONPATH": str(Path(kvfold.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", SCRIPT, str(path)], check=True, env=environment)
