@@ -76,11 +76,13 @@ def test_settings_come_from_the_environment(
     assert kvfold("run").out == expected + "\n"
 
 
-def test_a_model_beside_the_prompt_goes_before_the_environments(
+def test_what_is_written_goes_before_the_environment(
     kvfold: Kvfold, tiny_gguf: Path, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVFOLD_MODEL", "/no/such.gguf")
+    monkeypatch.setenv("KVFOLD_PROMPT", "another prompt")
     assert kvfold(*ARGUMENTS, tiny_gguf, PROMPT).out == expected + "\n"
+    assert kvfold(*ARGUMENTS, "-m", tiny_gguf, PROMPT).out == expected + "\n"
 
 
 def test_what_cannot_be_meant_is_refused(kvfold: Kvfold, tiny_gguf: Path) -> None:

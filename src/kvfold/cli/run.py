@@ -108,8 +108,10 @@ def run(
 
     The answer goes to stdout, everything else to stderr. Without a model the one that ships with kvfold answers.
     """
-    model_is_flag = getattr(context.get_parameter_source("model"), "name", "") == "COMMANDLINE"
-    model, text = _model_and_prompt(words or [], model, prompt, model_is_flag)
+    flags = [name for name in ("model", "prompt") if _is_written(context, name)]
+    if words and "prompt" not in flags:
+        prompt = None  # written words go before KVFOLD_PROMPT
+    model, text = _model_and_prompt(words or [], model, prompt, "model" in flags)
     from_stdin = text is None
     if text is None:
         text = _read_stdin()
@@ -173,6 +175,11 @@ def run(
     note(_closing_line(stream.stats))
     if was_interrupted:
         raise typer.Exit(130)
+
+
+def _is_written(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, not in the environment."""
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
 
 
 def _model_and_prompt(
