@@ -1,0 +1,65 @@
+// Which instruction set runs, and the matrix kernels it has: one table of function pointers for each type and set.
+//
+// The sets are compiled into every build and chosen by what the processor reports; tests force each in turn. Forcing
+// changes a process-wide choice between ops, never during one.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace kvfold {
+
+// What becomes of activations that meet a type: src/kvfold/quant/activations.py, `Rounding`.
+enum class Rounding { kInt8, kBf16, kNone };
+
+// y = x W^T for W in the blocks of its file, x of any rows.
+//
+// Two forms. `dot` reads every weight row once, in file order, for up to kMaxDotRows rows of x: generation. `tile`
+// unpacks tile_rows weight rows once into a panel that stays in cache, and passes all rows of x over it: prompts. Both
+// take x in a layout of their own, written by prepare_*; nothing here allocates, checks or fails.
+struct MatrixKernels {
+  int32_t type;  // ggml's number
+  Rounding rounding;
+
+  // Row dots. x: up to kMaxDotRows prepared rows, dot_bytes(k) apart. raw: n rows, row_bytes apart.
+  // y[r * ldy + i] = raw row i times x row r.
+  static constexpr int64_t kMaxDotRows = 4;
+  int64_t (*dot_bytes)(int64_t k);
+  void (*prepare_dot)(const float* x, int64_t k, uint8_t* prepared);
+  void (*dot)(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y,
+              int64_t ldy);
+
+  // Tiles. Rows of x are prepared in groups of tile_cols, tile_bytes(k) a group; row i of a group is
+  // x + pick[i] * ldx, or x + i * ldx where pick is null.
+  int32_t tile_rows, tile_cols;
+  int64_t (*tile_bytes)(int64_t k);
+  void (*prepare_tile)(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k, uint8_t* prepared);
+  int64_t (*panel_bytes)(int64_t k);
+  void (*unpack)(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel);  // n <= tile_rows
+  // y[i * ldy + j] of all rows i of x and the n rows j of the panel. Meanwhile `next`, of next_bytes, is brought near.
+  void (*tile)(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y, int64_t ldy,
+               const uint8_t* next, int64_t next_bytes);
+};
+
+struct InstructionSet {
+  const char* name;
+  const MatrixKernels* kernels;
+  int32_t num_kernels;
+
+  void (*swiglu)(const float* gate, const float* up, float* out, int64_t n);  // silu(gate) * up
+  void (*add_scaled)(const float* x, float factor, float* y, int64_t n);      // y += factor * x
+
+  // nullptr where the type has none: it is decoded to float32 (kernels/weights.h).
+  const MatrixKernels* find(int type) const;
+};
+
+// Those this processor can run, the widest first.
+const std::vector<const InstructionSet*>& instruction_sets();
+
+// The one in use: the widest, or the one forced.
+const InstructionSet& isa();
+
+// False where this processor has no set of that name. "auto" undoes.
+bool force_isa(const char* name);
+
+}  // namespace kvfold

@@ -1,0 +1,27 @@
+// AVX2 with FMA and F16C: x86-64-v3.
+#if defined(__x86_64__)
+// GCC 12 finds "uninitialized" values inside its own intrinsics.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "dispatch.h"
+#include "kernels/quant_types.h"  // before the target region: its functions are shared with other files
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#include "simd/avx2.h"
+
+#include "kernels/quant_set.h"
+
+namespace kvfold {
+const InstructionSet& avx2_set() { return make_set<Avx2>(); }
+}  // namespace kvfold
+#pragma GCC pop_options
+#endif

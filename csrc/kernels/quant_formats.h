@@ -1,0 +1,46 @@
+// How a type is cut into runs on one instruction set: what the row dot and the tile are compiled for.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/quant_types.h"
+
+namespace kvfold {
+namespace {
+
+constexpr int64_t kBlock = 32;  // activations that share a scale
+
+// Types of one shape share their loops, and thereby their code: five shapes stand for 28 types.
+template <int run, bool has_zero, bool has_min, bool wide>
+struct Shape {
+  static constexpr int kRun = run, kRuns = 32 / run;  // runs of a block of activations
+  static constexpr bool kHasZero = has_zero, kHasMin = has_min, kWide = wide;
+};
+
+// A type on an instruction set S. Levels that need all of int8 get S::kWideZero added; where that makes them unsigned
+// they are like any others.
+template <class S, class T>
+struct Format {
+  static constexpr int kZero = Parts<T>::kWide ? S::kWideZero : Parts<T>::kZero;  // what codes have on top of levels
+  using Like = Shape<Parts<T>::kRun, kZero != 0, Parts<T>::kHasMin, Parts<T>::kWide && S::kWideZero == 0>;
+};
+
+// Vector code of an instruction set S for a type T; a specialization in simd/ replaces what it is faster at.
+//   kDot     has  template <int rows> static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y)
+//            for x whose 16-code pieces were moved to place(piece), piece counted within 128 codes
+//   kUnpack  has  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel)  for whole panels
+template <class S, class T>
+struct Fast {
+  static constexpr bool kDot = false, kUnpack = false;
+  static constexpr int place(int piece) { return piece; }
+};
+
+// A row of x as dot reads it.
+struct DotRow {
+  const int8_t* codes;  // [K]
+  const float* scales;  // [K / run]
+  const float* sums;    // [K / run]: scale times the sum of the run's codes
+};
+
+}  // namespace
+}  // namespace kvfold

@@ -1,0 +1,72 @@
+#include "kernels/quant_product.h"
+
+#include <algorithm>
+
+namespace kvfold {
+namespace {
+
+constexpr int64_t kLine = 64;
+constexpr int64_t kDotUnit = 64 << 10;  // bytes of weights a member takes at a time: 2 us of reading at 30 GB/s
+constexpr int64_t kPanelsOfUnit = 2;
+
+int64_t whole_lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+void product_by_dots(ThreadTeam& team, const BlockRows& w, const float* x, int64_t ldx, int64_t rows, float* y,
+                     int64_t ldy, uint8_t* prepared) {
+  const int64_t bytes = w.kernels->dot_bytes(w.k), most = MatrixKernels::kMaxDotRows;
+  for (int64_t r = 0; r < rows; r++) w.kernels->prepare_dot(x + r * ldx, w.k, prepared + r * bytes);
+  const int64_t step = std::max<int64_t>(1, kDotUnit / w.row_bytes);
+  team.for_each(pieces(w.n, step), [&](int64_t unit, int) {
+    const int64_t first = unit * step, n = std::min(step, w.n - first);
+    for (int64_t r = 0; r < rows; r += most) {
+      w.kernels->dot(w.raw + first * w.row_bytes, w.row_bytes, n, w.k, prepared + r * bytes, std::min(most, rows - r),
+                     y + r * ldy + first, ldy);
+    }
+  });
+}
+
+void product_by_tiles(ThreadTeam& team, const BlockRows& w, const float* x, int64_t ldx, int64_t rows, float* y,
+                      int64_t ldy, const ProductMemory& memory) {
+  const int64_t cols = w.kernels->tile_cols, bytes = w.kernels->tile_bytes(w.k);
+  constexpr int64_t kGroups = 4;
+  team.for_each(pieces(rows, kGroups * cols), [&](int64_t unit, int) {
+    const int64_t group = unit * kGroups, first = group * cols;
+    w.kernels->prepare_tile(x + first * ldx, ldx, nullptr, std::min(kGroups * cols, rows - first), w.k,
+                            memory.shared + group * bytes);
+  });
+  const int64_t size = w.kernels->tile_rows, panels = pieces(w.n, size);
+  team.for_each(pieces(panels, kPanelsOfUnit), [&](int64_t unit, int member) {
+    const int64_t end = std::min(panels, (unit + 1) * kPanelsOfUnit);
+    for (int64_t panel = unit * kPanelsOfUnit; panel < end; panel++) {
+      // The panel this member is likely to unpack next.
+      const int64_t next = panel + 1 < end ? panel + 1 : panel + 1 + (team.size() - 1) * kPanelsOfUnit;
+      const int64_t next_rows = std::clamp<int64_t>(w.n - next * size, 0, size);
+      const int64_t first = panel * size, n = std::min(size, w.n - first);
+      w.kernels->unpack(w.raw + first * w.row_bytes, w.row_bytes, n, w.k, memory.of(member));
+      w.kernels->tile(memory.of(member), n, w.k, memory.shared, rows, y + first, ldy,
+                      w.raw + next * size * w.row_bytes, next_rows * w.row_bytes);
+    }
+  });
+}
+
+}  // namespace
+
+int64_t product_shared_bytes(const MatrixKernels& kernels, int64_t rows, int64_t k) {
+  return whole_lines(rows <= kMostDotRows ? rows * kernels.dot_bytes(k)
+                                          : pieces(rows, kernels.tile_cols) * kernels.tile_bytes(k));
+}
+
+int64_t product_own_bytes(const MatrixKernels& kernels, int64_t k) { return whole_lines(kernels.panel_bytes(k)); }
+
+void product(ThreadTeam& team, const BlockRows& weight, const float* x, int64_t ldx, int64_t rows, float* y,
+             int64_t ldy, const ProductMemory& memory) {
+  if (rows == 0 || weight.n == 0) return;
+  if (rows <= kMostDotRows) {
+    product_by_dots(team, weight, x, ldx, rows, y, ldy, memory.shared);
+  } else {
+    product_by_tiles(team, weight, x, ldx, rows, y, ldy, memory);
+  }
+}
+
+}  // namespace kvfold

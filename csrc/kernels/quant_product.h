@@ -1,0 +1,38 @@
+// y = x W^T on the blocks of a file, by a team of threads: which form runs, and how the work is cut.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+#include "thread_team.h"
+
+namespace kvfold {
+
+// Rows of a matrix in the blocks of its file.
+struct BlockRows {
+  const MatrixKernels* kernels;
+  const uint8_t* raw;  // [n, row_bytes]
+  int64_t row_bytes, n, k;
+};
+
+// Memory of a product: `shared` by all, and `own` for each member of the team, own_bytes apart. 64-byte aligned.
+struct ProductMemory {
+  uint8_t* shared;
+  uint8_t* own;
+  int64_t own_bytes;
+
+  uint8_t* of(int member) const { return own + member * own_bytes; }
+};
+
+// Up to this many rows of x are faster by row dots, which read the weights for every four of them, from cache but for
+// the first. docs/notes/cpu-kernels.md has the measurement.
+constexpr int64_t kMostDotRows = 8;
+
+int64_t product_shared_bytes(const MatrixKernels& kernels, int64_t rows, int64_t k);
+int64_t product_own_bytes(const MatrixKernels& kernels, int64_t k);
+
+// Row i of x is x + i * ldx, row i of y is y + i * ldy. Results do not depend on the size of the team.
+void product(ThreadTeam& team, const BlockRows& weight, const float* x, int64_t ldx, int64_t rows, float* y,
+             int64_t ldy, const ProductMemory& memory);
+
+}  // namespace kvfold

@@ -1,0 +1,196 @@
+// Tiles of prompts: rows of weights become a panel of codes once, and all rows of activations pass over it.
+//
+// A panel is a record for each 32 columns: codes [8 quads][vectors][lanes][4], one weight row a lane; scales
+// [runs][vectors][lanes]; and where the type has them minimums, negated, in the same shape. Activations come in groups
+// of kTileCols rows with a record for each 32 columns as well: codes [8 quads][rows][4], scales [rows], and where the
+// type needs them the start of each sum [runs][rows] (minus the zero point times the sum of codes) and the sums for
+// minimums [runs][rows]. So both are read front to back, every operand of a dot is one load (of a vector, or of four
+// codes into every lane), and nothing is shuffled.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/quant_dot.h"
+
+#define KVFOLD_UNROLLED _Pragma("GCC unroll 16")
+
+namespace kvfold {
+namespace {
+
+// y[c * ldy + j] = lane j of the sums of column c, for the first n lanes.
+template <class S, int vectors, int cols>
+inline void store_tile(const typename S::Floats (&out)[vectors][cols], int64_t n, float* y, int64_t ldy) {
+  KVFOLD_UNROLLED for (int v = 0; v < vectors; v++) {
+    const int64_t lanes = n - v * S::kLanes;
+    if (lanes <= 0) return;
+    KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+      float* to = y + c * ldy + v * S::kLanes;
+      if (lanes >= S::kLanes) {
+        S::store(to, out[v][c]);
+      } else {
+        S::store_first(to, out[v][c], lanes);
+      }
+    }
+  }
+}
+
+template <class S, class F>
+struct AnyTile {
+  static constexpr int kVectors = S::kTileVectors, kCols = S::kTileCols, kRows = kVectors * S::kLanes;
+
+  // A record of a panel, in bytes.
+  static constexpr int64_t kCodeBytes = 32 * kRows, kScaleBytes = F::kRuns * kRows * 4;
+  static constexpr int64_t kRecord = kCodeBytes + kScaleBytes * (F::kHasMin ? 2 : 1);
+  // A record of a group, in words of 4 bytes.
+  static constexpr int64_t kStarts = 9 * kCols, kSums = kStarts + (F::kHasZero ? F::kRuns * kCols : 0);
+  static constexpr int64_t kGroup = kSums + (F::kHasMin ? F::kRuns * kCols : 0);
+
+  static int64_t group_bytes(int64_t k) { return k / kBlock * kGroup * 4; }
+  static int64_t panel_bytes(int64_t k) { return k / kBlock * kRecord; }
+
+  static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k, int zero,
+                      uint8_t* prepared) {
+    for (int64_t first = 0; first < rows; first += kCols, prepared += group_bytes(k)) {
+      for (int64_t c = 0; c < kCols; c++) {
+        auto* record = reinterpret_cast<int32_t*>(prepared) + c;
+        if (first + c >= rows) {  // an empty column, which tile() does not read
+          continue;
+        }
+        const float* row = x + (pick ? pick[first + c] : first + c) * ldx;
+        for (int64_t at = 0; at < k; at += kBlock, record += kGroup) {
+          alignas(64) int8_t codes[kBlock];
+          int32_t quads[8], halves[2];
+          const float scale = S::quantize(row + at, codes, halves);
+          std::memcpy(quads, codes, sizeof quads);
+          for (int q = 0; q < 8; q++) record[q * kCols] = quads[q];
+          std::memcpy(record + 8 * kCols, &scale, 4);
+          for (int run = 0; run < F::kRuns; run++) {
+            const int32_t sum = F::kRuns == 2 ? halves[run] : halves[0] + halves[1];
+            if (F::kHasZero) record[kStarts + run * kCols] = -zero * sum;
+            const float scaled = scale * static_cast<float>(sum);
+            if (F::kHasMin) std::memcpy(record + kSums + run * kCols, &scaled, 4);
+          }
+        }
+      }
+    }
+  }
+
+  // Any n.
+  static void unpack(TakeApart take_apart, int elements, int bytes, int zero, const uint8_t* raw, int64_t row_bytes,
+                     int64_t n, int64_t k, uint8_t* panel) {
+    constexpr int kMost = 256;  // weights of the largest block
+    const int runs = elements / F::kRun;
+    for (int64_t at = 0; at < k; at += elements, raw += bytes) {
+      alignas(64) uint8_t codes[kRows][kMost];
+      float scales[kRows][kMost / F::kRun], minimums[kRows][kMost / F::kRun];
+      for (int64_t i = 0; i < kRows; i++) {
+        if (i < n) {
+          take_apart(raw + i * row_bytes, zero, codes[i], scales[i], minimums[i]);
+        } else {
+          std::memset(codes[i], 0, elements);
+          std::memset(scales[i], 0, runs * 4);
+          std::memset(minimums[i], 0, runs * 4);
+        }
+      }
+      for (int block = 0; block < elements / kBlock; block++, panel += kRecord) {
+        for (int v = 0; v < kVectors; v++) {
+          for (int half = 0; half < 2; half++) {
+            typename S::Ints quads[4];
+            S::transpose(codes[v * S::kLanes] + kBlock * block + 16 * half, kMost, quads);
+            for (int j = 0; j < 4; j++) {
+              S::store_codes(panel + ((4 * half + j) * kVectors + v) * S::kLanes * 4, quads[j]);
+            }
+          }
+        }
+        auto* to = reinterpret_cast<float*>(panel + kCodeBytes);
+        for (int run = 0; run < F::kRuns; run++) {
+          for (int i = 0; i < kRows; i++) {
+            to[run * kRows + i] = scales[i][block * F::kRuns + run];
+            if (F::kHasMin) to[(F::kRuns + run) * kRows + i] = -minimums[i][block * F::kRuns + run];
+          }
+        }
+      }
+    }
+  }
+
+  // One group: `cols` rows of x by the n rows of the panel.
+  template <int cols>
+  static void group(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, float* y, int64_t ldy) {
+    typename S::Floats out[kVectors][cols];
+    KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
+      KVFOLD_UNROLLED for (int c = 0; c < cols; c++) out[v][c] = S::zero();
+    }
+    const auto* words = reinterpret_cast<const int32_t*>(x);
+    for (int64_t at = 0; at < k; at += kBlock, panel += kRecord, words += kGroup) {
+      const auto* scales = reinterpret_cast<const float*>(panel + kCodeBytes);
+      const auto* x_scales = reinterpret_cast<const float*>(words + 8 * kCols);
+      KVFOLD_UNROLLED for (int run = 0; run < F::kRuns; run++) {
+        typename S::Ints sum[kVectors][cols];
+        KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+          const auto start = F::kHasZero ? S::set_ints(words[kStarts + run * kCols + c]) : S::zero_ints();
+          KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) sum[v][c] = start;
+        }
+        KVFOLD_UNROLLED for (int q = run * 8 / F::kRuns; q < (run + 1) * 8 / F::kRuns; q++) {
+          typename S::Ints w[kVectors];
+          KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
+            w[v] = S::load_codes(panel + (q * kVectors + v) * S::kLanes * 4);
+          }
+          KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+            const auto four = S::four_codes(words + q * kCols + c);
+            KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
+              sum[v][c] = S::template dot<F::kWide>(sum[v][c], w[v], four);
+            }
+          }
+        }
+        KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
+          const auto scale = S::load(scales + (run * kVectors + v) * S::kLanes);
+          KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+            out[v][c] = S::fma(S::mul(S::to_floats(sum[v][c]), scale), S::set(x_scales[c]), out[v][c]);
+          }
+        }
+        if (F::kHasMin) {
+          const auto* x_sums = reinterpret_cast<const float*>(words + kSums) + run * kCols;
+          KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
+            const auto minimum = S::load(scales + ((F::kRuns + run) * kVectors + v) * S::kLanes);
+            KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+              out[v][c] = S::fma(minimum, S::set(x_sums[c]), out[v][c]);
+            }
+          }
+        }
+      }
+    }
+    store_tile<S, kVectors, cols>(out, n, y, ldy);
+  }
+
+  static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y, int64_t ldy,
+                   const uint8_t* next, int64_t next_bytes) {
+    const int64_t groups = (rows + kCols - 1) / kCols, share = (next_bytes + groups - 1) / groups;
+    for (int64_t g = 0; g < groups; g++, x += group_bytes(k), y += kCols * ldy) {
+      for (int64_t i = g * share; i < std::min(next_bytes, (g + 1) * share); i += 64) S::prefetch(next + i);
+      with_count<kCols>(rows - g * kCols, [&](auto cols) { group<decltype(cols)::value>(panel, n, k, x, y, ldy); });
+    }
+  }
+};
+
+template <class S, class T>
+struct QuantTile {
+  using Any = AnyTile<S, typename Format<S, T>::Like>;
+  static constexpr int kZero = Format<S, T>::kZero;
+
+  static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k, uint8_t* prepared) {
+    Any::prepare(x, ldx, pick, rows, k, kZero, prepared);
+  }
+
+  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel) {
+    if constexpr (Fast<S, T>::kUnpack) {
+      if (n == Any::kRows) return Fast<S, T>::unpack(raw, row_bytes, k, panel);
+    }
+    Any::unpack(take_apart<T>(), T::elements, sizeof(T), kZero, raw, row_bytes, n, k, panel);
+  }
+};
+
+}  // namespace
+}  // namespace kvfold

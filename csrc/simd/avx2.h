@@ -1,0 +1,141 @@
+// The vocabulary of generic.h in 256-bit vectors.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/quant_formats.h"
+
+namespace kvfold {
+namespace {
+
+struct Avx2 {
+  static constexpr const char* kName = "avx2";
+  static constexpr int kLanes = 8;
+  static constexpr int kWideZero = 0;
+  // 4 sums in int32 and 4 in float32, a vector of weights, four codes of x and what a dot needs: 14 of 16 registers.
+  static constexpr int kTileVectors = 1, kTileCols = 4;
+
+  using Floats = __m256;
+  using Ints = __m256i;
+
+  static Floats zero() { return _mm256_setzero_ps(); }
+  static Floats set(float x) { return _mm256_set1_ps(x); }
+  static Floats load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+  static void store_first(float* p, Floats v, int64_t n) {
+    alignas(32) float lanes[kLanes];
+    _mm256_store_ps(lanes, v);
+    std::memcpy(p, lanes, n * 4);
+  }
+  static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+  static Floats min(Floats a, Floats b) { return _mm256_min_ps(b, a); }  // of a NaN in a: NaN
+  static Floats max(Floats a, Floats b) { return _mm256_max_ps(b, a); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats round(Floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Floats power_of_2(Floats n) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  }
+  static float sum(Floats v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+
+  static Ints zero_ints() { return _mm256_setzero_si256(); }
+  static Ints set_ints(int32_t x) { return _mm256_set1_epi32(x); }
+  static Ints load_codes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store_codes(void* p, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static Ints four_codes(const void* p) {
+    int32_t x;
+    std::memcpy(&x, p, 4);
+    return _mm256_set1_epi32(x);
+  }
+  static Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+  // Pairs are added in int16: 2 * 127 * 127, or with signed levels 2 * 128 * 127 = 32512, do not overflow. Signed
+  // levels give their sign to x first.
+  template <bool wide>
+  static Ints dot(Ints sum, Ints w, Ints x) {
+    const Ints pairs = wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
+                            : _mm256_maddubs_epi16(w, x);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  template <int run>
+  static Floats scales_of(const float* scales, int at) {
+    if constexpr (run == 32) return _mm256_set1_ps(scales[at / 32]);
+    return _mm256_insertf128_ps(_mm256_set1_ps(scales[at / 16]), _mm_set1_ps(scales[at / 16 + 1]), 1);
+  }
+
+  static void transpose(const uint8_t* p, int64_t stride, Ints* out) {
+    const auto two = [&](int64_t i) {
+      return _mm256_inserti128_si256(_mm256_castsi128_si256(load16(p + i * stride)), load16(p + (i + 4) * stride), 1);
+    };
+    const __m256i a = two(0), b = two(1), c = two(2), d = two(3);
+    const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
+    const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
+    out[0] = _mm256_unpacklo_epi64(ab_low, cd_low);
+    out[1] = _mm256_unpackhi_epi64(ab_low, cd_low);
+    out[2] = _mm256_unpacklo_epi64(ab_high, cd_high);
+    out[3] = _mm256_unpackhi_epi64(ab_high, cd_high);
+  }
+
+  static float quantize(const float* x, int8_t* codes, int32_t* sums) {
+    __m256 values[4];
+    __m256i most = _mm256_setzero_si256();
+    for (int i = 0; i < 4; i++) {
+      values[i] = _mm256_loadu_ps(x + 8 * i);
+      most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(values[i]), _mm256_set1_epi32(0x7fffffff)));
+    }
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+    const auto bits = static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    if (!(bits < 0x7f800000 && largest >= 0x1p-120f)) {
+      std::memset(codes, 0, 32);
+      sums[0] = sums[1] = 0;
+      return bits < 0x7f800000 ? 0.0f : __builtin_nanf("");
+    }
+    const __m256 inverse = _mm256_set1_ps(127.0f / largest);
+    __m256i whole[4];
+    for (int i = 0; i < 4; i++) whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(values[i], inverse));
+    for (int half = 0; half < 2; half++) {
+      const __m256i a = whole[2 * half], b = whole[2 * half + 1], both = _mm256_add_epi32(a, b);
+      __m128i s = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+      s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+      s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+      sums[half] = _mm_cvtsi128_si32(s);
+      const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16 * half), bytes);
+    }
+    return largest / 127.0f;
+  }
+
+  static Floats dot_bf16(Floats sum, Ints w, Ints x) {
+    return _mm256_fmadd_ps(high_half(w), high_half(x), _mm256_fmadd_ps(low_half(w), low_half(x), sum));
+  }
+  static void to_bf16(const float* x, uint16_t* out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+      uint32_t bits;
+      std::memcpy(&bits, x + i, 4);
+      const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+      out[i] = static_cast<uint16_t>((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+  }
+  static Floats load_half(const uint8_t* p) { return _mm256_cvtph_ps(load16(p)); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+  static Floats low_half(Ints v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
+  static Floats high_half(Ints v) { return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(-65536))); }
+  static __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+};
+
+}  // namespace
+}  // namespace kvfold

@@ -1,0 +1,548 @@
+// The vocabulary of generic.h in 512-bit vectors, and vector code for the types that matter most.
+//
+// Compiled inside the target region that isa/avx512.cpp opens. VNNI multiplies unsigned by signed codes, so levels that
+// need all of int8 become unsigned by adding 128.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/quant_formats.h"
+
+namespace kvfold {
+namespace {
+
+struct Avx512 {
+  static constexpr const char* kName = "avx512";
+  static constexpr int kLanes = 16;
+  static constexpr int kWideZero = 128;
+  // 12 sums in int32 and 12 in float32, two vectors of weights, four codes of x: 27 of 32 registers. A row of x is
+  // loaded once for two dots, 8 loads for 12 of them; with one vector of weights and 12 rows it is 13 for 12.
+  static constexpr int kTileVectors = 2, kTileCols = 6;
+
+  using Floats = __m512;
+  using Ints = __m512i;
+
+  static Floats zero() { return _mm512_setzero_ps(); }
+  static Floats set(float x) { return _mm512_set1_ps(x); }
+  static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+  static void store_first(float* p, Floats v, int64_t n) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+  }
+  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static Floats min(Floats a, Floats b) { return _mm512_min_ps(b, a); }  // of a NaN in a: NaN
+  static Floats max(Floats a, Floats b) { return _mm512_max_ps(b, a); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats round(Floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Floats power_of_2(Floats n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+  static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+
+  static Ints zero_ints() { return _mm512_setzero_si512(); }
+  static Ints set_ints(int32_t x) { return _mm512_set1_epi32(x); }
+  static Ints load_codes(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_codes(void* p, Ints v) { _mm512_storeu_si512(p, v); }
+  static Ints four_codes(const void* p) {
+    int32_t x;
+    std::memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+  }
+  static Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+  template <bool wide>
+  static Ints dot(Ints sum, Ints w, Ints x) {
+    return _mm512_dpbusd_epi32(sum, w, x);
+  }
+  template <int run>
+  static Floats scales_of(const float* scales, int at) {
+    const __m512i lane = _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                           run == 32 ? 3 : 2);
+    return _mm512_permutexvar_ps(lane, _mm512_loadu_ps(scales + at / run));
+  }
+
+  // Four rows a vector, one in each quarter.
+  static __m512i quarters(const uint8_t* p, int64_t stride) {
+    __m512i v = _mm512_castsi128_si512(load16(p));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00f0, load16(p + stride));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0f00, load16(p + 2 * stride));
+    return _mm512_mask_broadcast_i32x4(v, 0xf000, load16(p + 3 * stride));
+  }
+  static void transpose(const uint8_t* p, int64_t stride, Ints* out) {
+    const __m512i a = quarters(p, 4 * stride), b = quarters(p + stride, 4 * stride),
+                  c = quarters(p + 2 * stride, 4 * stride), d = quarters(p + 3 * stride, 4 * stride);
+    const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
+    const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
+    out[0] = _mm512_unpacklo_epi64(ab_low, cd_low);
+    out[1] = _mm512_unpackhi_epi64(ab_low, cd_low);
+    out[2] = _mm512_unpacklo_epi64(ab_high, cd_high);
+    out[3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+  }
+
+  static float quantize(const float* x, int8_t* codes, int32_t* sums) {
+    const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const uint32_t bits = _mm512_reduce_max_epu32(
+        _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(low), magnitude),
+                         _mm512_and_si512(_mm512_castps_si512(high), magnitude)));
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    if (!(bits < 0x7f800000 && largest >= 0x1p-120f)) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_setzero_si256());
+      sums[0] = sums[1] = 0;
+      return bits < 0x7f800000 ? 0.0f : __builtin_nanf("");
+    }
+    const __m512 inverse = _mm512_set1_ps(127.0f / largest);
+    const __m512i whole_low = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse)),
+                  whole_high = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(whole_low));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtepi32_epi8(whole_high));
+    sums[0] = _mm512_reduce_add_epi32(whole_low);
+    sums[1] = _mm512_reduce_add_epi32(whole_high);
+    return largest / 127.0f;
+  }
+
+  static Floats dot_bf16(Floats sum, Ints w, Ints x) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  }
+  static void to_bf16(const float* x, uint16_t* out, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+      const auto rest = static_cast<uint32_t>(n - i < 16 ? n - i : 16);
+      const auto mask = static_cast<__mmask16>((1u << rest) - 1);
+      const __m256bh halves = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x + i));
+      _mm256_mask_storeu_epi16(out + i, mask, reinterpret_cast<__m256i>(halves));
+    }
+  }
+  static Floats load_half(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+  static __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m512 half(const uint8_t* p) {  // one float16 into every lane
+    return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(blocks::load16(p))));
+  }
+
+  // Distance a row dot reads ahead: 2 KiB, 50 ns at 40 GB/s; the processor's own prefetching stops at 4 KiB pages.
+  static constexpr int64_t kAhead = 2048;
+};
+
+// Nibbles to codes, 64 at a time.
+template <class T>
+struct Nibbles {
+  static __m512i low(__m512i packed) { return _mm512_and_si512(packed, _mm512_set1_epi8(15)); }
+  static __m512i high(__m512i packed) { return low(_mm512_srli_epi16(packed, 4)); }
+};
+
+// Through a table of 64 entries, four times the 16 levels: whatever else the six index bits hold needs no masking.
+template <>
+struct Nibbles<blocks::IQ4_NL> {
+  static __m512i table() {
+    const __m128i levels = _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+    return _mm512_broadcast_i32x4(_mm_xor_si128(levels, _mm_set1_epi8(-128)));
+  }
+  static __m512i low(__m512i packed) { return _mm512_permutexvar_epi8(packed, table()); }
+  static __m512i high(__m512i packed) { return low(_mm512_srli_epi16(packed, 4)); }
+};
+
+// 32 nibbles under one float16: 18 bytes a block.
+template <class T>
+struct Fast18 {
+  static constexpr bool kDot = true, kUnpack = true;
+  static constexpr int64_t kBytes = 18;
+  // Of 128 codes: the low nibbles of four blocks side by side, then the high ones. Both have the same scales a lane.
+  static constexpr int place(int piece) { return piece % 2 * 4 + piece / 2; }
+  static constexpr float kZero = Format<Avx512, T>::kZero;
+
+  // The scales of 16 blocks. Word 9 i of 64 is the scale of block i, for 8 blocks a pair of vectors.
+  static __m512i spread() {
+    const __m256i eight = _mm256_setr_epi32(0 | 9 << 16, 18 | 27 << 16, 36 | 45 << 16, 54 | 63 << 16, 0, 0, 0, 0);
+    return _mm512_castsi256_si512(eight);
+  }
+  static __m512 scales(const uint8_t* p) {
+    const __m512i first = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), spread(), _mm512_loadu_si512(p + 64));
+    const uint8_t* q = p + 8 * kBytes;
+    const __m512i second = _mm512_permutex2var_epi16(_mm512_loadu_si512(q), spread(), _mm512_loadu_si512(q + 64));
+    return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm512_castsi512_si256(first), _mm512_castsi512_si128(second), 1));
+  }
+  static __m512 scales(const uint8_t* p, int64_t count) {  // of fewer than 16; nothing after them is read
+    alignas(32) uint16_t halves[16] = {};
+    for (int64_t i = 0; i < count; i++) halves[i] = blocks::load16(p + i * kBytes);
+    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves)));
+  }
+
+  template <int rows>
+  static void four(__m512i packed, const __m512 (&scale)[rows], __m512i lanes, const DotRow* x, int64_t at,
+                   __m512 (&sum)[rows]) {
+    const __m512i low = Nibbles<T>::low(packed), high = Nibbles<T>::high(packed);
+    for (int r = 0; r < rows; r++) {
+      __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, Avx512::load_codes(x[r].codes + at));
+      dot = _mm512_dpbusd_epi32(dot, high, Avx512::load_codes(x[r].codes + at + 64));
+      sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lanes, scale[r]), sum[r]);
+    }
+  }
+
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i steps[4] = {lanes, _mm512_add_epi32(lanes, _mm512_set1_epi32(4)),
+                              _mm512_add_epi32(lanes, _mm512_set1_epi32(8)),
+                              _mm512_add_epi32(lanes, _mm512_set1_epi32(12))};
+    __m512 sum[rows], minus[rows], scale[rows];
+    for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm512_setzero_ps();
+    const int64_t num_blocks = k / 32;
+    int64_t block = 0;
+    for (; block + 16 <= num_blocks; block += 16) {
+      const uint8_t* p = row + block * kBytes;
+      const __m512 d = scales(p);
+      for (int r = 0; r < rows; r++) {
+        scale[r] = _mm512_mul_ps(d, _mm512_loadu_ps(x[r].scales + block));
+        minus[r] = _mm512_fmadd_ps(d, _mm512_loadu_ps(x[r].sums + block), minus[r]);
+      }
+      Avx512::prefetch(p + Avx512::kAhead + 256);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        Avx512::prefetch(p + Avx512::kAhead + 64 * i);
+        four<rows>(Avx512::quarters(p + 4 * i * kBytes + 2, kBytes), scale, steps[i], x, 32 * (block + 4 * i), sum);
+      }
+    }
+    if (block < num_blocks) {
+      const int64_t count = num_blocks - block;
+      const uint8_t* p = row + block * kBytes;
+      const __m512 d = scales(p, count);
+      for (int r = 0; r < rows; r++) {
+        scale[r] = _mm512_mul_ps(d, _mm512_loadu_ps(x[r].scales + block));
+        minus[r] = _mm512_fmadd_ps(d, _mm512_loadu_ps(x[r].sums + block), minus[r]);
+      }
+      for (int64_t i = 0; i < count; i += 4) {
+        __m512i packed;
+        if (i + 4 <= count) {
+          packed = Avx512::quarters(p + i * kBytes + 2, kBytes);
+        } else {
+          alignas(64) uint8_t last[64] = {};
+          for (int64_t j = 0; j < count - i; j++) std::memcpy(last + 16 * j, p + (i + j) * kBytes + 2, 16);
+          packed = _mm512_load_si512(last);
+        }
+        four<rows>(packed, scale, steps[i / 4], x, 32 * (block + i), sum);
+      }
+    }
+    for (int r = 0; r < rows; r++) {
+      y[r] = _mm512_reduce_add_ps(_mm512_fnmadd_ps(minus[r], _mm512_set1_ps(kZero), sum[r]));
+    }
+  }
+
+  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
+    constexpr int kRows = 32;
+    for (int64_t block = 0; block < k / 32; block++, raw += kBytes, panel += 32 * kRows + 4 * kRows) {
+      alignas(64) uint16_t halves[kRows];
+      for (int64_t i = 0; i < kRows; i++) halves[i] = blocks::load16(raw + i * row_bytes);
+      for (int64_t v = 0; v < 2; v++) {
+        __m512i packed[4];
+        Avx512::transpose(raw + 16 * v * row_bytes + 2, row_bytes, packed);
+        for (int j = 0; j < 4; j++) {
+          _mm512_store_si512(panel + (2 * j + v) * 64, Nibbles<T>::low(packed[j]));
+          _mm512_store_si512(panel + (2 * (4 + j) + v) * 64, Nibbles<T>::high(packed[j]));
+        }
+      }
+      auto* to = reinterpret_cast<float*>(panel + 32 * kRows);
+      for (int v = 0; v < 2; v++) {
+        _mm512_store_ps(to + 16 * v,
+                        _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves + 16 * v))));
+      }
+    }
+  }
+};
+template <> struct Fast<Avx512, blocks::Q4_0> : Fast18<blocks::Q4_0> {};
+template <> struct Fast<Avx512, blocks::IQ4_NL> : Fast18<blocks::IQ4_NL> {};
+
+// 32 signed bytes under one float16: 34 bytes a block.
+template <>
+struct Fast<Avx512, blocks::Q8_0> {
+  static constexpr bool kDot = true, kUnpack = true;
+  static constexpr int64_t kBytes = 34;
+  static constexpr int place(int piece) { return piece; }
+
+  // Two blocks side by side, unsigned.
+  static __m512i two(const uint8_t* p) {
+    const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2)));
+    const __m512i both = _mm512_inserti64x4(
+        first, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + kBytes + 2)), 1);
+    return _mm512_xor_si512(both, _mm512_set1_epi8(-128));
+  }
+
+  // The scales of 4 blocks: words 0, 17, 34 and 51 of 64.
+  static __m128i scales(const uint8_t* p) {
+    const __m512i spread = _mm512_castsi128_si512(_mm_setr_epi32(0 | 17 << 16, 34 | 51 << 16, 0, 0));
+    return _mm512_castsi512_si128(
+        _mm512_permutex2var_epi16(_mm512_loadu_si512(p), spread, _mm512_loadu_si512(p + 64)));
+  }
+
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+    __m512 sum[rows], minus[rows];
+    for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm512_setzero_ps();
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i next = _mm512_add_epi32(lanes, _mm512_set1_epi32(2));
+    const int64_t num_blocks = k / 32;
+    int64_t block = 0;
+    const uint8_t* p = row;
+    for (; block + 4 <= num_blocks; block += 4, p += 4 * kBytes) {
+      const __m512 d = _mm512_castps128_ps512(_mm_cvtph_ps(scales(p)));
+      Avx512::prefetch(p + Avx512::kAhead);
+      Avx512::prefetch(p + Avx512::kAhead + 64);
+      const __m512i first = two(p), second = two(p + 2 * kBytes);
+      for (int r = 0; r < rows; r++) {
+        const __m512 scale = _mm512_mul_ps(d, _mm512_castps128_ps512(_mm_loadu_ps(x[r].scales + block)));
+        minus[r] = _mm512_castps128_ps512(_mm_fmadd_ps(_mm512_castps512_ps128(d), _mm_loadu_ps(x[r].sums + block),
+                                                       _mm512_castps512_ps128(minus[r])));
+        const int8_t* codes = x[r].codes + 32 * block;
+        const __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, Avx512::load_codes(codes));
+        const __m512i b = _mm512_dpbusd_epi32(_mm512_setzero_si512(), second, Avx512::load_codes(codes + 64));
+        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), _mm512_permutexvar_ps(lanes, scale), sum[r]);
+        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b), _mm512_permutexvar_ps(next, scale), sum[r]);
+      }
+    }
+    float rest[rows] = {};
+    for (; block < num_blocks; block++, p += kBytes) {
+      const float d = blocks::half_at(p);
+      const __m256i codes = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2)),
+                                             _mm256_set1_epi8(-128));
+      for (int r = 0; r < rows; r++) {
+        const __m256i dot = _mm256_dpbusd_epi32(
+            _mm256_setzero_si256(), codes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[r].codes + 32 * block)));
+        const auto total = static_cast<float>(_mm512_reduce_add_epi32(_mm512_zextsi256_si512(dot)));
+        rest[r] += d * (x[r].scales[block] * total - 128.0f * x[r].sums[block]);
+      }
+    }
+    for (int r = 0; r < rows; r++) {
+      const __m512 zeros = _mm512_maskz_mov_ps(0x000f, minus[r]);
+      y[r] = rest[r] + _mm512_reduce_add_ps(_mm512_fnmadd_ps(zeros, _mm512_set1_ps(128.0f), sum[r]));
+    }
+  }
+
+  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
+    for (int64_t block = 0; block < k / 32; block++, raw += kBytes, panel += 32 * 36) {
+      alignas(64) uint16_t halves[32];
+      for (int64_t i = 0; i < 32; i++) halves[i] = blocks::load16(raw + i * row_bytes);
+      for (int v = 0; v < 2; v++) {
+        for (int half = 0; half < 2; half++) {
+          __m512i quads[4];
+          Avx512::transpose(raw + 16 * v * row_bytes + 2 + 16 * half, row_bytes, quads);
+          for (int j = 0; j < 4; j++) {
+            _mm512_store_si512(panel + (2 * (4 * half + j) + v) * 64,
+                               _mm512_xor_si512(quads[j], _mm512_set1_epi8(-128)));
+          }
+        }
+      }
+      auto* to = reinterpret_cast<float*>(panel + 32 * 32);
+      for (int v = 0; v < 2; v++) {
+        _mm512_store_ps(to + 16 * v,
+                        _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves + 16 * v))));
+      }
+    }
+  }
+};
+
+// 16 rows of `count` numbers, to[j] = number j of all rows.
+inline void transpose_floats(const float* rows, int64_t stride, int64_t count, __m512* to) {
+  for (int64_t j = 0; j < count; j += 4) {
+    __m512i columns[4];
+    Avx512::transpose(reinterpret_cast<const uint8_t*>(rows + j), stride * 4, columns);
+    for (int64_t c = 0; c < 4; c++) to[j + c] = _mm512_castsi512_ps(columns[c]);
+  }
+}
+
+// 256 nibbles, eight runs of 32 with 6-bit scales and minimums: 144 bytes.
+template <>
+struct Fast<Avx512, blocks::Q4_K> {
+  static constexpr bool kDot = true, kUnpack = true;
+  // The 64 bytes of two pairs of runs are the low nibbles of runs 0 and 2, and the high ones of 1 and 3.
+  static constexpr int place(int piece) { return piece / 2 % 2 * 4 + piece / 4 * 2 + piece % 2; }
+
+  // The eight 6-bit scales in the low, the minimums in the high half of a vector of bytes.
+  static __m128i small(const uint8_t* packed) {
+    uint32_t a, b, c;
+    std::memcpy(&a, packed, 4);
+    std::memcpy(&b, packed + 4, 4);
+    std::memcpy(&c, packed + 8, 4);
+    const uint32_t scales = (c & 0x0f0f0f0f) | (a >> 2 & 0x30303030);
+    const uint32_t minimums = (c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030);
+    return _mm_set_epi64x(static_cast<int64_t>(static_cast<uint64_t>(minimums) << 32 | (b & 0x3f3f3f3f)),
+                          static_cast<int64_t>(static_cast<uint64_t>(scales) << 32 | (a & 0x3f3f3f3f)));
+  }
+  // d times the scales, then dmin times the minimums.
+  static __m512 scales(const uint8_t* p) {
+    uint32_t both;
+    std::memcpy(&both, p, 4);
+    const __m128 halves = _mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(both)));
+    const __m512 d = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_broadcastss_ps(halves)),
+                                        _mm256_broadcastss_ps(_mm_movehdup_ps(halves)), 1);
+    return _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(small(p + 4))));
+  }
+
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512 sum[rows];
+    __m256 minus[rows];
+    for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps(), minus[r] = _mm256_setzero_ps();
+    for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q4_K)) {
+      Avx512::prefetch(row + Avx512::kAhead);
+      Avx512::prefetch(row + Avx512::kAhead + 64);
+      if (at % 512 == 0) Avx512::prefetch(row + Avx512::kAhead + 128);
+      const __m512 both = scales(row);
+      __m512 scale[rows];
+      for (int r = 0; r < rows; r++) {
+        const __m256 x_scales = _mm256_loadu_ps(x[r].scales + at / 32);
+        scale[r] = _mm512_castps256_ps512(_mm256_mul_ps(_mm512_castps512_ps256(both), x_scales));
+        minus[r] = _mm256_fmadd_ps(_mm512_extractf32x8_ps(both, 1), _mm256_loadu_ps(x[r].sums + at / 32), minus[r]);
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const __m512i packed = _mm512_loadu_si512(row + 16 + 64 * half);
+        const __m512i low = _mm512_and_si512(packed, nibble);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
+        const __m512i even = _mm512_add_epi32(lanes, _mm512_set1_epi32(4 * half));
+        const __m512i odd = _mm512_add_epi32(lanes, _mm512_set1_epi32(4 * half + 1));
+        for (int r = 0; r < rows; r++) {
+          const int8_t* codes = x[r].codes + at + 128 * half;
+          const __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, Avx512::load_codes(codes));
+          const __m512i b = _mm512_dpbusd_epi32(_mm512_setzero_si512(), high, Avx512::load_codes(codes + 64));
+          sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), _mm512_permutexvar_ps(even, scale[r]), sum[r]);
+          sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b), _mm512_permutexvar_ps(odd, scale[r]), sum[r]);
+        }
+      }
+    }
+    for (int r = 0; r < rows; r++) {
+      y[r] = _mm512_reduce_add_ps(_mm512_sub_ps(sum[r], _mm512_zextps256_ps512(minus[r])));
+    }
+  }
+
+  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
+    constexpr int64_t kRecord = 32 * 32 + 2 * 128;
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (int64_t at = 0; at < k; at += 256, raw += sizeof(blocks::Q4_K), panel += 8 * kRecord) {
+      for (int v = 0; v < 2; v++) {
+        const uint8_t* rows = raw + 16 * v * row_bytes;
+        alignas(64) float numbers[16][16];
+        const __m512 negative = _mm512_insertf32x8(_mm512_setzero_ps(), _mm256_set1_ps(-0.0f), 1);  // the minimums
+        for (int64_t i = 0; i < 16; i++) _mm512_store_ps(numbers[i], _mm512_xor_ps(scales(rows + i * row_bytes), negative));
+        __m512 columns[16];
+        transpose_floats(numbers[0], 16, 16, columns);
+        for (int run = 0; run < 8; run++) {
+          auto* to = reinterpret_cast<float*>(panel + run * kRecord + 32 * 32) + 16 * v;
+          _mm512_store_ps(to, columns[run]);
+          _mm512_store_ps(to + 32, columns[8 + run]);
+        }
+        for (int pair = 0; pair < 4; pair++) {
+          for (int half = 0; half < 2; half++) {
+            __m512i packed[4];
+            Avx512::transpose(rows + 16 + 32 * pair + 16 * half, row_bytes, packed);
+            for (int j = 0; j < 4; j++) {
+              uint8_t* to = panel + 2 * pair * kRecord + (2 * (4 * half + j) + v) * 64;
+              _mm512_store_si512(to, _mm512_and_si512(packed[j], nibble));
+              _mm512_store_si512(to + kRecord, _mm512_and_si512(_mm512_srli_epi16(packed[j], 4), nibble));
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+// 256 codes of 6 bits, sixteen runs of 16 with int8 scales: 210 bytes.
+template <>
+struct Fast<Avx512, blocks::Q6_K> {
+  static constexpr bool kDot = true, kUnpack = true;
+  static constexpr int place(int piece) { return piece; }
+
+  static __m512 scales(const uint8_t* p) {
+    return _mm512_mul_ps(Avx512::half(p + 208),
+                         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(Avx512::load16(p + 192))));
+  }
+  // low | the bits of `high` that belong on top.
+  static __m512i on_top(__m512i low, __m512i high) {
+    return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(0x30), 0xf8);  // low | (high & 0x30)
+  }
+
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i up = _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2), down = _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2);
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    __m512 sum[rows], minus[rows];
+    for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm512_setzero_ps();
+    for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q6_K)) {
+      for (int line = 0; line < 4; line++) Avx512::prefetch(row + Avx512::kAhead + 64 * line);
+      const __m512 d = scales(row);
+      __m512 scale[rows];
+      for (int r = 0; r < rows; r++) {
+        scale[r] = _mm512_mul_ps(d, _mm512_loadu_ps(x[r].scales + at / 16));
+        minus[r] = _mm512_fmadd_ps(d, _mm512_loadu_ps(x[r].sums + at / 16), minus[r]);
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const __m512i packed = _mm512_loadu_si512(row + 64 * half);
+        const __m512i high = _mm512_broadcast_i64x4(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 128 + 32 * half)));
+        const __m512i first = on_top(_mm512_and_si512(packed, nibble), _mm512_sllv_epi64(high, up));
+        const __m512i second =
+            on_top(_mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble), _mm512_srlv_epi64(high, down));
+        const __m512i a_lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(8 * half));
+        const __m512i b_lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(8 * half + 4));
+        for (int r = 0; r < rows; r++) {
+          const int8_t* codes = x[r].codes + at + 128 * half;
+          const __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, Avx512::load_codes(codes));
+          const __m512i b = _mm512_dpbusd_epi32(_mm512_setzero_si512(), second, Avx512::load_codes(codes + 64));
+          sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), _mm512_permutexvar_ps(a_lanes, scale[r]), sum[r]);
+          sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b), _mm512_permutexvar_ps(b_lanes, scale[r]), sum[r]);
+        }
+      }
+    }
+    for (int r = 0; r < rows; r++) {
+      y[r] = _mm512_reduce_add_ps(_mm512_fnmadd_ps(minus[r], _mm512_set1_ps(32.0f), sum[r]));
+    }
+  }
+
+  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
+    constexpr int64_t kRecord = 32 * 32 + 2 * 128;
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (int64_t at = 0; at < k; at += 256, raw += sizeof(blocks::Q6_K), panel += 8 * kRecord) {
+      for (int v = 0; v < 2; v++) {
+        const uint8_t* rows = raw + 16 * v * row_bytes;
+        alignas(64) float numbers[16][16];
+        for (int64_t i = 0; i < 16; i++) _mm512_store_ps(numbers[i], scales(rows + i * row_bytes));
+        __m512 columns[16];
+        transpose_floats(numbers[0], 16, 16, columns);
+        for (int run = 0; run < 16; run++) {
+          _mm512_store_ps(reinterpret_cast<float*>(panel + run / 2 * kRecord + 32 * 32) + run % 2 * 32 + 16 * v,
+                          columns[run]);
+        }
+        for (int half = 0; half < 2; half++) {
+          for (int part = 0; part < 2; part++) {  // 16 of the 32 bytes of upper bits
+            __m512i high[4];
+            Avx512::transpose(rows + 128 + 32 * half + 16 * part, row_bytes, high);
+            for (int side = 0; side < 2; side++) {  // runs of 32: `side` and `side` + 2 of this half
+              __m512i packed[4];
+              Avx512::transpose(rows + 64 * half + 32 * side + 16 * part, row_bytes, packed);
+              for (int j = 0; j < 4; j++) {
+                uint8_t* to = panel + (4 * half + side) * kRecord + (2 * (4 * part + j) + v) * 64;
+                const __m512i top = side == 0 ? _mm512_slli_epi16(high[j], 4) : _mm512_slli_epi16(high[j], 2);
+                const __m512i bottom = side == 0 ? high[j] : _mm512_srli_epi16(high[j], 2);
+                _mm512_store_si512(to, on_top(_mm512_and_si512(packed[j], nibble), top));
+                _mm512_store_si512(to + 2 * kRecord,
+                                   on_top(_mm512_and_si512(_mm512_srli_epi16(packed[j], 4), nibble), bottom));
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace kvfold

@@ -1,0 +1,148 @@
+// The vocabulary of quantized products without intrinsics: eight lanes that any compiler turns into what the machine
+// has. The definition of every word; avx2.h and avx512.h say the same with other widths.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/decode_blocks.h"
+
+namespace kvfold {
+namespace {
+
+struct Generic {
+  static constexpr const char* kName = "generic";
+  static constexpr int kLanes = 8;      // 32-bit lanes of a vector; 4 codes each
+  static constexpr int kWideZero = 0;   // what is added to levels that need all of int8, for dot<true>
+  static constexpr int kTileVectors = 1, kTileCols = 2;  // of a register tile: vectors of weight rows, rows of x
+
+  struct Floats { float lane[kLanes]; };
+  struct Ints { int32_t lane[kLanes]; };
+
+  template <class V, class Make>
+  static V make(const Make& lane) {
+    V v;
+    for (int i = 0; i < kLanes; i++) v.lane[i] = lane(i);
+    return v;
+  }
+
+  static Floats zero() { return set(0.0f); }
+  static Floats set(float x) { return make<Floats>([=](int) { return x; }); }
+  static Floats load(const float* p) { return make<Floats>([=](int i) { return p[i]; }); }
+  static void store(float* p, Floats v) { std::memcpy(p, v.lane, sizeof v.lane); }
+  static void store_first(float* p, Floats v, int64_t n) { std::memcpy(p, v.lane, n * 4); }
+  static Floats add(Floats a, Floats b) { return make<Floats>([&](int i) { return a.lane[i] + b.lane[i]; }); }
+  static Floats mul(Floats a, Floats b) { return make<Floats>([&](int i) { return a.lane[i] * b.lane[i]; }); }
+  static Floats div(Floats a, Floats b) { return make<Floats>([&](int i) { return a.lane[i] / b.lane[i]; }); }
+  static Floats min(Floats a, Floats b) { return make<Floats>([&](int i) { return std::min(b.lane[i], a.lane[i]); }); }
+  static Floats max(Floats a, Floats b) { return make<Floats>([&](int i) { return std::max(b.lane[i], a.lane[i]); }); }
+  // a * b + c, rounded once or twice.
+  static Floats fma(Floats a, Floats b, Floats c) {
+    return make<Floats>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+  }
+  static Floats round(Floats v) { return make<Floats>([&](int i) { return std::nearbyintf(v.lane[i]); }); }
+  static Floats power_of_2(Floats n) {  // n whole, within the exponents of normal numbers
+    return make<Floats>([&](int i) {
+      const int32_t bits = (static_cast<int32_t>(n.lane[i]) + 127) << 23;
+      float value;
+      std::memcpy(&value, &bits, 4);
+      return value;
+    });
+  }
+  static float sum(Floats v) {
+    float total = 0.0f;
+    for (float x : v.lane) total += x;
+    return total;
+  }
+
+  static Ints zero_ints() { return set_ints(0); }
+  static Ints set_ints(int32_t x) { return make<Ints>([=](int) { return x; }); }
+  static Ints load_codes(const void* p) {
+    Ints v;
+    std::memcpy(v.lane, p, sizeof v.lane);
+    return v;
+  }
+  static void store_codes(void* p, Ints v) { std::memcpy(p, v.lane, sizeof v.lane); }
+  static Ints four_codes(const void* p) {  // the same four in every lane
+    int32_t x;
+    std::memcpy(&x, p, 4);
+    return set_ints(x);
+  }
+  static Floats to_floats(Ints v) { return make<Floats>([&](int i) { return static_cast<float>(v.lane[i]); }); }
+
+  // Adds to each lane the products of its four codes w with four of x. x is int8; w is unsigned and at most 127, or
+  // with `wide` a level plus kWideZero.
+  template <bool wide>
+  static Ints dot(Ints sum, Ints w, Ints x) {
+    return make<Ints>([&](int i) {
+      int8_t a[4], b[4];
+      std::memcpy(a, &w.lane[i], 4);
+      std::memcpy(b, &x.lane[i], 4);
+      return sum.lane[i] + a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+    });
+  }
+
+  // The scale of each lane of a vector of codes that starts at code `at`, scales[i] for each `run` codes.
+  template <int run>
+  static Floats scales_of(const float* scales, int at) {
+    return make<Floats>([=](int i) { return scales[(at + 4 * i) / run]; });
+  }
+
+  // 16 bytes at p and at every stride after it, one a lane, to four vectors: the j-th has bytes 4 j to 4 j + 3 of all.
+  static void transpose(const uint8_t* p, int64_t stride, Ints* out) {
+    for (int j = 0; j < 4; j++)
+      for (int i = 0; i < kLanes; i++) std::memcpy(&out[j].lane[i], p + i * stride + 4 * j, 4);
+  }
+
+  // 32 values to codes, their scale and the sums of the codes of either half. activations.py, `quantize`.
+  static float quantize(const float* x, int8_t* codes, int32_t* sums) {
+    uint32_t bits[32], largest_bits = 0;
+    std::memcpy(bits, x, sizeof bits);
+    for (uint32_t b : bits) largest_bits = std::max(largest_bits, b & 0x7fffffff);
+    float largest;
+    std::memcpy(&largest, &largest_bits, 4);
+    sums[0] = sums[1] = 0;
+    if (!(largest_bits < 0x7f800000 && largest >= 0x1p-120f)) {
+      std::memset(codes, 0, 32);
+      return largest_bits < 0x7f800000 ? 0.0f : __builtin_nanf("");
+    }
+    const float inverse = 127.0f / largest;
+    for (int i = 0; i < 32; i++) {
+      codes[i] = static_cast<int8_t>(std::nearbyintf(x[i] * inverse));
+      sums[i / 16] += codes[i];
+    }
+    return largest / 127.0f;
+  }
+
+  // Pairs of bfloat16, two a lane.
+  static Ints bf16_pair(const void* p) { return four_codes(p); }
+  static Floats dot_bf16(Floats sum, Ints w, Ints x) {
+    return make<Floats>([&](int i) {
+      const auto high = [](int32_t pair) {
+        const uint32_t bits = static_cast<uint32_t>(pair) & 0xffff0000;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+      };
+      const auto low = [&](int32_t pair) { return high(static_cast<int32_t>(static_cast<uint32_t>(pair) << 16)); };
+      return sum.lane[i] + low(w.lane[i]) * low(x.lane[i]) + high(w.lane[i]) * high(x.lane[i]);
+    });
+  }
+  static void to_bf16(const float* x, uint16_t* out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+      uint32_t bits;
+      std::memcpy(&bits, x + i, 4);
+      const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+      out[i] = static_cast<uint16_t>((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+  }
+  static Floats load_half(const uint8_t* p) {
+    return make<Floats>([=](int i) { return blocks::half_at(p + 2 * i); });
+  }
+  static void prefetch(const void* p) { __builtin_prefetch(p); }
+};
+
+}  // namespace
+}  // namespace kvfold
