@@ -150,12 +150,18 @@ def default_context(config: ModelConfig, layout: CacheLayout) -> int:
     return max(PAGE_TOKENS, min(config.max_position, free // 4 // layout.bytes_per_token))
 
 
-def load(model: str | os.PathLike[str] | None, settings: Settings, *, progress: Progress | None = None) -> Loaded:
-    """Opens a .gguf, a Hugging Face directory or a hub name ("org/repo"); None is the embedded model.
+def load(
+    model: str | os.PathLike[str] | Checkpoint | None, settings: Settings, *, progress: Progress | None = None
+) -> Loaded:
+    """Opens a .gguf, a Hugging Face directory or a hub name ("org/repo"), or takes a checkpoint that is open already;
+    None is the embedded model.
 
     Raises ModelFileError, UnsupportedModel, SettingError, MissingExtra.
     """
-    checkpoint = open_checkpoint(embedded_model() if model is None else resolve(model))
+    if isinstance(model, Checkpoint):
+        checkpoint = model
+    else:
+        checkpoint = open_checkpoint(embedded_model() if model is None else resolve(model))
     config = checkpoint.config
     choice = choose_backend(
         settings.backend, Needs(types_of(checkpoint.tensors.values()), settings.dtype, settings.device)

@@ -21,9 +21,17 @@ from numpy.typing import NDArray
 from kvfold.config import ModelConfig
 from kvfold.errors import SettingError
 from kvfold.formats import synthetic
-from kvfold.formats.checkpoint import open_checkpoint
+from kvfold.formats.checkpoint import matrices, open_checkpoint
 from kvfold.formats.gguf import GgufFile, open_gguf
-from kvfold.formats.synthetic import SHAPES, estimate_bytes, shape_with_layers, synthesize, synthetic_types
+from kvfold.formats.synthetic import (
+    SHAPES,
+    estimate_bytes,
+    shape_with_layers,
+    synthesize,
+    synthetic_checkpoint,
+    synthetic_types,
+    weight_bytes,
+)
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
 from kvfold.quant.decode import decode
 from kvfold.quant.types import TYPES, by_name
@@ -260,6 +268,24 @@ def test_the_seed_decides_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyP
         synthesize(TINY, tmp_path / label, seed=seed)
         digests[label] = sha256(tmp_path / label)
     assert digests["a"] == digests["b"] != digests["c"]
+
+
+@pytest.mark.parametrize(("type_name", "legacy_kv_b"), [("iq4_nl", False), ("q4_k_r4", True), ("bf16", False)])
+def test_in_memory_it_is_the_same_model_as_in_a_file(type_name: str, legacy_kv_b: bool, tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"type": type_name, "legacy_kv_b": legacy_kv_b, "seed": 3}
+    synthesize(SHAPES["tiny"], tmp_path / "tiny.gguf", **chosen)
+    seen: list[tuple[int, int]] = []
+    made = synthetic_checkpoint(SHAPES["tiny"], **chosen, progress=lambda *at: seen.append(at))
+    file = open_checkpoint(tmp_path / "tiny.gguf")
+    assert (made.config, made.kv_layout, made.nbytes) == (file.config, file.kv_layout, file.nbytes)
+    assert list(made.tensors) == list(file.tensors)
+    for name in file.tensors:
+        for here, there in zip(matrices(made.tensors[name]), matrices(file.tensors[name]), strict=True):
+            assert (here.name, here.type, here.shape) == (there.name, there.type, there.shape)
+            assert np.array_equal(here.raw, there.raw), name
+            assert not here.raw.flags.writeable
+    total = weight_bytes(SHAPES["tiny"], type=type_name, legacy_kv_b=legacy_kv_b)
+    assert seen[-1] == (total, total) and total >= made.nbytes
 
 
 def test_no_block_occurs_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

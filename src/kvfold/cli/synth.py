@@ -48,14 +48,9 @@ def synth(
 
     It behaves like the released one on a machine, before 400 GB are downloaded.
     """
-    from kvfold.errors import SettingError
-    from kvfold.formats.synthetic import SHAPES, shape_with_layers, synthesize
+    from kvfold.formats.synthetic import named_shape, synthesize
 
-    if shape not in SHAPES:
-        raise SettingError(f"{shape}: there is no such shape; those there are: {', '.join(SHAPES)}.")
-    config = SHAPES[shape]
-    if layers is not None:
-        config = shape_with_layers(config, layers)
+    config = named_shape(shape, layers)
     with ByteProgress("writing") as progress:
         written = synthesize(config, out, type=type, legacy_kv_b=legacy_kv_b, seed=seed, progress=progress)
     note(f"{out}: {config.num_layers} layers, {human_bytes(written)} in {progress.seconds:.1f} s")

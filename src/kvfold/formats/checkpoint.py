@@ -61,7 +61,7 @@ class Checkpoint:
     """An open model, complete and checked; no weight has been read.
 
     path:      as given
-    format:    "GGUF" or "safetensors"
+    format:    "GGUF", "safetensors", or "synthetic" (in memory, formats/synthetic.py)
     files:     every file that holds weights
     kv_layout: which of the two forms of the latent's up-projection `tensors` has
     tensors:   exactly those of `expected_tensors(config, kv_layout)`, by canonical name: one QuantTensor, or for a

@@ -1,4 +1,5 @@
-"""A GGUF file of a named real shape with random weights, so that a rig can be tried before 400 GB are downloaded.
+"""Random weights in a named real shape, as a GGUF file or in memory, so that a rig can be tried before 400 GB are
+downloaded.
 
 Owns the published shapes, which tensor gets which type, random blocks, and the streamed write. Names and shapes of
 the tensors are formats/tensor_names.py; how a block decodes is quant/decode.py, which is measured here, not repeated.
@@ -27,11 +28,13 @@ groups.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
@@ -55,8 +58,10 @@ from kvfold.config import (
     YarnConfig,
 )
 from kvfold.errors import SettingError
+from kvfold.formats.checkpoint import Checkpoint, Vocabulary
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
 from kvfold.quant.decode import decode
+from kvfold.quant.tensor import QuantTensor
 from kvfold.quant.types import TYPES, BlockType, by_name
 
 Progress = Callable[[int, int], None]
@@ -246,6 +251,13 @@ def shape_with_layers(config: ModelConfig, layers: int) -> ModelConfig:
     dense = min(config.num_dense_layers, max(1, layers - 1))
     name = config.name if layers == config.num_layers else f"{config.name}-{layers}-layers"
     return replace(config, name=name, num_layers=layers, num_dense_layers=dense)
+
+
+def named_shape(name: str, layers: int | None = None) -> ModelConfig:
+    """One of SHAPES, with only `layers` layers where given. Raises SettingError with the names there are."""
+    if name not in SHAPES:
+        raise SettingError(f"{name}: there is no such shape; those there are: {', '.join(SHAPES)}.")
+    return SHAPES[name] if layers is None else shape_with_layers(SHAPES[name], layers)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -763,6 +775,76 @@ def _chunks(
     for future, ends_tensor in ahead:
         yield future.result(), ends_tensor
 
+
+# ---------------------------------------------------------------------------------------------------------------
+# In memory
+
+
+def weight_bytes(config: ModelConfig, *, type: str = "iq4_nl", legacy_kv_b: bool = False) -> int:
+    """Bytes of memory that `synthetic_checkpoint` takes. Raises SettingError as it does."""
+    return _data_bytes(_plan(config, type, legacy_kv_b))
+
+
+def synthetic_checkpoint(
+    config: ModelConfig,
+    *,
+    type: str = "iq4_nl",
+    legacy_kv_b: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """The model that `synthesize` would write, in memory instead: the same bytes, no file and no vocabulary.
+
+    The weights lie one after the other in one anonymous map, on 2 MiB pages where the system gives them (Linux).
+    Raises SettingError for a type without random blocks.
+    """
+    tensors = _plan(config, type, legacy_kv_b)
+    total = _data_bytes(tensors)
+    memory = np.frombuffer(_anonymous_map(total), np.uint8)
+    done = 0
+    with ThreadPoolExecutor(_DRAWING_THREADS) as pool:
+        for chunk, ends_tensor in _chunks(tensors, seed, pool):
+            memory[done : done + chunk.nbytes] = chunk
+            done += chunk.nbytes
+            if ends_tensor:
+                done = _aligned(done)
+            if progress is not None:
+                progress(done, total)
+    memory.flags.writeable = False
+
+    named: dict[str, QuantTensor | tuple[QuantTensor, ...]] = {}
+    start = 0
+    for tensor in tensors:
+        raw = memory[start : start + tensor.nbytes]
+        start += _aligned(tensor.nbytes)
+        *count, rows, cols = tensor.shape if len(tensor.shape) > 1 else (1, *tensor.shape)
+        by_matrix = raw.reshape(*count, rows, tensor.type.row_bytes(cols))
+        if count:
+            named[tensor.name] = tuple(QuantTensor(tensor.name, tensor.type, (rows, cols), m) for m in by_matrix)
+        else:
+            named[tensor.name] = QuantTensor(tensor.name, tensor.type, tensor.shape, by_matrix)
+    return Checkpoint(
+        path=Path(config.name),
+        format="synthetic",
+        files=(),
+        config=config,
+        kv_layout=KvLayout.KV_B if legacy_kv_b else KvLayout.K_B_V_B,
+        tensors=MappingProxyType(named),
+        vocabulary=Vocabulary(MappingProxyType({}), MappingProxyType({})),
+        info=(f"Random weights in the shape of {config.name}, seed {seed}, in memory.",),
+    )
+
+
+def _anonymous_map(nbytes: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel built without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The header
 
 # llama.cpp's `llama_ftype` where the type's own name is not one of its names. Its _S recipes are the uniform ones.
 _FILE_TYPES: Mapping[str, str] = {
