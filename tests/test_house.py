@@ -34,8 +34,11 @@ MAY_IMPORT = {
     "engine": ("model", "mla.plan", "cache", "errors"),
     "llm": ("load", "engine", "text", "cache.session", "errors"),
     "explain": ("load", "backends.choose", "formats", "mla", "cache", "quant", "config", "errors"),
-    "cli": ("llm", "load", "explain", "formats", "engine.sampler", "config", "errors", "__version__"),
-    "bench": ("llm",),
+    "bench": (
+        *("load", "engine.batch", "formats", "mla.plan", "cache", "quant.tensor", "config", "errors"),
+        *("_native", "__version__"),
+    ),
+    "cli": ("llm", "load", "explain", "bench", "formats", "engine.sampler", "config", "errors", "__version__"),
     "__init__": ("llm", "load", "engine.sampler", "errors"),  # names for type checkers; run-time imports are lazy
     "__main__": ("cli",),
 }

@@ -14,6 +14,13 @@ def decode_fp8(
 
 def tile_isa() -> str: ...
 
+class Meter:
+    """The ceilings of this machine, measured by a team of threads over given arrays."""
+
+    def __init__(self, arrays: list[NDArray[np.uint8]], threads: int) -> None: ...
+    def read(self, indices: NDArray[np.int32]) -> float: ...
+    def multiply_adds(self, kind: str, seconds: float) -> tuple[str, float]: ...
+
 # Fields of model/program.py in their order: (buffer, start, width), (width, domain, first, last), (kind, name, inputs,
 # outputs, weights, ints, floats), (name, ops, buffers, x_out, outputs).
 _Value = tuple[int, int, int]

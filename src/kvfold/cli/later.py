@@ -63,7 +63,6 @@ LATER_FLAGS = (
 LATER_VERBS = {
     "chat": "`kvfold run MODEL PROMPT` completes a text",
     "serve": "`kvfold run --json` from a program, or LLM in Python",
-    "bench": "`kvfold run` ends with its rates, `kvfold plan` counts the work",
     "quantize": "llama.cpp's llama-quantize, whose files kvfold reads",
     "convert": "Hugging Face directories load as they are; llama.cpp's convert_hf_to_gguf.py writes GGUF",
     "imatrix": "llama.cpp's llama-imatrix",

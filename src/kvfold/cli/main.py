@@ -15,6 +15,7 @@ import typer
 
 from kvfold import __version__
 from kvfold.cli import terminal
+from kvfold.cli.bench import bench
 from kvfold.cli.inspect import inspect
 from kvfold.cli.later import accept_later_flags, add_later_verbs
 from kvfold.cli.plan import plan
@@ -51,6 +52,7 @@ def options(
 app.command("run")(accept_later_flags(run))
 app.command("inspect")(inspect)
 app.command("plan")(accept_later_flags(plan))
+app.command("bench")(accept_later_flags(bench))
 app.command("synth")(synth)
 add_later_verbs(app)
 

@@ -1,0 +1,252 @@
+"""One model, run and timed: a case is a prompt or a number of generated tokens, over a cache filled to some depth.
+
+Owns the clock, the ceilings measured beside every sample, and the verdict that a sample does not count because the
+disk was read meanwhile. Knows no formats of output and no other programs.
+
+Tests are llama-bench's: random tokens, no sampler, logits of the last row of a prompt and of every generated token. A
+depth is not computed: its cached rows are random numbers of the size that norms give latents, written before the
+clock starts.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from kvfold import _native
+from kvfold.bench.work import LinearWork, TokenWeights, linear_work
+from kvfold.cache.latent import PAGE_TOKENS, CacheType
+from kvfold.cache.pages import Sequence, pages_for
+from kvfold.engine.batch import Work, build_batch
+from kvfold.load import Loaded
+from kvfold.mla.plan import MlaPlan, multiply_adds
+
+# Of one sample; then it is kept as it is. A model that does not fit the memory reads the disk in every sample.
+MOST_DISCARDED = 3
+# A peak of 20 ms is exact to 1 % on an idle machine, and three of them cost less than a generated token of V3.
+PEAK_SECONDS = 0.02
+PEAKS = ("int8", "bf16", "f32")
+
+
+@dataclass(frozen=True)
+class Case:
+    """n_prompt tokens in one prompt, or n_gen generated one by one (the other is 0), after n_depth cached ones."""
+
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.n_prompt + self.n_gen
+
+    @property
+    def name(self) -> str:
+        """As llama-bench prints it: "pp512", "tg128 @ d4096"."""
+        what = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{what} @ d{self.n_depth}" if self.n_depth else what
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed pass of a case.
+
+    token_ns:      of each generated token
+    plans:         of each step, in order
+    multiply_adds: that the steps' plans ask for, logits included
+    nbytes:        of weights and cache that generated tokens read at least; 0 for a prompt
+    """
+
+    ns: int
+    token_ns: tuple[int, ...]
+    plans: tuple[MlaPlan, ...]
+    multiply_adds: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class DiskReads:
+    """Bytes this process read from a disk, and its page faults that waited for one."""
+
+    nbytes: int = 0
+    major_faults: int = 0
+
+    def __bool__(self) -> bool:
+        return self != DiskReads()
+
+    def since(self, before: DiskReads) -> DiskReads:
+        return DiskReads(self.nbytes - before.nbytes, self.major_faults - before.major_faults)
+
+
+@dataclass(frozen=True)
+class Discarded:
+    """A sample that does not count."""
+
+    ns: int
+    disk: DiskReads
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine did at most just after a sample, with as many threads.
+
+    multiply_adds: a second, by kind of operand; 0 where the machine has no instruction for it
+    read_ns:       of each read of the weights of one token; the experts are drawn anew each time
+    read_bytes:    of one such read
+    """
+
+    multiply_adds: dict[str, float]
+    read_ns: tuple[int, ...]
+    read_bytes: int
+
+    @property
+    def read_rate(self) -> float:
+        """Bytes a second."""
+        return 1e9 * self.read_bytes / statistics.median(self.read_ns)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """disk: not empty only where every attempt read the disk."""
+
+    run: Run
+    disk: DiskReads
+    ceilings: Ceilings
+
+
+def disk_reads() -> DiskReads:
+    """Counters of this process, all threads: they only grow. Bytes are 0 where the system does not tell."""
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return DiskReads(0, faults)
+    return DiskReads(next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), faults)
+
+
+def undisturbed(
+    run: Callable[[], Run], counters: Callable[[], DiskReads] = disk_reads
+) -> tuple[Run, DiskReads, tuple[Discarded, ...]]:
+    """A run during which the disk was not read, and those before it that do not count. After MOST_DISCARDED of them
+    the next one counts anyway, with what it read."""
+    discarded: list[Discarded] = []
+    while True:
+        before = counters()
+        done = run()
+        disk = counters().since(before)
+        if not disk or len(discarded) == MOST_DISCARDED:
+            return done, disk, tuple(discarded)
+        discarded.append(Discarded(done.ns, disk))
+
+
+def context_for(cases: list[Case]) -> int:
+    """Tokens of cache that a Rig needs for these cases."""
+    return PAGE_TOKENS * (_deep_pages(cases) + _tail_pages(cases))
+
+
+def _deep_pages(cases: list[Case]) -> int:
+    return max(case.n_depth // PAGE_TOKENS for case in cases)
+
+
+def _tail_pages(cases: list[Case]) -> int:
+    return max(pages_for(case.n_depth % PAGE_TOKENS + case.num_tokens) for case in cases)
+
+
+class Rig:
+    """A loaded model whose cache holds random rows for the deepest case, and the ceilings of its machine.
+
+    A case at depth d reads the first d / 64 of the deep pages and writes the tail pages, so no case changes what
+    another one finds.
+    """
+
+    def __init__(self, loaded: Loaded, cases: list[Case], *, batch_rows: int, seed: int = 0) -> None:
+        self.loaded = loaded
+        self.batch_rows = batch_rows
+        self.weights = TokenWeights(loaded.model.config, loaded.checkpoint.tensors)
+        self._rng = np.random.default_rng(seed)
+        self._linear: LinearWork = linear_work(loaded.model.config)
+        self._deep = loaded.pool.take(_deep_pages(cases))
+        self._tail = loaded.pool.take(_tail_pages(cases))
+        self._fill(self._deep)
+        self._meter = _native.Meter(self.weights.arrays, loaded.settings.threads)
+        self.peak_isa = {kind: self._meter.multiply_adds(kind, 0.0)[0] for kind in PEAKS}
+
+    def warm_up(self, case: Case) -> None:
+        """A whole prompt, so that its buffers exist; one token of generation."""
+        self.run(Case(case.n_prompt, min(case.n_gen, 1), case.n_depth))
+
+    def sample(self, case: Case) -> tuple[Sample, tuple[Discarded, ...]]:
+        run, disk, discarded = undisturbed(lambda: self.run(case))
+        return Sample(run, disk, self.ceilings(max(case.n_gen, 1))), discarded
+
+    def run(self, case: Case) -> Run:
+        if case.n_depth % PAGE_TOKENS:
+            self._fill(self._tail[:1])
+        pages = [*self._deep[: case.n_depth // PAGE_TOKENS], *self._tail]
+        sequence = Sequence(self.loaded.pool, pages, case.n_depth)
+        tokens = self._rng.integers(0, self.loaded.model.config.vocab_size, case.num_tokens).tolist()
+        is_prompt = case.n_prompt > 0
+        rows = self.batch_rows if is_prompt else 1
+        plans: list[MlaPlan] = []
+        ends = [time.perf_counter_ns()]
+        for start in range(0, len(tokens), rows):
+            window = tokens[start : start + rows]
+            outputs = int(not is_prompt or start + rows >= len(tokens))
+            batch = build_batch([Work(sequence, window, is_prompt, outputs)], self.loaded.plan)
+            self.loaded.backend.start(batch.step).run()
+            batch.commit()
+            plans += batch.plans
+            ends.append(time.perf_counter_ns())
+        return Run(
+            ns=ends[-1] - ends[0],
+            token_ns=() if is_prompt else tuple(np.diff(ends).tolist()),
+            plans=tuple(plans),
+            multiply_adds=self._multiply_adds(case, plans, rows),
+            nbytes=0 if is_prompt else self._bytes_read(case),
+        )
+
+    def ceilings(self, num_reads: int) -> Ceilings:
+        """Every peak once, and `num_reads` reads of the weights of a token."""
+        draws = [self.weights.draw(self._rng) for _ in range(num_reads)]
+        return Ceilings(
+            multiply_adds={kind: self._meter.multiply_adds(kind, PEAK_SECONDS)[1] for kind in PEAKS},
+            read_ns=tuple(round(1e9 * self._meter.read(draw)) for draw in draws),
+            # all but the row of the embedding
+            read_bytes=sum(self.weights.arrays[i].nbytes for i in draws[0]),
+        )
+
+    def _multiply_adds(self, case: Case, plans: list[MlaPlan], rows: int) -> int:
+        config = self.loaded.model.config
+        total = case.num_tokens * self._linear.row + max(case.n_gen, 1) * self._linear.head
+        for number, plan in enumerate(plans):
+            start = number * rows
+            new = min(rows, case.num_tokens - start)
+            total += config.num_layers * multiply_adds(plan.path, config.mla, new, case.n_depth + start)
+        return total
+
+    def _bytes_read(self, case: Case) -> int:
+        """Token i reads the weights, and the cached rows of the depth, of the tokens before it and its own."""
+        rows = case.n_gen * case.n_depth + case.n_gen * (case.n_gen + 1) // 2
+        return case.n_gen * self.weights.nbytes + rows * self.loaded.cache.layout.bytes_per_token
+
+    def _fill(self, pages: list[int]) -> None:
+        """Normal numbers in these pages of every layer: c_kv is normed, and k_rope of a like size."""
+        cache = self.loaded.cache
+        for array in cache.arrays:
+            for layer in array:
+                values = self._rng.standard_normal((len(pages), *layer.shape[1:]), np.float32)
+                layer[pages] = _encoded(values, cache.layout.cache_type)
+
+
+def _encoded(values: NDArray[np.float32], cache_type: CacheType) -> NDArray[np.generic]:
+    if cache_type is CacheType.BF16:
+        return values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return values.astype(cache_type.storage)

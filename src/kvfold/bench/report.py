@@ -1,0 +1,267 @@
+"""Results as llama-bench's JSON rows, with ours beside its fields, and as a table in Markdown."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvfold import __version__, _native
+from kvfold.bench.measure import PEAKS, Case, Sample
+from kvfold.bench.sweep import Result
+from kvfold.bench.work import num_weights
+from kvfold.formats.checkpoint import Checkpoint, matrices
+from kvfold.mla.plan import Fa, Mla
+
+
+def row(result: Result) -> dict[str, Any]:
+    """One row: the fields of llama-bench that a CPU run has, under its names, then ours.
+
+    Of llama-bench's: avg_* and stddev_* are over the samples, -1 in flash_attn and mla_attn (ik_llama.cpp's field)
+    means auto, n_ubatch is n_batch because a window of rows is one step.
+
+    Ours: rates and shares are those of `bound_by`, "int8" multiply-adds for prompts, bytes "read" for generation; a
+    share is a sample's rate over the ceiling measured just after it, and `share` the median of them. token_ms and
+    read_ms pool all generated tokens, and all reads of a token's weights that were made beside them.
+    """
+    loaded, settings, case = result.loaded, result.variant.settings, result.case
+    ns = [sample.run.ns for sample in result.samples]
+    shares = shares_of(result)
+    values: dict[str, Any] = {
+        "build_commit": f"kvfold {__version__}",
+        "build_number": 0,
+        "cpu_info": cpu_name(),
+        "gpu_info": "",
+        "backends": "CPU",
+        "model_filename": str(loaded.checkpoint.path),
+        "model_type": model_type(loaded.checkpoint),
+        "model_size": loaded.checkpoint.nbytes,
+        "model_n_params": num_weights(loaded.checkpoint.tensors),
+        "n_batch": result.variant.batch_rows,
+        "n_ubatch": result.variant.batch_rows,
+        "n_threads": settings.threads,
+        "type_k": settings.cache_type.value,
+        "type_v": settings.cache_type.value,
+        "n_gpu_layers": 0,
+        "flash_attn": -1 if settings.fa is Fa.AUTO else int(settings.fa.value),
+        "mla_attn": -1 if settings.mla is Mla.AUTO else int(settings.mla.value),
+        "n_prompt": case.n_prompt,
+        "n_gen": case.n_gen,
+        "n_depth": case.n_depth,
+        "test_time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "avg_ns": round(statistics.mean(ns)),
+        "stddev_ns": round(deviation(ns)),
+        "avg_ts": statistics.mean(result.samples_ts),
+        "stddev_ts": deviation(result.samples_ts),
+        "samples_ns": ns,
+        "samples_ts": list(result.samples_ts),
+        "median_ts": statistics.median(result.samples_ts),
+        "backend": loaded.backend.name,
+        "isa": _native.tile_isa() if loaded.backend.name == "native" else "",
+        "layers": loaded.model.config.num_layers,
+        "plan": plans_of(result),
+        "bound_by": bound_by(result),
+        "multiply_adds": result.samples[0].run.multiply_adds,
+        "bytes_read": result.samples[0].run.nbytes,
+        "ceilings": ceilings_of(result),
+        "share": statistics.median(shares),
+        "samples_share": shares,
+        "disk_reads": [asdict(sample.disk) for sample in result.samples if sample.disk],
+        "discarded": [asdict(sample) for sample in result.discarded],
+    }
+    if case.n_gen:
+        values["token_ms"] = quantiles(ns for sample in result.samples for ns in sample.run.token_ns)
+        values["read_ms"] = quantiles(ns for sample in result.samples for ns in sample.ceilings.read_ns)
+    if result.pairs is not None:
+        values["opponent"] = asdict(result.pairs) | {"median_ratio": result.pairs.median_ratio}
+    return values
+
+
+def bound_by(result: Result) -> str:
+    """The ceiling that a case is compared with."""
+    return "int8" if result.case.n_prompt else "read"
+
+
+def shares_of(result: Result) -> list[float]:
+    """Of each sample: its rate over the ceiling measured just after it."""
+
+    def share(sample: Sample) -> float:
+        run, ceilings = sample.run, sample.ceilings
+        if result.case.n_prompt:
+            return 1e9 * run.multiply_adds / run.ns / ceilings.multiply_adds["int8"]
+        return 1e9 * run.nbytes / run.ns / ceilings.read_rate
+
+    return [share(sample) for sample in result.samples]
+
+
+def ceilings_of(result: Result) -> dict[str, dict[str, Any]]:
+    """Median and best of all measured beside the samples: giga multiply-adds a second, and gigabytes a second."""
+    beside = [sample.ceilings for sample in result.samples]
+    found: dict[str, dict[str, Any]] = {}
+    for kind in PEAKS:
+        rates = [ceilings.multiply_adds[kind] / 1e9 for ceilings in beside]
+        if max(rates):
+            isa = result.peak_isa[kind]
+            found[kind] = {"gmacs": statistics.median(rates), "best_gmacs": max(rates), "isa": isa}
+    reads = [ceilings.read_rate / 1e9 for ceilings in beside]
+    found["read"] = {"gbs": statistics.median(reads), "best_gbs": max(reads), "bytes": beside[0].read_bytes}
+    return found
+
+
+def plans_of(result: Result) -> list[dict[str, Any]]:
+    """The plans of all steps of a sample: path, form and how many steps took them, with the reason of the last."""
+    plans = result.samples[0].run.plans
+    counts = Counter((plan.path, plan.fused) for plan in plans)
+    reasons = {(plan.path, plan.fused): plan.reason for plan in plans}
+    return [
+        {"path": path.name.lower(), "fused": fused, "steps": steps, "reason": reasons[path, fused]}
+        for (path, fused), steps in counts.items()
+    ]
+
+
+def quantiles(ns: Iterable[int]) -> dict[str, float]:
+    """Median and 99th percentile in milliseconds, and how far they are apart."""
+    p50, p99 = np.percentile(np.fromiter(ns, np.float64), [50, 99]) / 1e6
+    return {"p50": float(p50), "p99": float(p99), "p99_over_p50": float(p99 / p50)}
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 of a single value, as llama-bench has it."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def model_type(checkpoint: Checkpoint) -> str:
+    """Family, and the type that holds most of the weights: "deepseek-v2 IQ4_NL"."""
+    sizes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        for part in matrices(tensor):
+            sizes[part.type.name] += part.nbytes
+    return f"{checkpoint.config.family} {sizes.most_common(1)[0][0]}"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+# --- Markdown --------------------------------------------------------------------------------------------------------
+
+_COLUMNS = (
+    "model",
+    ">size",
+    ">params",
+    "backend",
+    ">threads",
+    "type_k",
+    ">mla",
+    ">fa",
+    "path",
+    ">test",
+    ">t/s",
+    ">of ceiling",
+)
+_AGAINST = (">opponent t/s", ">ratio")
+
+
+def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A table of llama-bench's columns and the share of the ceiling, and what was measured beside it, line by line."""
+    paired = any("opponent" in row for row in rows)
+    columns = (*_COLUMNS, *(_AGAINST if paired else ()))
+    table = [[name.removeprefix(">") for name in columns], *(_cells(row, paired) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    right = [name.startswith(">") for name in columns]
+
+    def line(cells: Iterable[str]) -> str:
+        padded = (
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(cells, widths, right, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    yield line(table[0])
+    yield line("-" * (width - is_right) + ":" * is_right for width, is_right in zip(widths, right, strict=True))
+    yield from map(line, table[1:])
+    yield ""
+    for threads in dict.fromkeys(row["n_threads"] for row in rows):
+        yield _ceilings_line(threads, [row for row in rows if row["n_threads"] == threads])
+    yield from _remarks(rows)
+    yield f"build: {rows[0]['build_commit']}, {rows[0]['cpu_info']}"
+
+
+def _cells(row: dict[str, Any], paired: bool) -> list[str]:
+    cells = [
+        row["model_type"],
+        _in_units(row["model_size"], (2**30, "GiB"), (2**20, "MiB")),
+        _in_units(row["model_n_params"], (10**9, "B"), (10**6, "M")),
+        row["backend"],
+        str(row["n_threads"]),
+        row["type_k"],
+        _setting(row["mla_attn"]),
+        _setting(row["flash_attn"]),
+        " + ".join(dict.fromkeys(plan["path"] for plan in row["plan"])),
+        _name(row),
+        f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
+        f"{100 * row['share']:.1f} % of {row['bound_by']}",
+    ]
+    if not paired:
+        return cells
+    if "opponent" not in row:
+        return [*cells, "", ""]
+    theirs = row["opponent"]["samples_ts"]
+    spread = f"{statistics.mean(theirs):.2f} ± {deviation(theirs):.2f}"
+    return [*cells, spread, f"{row['opponent']['median_ratio']:.2f} x"]
+
+
+def _in_units(value: int, large: tuple[int, str], small: tuple[int, str]) -> str:
+    size, unit = large if value >= large[0] else small
+    return f"{value / size:.2f} {unit}"
+
+
+def _setting(value: int) -> str:
+    return "auto" if value == -1 else str(value)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return Case(row["n_prompt"], row["n_gen"], row["n_depth"]).name
+
+
+def _ceilings_line(threads: int, rows: list[dict[str, Any]]) -> str:
+    """Medians over all rows of what was measured beside their samples."""
+    parts = []
+    for kind in PEAKS:
+        found = [row["ceilings"][kind] for row in rows if kind in row["ceilings"]]
+        if found:
+            rate = statistics.median(one["gmacs"] for one in found)
+            parts.append(
+                f"{kind} {rate:.0f} GMAC/s ({found[0]['isa']}, best {max(f['best_gmacs'] for f in found):.0f})"
+            )
+    reads = [row["ceilings"]["read"] for row in rows]
+    rate = statistics.median(one["gbs"] for one in reads)
+    parts.append(f"read {rate:.1f} GB/s (best {max(one['best_gbs'] for one in reads):.1f})")
+    return f"ceilings of {threads} threads, measured beside the samples: {', '.join(parts)}"
+
+
+def _remarks(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        name = _name(row)
+        if "token_ms" in row:
+            token, read = row["token_ms"], row["read_ms"]
+            yield (
+                f"{name}: a token takes {token['p50']:.2f} ms, p99 {token['p99_over_p50']:.2f} times that; reading its "
+                f"weights {read['p50']:.2f} ms, p99 {read['p99_over_p50']:.2f} times that"
+            )
+        if row["discarded"]:
+            yield f"{name}: {len(row['discarded'])} samples discarded, the disk was read meanwhile"
+        if row["disk_reads"]:
+            yield f"{name}: {len(row['disk_reads'])} samples count although the disk was read: the model does not fit"

@@ -1,0 +1,219 @@
+"""Which cases are run, under which settings, in which order: round after round, in turn with an opponent.
+
+A round takes one sample of every case, so a machine that slows down slows all of them, and the pairs of a round saw
+the same machine.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from kvfold.bench.measure import Case, Discarded, Rig, Sample, context_for
+from kvfold.bench.opponent import Opponent
+from kvfold.errors import SettingError
+from kvfold.formats.checkpoint import Checkpoint
+from kvfold.formats.synthetic import named_shape, synthetic_checkpoint, weight_bytes
+from kvfold.load import Loaded, Progress, Settings, available_memory_bytes, load
+
+_RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
+MOST_COUNTS = 10_000  # in one list: longer ones are a slip
+
+Notice = Callable[[str], None]
+"""Called with one line whenever a sample is there."""
+
+
+def parse_counts(text: str) -> list[int]:
+    """llama-bench's lists: "512", "512,2048", "64-256+64" (steps of 64), "1-64*2" (doubling), "1-4" (steps of 1).
+
+    Raises SettingError.
+    """
+    counts: list[int] = []
+    for item in text.split(","):
+        match = _RANGE.fullmatch(item)
+        if match is None:
+            raise SettingError(
+                f"{text}: {item!r} is not a number such as 512 or a range such as 64-256+64 or 1-64*2."
+            )
+        count, last = int(match[1]), int(match[2] or match[1])
+        grows_by, step = match[3] or "+", int(match[4] or 1)
+        if count > last:
+            raise SettingError(f"{text}: {item!r} ends before it begins.")
+        while count <= last:
+            counts.append(count)
+            larger = count + step if grows_by == "+" else count * step
+            if larger <= count or len(counts) > MOST_COUNTS:
+                raise SettingError(f"{text}: {item!r} does not reach its end within {MOST_COUNTS} steps.")
+            count = larger
+    return counts
+
+
+def cases_of(prompts: list[int], generated: list[int], depths: list[int]) -> list[Case]:
+    """llama-bench's order: at every depth all prompts, then all generations. A 0 takes a kind out."""
+    cases = [
+        case
+        for depth in depths
+        for case in (*(Case(n, 0, depth) for n in prompts), *(Case(0, n, depth) for n in generated))
+        if case.num_tokens
+    ]
+    if not cases:
+        raise SettingError("Nothing to measure: -p and -n are both 0.")
+    return list(dict.fromkeys(cases))
+
+
+def made_in_memory(
+    shape: str, *, layers: int | None, type: str, legacy_kv_b: bool, seed: int, progress: Progress | None = None
+) -> Checkpoint:
+    """Random weights of a named shape. Raises SettingError where there is none, or they do not fit the memory."""
+    config = named_shape(shape, layers)
+    needed = weight_bytes(config, type=type, legacy_kv_b=legacy_kv_b)
+    free = available_memory_bytes()
+    if free is not None and needed > free:
+        raise SettingError(
+            f"{config.name} in {type} takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free. "
+            f"Choose fewer layers or a smaller type."
+        )
+    return synthetic_checkpoint(config, type=type, legacy_kv_b=legacy_kv_b, seed=seed, progress=progress)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings that a row of the table was measured with. batch_rows: prompt rows in one step."""
+
+    settings: Settings
+    batch_rows: int
+
+
+def variants(
+    cases: list[Case],
+    *,
+    mla: list[str],
+    fa: list[str],
+    cache_type: list[str],
+    threads: list[int | None],
+    batch_rows: list[int],
+    dtype: str,
+    backend: str,
+    workspace_bytes: int,
+) -> list[Variant]:
+    """Every combination, with room for the cases. Raises SettingError for any that cannot be."""
+    return [
+        Variant(
+            Settings.parse(
+                mla=one_mla,
+                fa=one_fa,
+                dtype=dtype,
+                cache_type=one_type,
+                backend=backend,
+                threads=one_threads,
+                n_ctx=context_for(cases),
+                workspace_bytes=workspace_bytes,
+            ),
+            rows,
+        )
+        for rows, one_type, one_mla, one_fa, one_threads in product(batch_rows, cache_type, mla, fa, threads)
+    ]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """An opponent's tokens a second in each round, beside ours of the same round."""
+
+    command: str
+    samples_ts: tuple[float, ...]
+    ratios: tuple[float, ...]  # ours / theirs
+
+    @property
+    def median_ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+
+@dataclass(frozen=True)
+class Result:
+    """All samples of one case under one variant. pairs: None without an opponent, or where it did not run the case."""
+
+    variant: Variant
+    loaded: Loaded
+    peak_isa: dict[str, str]
+    case: Case
+    samples: tuple[Sample, ...]
+    discarded: tuple[Discarded, ...]
+    pairs: Pairs | None
+
+    @property
+    def samples_ts(self) -> tuple[float, ...]:
+        """Tokens a second."""
+        return tuple(1e9 * self.case.num_tokens / sample.run.ns for sample in self.samples)
+
+
+def sweep(
+    checkpoint: Checkpoint,
+    variants: Iterable[Variant],
+    cases: list[Case],
+    *,
+    repetitions: int,
+    opponent: Opponent | None = None,
+    seed: int = 0,
+    notice: Notice = lambda line: None,
+) -> Iterator[Result]:
+    """The results of every variant, one after the other, each when its last round is over.
+
+    The opponent goes first in every round: a command that does not keep the contract fails before anything is
+    measured. Raises as load() and Opponent.run() do, and SettingError for one that runs none of the cases.
+    """
+    for variant in variants:
+        yield from _measure(checkpoint, variant, cases, repetitions, opponent, seed, notice)
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    variant: Variant,
+    cases: list[Case],
+    repetitions: int,
+    opponent: Opponent | None,
+    seed: int,
+    notice: Notice,
+) -> Iterator[Result]:
+    loaded = load(checkpoint, variant.settings)
+    rig = Rig(loaded, cases, batch_rows=variant.batch_rows, seed=seed)
+    samples: dict[Case, list[Sample]] = {case: [] for case in cases}
+    discarded: dict[Case, list[Discarded]] = {case: [] for case in cases}
+    theirs: dict[Case, list[float]] = {case: [] for case in cases}
+    for number in range(1, repetitions + 1):
+        if opponent is not None:
+            _add_rates(opponent, theirs)
+            notice(f"{number} of {repetitions}: opponent done")
+        for case in cases:
+            if number == 1:
+                rig.warm_up(case)
+            sample, failed = rig.sample(case)
+            samples[case].append(sample)
+            discarded[case] += failed
+            rate = 1e9 * case.num_tokens / sample.run.ns
+            notice(f"{number} of {repetitions}: {case.name} {rate:.2f} t/s")
+    for case in cases:
+        result = Result(
+            variant, loaded, rig.peak_isa, case, tuple(samples[case]), tuple(discarded[case]), pairs=None
+        )
+        yield result if opponent is None else _paired(result, opponent, theirs[case])
+
+
+def _add_rates(opponent: Opponent, theirs: dict[Case, list[float]]) -> None:
+    rates = opponent.run()
+    if not theirs.keys() & rates.keys():
+        raise SettingError(
+            f"opponent {opponent.command}: ran {', '.join(case.name for case in rates)}, and none of "
+            f"{', '.join(case.name for case in theirs)}. Give both the same -p, -n and -d."
+        )
+    for case in theirs.keys() & rates.keys():
+        theirs[case].append(rates[case])
+
+
+def _paired(result: Result, opponent: Opponent, theirs: list[float]) -> Result:
+    if len(theirs) != len(result.samples):
+        return result
+    ratios = tuple(ours / other for ours, other in zip(result.samples_ts, theirs, strict=True))
+    return replace(result, pairs=Pairs(opponent.command, tuple(theirs), ratios))

@@ -1,0 +1,190 @@
+"""Samples: what is run, what counts, what is cached before, and the ceilings measured beside them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from kvfold import _native
+from kvfold.bench.measure import (
+    MOST_DISCARDED,
+    Case,
+    DiskReads,
+    Rig,
+    Run,
+    context_for,
+    disk_reads,
+    undisturbed,
+)
+from kvfold.formats.checkpoint import Checkpoint
+from kvfold.formats.synthetic import SHAPES, synthetic_checkpoint
+from kvfold.load import Settings, load
+from kvfold.mla.plan import Path, multiply_adds
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return synthetic_checkpoint(SHAPES["tiny"])
+
+
+def rig(checkpoint: Checkpoint, cases: list[Case], *, batch_rows: int = 2048, **settings: str) -> Rig:
+    chosen = Settings.parse(threads=1, n_ctx=context_for(cases), backend="native", **settings)
+    return Rig(load(checkpoint, chosen), cases, batch_rows=batch_rows)
+
+
+# --- what is run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_run_in_windows_and_counted(checkpoint: Checkpoint) -> None:
+    case = Case(50, 0, 70)
+    run = rig(checkpoint, [case], batch_rows=32).run(case)
+    mla = checkpoint.config.mla
+    assert [plan.path for plan in run.plans] == [Path.ABSORBED, Path.ABSORBED]
+    attention = 2 * (multiply_adds(Path.ABSORBED, mla, 32, 70) + multiply_adds(Path.ABSORBED, mla, 18, 102))
+    hidden, experts = 256, 2 + 1
+    projections = 2 * (hidden * 256 + 256 * 4 * 192 + hidden * 576 + 4 * 128 * hidden)
+    feed_forward = 3 * hidden * 512 + experts * 3 * hidden * 256 + 8 * hidden
+    assert run.multiply_adds == 50 * (projections + feed_forward) + 1024 * hidden + attention
+    assert run.nbytes == 0 and run.token_ns == ()
+    assert run.ns > 0
+
+
+def test_generated_tokens_are_timed_one_by_one_and_their_bytes_counted(checkpoint: Checkpoint) -> None:
+    case = Case(0, 5, 100)
+    found = rig(checkpoint, [case], cache_type="bf16")
+    run = found.run(case)
+    assert len(run.plans) == len(run.token_ns) == 5
+    assert sum(run.token_ns) == run.ns
+    assert {plan.path for plan in run.plans} == {Path.ABSORBED}
+    cached = 101 + 102 + 103 + 104 + 105
+    assert run.nbytes == 5 * found.weights.nbytes + cached * 2 * 576 * 2
+
+
+@pytest.mark.parametrize("cache_type", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("mla", ["auto", "0"])
+def test_every_row_of_the_depth_is_random_and_no_case_changes_them(
+    checkpoint: Checkpoint, mla: str, cache_type: str
+) -> None:
+    cases = [Case(0, 3, 0), Case(30, 0, 150), Case(0, 3, 100)]
+    found = rig(checkpoint, cases, mla=mla, cache_type=cache_type)
+    cache = found.loaded.cache
+    for array in cache.arrays:
+        untouched = [page for page in range(array.shape[1]) if page not in found._deep]
+        array[:, untouched] = 0
+
+    def rows(pages: list[int]) -> np.ndarray:
+        array = cache.arrays[0][:, pages]
+        if array.dtype == np.uint16:
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float32)
+
+    before = rows(found._deep)
+    assert abs(before.mean()) < 0.02 and abs(before.std() - 1) < 0.02
+    assert len(np.unique(before[:, :, :, 0])) > before[:, :, :, 0].size // 2  # rows differ
+    for case in cases:
+        found.run(case)
+    assert np.array_equal(rows(found._deep), before)
+    # 100 = one deep page and 36 rows of the first tail page, behind which the three tokens were written
+    tail = rows(found._tail[:1])[:, 0]
+    assert (np.abs(tail[:, :39]).max(axis=-1) > 0).all()
+
+
+def test_the_context_holds_the_depth_and_the_longest_case() -> None:
+    assert context_for([Case(512, 0, 0)]) == 512
+    assert context_for([Case(0, 1, 64)]) == 128
+    assert context_for([Case(0, 2, 63)]) == 128
+    assert context_for([Case(0, 128, 4096), Case(512, 0, 0)]) == 4096 + 512
+
+
+# --- what counts ------------------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Counters that grow by what each run in turn reads."""
+
+    def __init__(self, *reads: DiskReads) -> None:
+        self.reads = iter(reads)
+        self.total = DiskReads(10_000, 10)
+        self.runs = 0
+
+    def run(self) -> Run:
+        read = next(self.reads)
+        self.total = DiskReads(self.total.nbytes + read.nbytes, self.total.major_faults + read.major_faults)
+        self.runs += 1
+        return Run(self.runs, (), (), 0, 0)
+
+
+QUIET, READ, FAULT = DiskReads(), DiskReads(4096, 0), DiskReads(0, 1)
+
+
+def test_a_quiet_sample_counts_at_once() -> None:
+    disk = Disk(QUIET)
+    run, read, discarded = undisturbed(disk.run, lambda: disk.total)
+    assert (run.ns, bool(read), discarded) == (1, False, ())
+
+
+@pytest.mark.parametrize("disturbed", [READ, FAULT])
+def test_samples_that_read_the_disk_are_discarded_and_taken_again(disturbed: DiskReads) -> None:
+    disk = Disk(disturbed, disturbed, QUIET, QUIET)
+    run, read, discarded = undisturbed(disk.run, lambda: disk.total)
+    assert (run.ns, bool(read)) == (3, False)
+    assert [(sample.ns, sample.disk) for sample in discarded] == [(1, disturbed), (2, disturbed)]
+
+
+def test_a_model_that_always_reads_the_disk_is_measured_all_the_same() -> None:
+    disk = Disk(*itertools.repeat(READ, 100))
+    run, read, discarded = undisturbed(disk.run, lambda: disk.total)
+    assert len(discarded) == MOST_DISCARDED
+    assert (run.ns, read) == (MOST_DISCARDED + 1, READ)
+
+
+def test_the_systems_counters_only_grow() -> None:
+    first = disk_reads()
+    second = disk_reads()
+    assert second.nbytes >= first.nbytes >= 0 and second.major_faults >= first.major_faults >= 0
+    assert first.since(first) == QUIET
+
+
+# --- ceilings ---------------------------------------------------------------------------------------------------------
+
+
+def test_ceilings_read_the_weights_of_a_token_as_often_as_asked(checkpoint: Checkpoint) -> None:
+    case = Case(0, 3, 0)
+    found = rig(checkpoint, [case])
+    sample, discarded = found.sample(case)
+    assert all(one.disk for one in discarded)
+    ceilings = sample.ceilings
+    assert len(ceilings.read_ns) == 3 and min(ceilings.read_ns) > 0
+    embedding_row = found.weights.nbytes - ceilings.read_bytes
+    assert embedding_row == 256 // 32 * 18
+    assert ceilings.multiply_adds["int8"] > ceilings.multiply_adds["f32"] > 0
+    assert found.peak_isa["int8"] and found.peak_isa["f32"]
+    assert (ceilings.multiply_adds["bf16"] > 0) == bool(found.peak_isa["bf16"])
+    assert len(found.ceilings(1).read_ns) == 1
+
+
+def arrays() -> Iterator[np.ndarray]:
+    yield np.arange(100, dtype=np.uint8)  # less than one turn of the loop
+    yield np.zeros((3, 1 << 20), np.uint8)
+    yield np.zeros(0, np.uint8)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_meter_reads_what_it_is_told_and_refuses_what_it_does_not_have(threads: int) -> None:
+    meter = _native.Meter(list(arrays()), threads)
+    four_times, once = (min(meter.read(np.array(i, np.int32)) for _ in range(5)) for i in ([1, 1, 1, 1], [1]))
+    assert four_times > once > 0
+    assert meter.read(np.array([0, 2, 0], np.int32)) >= 0
+    assert meter.read(np.array([], np.int32)) >= 0
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match=f"index {wrong}, expected 0 to 3"):
+            meter.read(np.array([0, wrong], np.int32))
+    with pytest.raises(ValueError, match="kind is 'fp4', expected int8, bf16 or f32"):
+        meter.multiply_adds("fp4", 0.001)
+    with pytest.raises(ValueError, match="threads is 0"):
+        _native.Meter([], 0)
+    with pytest.raises(TypeError):
+        meter.read(np.array([0], np.int64))

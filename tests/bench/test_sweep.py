@@ -1,0 +1,258 @@
+"""Lists, cases, rounds in turn with an opponent, and the rows they give."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvfold.bench.measure import Case
+from kvfold.bench.opponent import Opponent, case_of, rate_of, rows_in
+from kvfold.bench.report import markdown, quantiles, row
+from kvfold.bench.sweep import Result, cases_of, made_in_memory, parse_counts, sweep, variants
+from kvfold.errors import SettingError
+from kvfold.formats.checkpoint import Checkpoint
+from kvfold.formats.synthetic import SHAPES, synthetic_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return synthetic_checkpoint(SHAPES["tiny"])
+
+
+def results(
+    checkpoint: Checkpoint, cases: list[Case], opponent: Opponent | None = None, **lists: Any
+) -> list[Result]:
+    settings: dict[str, Any] = {
+        "mla": ["auto"],
+        "fa": ["auto"],
+        "cache_type": ["f16"],
+        "threads": [1],
+        "batch_rows": [64],
+        "dtype": "auto",
+        "backend": "native",
+        "workspace_bytes": 64 << 20,
+    }
+    chosen = variants(cases, **(settings | lists))
+    return list(sweep(checkpoint, chosen, cases, repetitions=3, opponent=opponent))
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("512", [512]),
+        ("512,2048", [512, 2048]),
+        ("1-4", [1, 2, 3, 4]),
+        ("64-256+64", [64, 128, 192, 256]),
+        ("64-250+64", [64, 128, 192]),
+        ("1-64*2,100", [1, 2, 4, 8, 16, 32, 64, 100]),
+        ("7-7", [7]),
+        ("0", [0]),
+    ],
+)
+def test_lists_are_llama_benchs(text: str, counts: list[int]) -> None:
+    assert parse_counts(text) == counts
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "1,", "1--2", "-1", "1-4+0", "1-4*1", "0-4*2", "5-2", "1-4-8", "1-999999999"]
+)
+def test_lists_that_mean_nothing_are_refused(text: str) -> None:
+    with pytest.raises(SettingError):
+        parse_counts(text)
+
+
+def test_cases_come_in_llama_benchs_order_and_once() -> None:
+    cases = cases_of([512, 0, 2048], [128], [0, 4096])
+    assert [case.name for case in cases] == [
+        "pp512", "pp2048", "tg128", "pp512 @ d4096", "pp2048 @ d4096", "tg128 @ d4096",
+    ]  # fmt: skip
+    assert cases_of([0], [8, 8], [0]) == [Case(0, 8, 0)]
+    with pytest.raises(SettingError, match="both 0"):
+        cases_of([0], [0], [4096])
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+# What llama-bench (tools/llama-bench/llama-bench.cpp) prints of a CPU run, and ik_llama.cpp's mla_attn.
+LLAMA_BENCH = {
+    "build_commit": str, "build_number": int, "cpu_info": str, "gpu_info": str, "backends": str,
+    "model_filename": str, "model_type": str, "model_size": int, "model_n_params": int, "n_batch": int,
+    "n_ubatch": int, "n_threads": int, "type_k": str, "type_v": str, "n_gpu_layers": int, "flash_attn": int,
+    "mla_attn": int, "n_prompt": int, "n_gen": int, "n_depth": int, "test_time": str, "avg_ns": int,
+    "stddev_ns": int, "avg_ts": float, "stddev_ts": float, "samples_ns": list, "samples_ts": list,
+}  # fmt: skip
+
+
+def test_rows_have_llama_benchs_fields_and_arithmetic(checkpoint: Checkpoint) -> None:
+    rows = [row(result) for result in results(checkpoint, cases_of([20], [6], [0, 70]))]
+    assert [(r["n_prompt"], r["n_gen"], r["n_depth"]) for r in rows] == [
+        (20, 0, 0), (0, 6, 0), (20, 0, 70), (0, 6, 70),
+    ]  # fmt: skip
+    for found in rows:
+        for field, kind in LLAMA_BENCH.items():
+            assert type(found[field]) is kind, field
+        assert json.loads(json.dumps(found)) == found
+        ns, tokens = found["samples_ns"], found["n_prompt"] + found["n_gen"]
+        assert len(ns) == len(found["samples_ts"]) == len(found["samples_share"]) == 3
+        assert found["avg_ns"] == round(statistics.mean(ns))
+        assert found["samples_ts"] == [1e9 * tokens / one for one in ns]
+        assert found["stddev_ts"] == pytest.approx(statistics.stdev(found["samples_ts"]))
+        assert found["share"] == statistics.median(found["samples_share"]) > 0
+        assert found["model_size"] == checkpoint.nbytes
+        assert (found["type_k"], found["flash_attn"], found["mla_attn"], found["n_threads"]) == ("f16", -1, -1, 1)
+        assert found["backend"] == "native" and found["isa"]
+        assert found["ceilings"]["int8"]["best_gmacs"] >= found["ceilings"]["int8"]["gmacs"] > 0
+        assert "opponent" not in found
+    prompt, generation = rows[2], rows[3]
+    assert prompt["bound_by"] == "int8" and "token_ms" not in prompt
+    assert generation["bound_by"] == "read"
+    assert generation["token_ms"]["p99"] >= generation["token_ms"]["p50"] > 0
+    assert generation["read_ms"]["p99_over_p50"] >= 1
+    assert [(plan["path"], plan["steps"]) for plan in generation["plan"]] == [("absorbed", 6)]
+
+
+def test_a_share_is_the_rate_over_the_ceiling_beside_it(checkpoint: Checkpoint) -> None:
+    prompt, generation = results(checkpoint, cases_of([20], [6], [0]))
+    for sample, share in zip(prompt.samples, row(prompt)["samples_share"], strict=True):
+        rate = sample.run.multiply_adds / (sample.run.ns / 1e9)
+        assert share == pytest.approx(rate / sample.ceilings.multiply_adds["int8"])
+    for sample, share in zip(generation.samples, row(generation)["samples_share"], strict=True):
+        rate = sample.run.nbytes / (sample.run.ns / 1e9)
+        seconds_of_a_read = statistics.median(sample.ceilings.read_ns) / 1e9
+        assert share == pytest.approx(rate / (sample.ceilings.read_bytes / seconds_of_a_read))
+
+
+def test_every_combination_of_settings_is_a_row_of_its_own(checkpoint: Checkpoint) -> None:
+    found = results(checkpoint, [Case(9, 0, 0)], mla=["0", "2"], fa=["0", "1"], threads=[1, 2], cache_type=["f32"])
+    rows = [row(result) for result in found]
+    assert {(r["mla_attn"], r["flash_attn"], r["n_threads"]) for r in rows} == {
+        (mla, fa, threads) for mla in (0, 2) for fa in (0, 1) for threads in (1, 2)
+    }
+    assert {r["plan"][0]["path"] for r in rows if r["mla_attn"] == 0} == {"standard"}
+    assert {r["plan"][0]["fused"] for r in rows if r["flash_attn"] == 0} == {False}
+
+
+def test_settings_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(SettingError, match="cache_type=q8_0: allowed are"):
+        results(None, [Case(1, 0, 0)], cache_type=["f16", "q8_0"])  # type: ignore[arg-type]
+
+
+def test_percentiles_are_those_of_all_times() -> None:
+    found = quantiles([1_000_000] * 98 + [3_000_000] * 2)
+    assert (found["p50"], found["p99"], found["p99_over_p50"]) == (1.0, 3.0, 3.0)
+
+
+def test_the_table_has_a_line_for_each_row_and_names_the_ceilings(checkpoint: Checkpoint) -> None:
+    rows = [row(result) for result in results(checkpoint, cases_of([20], [6], [70]))]
+    rows[0]["discarded"] = [{"ns": 1}]
+    lines = list(markdown(rows))
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert all(line.startswith("| ") and line.endswith(" |") for line in lines[:4])
+    assert "pp20 @ d70" in lines[2] and f"{rows[0]['avg_ts']:.2f} ± {rows[0]['stddev_ts']:.2f}" in lines[2]
+    assert lines[3].endswith("% of read |")
+    rest = "\n".join(lines[4:])
+    assert "int8 " in rest and "GB/s" in rest and "tg6 @ d70: a token takes " in rest
+    assert "pp20 @ d70: 1 samples discarded" in rest
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvfold.bench.sweep.available_memory_bytes", lambda: 1 << 30)
+    with pytest.raises(
+        SettingError, match=r"deepseek-v3 in bf16 takes 134\d\.\d GB, and 1\.1 GB of memory are free"
+    ):
+        made_in_memory("deepseek-v3", layers=None, type="bf16", legacy_kv_b=False, seed=0)
+
+
+# --- opponents --------------------------------------------------------------------------------------------------------
+
+# Prints llama-bench's JSON with the rates of the round that its own calls count.
+SCRIPT = """
+import json, pathlib, sys
+count = pathlib.Path(sys.argv[1])
+calls = int(count.read_text()) if count.exists() else 0
+count.write_text(str(calls + 1))
+print("[")
+print("============ Repacked 378 tensors")
+rows = [
+    {"n_prompt": 20, "n_gen": 0, "n_depth": 0, "samples_ts": [100.0 * (calls + 1)]},
+    {"n_prompt": 70, "n_gen": 6, "test": "tg6@pp70", "samples_ts": [50.0, 10.0, 40.0]},
+    {"n_prompt": 999, "n_gen": 0, "n_depth": 0, "samples_ts": [1.0]},
+]
+print(",\\n".join(json.dumps(row) for row in rows))
+print("]")
+"""
+
+
+@pytest.fixture
+def opponent(tmp_path: Path) -> Opponent:
+    script = tmp_path / "llama bench.py"
+    script.write_text(SCRIPT)
+    return Opponent.parse(f'{sys.executable} "{script}" "{tmp_path / "count"}"')
+
+
+def test_an_opponent_runs_once_a_round_and_its_rates_pair_with_ours(
+    checkpoint: Checkpoint, opponent: Opponent
+) -> None:
+    prompt, alone, generation = results(checkpoint, [Case(20, 0, 0), Case(21, 0, 0), Case(0, 6, 70)], opponent)
+    assert prompt.pairs is not None and generation.pairs is not None
+    assert prompt.pairs.samples_ts == (100.0, 200.0, 300.0)
+    ratios = tuple(ours / theirs for ours, theirs in zip(prompt.samples_ts, (100.0, 200.0, 300.0), strict=True))
+    assert prompt.pairs.ratios == ratios
+    assert generation.pairs.samples_ts == (40.0, 40.0, 40.0)  # the median of an opponent's own repetitions
+    assert alone.pairs is None
+    found = row(prompt)["opponent"]
+    assert found["median_ratio"] == sorted(ratios)[1]
+    assert found["command"] == opponent.command
+    lines = list(markdown([row(prompt), row(alone)]))
+    assert "opponent t/s" in lines[0] and f"200.00 ± 100.00 | {found['median_ratio']:.2f} x |" in lines[2]
+    assert len({len(line) for line in lines[:4]}) == 1
+
+
+def test_rows_are_found_between_other_lines() -> None:
+    text = (
+        'load {x} {"a": 1}\n[\n{"n_prompt": 1, "n_gen": 0, "samples_ts": [2.0], "deep": {"n": 1}}, {"n_prompt": 3,'
+    )
+    assert [found["n_prompt"] for found in rows_in(text)] == [1]
+
+
+def test_rows_without_a_depth_are_ik_llama_cpps() -> None:
+    assert case_of({"n_prompt": 512, "n_gen": 0}) == Case(512, 0, 0)
+    assert case_of({"n_prompt": 4096, "n_gen": 32, "test": "tg32@pp4096"}) == Case(0, 32, 4096)
+    assert case_of({"n_prompt": 512, "n_gen": 32, "test": "pp512+tg32"}) == Case(512, 32, 0)
+    assert case_of({"n_prompt": 0, "n_gen": 8, "n_depth": 64}) == Case(0, 8, 64)
+
+
+@pytest.mark.parametrize("samples", [[], [0.0], ["fast"], 3.0, None])
+def test_samples_that_are_no_rates_are_refused(samples: Any) -> None:
+    with pytest.raises(SettingError, match="samples_ts"):
+        rate_of({"samples_ts": samples})
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("", "expected a command"),
+        ("llama-bench 'x", "No closing quotation"),
+        ("/no/such/llama-bench -o json", "cannot be started: No such file"),
+        (f"{sys.executable} -c 'import sys; sys.exit(\"no model\")'", "exit code 1: no model"),
+        (f"{sys.executable} -c 'print(1)'", "printed no rows"),
+    ],
+)
+def test_an_opponent_that_does_not_answer_is_one_sentence(command: str, sentence: str) -> None:
+    with pytest.raises(SettingError, match=sentence):
+        Opponent.parse(command).run()
+
+
+def test_an_opponent_that_runs_other_cases_is_refused_before_ours(
+    checkpoint: Checkpoint, opponent: Opponent
+) -> None:
+    with pytest.raises(SettingError, match=r"ran pp20, tg6 @ d70, pp999, and none of tg5"):
+        results(checkpoint, [Case(0, 5, 0)], opponent)

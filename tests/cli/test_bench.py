@@ -1,0 +1,85 @@
+"""`kvfold bench`: what it prints, and which model it measures. Figures are tests/bench's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from kit.command_line import Kvfold
+
+SMALL = ("--shape", "tiny", "-t", "1", "-r", "2", "--workspace", "64M")
+
+
+def test_json_is_one_list_and_nothing_else(kvfold: Kvfold) -> None:
+    done = kvfold("bench", *SMALL, "-p", "16,24", "-n", "3", "-d", "0,70", "-o", "json")
+    assert done.code == 0
+    rows = json.loads(done.out)
+    assert done.out.count("\n") == 1
+    assert [(row["n_prompt"], row["n_gen"], row["n_depth"]) for row in rows] == [
+        (p, n, d) for d in (0, 70) for p, n in ((16, 0), (24, 0), (0, 3))
+    ]
+    assert all(len(row["samples_ts"]) == 2 for row in rows)
+    assert "2 of 2: tg3 @ d70 " in done.err
+
+
+def test_a_table_is_the_default(kvfold: Kvfold) -> None:
+    done = kvfold("bench", *SMALL, "-p", "16", "-n", "0", "-mla", "1,2", "-fa", "on")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0].startswith("| model ")
+    assert "absorbed" in lines[2] and "decompressed" in lines[3]
+    assert lines[-1].startswith("build: kvfold ")
+
+
+def test_lists_may_be_given_several_times(kvfold: Kvfold) -> None:
+    done = kvfold("bench", *SMALL, "-p", "8", "-p", "9,10", "-n", "0", "-b", "4", "-o", "json")
+    rows = json.loads(done.out)
+    assert [(row["n_prompt"], row["n_batch"]) for row in rows] == [(8, 4), (9, 4), (10, 4)]
+    assert [row["plan"][0]["steps"] + sum(p["steps"] for p in row["plan"][1:]) for row in rows] == [2, 3, 3]
+
+
+def test_a_file_is_measured_as_well(kvfold: Kvfold, tiny_gguf: Path) -> None:
+    done = kvfold("bench", tiny_gguf, "-p", "8", "-n", "0", "-r", "1", "-t", "1", "-ctk", "f32", "-o", "json")
+    (row,) = json.loads(done.out)
+    assert (row["model_filename"], row["type_k"], row["stddev_ts"]) == (str(tiny_gguf), "f32", 0.0)
+
+
+def test_a_model_and_a_shape_exclude_each_other(
+    kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("-p", "4", "-n", "0", "-r", "1", "-t", "1", "-o", "json")
+    assert kvfold("bench", tiny_gguf, "--shape", "tiny", *few).code == 2
+    monkeypatch.setenv("KVFOLD_MODEL", str(tiny_gguf))
+    assert json.loads(kvfold("bench", "--shape", "tiny", *few).out)[0]["model_filename"] == "tiny"
+    monkeypatch.setenv("KVFOLD_SHAPE", "deepseek-v3")
+    monkeypatch.delenv("KVFOLD_MODEL")
+    assert json.loads(kvfold("bench", tiny_gguf, *few).out)[0]["model_filename"] == str(tiny_gguf)
+
+
+def test_an_opponent_adds_its_rate_and_the_ratio(kvfold: Kvfold, tmp_path: Path) -> None:
+    script = tmp_path / "peer.py"
+    script.write_text('print(\'[{"n_prompt": 16, "n_gen": 0, "n_depth": 0, "samples_ts": [0.5]}]\')')
+    done = kvfold("bench", *SMALL, "-p", "16", "-n", "0", "--opponent", f"{sys.executable} {script}")
+    assert done.code == 0
+    assert "opponent t/s" in done.out and "0.50 ± 0.00" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("-p", "0", "-n", "0"), "kvfold: Nothing to measure"),
+        (("-p", "x"), "kvfold: x: 'x' is not a number"),
+        (("-ctk", "q3_k"), "kvfold: cache_type=q3_k: allowed are"),
+        (("-mla", "auto,7"), "kvfold: mla=7: allowed are"),
+        (("--shape", "llama"), "kvfold: llama: there is no such shape"),
+        (("--opponent", "'"), "kvfold: opponent=': No closing quotation"),
+        (("-ngl", "99"), "kvfold: -ngl is not there yet"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(kvfold: Kvfold, arguments: tuple[str, ...], sentence: str) -> None:
+    done = kvfold("bench", *arguments)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(sentence)
