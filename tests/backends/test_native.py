@@ -167,7 +167,7 @@ def test_a_step_may_mix_sequences_lengths_and_paths(family: str, tmp_path: Path)
 @pytest.mark.parametrize("fa", ["0", "1"])
 @pytest.mark.parametrize("mla", ["0", "1", "2"])
 def test_no_bit_depends_on_chunks_neighbours_pages_or_threads(mla: str, fa: str, tmp_path: Path) -> None:
-    """700 keys: the absorbed path splits them in runs, the decompressed one meets a second key tile."""
+    """700 keys: the absorbed path goes through them in three runs of pages."""
     path = write_gguf(tiny_model("v2"), tmp_path / "m.gguf")
     text = ids(700)
     expected = Harness(path, backend="native", mla=mla, fa=fa, threads=1).logits(text)
@@ -180,6 +180,17 @@ def test_no_bit_depends_on_chunks_neighbours_pages_or_threads(mla: str, fa: str,
             [Work(other, ids(3, seed=8), True), Work(harness.sequence(), text, True, outputs=700)]
         )
         assert np.array_equal(beside[1], expected)
+
+
+@pytest.mark.parametrize("fa", ["0", "1"])
+def test_paths_agree_over_many_keys(fa: str, tmp_path: Path) -> None:
+    """1200 keys are two tiles of expanded keys where fused, and with 1 MiB several tiles either way."""
+    path = write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf")
+    text = ids(1200)
+    expected = Harness(path, backend="native", mla="1", fa="1").logits(text, [700, 500])
+    for mla, size in (("0", 64 << 20), ("1", 64 << 20), ("2", 64 << 20), ("2", 1 << 20)):
+        harness = Harness(path, backend="native", mla=mla, fa=fa, workspace_bytes=size)
+        close(harness.logits(text, [700, 500]), expected, 1e-5)
 
 
 @pytest.mark.parametrize(("mla", "fa"), [(mla, fa) for mla in ("0", "1", "2") for fa in ("0", "1")])

@@ -197,20 +197,19 @@ def test_weights_move_while_a_step_is_under_way(file: str, tmp_path: Path) -> No
     else:
         path = write_hf_dir(tiny, tmp_path / "hf", dtype="float8_e4m3fn")
     harness = native(path)
-    backend = harness.loaded.backend
-    assert isinstance(backend, NativeBackend)
     expected = finished(start(harness, ids(50), ids(7)))
 
-    present = dict(harness.loaded.checkpoint.tensors)
-    is_own = False  # the first place is the file's read-only map
+    loaded = harness.loaded
+    present = {name: copied(weight) for name, weight in loaded.checkpoint.tensors.items()}
+    backend = NativeBackend(loaded.model, present, loaded.cache, threads=2, workspace_bytes=1 << 20)
+    harness.loaded = replace(loaded, backend=backend)
     run = start(harness, ids(50), ids(7))
-    for cut in range(1, harness.loaded.model.num_segments + 1):
+    for cut in range(1, loaded.model.num_segments + 1):
         moved = {name: copied(weight) for name, weight in present.items()}
         for name, weight in moved.items():
             backend.move_weight(name, weight)
-            if is_own:
-                destroyed(present[name])
-        present, is_own = moved, True
+            destroyed(present[name])
+        present = moved
         run.run(cut)
     assert same(dict(run.outputs), expected)
     assert same(finished(start(harness, ids(50), ids(7))), expected)
