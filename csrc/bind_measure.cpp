@@ -71,6 +71,8 @@ class Meter {
     return seconds_since(start);
   }
 
+  uint64_t checksum() const { return sum_.load(); }
+
   // (instruction set, multiply-adds a second) over about `seconds`; 0 where the machine has no instruction.
   std::pair<std::string, double> multiply_adds(const std::string& kind, double seconds) {
     const kvfold::Peak peak = named(kind);
@@ -111,6 +113,8 @@ void bind_measure(nb::module_& m) {
       .def(nb::init<std::vector<Bytes>, int>(), "arrays"_a, "threads"_a)
       .def("read", &Meter::read, "indices"_a.noconvert(),
            "Seconds to read the arrays of these indices once, with the widest loads.")
+      .def_prop_ro("checksum", &Meter::checksum,
+                   "The sum, modulo 2^64, of all 64-bit words read so far: shows that they were read.")
       .def("multiply_adds", &Meter::multiply_adds, "kind"_a, "seconds"_a,
            "(instruction set, multiply-adds a second) of 'int8', 'bf16' or 'f32' operands held in registers, "
            "over "

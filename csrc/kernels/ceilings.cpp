@@ -19,24 +19,31 @@ namespace {
 
 // --- reading ---
 
-// Of one turn: 8 cache lines, into as many independent sums as hide their latency.
-constexpr int64_t kReadBytes = 512;
+// Four streams a quarter of the memory apart, so that the walks to their pages overlap: as fast as one stream
+// on 2 MiB pages, 1.2 to 1.3 times as fast on 4 KiB pages (Zen 4, virtual machine, 1 and 2 threads).
+constexpr int kStreams = 4;
+constexpr int64_t kStreamBytes = 128;  // of one turn, into two sums: eight in all hide their latency
 
 // One instance for each width of a vector, in its target.
-#define KVFOLD_READ(name, bytes, sets)                                                                \
-  KVFOLD_TARGET(sets) uint64_t name(const uint8_t* data, int64_t size) {                              \
-    typedef uint64_t Vector __attribute__((vector_size(bytes)));                                      \
-    typedef uint64_t Loaded __attribute__((vector_size(bytes), aligned(1), may_alias));               \
-    constexpr int kSums = 8, kTurn = kReadBytes / (bytes * kSums);                                    \
-    Vector sum[kSums] = {};                                                                           \
-    for (const uint8_t* end = data + size / kReadBytes * kReadBytes; data != end;) {                  \
-      for (int turn = 0; turn < kTurn; turn++, data += bytes * kSums)                                 \
-        for (int i = 0; i < kSums; i++) sum[i] += *reinterpret_cast<const Loaded*>(data + i * bytes); \
-    }                                                                                                 \
-    for (int i = 1; i < kSums; i++) sum[0] += sum[i];                                                 \
-    uint64_t total = 0;                                                                               \
-    for (unsigned i = 0; i < bytes / sizeof(uint64_t); i++) total += sum[0][i];                       \
-    return total;                                                                                     \
+#define KVFOLD_READ(name, bytes, sets)                                                        \
+  KVFOLD_TARGET(sets) uint64_t name(const uint8_t* data, int64_t size) {                      \
+    typedef uint64_t Vector __attribute__((vector_size(bytes)));                              \
+    typedef uint64_t Loaded __attribute__((vector_size(bytes), aligned(1), may_alias));       \
+    const int64_t length = size / (kStreams * kStreamBytes) * kStreamBytes;                   \
+    Vector sum[kStreams][2] = {};                                                             \
+    for (const uint8_t* end = data + length; data != end; data += kStreamBytes) {             \
+      KVFOLD_UNROLL for (int stream = 0; stream < kStreams; stream++) {                       \
+        const uint8_t* from = data + stream * length;                                         \
+        KVFOLD_UNROLL for (int i = 0; i < kStreamBytes / bytes; i++) {                        \
+          sum[stream][i % 2] += *reinterpret_cast<const Loaded*>(from + i * bytes);           \
+        }                                                                                     \
+      }                                                                                       \
+    }                                                                                         \
+    Vector all = {};                                                                          \
+    for (int stream = 0; stream < kStreams; stream++) all += sum[stream][0] + sum[stream][1]; \
+    uint64_t total = 0;                                                                       \
+    for (unsigned i = 0; i < bytes / sizeof(uint64_t); i++) total += all[i];                  \
+    return total;                                                                             \
   }
 
 KVFOLD_READ(read_16, 16, "sse2")

@@ -8,8 +8,8 @@
 
 namespace kvfold {
 
-// The sum of all words of `size` bytes at `data`, read with the widest loads this machine has. What is left
-// over of 512 bytes at the end is not read. A sum, so that no compiler leaves a load out.
+// The sum of the 64-bit words of `size` bytes at `data`, read with the widest loads this machine has. What is
+// left over of 512 bytes at the end is not read.
 uint64_t read_all(const uint8_t* data, int64_t size);
 
 // One kind of multiply-add at its peak: the instruction repeated over accumulators that stay in registers.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -166,21 +165,32 @@ def test_ceilings_read_the_weights_of_a_token_as_often_as_asked(checkpoint: Chec
     assert len(found.ceilings(1).read_ns) == 1
 
 
-def arrays() -> Iterator[np.ndarray]:
-    yield np.arange(100, dtype=np.uint8)  # less than one turn of the loop
-    yield np.zeros((3, 1 << 20), np.uint8)
-    yield np.zeros(0, np.uint8)
+def words(array: np.ndarray) -> int:
+    """The sum of the 64-bit words of each MiB, without what is left over of 512 bytes at the end."""
+    flat = array.reshape(-1)
+    pieces = (flat[start : start + (1 << 20)] for start in range(0, len(flat), 1 << 20))
+    return sum(int(piece[: len(piece) // 512 * 512].view(np.uint64).sum()) for piece in pieces)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_meter_reads_what_it_is_told_and_refuses_what_it_does_not_have(threads: int) -> None:
-    meter = _native.Meter(list(arrays()), threads)
+def test_a_meter_reads_every_byte_of_what_it_is_told(threads: int) -> None:
+    rng = np.random.default_rng(threads)
+    sizes = ((100,), (3, 1 << 20), (0,), (7, 12345))
+    arrays = [rng.integers(0, 256, size).astype(np.uint8) for size in sizes]
+    meter = _native.Meter(arrays, threads)
+    expected = 0
+    for indices in ([0], [], [2, 1], [3, 1, 3]):
+        assert meter.read(np.array(indices, np.int32)) >= 0
+        expected += sum(words(arrays[i]) for i in indices)
+        assert meter.checksum == expected % 2**64
     four_times, once = (min(meter.read(np.array(i, np.int32)) for _ in range(5)) for i in ([1, 1, 1, 1], [1]))
     assert four_times > once > 0
-    assert meter.read(np.array([0, 2, 0], np.int32)) >= 0
-    assert meter.read(np.array([], np.int32)) >= 0
-    for wrong in (3, -1):
-        with pytest.raises(ValueError, match=f"index {wrong}, expected 0 to 3"):
+
+
+def test_a_meter_refuses_what_it_does_not_have() -> None:
+    meter = _native.Meter([np.zeros(8, np.uint8)], 1)
+    for wrong in (1, -1):
+        with pytest.raises(ValueError, match=f"index {wrong}, expected 0 to 1"):
             meter.read(np.array([0, wrong], np.int32))
     with pytest.raises(ValueError, match="kind is 'fp4', expected int8, bf16 or f32"):
         meter.multiply_adds("fp4", 0.001)

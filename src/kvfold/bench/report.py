@@ -171,14 +171,17 @@ _COLUMNS = (
     ">t/s",
     ">of ceiling",
 )
+_TIMES = (">p99/p50", ">of reads")
 _AGAINST = (">opponent t/s", ">ratio")
 
 
 def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A table of llama-bench's columns and the share of the ceiling, and what was measured beside it, line by line."""
-    paired = any("opponent" in row for row in rows)
-    columns = (*_COLUMNS, *(_AGAINST if paired else ()))
-    table = [[name.removeprefix(">") for name in columns], *(_cells(row, paired) for row in rows)]
+    has_times, has_pairs = (any(field in row for row in rows) for field in ("token_ms", "opponent"))
+    columns = (*_COLUMNS, *(_TIMES if has_times else ()), *(_AGAINST if has_pairs else ()))
+    table = [[name.removeprefix(">") for name in columns]]
+    for row in rows:
+        table.append([*_cells(row), *(_times(row) if has_times else ()), *(_against(row) if has_pairs else ())])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     right = [name.startswith(">") for name in columns]
 
@@ -199,8 +202,8 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"build: {rows[0]['build_commit']}, {rows[0]['cpu_info']}"
 
 
-def _cells(row: dict[str, Any], paired: bool) -> list[str]:
-    cells = [
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
         row["model_type"],
         _in_units(row["model_size"], (2**30, "GiB"), (2**20, "MiB")),
         _in_units(row["model_n_params"], (10**9, "B"), (10**6, "M")),
@@ -214,13 +217,20 @@ def _cells(row: dict[str, Any], paired: bool) -> list[str]:
         f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
         f"{100 * row['share']:.1f} % of {row['bound_by']}",
     ]
-    if not paired:
-        return cells
+
+
+def _times(row: dict[str, Any]) -> list[str]:
+    """Of a generated token, and of reading the weights of one."""
+    if "token_ms" not in row:
+        return ["", ""]
+    return [f"{row[field]['p99_over_p50']:.2f}" for field in ("token_ms", "read_ms")]
+
+
+def _against(row: dict[str, Any]) -> list[str]:
     if "opponent" not in row:
-        return [*cells, "", ""]
+        return ["", ""]
     theirs = row["opponent"]["samples_ts"]
-    spread = f"{statistics.mean(theirs):.2f} ± {deviation(theirs):.2f}"
-    return [*cells, spread, f"{row['opponent']['median_ratio']:.2f} x"]
+    return [f"{statistics.mean(theirs):.2f} ± {deviation(theirs):.2f}", f"{row['opponent']['median_ratio']:.2f} x"]
 
 
 def _in_units(value: int, large: tuple[int, str], small: tuple[int, str]) -> str:
@@ -253,15 +263,11 @@ def _ceilings_line(threads: int, rows: list[dict[str, Any]]) -> str:
 
 
 def _remarks(rows: list[dict[str, Any]]) -> Iterator[str]:
-    for row in rows:
-        name = _name(row)
-        if "token_ms" in row:
-            token, read = row["token_ms"], row["read_ms"]
-            yield (
-                f"{name}: a token takes {token['p50']:.2f} ms, p99 {token['p99_over_p50']:.2f} times that; reading its "
-                f"weights {read['p50']:.2f} ms, p99 {read['p99_over_p50']:.2f} times that"
-            )
+    if any("token_ms" in row for row in rows):
+        yield "p99/p50: of the times of generated tokens; of reads: of reading the weights of a token in the same run"
+    for number, row in enumerate(rows, 1):
         if row["discarded"]:
-            yield f"{name}: {len(row['discarded'])} samples discarded, the disk was read meanwhile"
+            yield f"row {number}, {_name(row)}: {len(row['discarded'])} samples discarded, the disk was read meanwhile"
         if row["disk_reads"]:
-            yield f"{name}: {len(row['disk_reads'])} samples count although the disk was read: the model does not fit"
+            kept = len(row["disk_reads"])
+            yield f"row {number}, {_name(row)}: {kept} samples count although the disk was read: it always is"
