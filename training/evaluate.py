@@ -2,7 +2,7 @@
 
     python -m training.evaluate heldout --packed tune.packed.safetensors --tokenizer tokenizer.json --data DIR
     python -m training.evaluate parity  --packed tune.packed.safetensors --tokenizer tokenizer.json [--f16 f16.gguf]
-    python -m training.evaluate samples --gguf storyteller.gguf --out samples.json
+    python -m training.evaluate samples --gguf storyteller.gguf --out samples.json [--chat]
 
 Owns no rule of training. transformers and llama-cpp-python are the oracles and are imported only here.
 """
@@ -159,7 +159,7 @@ def held_out(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def samples(args: argparse.Namespace) -> dict[str, Any]:
-    """Ten continuations and ten chat turns, unedited, seeds 1..10, by llama.cpp from the shipped file."""
+    """Ten continuations and, with --chat, ten chat turns, unedited, seeds 1..10, by llama.cpp from the shipped file."""
     import llama_cpp
 
     llama = llama_cpp.Llama(str(args.gguf), n_ctx=2048, n_threads=2, verbose=False)
@@ -176,7 +176,7 @@ def samples(args: argparse.Namespace) -> dict[str, Any]:
         stories.append(
             {"prompt": prompt, "text": out["choices"][0]["text"], "finish": out["choices"][0]["finish_reason"]}
         )
-    for seed, prompt in enumerate(CHAT_PROMPTS, 1):
+    for seed, prompt in enumerate(CHAT_PROMPTS if args.chat else (), 1):
         out = llama.create_chat_completion(
             [{"role": "user", "content": prompt}], max_tokens=500, seed=seed, **settings
         )
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--packed", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--chat", action="store_true")
     parser.add_argument("--first", type=int, default=0, help="held-out tokens per source; 0: all")
     parser.add_argument("--f16", type=Path)
     parser.add_argument("--gguf", type=Path)
