@@ -1,7 +1,9 @@
 """Backend `plain`: every op at once, in torch. The readable definition, the fallback, and the judge of the others.
 
-Weights stay in the blocks of their file and are decoded at use; nothing is cached between ops. Attention works in
-tiles that fit `workspace_bytes`, so a long prompt needs no more memory than a short one.
+Weights stay in the blocks of their file and are decoded at use; nothing is cached between ops. Keys, values and scores
+of attention fit `workspace_bytes`: heads go in groups. fa=1 holds a tile of keys at a time, so a long prompt needs no more
+scratch than a short one. fa=0 holds the scores of a tile of rows and the keys of one group for the whole sequence: at
+least those of one head (mla=1: the latents) and one row, whatever the bound is.
 """
 
 from __future__ import annotations
@@ -59,6 +61,12 @@ class PlainBackend:
         self.tap = tap
 
     def start(self, step: Step) -> PlainRun:
+        """ValueError where one path comes in two forms: an op works on one range of rows."""
+        seen: set[int] = set()
+        for path, *_ in step.segments.tolist():
+            if path in seen:
+                raise ValueError(f"segments: path {path} twice, expected once.")
+            seen.add(path)
         return PlainRun(self.model, PlainOps(self, step))
 
 
@@ -266,11 +274,13 @@ class PlainOps:
         cached = self._cached(array, layer)
         cached[torch.from_numpy(self._step.slots)] = rows.to(cached.dtype)
 
-    def _keys(self, array: int, layer: int, sequence: int, start: int, stop: int) -> Tensor:
-        """Cached rows of tokens [start, stop) of a sequence, `start` at a page: [stop - start, width]."""
+    def _keys(
+        self, array: int, layer: int, sequence: int, start: int, stop: int, columns: slice = slice(None)
+    ) -> Tensor:
+        """Columns of the cached rows of tokens [start, stop) of a sequence, `start` at a page: [stop - start, ..]."""
         pages = self._step.page_list(sequence)[start // PAGE_TOKENS : -(-stop // PAGE_TOKENS)]
         slots = pages.astype(np.int64)[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)
-        picked = self._cached(array, layer)[torch.from_numpy(slots.reshape(-1)[: stop - start])]
+        picked = self._cached(array, layer)[:, columns][torch.from_numpy(slots.reshape(-1)[: stop - start])]
         return picked.to(self._dtype)
 
     def append_latent(self, name: str, layer: int, c_kv: Tensor, k_rope: Tensor) -> None:
@@ -340,16 +350,29 @@ class PlainOps:
 
     def attend_full(self, name: str, layer: int, q: Tensor, mla: MlaConfig) -> Tensor:
         out = q.new_empty(len(q), mla.num_heads * mla.v_head_dim)
-        width = mla.num_heads * (mla.qk_head_dim + mla.v_head_dim)
         for sequence, rows, fused in self._sequences(Path.STANDARD):
-
-            def cached(start: int, stop: int, sequence: int = sequence) -> tuple[Tensor, Tensor]:
-                k = self._keys(0, layer, sequence, start, stop).view(-1, mla.num_heads, mla.qk_head_dim)
-                v = self._keys(1, layer, sequence, start, stop).view(-1, mla.num_heads, mla.v_head_dim)
-                return k.transpose(0, 1), v.transpose(0, 1)
-
             per_head = q[rows].view(-1, mla.num_heads, mla.qk_head_dim).transpose(0, 1)
-            out[rows] = self._attend(per_head, cached, sequence, mla.softmax_scale, fused, width)
+            for heads in self._head_groups(mla, sequence, fused):
+                size = heads.stop - heads.start
+                k_columns = slice(heads.start * mla.qk_head_dim, heads.stop * mla.qk_head_dim)
+                v_columns = slice(heads.start * mla.v_head_dim, heads.stop * mla.v_head_dim)
+
+                def cached(
+                    start: int,
+                    stop: int,
+                    sequence: int = sequence,
+                    size: int = size,
+                    k_columns: slice = k_columns,
+                    v_columns: slice = v_columns,
+                ) -> tuple[Tensor, Tensor]:
+                    k = self._keys(0, layer, sequence, start, stop, k_columns).view(-1, size, mla.qk_head_dim)
+                    v = self._keys(1, layer, sequence, start, stop, v_columns).view(-1, size, mla.v_head_dim)
+                    return k.transpose(0, 1), v.transpose(0, 1)
+
+                width = size * (mla.qk_head_dim + mla.v_head_dim)
+                out[rows, v_columns] = self._attend(
+                    per_head[heads], cached, sequence, mla.softmax_scale, fused, width
+                )
         return self._done(name, out)
 
     @staticmethod
@@ -420,7 +443,7 @@ class PlainOps:
                 yield sequence, self._step.rows(sequence), segment[0]
 
     def _head_groups(self, mla: MlaConfig, sequence: int, fused: bool) -> Iterator[slice]:
-        """Heads whose expanded keys fit half of the workspace: all keys without fusing, else a tile of 512."""
+        """Heads whose keys and values fit half of the workspace: all keys without fusing, else a tile of 512."""
         keys = 8 * PAGE_TOKENS if fused else int(self._step.kv_lens[sequence])
         per_head = keys * (mla.qk_head_dim + mla.v_head_dim)
         size = self._tile(self._backend.workspace_bytes // 2, per_head, 1, mla.num_heads)
