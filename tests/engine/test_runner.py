@@ -12,7 +12,7 @@ from kit.tiny_models import tiny_model, write_gguf
 from kvfold.cache.session import Session
 from kvfold.engine.request import FinishReason
 from kvfold.engine.runner import Runner
-from kvfold.errors import OutOfPages
+from kvfold.errors import NumericsError, OutOfPages, SettingError
 
 NO_END: frozenset[int] = frozenset()
 
@@ -104,17 +104,17 @@ def test_a_session_computes_only_what_is_new(path: Path) -> None:
     harness, runner = _runner(path)
     session = Session(harness.loaded.pool)
     prompt = _prompts()[2]
-    first = runner.submit(prompt, _greedy, 10, NO_END, session)
+    first = runner.submit(prompt, _greedy, 10, NO_END, session=session)
     _finish(runner)
     longer = prompt + first.token_ids + [5, 6, 7]
-    second = runner.submit(longer, _greedy, 10, NO_END, session)
+    second = runner.submit(longer, _greedy, 10, NO_END, session=session)
     assert second.num_reused == len(prompt) + 9  # the last token was sampled, never cached
     _finish(runner)
     edited = [*prompt[:70], *longer[80:]]
-    third = runner.submit(edited, _greedy, 10, NO_END, session)
+    third = runner.submit(edited, _greedy, 10, NO_END, session=session)
     assert third.num_reused >= 70
     _finish(runner)
-    again = runner.submit(edited, _greedy, 10, NO_END, session)
+    again = runner.submit(edited, _greedy, 10, NO_END, session=session)
     assert again.num_reused == len(edited) - 1
     _finish(runner)
 
@@ -125,3 +125,95 @@ def test_a_session_computes_only_what_is_new(path: Path) -> None:
         assert request.token_ids == expected.token_ids
     session.release()
     assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages
+
+
+def test_a_failing_sampler_ends_its_request_alone(path: Path) -> None:
+    harness, runner = _runner(path)
+
+    def fails(logits: np.ndarray, history: list[int]) -> int:
+        raise NumericsError("NaN among the logits")
+
+    good, bad, late = _prompts()[1], _prompts()[3], _prompts()[4]
+    first = runner.submit(good, _greedy, 8, NO_END)
+    broken = runner.submit(bad, fails, 8, NO_END)
+    third = runner.submit(late, _greedy, 8, NO_END)
+    _finish(runner)
+    assert broken.finish_reason is FinishReason.ERROR
+    assert isinstance(broken.error, NumericsError)
+    for request, prompt in ((first, good), (third, late)):
+        _, alone = _runner(path)
+        expected = alone.submit(prompt, _greedy, 8, NO_END)
+        _finish(alone)
+        assert request.token_ids == expected.token_ids
+    assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages
+
+
+def test_a_failing_step_ends_its_requests_and_no_other(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, runner = _runner(path)
+    request = runner.submit(_prompts()[1], _greedy, 8, NO_END)
+    with monkeypatch.context() as broken:
+        broken.setattr(harness.loaded.backend, "start", lambda step: 1 // 0)
+        runner.step()
+    assert request.finish_reason is FinishReason.ERROR
+    assert isinstance(request.error, ZeroDivisionError)
+    assert runner.is_idle
+    assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages
+    later = runner.submit(_prompts()[1], _greedy, 8, NO_END)
+    _finish(runner)
+    assert later.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("where", ["backend", "sampler"])
+def test_an_interrupt_leaves_the_engine_usable(path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, runner = _runner(path)
+
+    def interrupt(*arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    requests = [runner.submit(p, interrupt if where == "sampler" else _greedy, 8, NO_END) for p in _prompts()[:3]]
+    with monkeypatch.context() as broken:
+        if where == "backend":
+            broken.setattr(harness.loaded.backend, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runner.step()
+    for request in requests:
+        runner.cancel(request)
+    assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages
+    later = runner.submit(_prompts()[1], _greedy, 8, NO_END)
+    _finish(runner)
+    assert later.finish_reason is FinishReason.LENGTH
+
+
+def test_pages_held_by_a_session_are_named_not_waited_for(path: Path) -> None:
+    harness, runner = _runner(path, n_ctx=256)
+    session = Session(harness.loaded.pool)
+    runner.submit(_prompts()[2], _greedy, 4, NO_END, session=session)
+    _finish(runner)
+    starved = runner.submit(_prompts()[2], _greedy, 4, NO_END)
+    runner.step()
+    assert isinstance(starved.error, OutOfPages)
+    assert "held by other sessions" in str(starved.error)
+    session.release()
+    again = runner.submit(_prompts()[2], _greedy, 4, NO_END)
+    _finish(runner)
+    assert again.finish_reason is FinishReason.LENGTH
+
+
+def test_a_busy_session_refuses_a_second_request(path: Path) -> None:
+    harness, runner = _runner(path)
+    session = Session(harness.loaded.pool)
+    first = runner.submit(_prompts()[1], _greedy, 8, NO_END, session=session)
+    runner.step()
+    with pytest.raises(SettingError, match="request under way"):
+        runner.submit(_prompts()[2], _greedy, 8, NO_END, session=session)
+    with pytest.raises(SettingError, match="request under way"):
+        session.release()
+    _finish(runner)
+    assert len(first.token_ids) == 8
+    session.release()
+
+
+def test_an_idle_step_does_nothing(path: Path) -> None:
+    _, runner = _runner(path)
+    runner.step()
+    assert runner.is_idle

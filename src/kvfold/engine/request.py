@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfold.cache.pages import Sequence
+from kvfold.cache.pages import Sequence as CachedSequence
 from kvfold.cache.session import Session
 
 
@@ -18,41 +18,57 @@ class FinishReason(Enum):
     STOP = "stop"  # an end-of-text token or a stop string
     LENGTH = "length"  # max_tokens or the context is reached
     CANCELLED = "cancelled"
+    ERROR = "error"  # Request.error says what happened
 
 
-Sample = Callable[[NDArray[np.float32], list[int]], int]
-"""(logits [vocab], tokens so far) -> token id."""
+Sample = Callable[[NDArray[np.float32], Sequence[int]], int]
+"""(logits [vocab], prompt and generated tokens so far) -> token id."""
+
+Accept = Callable[[int], bool]
+"""Hands a new token to the request's owner; True ends the request (a stop string is complete)."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     prompt_ids: list[int]
     sample: Sample
+    accept: Accept
     max_tokens: int
     end_ids: frozenset[int]
-    sequence: Sequence
+    sequence: CachedSequence
     session: Session | None = None  # keeps the sequence when the request ends
     num_reused: int = 0  # prompt tokens found in the session's cache
     token_ids: list[int] = field(default_factory=list)  # generated
     finish_reason: FinishReason | None = None
-    submitted_at: float = field(default_factory=time.perf_counter)
+    error: Exception | None = None
     prompt_started_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.history = list(self.prompt_ids)  # prompt and generated tokens, one growing list
+
     @property
     def num_pending(self) -> int:
         """Tokens known but not yet in the cache: the rest of the prompt, or the last generated token."""
-        return len(self.prompt_ids) + len(self.token_ids) - self.sequence.length
-
-    def end(self) -> None:
-        """The request works no more: its pages go back, or stay with its session."""
-        if self.session is None:
-            self.sequence.release()
-        else:
-            self.session.record(self.prompt_ids + self.token_ids)
+        return len(self.history) - self.sequence.length
 
     def pending(self, most: int) -> list[int]:
         """The next pending tokens, at most `most`."""
-        known = self.prompt_ids + self.token_ids if self.token_ids else self.prompt_ids
-        return known[self.sequence.length : self.sequence.length + most]
+        return self.history[self.sequence.length : self.sequence.length + most]
+
+    def add(self, token: int) -> None:
+        now = time.perf_counter()
+        self.first_token_at = self.first_token_at or now
+        self.last_token_at = now
+        self.token_ids.append(token)
+        self.history.append(token)
+
+    def end(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """The request works no more: its pages go back, or stay with its session."""
+        self.finish_reason = reason
+        self.error = error
+        if self.session is None:
+            self.sequence.release()
+        else:
+            self.session.record(self.history)

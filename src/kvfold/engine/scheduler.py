@@ -11,7 +11,7 @@ from collections import deque
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.cache.pages import PagePool, pages_for
 from kvfold.engine.batch import Work
-from kvfold.engine.request import Request
+from kvfold.engine.request import FinishReason, Request
 from kvfold.errors import OutOfPages
 
 
@@ -42,11 +42,22 @@ class Scheduler:
         """The works of the next step, generation first. Empty when idle."""
         while self._waiting and self._fits(self._waiting[0]):
             self.running.append(self._waiting.popleft())
+        while self._waiting and not self.running:  # nobody will free a page: sessions hold the missing ones
+            request = self._waiting.popleft()
+            held = self._pool.num_pages - self._pool.num_free - len(request.sequence.pages)
+            request.end(
+                FinishReason.ERROR,
+                OutOfPages(
+                    f"{len(request.prompt_ids)} prompt tokens and max_tokens={request.max_tokens} need "
+                    f"{_worst_case(request)} pages; {held} of {self._pool.num_pages} are held by other sessions. "
+                    f"Release one, or raise n_ctx."
+                ),
+            )
         works: list[tuple[Request, Work]] = []
         rows_left = self._max_prompt_rows
         for request in self.running:
-            is_prompt = not request.token_ids
-            if not is_prompt:
+            assert request.num_pending > 0, "a running request has a token to compute"
+            if request.token_ids:
                 works.append((request, Work(request.sequence, request.pending(1), is_prompt=False)))
             elif rows_left > 0:
                 tokens = request.pending(rows_left)
@@ -55,13 +66,13 @@ class Scheduler:
                 works.append((request, Work(request.sequence, tokens, is_prompt=True, outputs=int(is_last_window))))
         return works
 
-    def retire(self, request: Request) -> None:
-        """Take a request out, running or waiting."""
+    def retire(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
+        """End a request, running or waiting."""
         if request in self.running:
             self.running.remove(request)
         else:
             self._waiting.remove(request)
-        request.end()
+        request.end(reason, error)
 
     def _fits(self, request: Request) -> bool:
         promised = sum(_worst_case(r) - len(r.sequence.pages) for r in self.running)
