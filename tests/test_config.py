@@ -449,6 +449,16 @@ def test_too_few_experts_in_the_chosen_groups():
         ModelConfig.from_hf(published("deepseek-v3") | {"n_group": 128, "topk_group": 2})
 
 
+def test_groups_of_one_expert_have_no_sum_of_two():
+    alone = "groups of at least 2 of the 256 experts, by whose sum they rank, got 256"
+    with pytest.raises(ModelFileError, match=f"n_group: expected {alone}"):
+        ModelConfig.from_hf(published("deepseek-v3") | {"n_group": 256, "topk_group": 8})
+    with pytest.raises(ModelFileError, match=f"expert_group_count: expected {alone}"):
+        as_gguf("deepseek-v3", expert_group_count=256, expert_group_used_count=8)
+    v2 = ModelConfig.from_hf(published("deepseek-v2") | {"n_group": 160, "topk_group": 6})  # ranked by their maximum
+    assert v2.moe is not None and v2.moe.num_groups == 160
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

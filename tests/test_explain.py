@@ -57,6 +57,22 @@ def test_a_directory_around_one_gguf_file_is_that_file(tmp_path: Path) -> None:
     assert inspect_file(tmp_path).tensors == inspect_file(tmp_path / "one.gguf").tensors
 
 
+def test_inspect_and_loading_agree_on_what_a_directory_is(tmp_path: Path) -> None:
+    directory = write_hf_dir(tiny_model("v3"), tmp_path / "both")
+    write_gguf(tiny_model("v2-lite"), directory / "other.gguf")
+    checkpoint, found = open_checkpoint(directory), inspect_file(directory)
+    assert (found.format, found.nbytes, found.config) == (checkpoint.format, checkpoint.nbytes, checkpoint.config)
+    assert found.metadata["model_type"] == "deepseek_v3"
+
+    two = tmp_path / "two"
+    two.mkdir()
+    for name in ("a", "b"):
+        write_gguf(tiny_model("v2-lite"), two / f"{name}.gguf")
+    found = inspect_file(two)
+    assert "several models, name one of a.gguf, b.gguf" in found.refusal
+    assert (found.format, found.tensors) == ("", ())
+
+
 def test_spare_tensors_are_noted(tmp_path: Path) -> None:
     found = inspect_file(write_gguf(tiny_model("v3"), tmp_path / "both.gguf", include_both=True))
     assert found.refusal == ""

@@ -337,7 +337,8 @@ def _hf_moe(keys: _Keys, is_v2: bool) -> MoeConfig:
         groups = groups_per_tok = 1
     else:
         groups, groups_per_tok = keys.count("n_group"), keys.count("topk_group")
-    _check_groups(keys, ("n_group", "topk_group"), experts, per_tok, groups, groups_per_tok)
+    group_score = GroupScore.MAX if is_v2 else GroupScore.TOP2_SUM
+    _check_groups(keys, ("n_group", "topk_group"), experts, per_tok, groups, groups_per_tok, group_score)
     width = keys.count("moe_intermediate_size")
     return MoeConfig(
         num_experts=experts,
@@ -347,7 +348,7 @@ def _hf_moe(keys: _Keys, is_v2: bool) -> MoeConfig:
         scoring=scoring,
         num_groups=groups,
         num_groups_per_tok=groups_per_tok,
-        group_score=GroupScore.MAX if is_v2 else GroupScore.TOP2_SUM,
+        group_score=group_score,
         # the V2 router never normalises, whatever its file says (transformers, modeling_deepseek_v2)
         norm_topk_prob=False if is_v2 else keys.flag("norm_topk_prob", True),
         routed_scaling_factor=keys.number("routed_scaling_factor", 1.0 if is_v2 else 2.5),
@@ -356,11 +357,19 @@ def _hf_moe(keys: _Keys, is_v2: bool) -> MoeConfig:
 
 
 def _check_groups(
-    keys: _Keys, names: tuple[str, str], experts: int, per_tok: int, groups: int, groups_per_tok: int
+    keys: _Keys,
+    names: tuple[str, str],
+    experts: int,
+    per_tok: int,
+    groups: int,
+    groups_per_tok: int,
+    group_score: GroupScore,
 ) -> None:
-    """Groups must divide the experts, and the chosen groups must hold enough of them."""
+    """Groups must divide the experts, hold the two that TOP2_SUM adds up, and the chosen ones enough to choose from."""
     if experts % groups:
         raise keys.wrong(names[0], f"a divisor of the {experts} experts", groups)
+    if groups > 1 and group_score is GroupScore.TOP2_SUM and experts // groups < 2:
+        raise keys.wrong(names[0], f"groups of at least 2 of the {experts} experts, by whose sum they rank", groups)
     if groups_per_tok > groups:
         raise keys.wrong(names[1], f"at most the {groups} groups", groups_per_tok)
     if groups_per_tok * (experts // groups) < per_tok:
@@ -538,7 +547,9 @@ def _gguf_moe(
         if groups > 1:
             filled("expert_group_count", f"{groups} groups of which {groups_per_tok} are used")
     per_tok = keys.count("expert_used_count", high=experts)
-    _check_groups(keys, ("expert_group_count", "expert_group_used_count"), experts, per_tok, groups, groups_per_tok)
+    group_score = GroupScore.MAX if is_v2 else GroupScore.TOP2_SUM
+    names = ("expert_group_count", "expert_group_used_count")
+    _check_groups(keys, names, experts, per_tok, groups, groups_per_tok, group_score)
 
     scale = keys.number("expert_weights_scale", 0.0, zero=True)
     if not scale:  # missing or 0: llama.cpp then skips the multiplication
@@ -557,7 +568,7 @@ def _gguf_moe(
         scoring=scoring,
         num_groups=groups,
         num_groups_per_tok=groups_per_tok,
-        group_score=GroupScore.MAX if is_v2 else GroupScore.TOP2_SUM,
+        group_score=group_score,
         norm_topk_prob=normalize and not is_v2,  # the V2 router never normalises
         routed_scaling_factor=scale,
         # a released sigmoid model without its bias would run and be wrong: let the loader report it missing

@@ -13,10 +13,10 @@ from kvfold.backends.choose import Needs, choose_backend, types_of
 from kvfold.cache.latent import CacheLayout, CacheType
 from kvfold.config import ModelConfig
 from kvfold.errors import KvfoldError
-from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
-from kvfold.formats.gguf import GgufTensor, StringArray, open_gguf
+from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint, open_stored
+from kvfold.formats.gguf import GgufFile, GgufTensor, StringArray
 from kvfold.formats.hub import resolve
-from kvfold.formats.safetensors import HfTensor, open_hf_directory
+from kvfold.formats.safetensors import HfTensor
 from kvfold.load import (
     Settings,
     available_memory_bytes,
@@ -159,14 +159,12 @@ class _Stored:
 
 
 def _stored(path: Path) -> _Stored:
-    """A GGUF file, the GGUF file of a directory, or a directory of safetensors."""
-    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
-    if ggufs:
-        file = open_gguf(ggufs[0])
-        metadata = {key: _shown(value) for key, value in file.metadata.items()}
-        return _Stored("GGUF", file.files, metadata, *_tensors(file.tensors.values()))
-    directory = open_hf_directory(path)
-    return _Stored("safetensors", directory.files, dict(directory.config), *_tensors(directory.tensors.values()))
+    stored = open_stored(path)
+    tensors, types = _tensors(stored.tensors.values())
+    if isinstance(stored, GgufFile):
+        metadata = {key: _shown(value) for key, value in stored.metadata.items()}
+        return _Stored("GGUF", stored.files, metadata, tensors, types)
+    return _Stored("safetensors", stored.files, dict(stored.config), tensors, types)
 
 
 def _tensors(

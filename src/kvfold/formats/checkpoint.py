@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kvfold.config import ModelConfig
 from kvfold.errors import ModelFileError
 from kvfold.formats.gguf import GgufFile, open_gguf
-from kvfold.formats.hub import repository_of
+from kvfold.formats.hub import VOCABULARY_FILES, repository_of
 from kvfold.formats.safetensors import (
     CONFIG,
     PICKLE_REASON,
@@ -33,15 +33,6 @@ from kvfold.formats.tensor_names import KvLayout, TensorSpec, expected_tensors, 
 from kvfold.quant.tensor import QuantTensor
 from kvfold.quant.types import BlockType
 
-# What the text room reads of a Hugging Face directory, where it exists.
-VOCABULARY_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "tiktoken.model",  # Kimi-K2 and Moonlight have no tokenizer.json
-)
 LISTED_NAMES = 12  # of missing or leftover tensors in one message; the others are counted
 
 
@@ -96,16 +87,23 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     UnsupportedModel, UnsupportedType: well-formed, but nothing kvfold runs; the sentence says what would.
     """
     path = Path(path)
+    stored = open_stored(path)
+    return _from_gguf(path, stored) if isinstance(stored, GgufFile) else _from_hf(path, stored)
+
+
+def open_stored(path: Path) -> GgufFile | HfDirectory:
+    """What a path is, before anyone asks whether it is a model that runs. A directory with safetensors is those,
+    whatever else is in it. Raises ModelFileError as open_checkpoint does."""
     if path.is_dir():
         return _open_directory(path)
     if path.suffix in PICKLE_SUFFIXES:
         raise ModelFileError(path, PICKLE_REASON)
     if path.suffix == ".safetensors":
         raise ModelFileError(path, f"open its directory instead, {path.parent}: a model needs {CONFIG} too.")
-    return _from_gguf(path, open_gguf(path))
+    return open_gguf(path)
 
 
-def _open_directory(path: Path) -> Checkpoint:
+def _open_directory(path: Path) -> GgufFile | HfDirectory:
     try:
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
@@ -114,11 +112,11 @@ def _open_directory(path: Path) -> Checkpoint:
     # the first shard stands for a split model
     ggufs = [name for name in names if name.endswith(".gguf") and ("-of-" not in name or "-00001-of-" in name)]
     if len(ggufs) == 1 and not has_safetensors:
-        return _from_gguf(path, open_gguf(path / ggufs[0]))
+        return open_gguf(path / ggufs[0])
     if len(ggufs) > 1 and not has_safetensors:
         raise ModelFileError(path, f"the directory holds several models, name one of {', '.join(ggufs)}.")
     if has_safetensors or CONFIG in names:
-        return _from_hf(path, open_hf_directory(path))
+        return open_hf_directory(path)
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise ModelFileError(path / pickles[0], PICKLE_REASON)

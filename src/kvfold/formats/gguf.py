@@ -62,7 +62,7 @@ _NUMBERS: dict[int, tuple[struct.Struct, np.dtype[Any]]] = {
     id: (struct.Struct("<" + code), np.dtype("<" + code))
     for id, code in {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}.items()
 }
-_SHARD_NAME = re.compile(r"(?P<stem>.*)-[0-9]{5}-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
+SHARD_NAME = re.compile(r"(?P<stem>.*)-[0-9]{5}-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 
 
 class StringArray(Sequence[str]):
@@ -625,7 +625,7 @@ def _place_tensors(
 def _open_shards(opened: _OneFile) -> list[_OneFile]:
     """All shards of a split model, in order, given any one. They must agree with their names and with each other."""
     count = opened.metadata["split.count"]
-    match = _SHARD_NAME.fullmatch(opened.path.name)
+    match = SHARD_NAME.fullmatch(opened.path.name)
     if match is None or type(count) is not int or int(match["count"]) != count:
         raise ModelFileError(
             opened.path,

@@ -16,20 +16,22 @@ import re
 from pathlib import Path, PurePosixPath
 
 from kvfold.errors import ModelFileError, SettingError
+from kvfold.formats.gguf import SHARD_NAME
+from kvfold.formats.safetensors import PICKLE_SUFFIXES
 
 # A safetensors model: weights, configuration, vocabulary. No pickles, no other frameworks' weights, no code.
 SAFETENSORS_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json")
-VOCABULARY_PATTERNS = (
+# What the text room reads of a Hugging Face directory, where it exists.
+VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
-    "tiktoken.model",
+    "tiktoken.model",  # Kimi-K2 and Moonlight have no tokenizer.json
 )
 NETWORK_TIMEOUT = 10.0  # seconds for the hub's answer what a repository holds
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?::(?P<choice>[^:]+))?")
-_SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-\d{5}\.gguf")
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
@@ -64,15 +66,15 @@ def _choose(repository: str, listing: list[str], choice: str) -> list[str]:
     models: dict[str, list[str]] = {}  # a split model counts once, under the name without its shard number
     for file in sorted(listing):
         if file.endswith(".gguf") and not PurePosixPath(file).name.startswith("mmproj"):
-            shard = _SHARD.fullmatch(file)
+            shard = SHARD_NAME.fullmatch(file)
             models.setdefault(shard["stem"] if shard else file.removesuffix(".gguf"), []).append(file)
     safetensors = [file for file in listing if "/" not in file and file.endswith(".safetensors")]
     if not choice and safetensors:
-        patterns = (*SAFETENSORS_PATTERNS, *VOCABULARY_PATTERNS)
+        patterns = (*SAFETENSORS_PATTERNS, *VOCABULARY_FILES)
         return [file for file in listing if "/" not in file and any(PurePosixPath(file).match(p) for p in patterns)]
     if not models:
         kind = f"a GGUF model {choice!r}" if choice else "a model"
-        pickles = any(file.endswith((".bin", ".pt", ".pth")) for file in listing)
+        pickles = any(file.endswith(PICKLE_SUFFIXES) for file in listing)
         reason = "only PyTorch pickles, which kvfold does not open" if pickles else "no such file"
         raise ModelFileError(
             repository, f"expected {kind} as .safetensors or .gguf in this repository, got {reason}."
