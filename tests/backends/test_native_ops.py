@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvfold import _native
-from kvfold.backends.native import _parts, _segment
+from kvfold.backends.native import _layout, _parts, _segment
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, Scoring
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
 from kvfold.mla.reference import attend
@@ -29,6 +29,12 @@ def tensor(name: str, array: Array) -> QuantTensor:
     return QuantTensor(name, by_name("F32"), array.shape, raw.view(np.uint8))
 
 
+def stack(name: str, weight: Array | tuple[QuantTensor, ...]) -> tuple[QuantTensor, ...]:
+    if isinstance(weight, tuple):
+        return weight
+    return tuple(tensor(name, part) for part in weight) if weight.ndim == 3 else (tensor(name, weight),)
+
+
 @dataclass
 class Bench:
     """A network of the caller's ops between an embedding and outputs, over a small cache.
@@ -38,7 +44,7 @@ class Bench:
 
     x: Array  # [T, hidden]
     network: Callable[[Recorder, Value], None]
-    weights: dict[str, Array] = field(default_factory=dict)
+    weights: dict[str, Array | tuple[QuantTensor, ...]] = field(default_factory=dict)
     cache_rows: tuple[int, ...] = (1,)
     cache_type: int = 0
     path: int = 1  # of every row
@@ -46,6 +52,7 @@ class Bench:
     lengths: tuple[int, ...] = ()  # rows of each sequence; () is one sequence of all
     threads: int = 2
     workspace_bytes: int = 1 << 20
+    rounds_activations: bool = False
 
     # What model.program.record asks of a model
     num_segments = 2
@@ -66,21 +73,19 @@ class Bench:
 
     def run(self) -> dict[str, Array]:
         num_rows = len(self.x)
-        arrays = {"table": self.x, **self.weights}
-        recorded = record(self, {name: int(np.prod(a.shape[:-1])) for name, a in arrays.items()})  # type: ignore[arg-type]
-        stored = {
-            name: tuple(tensor(name, part) for part in a) if a.ndim == 3 else (tensor(name, a),)
-            for name, a in arrays.items()
-        }
+        stored = {name: stack(name, weight) for name, weight in {"table": self.x, **self.weights}.items()}
+        rows = {name: sum(part.rows for part in parts) for name, parts in stored.items()}
+        recorded = record(self, rows)  # type: ignore[arg-type]
         dtype, nan = ((np.float32, np.nan), (np.uint16, 0xFFFF), (np.uint16, 0xFFFF))[self.cache_type]
         self.cache = [np.full((1, PAGES, 64, width), nan, dtype) for width in self.cache_rows]
         program = _native.Program(
             [_segment(s) for s in recorded.segments],
-            [(n, 0, stored[n][0].rows, stored[n][0].cols, _parts(stored[n])) for n in recorded.weight_names],
+            [(n, *_layout(stored[n]), _parts(stored[n])) for n in recorded.weight_names],
             self.cache_type,
             list(self.cache),
             self.threads,
             self.workspace_bytes,
+            self.rounds_activations,
         )
         outputs = {name: np.full((num_rows, width), np.nan, np.float32) for name, width in program.outputs}
         lengths = self.lengths or (num_rows,)

@@ -1,0 +1,131 @@
+"""Backend native with rounded activations: its ops against quant/activations.py, whole models against float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from backends.test_kernels import ISAS, assert_close, random_weight
+from backends.test_native import WIDE
+from backends.test_native_ops import UNREAD, Bench, hand_over, unread_attention
+from kit.harness import Harness
+from kit.tiny_models import tiny_model
+from kvfold import _native
+from kvfold.config import ModelConfig, MoeConfig, Scoring
+from kvfold.errors import SettingError
+from kvfold.formats.synthetic import synthesize
+from kvfold.model.program import Recorder, Value
+from kvfold.quant.activations import product
+from kvfold.quant.tensor import QuantTensor
+from kvfold.quant.types import by_name
+
+Array = NDArray[np.float32]
+
+NUM_EXPERTS, PER_TOKEN, HIDDEN, INNER = 9, 3, 256, 288
+MOE = MoeConfig(
+    num_experts=NUM_EXPERTS,
+    num_experts_per_tok=PER_TOKEN,
+    expert_intermediate_size=INNER,
+    shared_intermediate_size=0,
+    scoring=Scoring.SOFTMAX,
+)
+
+
+def inputs(rows: int) -> Array:
+    """The last six columns are zero: they are what unread_attention reads."""
+    x = np.random.default_rng(rows).standard_normal((rows, HIDDEN)).astype(np.float32)
+    x[:, -6:] = 0
+    return x
+
+
+def stack_of(name: str, rows: int, cols: int, scale: float = 1.0) -> tuple[QuantTensor, ...]:
+    return tuple(random_weight(by_name(name), rows, cols, seed=seed) for seed in range(NUM_EXPERTS))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 17, 300])
+@pytest.mark.parametrize("name", ["IQ4_NL", "Q4_K", "BF16"])
+def test_linear_follows_the_definition(name: str, rows: int) -> None:
+    """1 MiB of workspace cuts 300 rows into windows."""
+    x, weight = inputs(rows), random_weight(by_name(name), 77, HIDDEN, seed=1)
+
+    def network(ops: Recorder, value: Value) -> None:
+        hand_over(ops, "y", ops.linear("linear", value, "w"))
+        unread_attention(ops, value)
+
+    outputs = Bench(
+        x, network, {"w": (weight,), **UNREAD}, cache_rows=(6,), rounds_activations=True, workspace_bytes=400_000
+    ).run()
+    assert_close(outputs["y"], product(x, weight), f"{name} {rows}")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 25, 200])
+@pytest.mark.parametrize(
+    ("gate_up", "down"), [("IQ4_NL", "IQ4_NL"), ("Q4_K", "Q8_0"), ("Q6_K", "Q5_1"), ("F16", "BF16")]
+)
+def test_experts_follow_the_definition(gate_up: str, down: str, rows: int) -> None:
+    """Few rows go by row dots, many by tiles, and experts with few and many rows meet in one op."""
+    x = inputs(rows)
+    weights = {
+        "router": np.random.default_rng(1).standard_normal((NUM_EXPERTS, HIDDEN)).astype(np.float32),
+        "gate": stack_of(gate_up, INNER, HIDDEN),
+        "up": stack_of(gate_up, INNER, HIDDEN)[::-1],
+        "down": stack_of(down, HIDDEN, INNER),
+        **UNREAD,
+    }
+    subsets = {"all": None, "some": range(2, 5), "none": range(4, 4)}
+
+    def network(ops: Recorder, value: Value) -> None:
+        ids, choice_weights = ops.route("route", value, "router", None, MOE)
+        hand_over(ops, "ids", ids)
+        hand_over(ops, "weights", choice_weights)
+        for name, subset in subsets.items():
+            hand_over(ops, name, ops.experts(name, value, ids, choice_weights, "gate", "up", "down", subset))
+        unread_attention(ops, value)
+
+    outputs = Bench(x, network, weights, cache_rows=(6,), rounds_activations=True, workspace_bytes=3 << 20).run()
+    ids = outputs["ids"].view(np.int32)
+    for name, subset in subsets.items():
+        want = np.zeros((rows, HIDDEN))
+        for e in subset if subset is not None else range(NUM_EXPERTS):
+            gate, up = product(x, weights["gate"][e]), product(x, weights["up"][e])
+            with np.errstate(over="ignore"):
+                inner = (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
+            want += product(inner, weights["down"][e]) * (outputs["weights"] * (ids == e)).sum(-1, keepdims=True)
+        got = outputs[name]
+        # `inner` agrees to some 1e-7, which at times is across the middle between two codes: one step of 1/127 of the
+        # largest of 32 values, in a sum over 288 or more.
+        assert_close(got, want, f"{name} {rows}", tolerance=2e-2)
+        size = np.sqrt((want**2).mean(1, keepdims=True)) + 1e-30
+        assert np.median(np.abs(got - want) / size) <= 1e-5
+
+
+def wide_model() -> ModelConfig:
+    return ModelConfig.from_hf(tiny_model("v3", **WIDE).config)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("type", ["IQ4_NL", "Q8_0"])
+def test_a_model_is_that_of_float32_up_to_the_noise_of_activations(type: str, isa: str, tmp_path: Path) -> None:
+    config = wide_model()
+    path = tmp_path / "model.gguf"
+    synthesize(config, path, type=type)
+    text = [int(i) for i in np.random.default_rng(5).integers(0, config.vocab_size, 60)]
+    _native.force_isa(isa)
+    try:
+        rounded, exact = (Harness(path, backend="native", dtype=dtype) for dtype in ("int8", "float32"))
+        for chunks in ([60], [40] + [1] * 20):
+            want, got = exact.logits(text, chunks), rounded.logits(text, chunks)
+            noise = ((got - want) ** 2).mean() / (want**2).mean()
+            assert 0 < noise < 1e-2, f"{type} {isa}: {noise:.1e}"
+    finally:
+        _native.force_isa("auto")
+
+
+def test_plain_says_what_it_computes_in(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    synthesize(wide_model(), path, type="Q8_0")
+    with pytest.raises(SettingError, match="float32 and bfloat16 only"):
+        Harness(path, backend="plain", dtype="int8")
