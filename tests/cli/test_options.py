@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from kvfold.engine.sampler import SamplingParams
 from kvfold.llm import DEFAULT_BATCH_ROWS as LLM_BATCH_ROWS
 from kvfold.llm import LLM
 from kvfold.load import DEFAULT_WORKSPACE_BYTES as LOAD_WORKSPACE_BYTES
+
+VERBS = ("run", "inspect", "plan", "bench", "synth")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,7 @@ def shown_options(name: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("verb", ["run", "inspect", "plan", "synth"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_flag_has_its_own_environment_variable_and_help(verb: str) -> None:
     options = shown_options(verb)
     variables = [option.envvar for option in options]
@@ -60,7 +64,7 @@ def test_every_flag_has_its_own_environment_variable_and_help(verb: str) -> None
 
 def test_the_same_flag_means_the_same_everywhere() -> None:
     by_variable: dict[str, set[tuple[str, ...]]] = {}
-    for verb in ("run", "inspect", "plan", "synth"):
+    for verb in VERBS:
         for option in shown_options(verb):
             by_variable.setdefault(option.envvar, set()).add(tuple(option.opts))
     assert {variable: spellings for variable, spellings in by_variable.items() if len(spellings) > 1} == {}
@@ -100,9 +104,11 @@ def test_every_sampling_setting_but_the_bias_has_a_flag() -> None:
 # --- later work ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["run", "plan"])
+@pytest.mark.parametrize("verb", ["run", "plan", "bench"])
 @pytest.mark.parametrize("flag", LATER_FLAGS, ids=lambda flag: flag.names[0])
 def test_flags_of_later_work_are_answered_by_a_sentence(kvfold: Kvfold, verb: str, flag: Any) -> None:
+    if verb in flag.anyway:
+        pytest.skip(f"{verb} does so anyway: test_run.py")
     for name in flag.names:
         values = ["x"] if flag.takes_value else []
         done = kvfold(verb, "-b", "0", name, *values, "/no/such/model.gguf", "text", "more")
@@ -114,6 +120,25 @@ def test_fmoe_is_taken_with_a_value_as_well(kvfold: Kvfold) -> None:
     assert kvfold("run", "-fmoe", "1", "-p", "text").err.startswith("kvfold: -fmoe is not there yet.")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "fused"),
+    [
+        (["-fa"], True),
+        (["-fa", "-c", "1K"], True),
+        (["-fa", "on"], True),
+        (["--flash-attn", "1"], True),
+        (["-fa", "auto"], True),
+        (["-fa", "off"], False),
+        (["--fa", "0"], False),
+    ],
+)
+def test_fa_is_on_where_its_value_is_left_out(
+    kvfold: Kvfold, tiny_gguf: Path, arguments: list[str], fused: bool
+) -> None:
+    report = json.loads(kvfold("plan", tiny_gguf, "--json", *arguments).out)
+    assert [phase["fused"] for phase in report["phases"]] == [fused] * 4
+
+
 @pytest.mark.parametrize("verb", sorted(LATER_VERBS))
 def test_verbs_of_later_work_are_answered_by_a_sentence(kvfold: Kvfold, verb: str) -> None:
     for arguments in ([], ["model.gguf", "--port", "80", "-x"], ["--help"]):
@@ -123,11 +148,13 @@ def test_verbs_of_later_work_are_answered_by_a_sentence(kvfold: Kvfold, verb: st
 
 
 def test_no_flag_of_later_work_hides_one_that_works() -> None:
-    works = {spelling for verb in ("run", "plan") for option in shown_options(verb) for spelling in option.opts}
+    works = {
+        spelling for verb in ("run", "plan", "bench") for option in shown_options(verb) for spelling in option.opts
+    }
     later = [name for flag in LATER_FLAGS for name in flag.names]
     assert not works & set(later)
     assert len(later) == len(set(later))
-    assert not set(LATER_VERBS) & {"run", "inspect", "plan", "synth"}
+    assert not set(LATER_VERBS) & set(VERBS)
 
 
 # --- exit codes ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 
 from kit.command_line import Kvfold
 from kvfold import LLM, SamplingParams
+from kvfold.cli.later import LATER_FLAGS
 from kvfold.llm import Output
 
 PROMPT = "abc abc"
@@ -92,11 +93,51 @@ def test_what_cannot_be_meant_is_refused(kvfold: Kvfold, tiny_gguf: Path) -> Non
         ("-p", "text", "one", "two"),
         ("-m", tiny_gguf, "-p", "text", "one"),
         (tiny_gguf,),  # a model and no prompt
+        ("typo-model.gguf",),
+        ("no-such.safetensors",),
+        ("pytorch_model.bin",),
+        ("models/v3",),
+        ("org/repo:Q4_K_M",),
+        ("-p", "text", "-f", "prompt.txt"),
+        ("-m", tiny_gguf, "-f", "prompt.txt", "text"),
     ]
     for arguments in wrong:
         done = kvfold("run", *arguments)
         assert (done.code, done.out) == (2, ""), arguments
         assert "run" in done.err
+
+
+def test_a_sole_word_that_names_a_file_is_no_prompt(kvfold: Kvfold) -> None:
+    done = kvfold("run", "typo-model.gguf", stdin=b"Once")
+    assert "typo-model.gguf: there is no such file or directory, and there is no prompt" in done.err
+
+
+def test_text_that_only_looks_like_a_file_is_a_prompt_after_p_or_with_a_model(
+    kvfold: Kvfold, tiny_gguf: Path
+) -> None:
+    for arguments in (("-m", tiny_gguf, "and/or"), (tiny_gguf, "-p", "a.gguf"), (tiny_gguf, "a.gguf")):
+        assert kvfold("run", "-c", "64", "-n", "1", *arguments).code == 0, arguments
+    assert kvfold("run", "-n", "1", "and / or").code == 0
+
+
+def test_a_prompt_comes_from_a_file(kvfold: Kvfold, tiny_gguf: Path, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    for text in (PROMPT, PROMPT + "\n", PROMPT + "\r\n"):
+        file.write_bytes(text.encode())
+        assert kvfold(*ARGUMENTS, tiny_gguf, "-f", file).out == expected + "\n"
+        assert kvfold(*ARGUMENTS, "-m", tiny_gguf, "--file", file).out == expected + "\n"
+    file.write_text("-")  # is that text, not stdin
+    assert kvfold(*ARGUMENTS, tiny_gguf, "-f", file, stdin=b"").code == 0
+    file.write_bytes(b"ab\xff")
+    assert kvfold(*ARGUMENTS, tiny_gguf, "-f", file).err.startswith(f"kvfold: {file}: byte 2 is not UTF-8")
+    assert kvfold(*ARGUMENTS, tiny_gguf, "-f", tmp_path / "none").err.startswith(f"kvfold: {tmp_path / 'none'}: ")
+
+
+def test_a_llama_cpp_command_line_runs_as_it_is(kvfold: Kvfold, tiny_gguf: Path, expected: str) -> None:
+    anyway = [name for flag in LATER_FLAGS if "run" in flag.anyway for name in flag.names]
+    assert {"-no-cnv", "-st", "--no-warmup", "--jinja", "--no-display-prompt"} <= set(anyway)
+    done = kvfold(*ARGUMENTS, "-m", tiny_gguf, *anyway, "-fa", "-p", PROMPT, "-r", expected[4:6])
+    assert (done.code, done.out) == (0, expected[: expected.index(expected[4:6])] + "\n")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Flags and verbs of the peers that kvfold understands and does not have yet.
 
-Each is accepted wherever it is written and answered by one sentence that says what to use today.
+Each is accepted wherever it is written and answered by one sentence that says what to use today; a flag that asks for
+what a verb does anyway is taken without a word.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from kvfold.errors import NotYet
 
 @dataclass(frozen=True)
 class LaterFlag:
-    """names: every spelling, the best known first. takes_value: whether a value follows it."""
+    """names: every spelling, the best known first. takes_value: whether a value follows it. anyway: the verbs that do
+    what it asks for."""
 
     names: tuple[str, ...]
     takes_value: bool
     today: str
+    anyway: tuple[str, ...] = ()
 
 
 _CPU_ONLY = "everything runs on the CPU, leave it out"
@@ -47,9 +50,14 @@ LATER_FLAGS = (
     LaterFlag(("--host",), True, "there is no server: use `kvfold run`, or LLM in Python"),
     LaterFlag(("--port",), True, "there is no server: use `kvfold run`, or LLM in Python"),
     LaterFlag(("--api-key",), True, "there is no server: use `kvfold run`, or LLM in Python"),
+    LaterFlag(("-tb", "--threads-batch"), True, "-t is the number of threads for prompts as well"),
+    LaterFlag(("-no-cnv", "--no-conversation"), False, "`kvfold run` completes a text", ("run",)),
+    LaterFlag(("-st", "--single-turn"), False, "`kvfold run` ends after one answer", ("run",)),
+    LaterFlag(("--no-display-prompt",), False, "the prompt never goes to stdout, leave it out", ("run",)),
+    LaterFlag(("--no-warmup",), False, "only `kvfold bench` warms up, leave it out", ("run", "chat")),
+    LaterFlag(("--jinja",), False, "`kvfold chat` follows the model's template, leave it out", ("run", "chat")),
     LaterFlag(("-cnv", "--conversation"), False, "`kvfold run` completes a text"),
     LaterFlag(("-sys", "--system-prompt"), True, "`kvfold run` completes a text: write it into the prompt"),
-    LaterFlag(("-f", "--file"), True, "a prompt can come from stdin: `kvfold run - < FILE`"),
     LaterFlag(("-hf", "--hf-repo"), True, "a hub name is a model: -m org/repo or -m org/repo:Q4_K_M"),
     LaterFlag(("-md", "--model-draft"), True, "there is no speculative decoding, leave it out"),
     LaterFlag(("--lora",), True, "merge the adapter into the model's weights before converting it"),
@@ -87,7 +95,7 @@ def accept_later_flags(verb: Callable[..., None]) -> Callable[..., None]:
     def without_them(**values: Any) -> None:
         verb(**{name: value for name, value in values.items() if name not in hidden})
 
-    hidden = {f"later_{index}": _hidden_option(flag) for index, flag in enumerate(LATER_FLAGS)}
+    hidden = {f"later_{index}": _hidden_option(flag, verb.__name__) for index, flag in enumerate(LATER_FLAGS)}
     signature = inspect.signature(verb, eval_str=True)
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -99,11 +107,11 @@ def accept_later_flags(verb: Callable[..., None]) -> Callable[..., None]:
     return without_them
 
 
-def _hidden_option(flag: LaterFlag) -> tuple[Any, object]:
+def _hidden_option(flag: LaterFlag, verb: str) -> tuple[Any, object]:
     """(annotation, default). Eager: the answer must not wait for a complaint about another argument."""
 
     def refuse(value: str | bool | None) -> None:
-        if value is not None and value is not False:
+        if value is not None and value is not False and verb not in flag.anyway:
             raise not_yet(flag.names[0], flag.today)
 
     option = typer.Option(*flag.names, hidden=True, is_eager=True, callback=refuse)

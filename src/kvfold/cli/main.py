@@ -18,6 +18,7 @@ from kvfold.cli import terminal
 from kvfold.cli.bench import bench
 from kvfold.cli.inspect import inspect
 from kvfold.cli.later import accept_later_flags, add_later_verbs
+from kvfold.cli.options import with_fa_values
 from kvfold.cli.plan import plan
 from kvfold.cli.run import run
 from kvfold.cli.synth import synth
@@ -62,7 +63,7 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal has not: "?", not a traceback
     try:
-        app(prog_name="kvfold")
+        app(with_fa_values(sys.argv[1:]), prog_name="kvfold")
     except (KvfoldError, MemoryError) as failure:
         if os.environ.get("KVFOLD_DEBUG") == "1":
             raise

@@ -13,6 +13,7 @@ import typer
 
 DEFAULT_BATCH_ROWS = 2048
 DEFAULT_WORKSPACE_BYTES = 256 << 20
+FA_FLAGS = ("--fa", "-fa", "--flash-attn")
 
 _SIZE = re.compile(r"(\d+)([KMG]?)", re.IGNORECASE)
 _SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -42,6 +43,17 @@ def parse_limit(value: str | int) -> int:
 def parse_fa_option(value: str) -> str:
     """llama.cpp writes on and off for 1 and 0."""
     return {"on": "1", "off": "0"}.get(str(value).lower(), str(value))
+
+
+def with_fa_values(arguments: list[str]) -> list[str]:
+    """A command line with 1 after every -fa that stands alone, as it does in llama.cpp's older ones: at the end or
+    before another option. Typer has no options whose value may be left out."""
+    complete = []
+    for argument, following in zip(arguments, [*arguments, "-"][1:], strict=True):
+        complete.append(argument)
+        if argument in FA_FLAGS and following.startswith("-"):
+            complete.append("1")
+    return complete
 
 
 ModelArgument = Annotated[
@@ -112,13 +124,11 @@ Mla = Annotated[
 Fa = Annotated[
     str,
     typer.Option(
-        "--fa",
-        "-fa",
-        "--flash-attn",
-        metavar="auto|0|1",
+        *FA_FLAGS,
+        metavar="[auto|0|1]",
         parser=parse_fa_option,
         envvar="KVFOLD_FA",
-        help="1: fused attention with an online softmax. 0: scores are stored for a tile of rows.",
+        help="1, or no value: fused attention with an online softmax. 0: scores are stored for a tile of rows.",
     ),
 ]
 CacheTypeOption = Annotated[
@@ -282,6 +292,8 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(
         "--stop",
+        "--reverse-prompt",
+        "-r",
         metavar="TEXT",
         envvar="KVFOLD_STOP",
         show_default=False,

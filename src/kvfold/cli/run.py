@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from kvfold.llm import LLM, Stats, Stream
 
 DEFAULT_NEW_TOKENS = 256
+MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt")
 
 
 def run(
@@ -66,6 +68,17 @@ def run(
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", envvar="KVFOLD_PROMPT", help="The prompt.", show_default=False),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            "-f",
+            metavar="FILE",
+            envvar="KVFOLD_FILE",
+            show_default=False,
+            help="A text file with the prompt, its last line break left out.",
+        ),
     ] = None,
     ctx_size: Context = 0,
     mla: Mla = "auto",
@@ -108,13 +121,19 @@ def run(
 
     The answer goes to stdout, everything else to stderr. Without a model the one that ships with kvfold answers.
     """
-    flags = [name for name in ("model", "prompt") if _is_written(context, name)]
-    if words and "prompt" not in flags:
-        prompt = None  # written words go before KVFOLD_PROMPT
-    model, text = _model_and_prompt(words or [], model, prompt, "model" in flags)
+    flags = [name for name in ("model", "prompt", "file") if _is_written(context, name)]
+    if "prompt" not in flags and (words or "file" in flags):
+        prompt = None  # what is written goes before KVFOLD_PROMPT
+    if "file" not in flags and (words or "prompt" in flags):
+        file = None
+    if prompt is not None and file is not None:
+        raise typer.BadParameter("the prompt is given twice, as a text (-p) and as a file (-f).")
+    model, text = _model_and_prompt(words or [], model, prompt if file is None else str(file), "model" in flags)
     from_stdin = text is None
-    if text is None:
-        text = _read_stdin()
+    if file is not None:
+        text = _read_file(file)
+    elif text is None:
+        text = _as_prompt(sys.stdin.buffer.read(), "stdin")
 
     from kvfold.engine.sampler import Sampler, SamplingParams
     from kvfold.llm import LLM
@@ -207,22 +226,38 @@ def _model_and_prompt(
             f"{words[0]} is a file or directory, and there is no prompt: kvfold run {words[0]} PROMPT, or - for a "
             f"prompt from stdin. A prompt that is really spelled so goes after -p."
         )
+    if model is None and _names_a_file(words[0]):
+        raise typer.BadParameter(
+            f"{words[0]}: there is no such file or directory, and there is no prompt: kvfold run MODEL PROMPT, or - for "
+            f"a prompt from stdin. A prompt that is really spelled so goes after -p."
+        )
     return model, _unless_dash(words[0])
+
+
+def _names_a_file(word: str) -> bool:
+    """Whether a model is meant, or a hub name: nobody wants the story that continues "modle.gguf"."""
+    return word.endswith(MODEL_SUFFIXES) or ("/" in word and not any(map(str.isspace, word)))
 
 
 def _unless_dash(prompt: str) -> str | None:
     return None if prompt == "-" else prompt
 
 
-def _read_stdin() -> str:
-    raw = sys.stdin.buffer.read()
+def _read_file(file: Path) -> str:
+    try:
+        return _as_prompt(file.read_bytes(), str(file))
+    except OSError as error:
+        raise SettingError(f"{file}: the prompt cannot be read: {error.strerror}.") from error
+
+
+def _as_prompt(raw: bytes, source: str) -> str:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise SettingError(f"stdin: byte {error.start} is not UTF-8 ({error.reason}).") from error
+        raise SettingError(f"{source}: byte {error.start} is not UTF-8 ({error.reason}).") from error
     text = text.removesuffix("\n").removesuffix("\r")
     if not text:
-        raise SettingError("stdin: the prompt is empty.")
+        raise SettingError(f"{source}: the prompt is empty.")
     return text
 
 
