@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
-from kvfold.explain import inspect_file, phase, plan_report, weight_group
+from kvfold.explain import inspect_file, phase, plan_report, step_buffer_bytes, weight_group
 from kvfold.formats.checkpoint import open_checkpoint
 from kvfold.formats.synthetic import SHAPES, shape_with_layers, synthesize
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
 from kvfold.load import Settings
 from kvfold.mla.plan import Path as AttentionPath
 from kvfold.mla.plan import choose, multiply_adds
+from kvfold.model.program import Buffer, Domain, OpRecord, Program, Segment, Value
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_memory_adds_up_and_follows_the_settings(synth_gguf: Path) -> None:
     assert latent.weight_bytes == checkpoint.nbytes
     assert (latent.latent_cache_bytes, latent.full_cache_bytes) == (2_304_000, 5_120_000)
     assert latent.cache_bytes == latent.latent_cache_bytes
-    assert latent.needed_bytes == checkpoint.nbytes + 2_304_000 + (5 << 20)
+    assert latent.needed_bytes == checkpoint.nbytes + 2_304_000 + (5 << 20) + latent.buffer_bytes
     full = plan_report(checkpoint, settings(n_ctx=1000, mla=0, cache_type="f32"), batch_rows=512).memory
     assert full.cache_bytes == full.full_cache_bytes == 10_240_000
 
@@ -148,6 +149,54 @@ def test_whether_it_fits_is_a_comparison_with_free_memory(
     for free, fits in ((1 << 40, True), (1 << 20, False), (None, None)):
         monkeypatch.setattr("kvfold.explain.available_memory_bytes", lambda free=free: free)
         assert plan_report(checkpoint, settings(n_ctx=64), batch_rows=512).memory.fits is fits
+
+
+def test_the_buffers_of_a_step_are_those_alive_at_its_fullest_op() -> None:
+    """By hand: an op reads [T, 8] and writes [T, 30]; the next reads that and writes x; the head has one row."""
+
+    def op(inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> OpRecord:
+        return OpRecord("linear", "", inputs, outputs)
+
+    x, normed, wide, out = Value(0, 0, 8), Value(1, 0, 8), Value(2, 0, 30), Value(3, 0, 8)
+    folded, logits = Value(4, 0, 100), Value(1, 0, 50)
+    buffers = (
+        Buffer(8, Domain.ROWS, -1, 0),
+        Buffer(8, Domain.ROWS, 0, 1),
+        Buffer(30, Domain.ROWS, 1, 3),
+        Buffer(8, Domain.ROWS, 3, 4),
+        Buffer(100, Domain.ABSORBED, 2, 3),
+    )
+    ops = (op((x,), (normed,)), op((normed,), (wide,)), op((wide,), (folded,)), op((wide, folded), (out,)))
+    layer = Segment("blk.0", ops, buffers, out)
+    head = Segment(
+        "head", (op((x,), (logits,)),), (buffers[0], Buffer(50, Domain.OUTPUTS, 0, 1)), None, (("logits", logits),)
+    )
+    program = Program((layer, head), ())
+    assert step_buffer_bytes(program, AttentionPath.DECOMPRESSED, 7) == 4 * (7 * (8 + 30) + 2 * 7 * 8 + 50)
+    assert step_buffer_bytes(program, AttentionPath.ABSORBED, 7) == 4 * (7 * (30 + 100) + 2 * 7 * 8 + 50)
+
+
+def test_plan_counts_the_buffers_of_the_path_it_takes(synth_gguf: Path) -> None:
+    checkpoint = open_checkpoint(synth_gguf)
+
+    def buffers(mla: int, batch_rows: int, n_ctx: int = 4096) -> int:
+        return plan_report(checkpoint, settings(n_ctx=n_ctx, mla=mla), batch_rows=batch_rows).memory.buffer_bytes
+
+    # folded queries and latent outputs, 4 heads of 576 and 512, are alive together; so are q and an output of 192 + 128
+    assert buffers(1, 1024) > 1024 * 4 * (576 + 512) * 4 > buffers(2, 1024) > 1024 * 4 * (192 + 128) * 4
+    head = 4 * (SHAPES["tiny"].vocab_size + SHAPES["tiny"].hidden_size)
+    assert buffers(1, 2048) - head == 2 * (buffers(1, 1024) - head)
+    assert buffers(1, 2048, n_ctx=1024) == buffers(1, 1024)  # a step is no longer than the context
+
+
+def test_what_fits_without_the_buffers_of_a_step_does_not_fit(
+    synth_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(synth_gguf)
+    memory = plan_report(checkpoint, settings(n_ctx=4096, mla=1), batch_rows=2048).memory
+    monkeypatch.setattr("kvfold.explain.available_memory_bytes", lambda: memory.needed_bytes - 1)
+    assert plan_report(checkpoint, settings(n_ctx=4096, mla=1), batch_rows=2048).memory.fits is False
+    assert plan_report(checkpoint, settings(n_ctx=4096, mla=1), batch_rows=1024).memory.fits is True
 
 
 def test_phases_count_every_step_of_every_layer() -> None:

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "load": ("backends", "formats", "model", "mla", "cache", "quant", "config", "errors"),
     "engine": ("model", "mla.plan", "cache", "errors"),
     "llm": ("load", "engine", "text", "cache.session", "errors"),
-    "explain": ("load", "backends.choose", "formats", "mla", "cache", "quant", "config", "errors"),
+    "explain": ("load", "backends.choose", "formats", "model", "mla", "cache", "quant", "config", "errors"),
     "bench": (
         *("load", "engine.batch", "formats", "mla.plan", "cache", "quant.tensor", "config", "errors"),
         *("_native", "__version__"),

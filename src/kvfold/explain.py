@@ -17,6 +17,7 @@ from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint, ope
 from kvfold.formats.gguf import GgufFile, GgufTensor, StringArray
 from kvfold.formats.hub import resolve
 from kvfold.formats.safetensors import HfTensor
+from kvfold.formats.tensor_names import KvLayout
 from kvfold.load import (
     Settings,
     available_memory_bytes,
@@ -25,8 +26,10 @@ from kvfold.load import (
     embedded_model,
     plan_for,
 )
+from kvfold.mla.plan import Mla, crossover_rows, multiply_adds
 from kvfold.mla.plan import Path as AttentionPath
-from kvfold.mla.plan import crossover_rows, multiply_adds
+from kvfold.model.deepseek import DeepseekModel
+from kvfold.model.program import Domain, Program, record
 from kvfold.quant.types import BlockType
 
 LISTED_ITEMS = 8  # of a metadata array; longer ones are described
@@ -208,8 +211,9 @@ class Memory:
     """What a loaded model takes, and whether that is there.
 
     latent_cache, full_cache: bytes of n_ctx tokens as latents, and as per-head keys and values (mla=0)
-    cache_bytes: of the cache these settings choose
-    free_bytes:  memory available now; None where the system does not tell
+    cache_bytes:  of the cache these settings choose
+    buffer_bytes: values between the ops of the largest step, as backend native keeps them: one sequence, one output row
+    free_bytes:   memory available now; None where the system does not tell
     """
 
     weights: tuple[MemoryPart, ...]
@@ -218,6 +222,7 @@ class Memory:
     full_cache_bytes: int
     cache_bytes: int
     workspace_bytes: int
+    buffer_bytes: int
     free_bytes: int | None
 
     @property
@@ -226,7 +231,7 @@ class Memory:
 
     @property
     def needed_bytes(self) -> int:
-        return self.weight_bytes + self.cache_bytes + self.workspace_bytes
+        return self.weight_bytes + self.cache_bytes + self.workspace_bytes + self.buffer_bytes
 
     @property
     def fits(self) -> bool | None:
@@ -301,7 +306,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int) 
         config=config,
         n_ctx=n_ctx,
         batch_rows=batch_rows,
-        memory=memory_of(checkpoint, settings, n_ctx),
+        memory=memory_of(checkpoint, settings, n_ctx, batch_rows),
         phases=tuple(
             phase(name, config, settings, new, cached, is_prompt=is_prompt, batch_rows=batch_rows)
             for name, new, cached, is_prompt in kinds
@@ -314,7 +319,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int) 
     )
 
 
-def memory_of(checkpoint: Checkpoint, settings: Settings, n_ctx: int) -> Memory:
+def memory_of(checkpoint: Checkpoint, settings: Settings, n_ctx: int, batch_rows: int) -> Memory:
     config = checkpoint.config
     sizes = dict.fromkeys(_GROUPS, 0)
     for name, tensor in checkpoint.tensors.items():
@@ -326,8 +331,45 @@ def memory_of(checkpoint: Checkpoint, settings: Settings, n_ctx: int) -> Memory:
         full_cache_bytes=n_ctx * CacheLayout.standard(config, settings.cache_type).bytes_per_token,
         cache_bytes=n_ctx * cache_layout(config, settings).bytes_per_token,
         workspace_bytes=settings.workspace_bytes,
+        buffer_bytes=_buffer_bytes(checkpoint, settings, n_ctx, batch_rows),
         free_bytes=available_memory_bytes(),
     )
+
+
+def _buffer_bytes(checkpoint: Checkpoint, settings: Settings, n_ctx: int, batch_rows: int) -> int:
+    """The largest step of a prompt that fills the context."""
+    config = checkpoint.config
+    most_rows: dict[AttentionPath, int] = {}
+    for rows, cached in _windows(n_ctx, 0, batch_rows):
+        path = plan_for(config, settings, rows, cached, True).path
+        most_rows[path] = max(rows, most_rows.get(path, 0))
+    model = DeepseekModel(
+        config, splits_kv_b=checkpoint.kv_layout is KvLayout.K_B_V_B, standard=settings.mla is Mla.STANDARD
+    )
+    widths = {name: sum(part.rows for part in matrices(tensor)) for name, tensor in checkpoint.tensors.items()}
+    program = record(model, widths)
+    return max(step_buffer_bytes(program, path, rows) for path, rows in most_rows.items())
+
+
+def step_buffer_bytes(program: Program, path: AttentionPath, rows: int) -> int:
+    """Bytes of what a step of `rows` rows on one path holds at its fullest op: the buffers alive there, the hidden rows
+    of this segment and the next, and what the head hands over for one output row."""
+    num_rows = {
+        Domain.ROWS: rows,
+        Domain.OUTPUTS: 1,
+        Domain.ABSORBED: rows if path is AttentionPath.ABSORBED else 0,
+    }
+    fullest = 0
+    for segment in program.segments:
+        x_out = segment.x_out.buffer if segment.x_out else 0
+        elsewhere = {0, x_out, *(value.buffer for _, value in segment.outputs)}
+        buffers = [buffer for index, buffer in enumerate(segment.buffers) if index not in elsewhere]
+        for op in range(len(segment.ops)):
+            alive = (b.width * num_rows[b.domain] for b in buffers if b.first <= op <= b.last)
+            fullest = max(fullest, sum(alive))
+    hidden = rows * program.segments[0].buffers[0].width
+    outputs = sum(value.width for segment in program.segments for _, value in segment.outputs)
+    return 4 * (fullest + 2 * hidden + outputs)
 
 
 _GROUPS = (
@@ -365,7 +407,7 @@ def phase(
     batch_rows: int,
 ) -> Phase:
     """What the plan does with `new_rows` rows of one sequence over `cached_rows` cached ones."""
-    windows = [(min(batch_rows, new_rows - start), cached_rows + start) for start in range(0, new_rows, batch_rows)]
+    windows = _windows(new_rows, cached_rows, batch_rows)
     plans = [plan_for(config, settings, rows, cached, is_prompt) for rows, cached in windows]
 
     def macs(paths: Iterator[AttentionPath]) -> int:
@@ -382,6 +424,11 @@ def phase(
         forced=tuple((path, macs(path for _ in windows)) for path in AttentionPath),
         reason=plans[-1].reason,
     )
+
+
+def _windows(new_rows: int, cached_rows: int, batch_rows: int) -> list[tuple[int, int]]:
+    """(rows, cached rows before them) of every step."""
+    return [(min(batch_rows, new_rows - start), cached_rows + start) for start in range(0, new_rows, batch_rows)]
 
 
 def _backend(checkpoint: Checkpoint, settings: Settings) -> BackendReport:

@@ -78,6 +78,7 @@ def test_plan_says_memory_phases_crossovers_and_backend(kvfold: Kvfold, tiny_ggu
     lines = [" ".join(line.split()) for line in done.out.splitlines()]
     assert lines[0] == f"{tiny_gguf}: deepseek-v3, 3 layers, context 2,048 tokens"
     assert "workspace 64 MiB" in lines
+    assert any(line.startswith("buffers of a step, 2,048 rows ") for line in lines)
     assert any(line.startswith("Fits: ") for line in lines)
     for start in (
         "routed experts ",

@@ -74,7 +74,7 @@ def plan(
 def _show(console: Console, found: PlanReport) -> None:
     config = found.config
     console.print(f"{found.path}: {config.family}, {config.num_layers} layers, context {found.n_ctx:,} tokens\n")
-    print_table(console, "Memory", ("", ">", ""), _memory(found.memory, found.n_ctx))
+    print_table(console, "Memory", ("", ">", ""), _memory(found))
     console.print(f"{_verdict(found.memory)}\n")
     print_table(
         console,
@@ -98,7 +98,8 @@ def _show(console: Console, found: PlanReport) -> None:
         console.print(f"note: {line}")
 
 
-def _memory(memory: Memory, n_ctx: int) -> Iterator[tuple[str, str, str]]:
+def _memory(found: PlanReport) -> Iterator[tuple[str, str, str]]:
+    memory, n_ctx = found.memory, found.n_ctx
     for part in memory.weights:
         yield part.part, human_bytes(part.nbytes), ""
     if memory.cache_bytes == memory.full_cache_bytes:
@@ -107,6 +108,8 @@ def _memory(memory: Memory, n_ctx: int) -> Iterator[tuple[str, str, str]]:
         other = f"as full K and V: {human_bytes(memory.full_cache_bytes)}"
     yield f"cache, {n_ctx:,} tokens in {memory.cache_type}", human_bytes(memory.cache_bytes), other
     yield "workspace", human_bytes(memory.workspace_bytes), ""
+    rows = min(found.batch_rows, n_ctx)
+    yield f"buffers of a step, {rows:,} rows", human_bytes(memory.buffer_bytes), "a smaller -b needs less"
     yield "together", human_bytes(memory.needed_bytes), ""
 
 
@@ -117,10 +120,15 @@ def _verdict(memory: Memory) -> str:
     if memory.fits:
         return f"Fits: {free} are free."
     missing = human_bytes(memory.needed_bytes - memory.free_bytes)
-    if memory.cache_bytes + memory.workspace_bytes <= memory.free_bytes:
+    if memory.needed_bytes - memory.weight_bytes <= memory.free_bytes:
         return (
             f"Does not fit: {free} are free, {missing} are missing. It runs all the same, from the disk: weights that "
             f"find no room are read again at every step."
+        )
+    if memory.cache_bytes <= memory.free_bytes:
+        return (
+            f"Does not fit: {free} are free, {missing} are missing. Cache, workspace and buffers alone are too large: "
+            f"choose a smaller -b, --workspace or -c."
         )
     return (
         f"Does not fit: {free} are free, {missing} are missing. The cache alone is too large: choose a smaller -c."
