@@ -23,12 +23,11 @@ void for_blocks(int64_t first, int64_t last, const Use& use) {
 // Scores that a member may store without fusing.
 int64_t stored_floats(const Machine& machine) { return machine.shared_floats / machine.team.size(); }
 
-// ---- Absorbed
-// -------------------------------------------------------------------------------------------------
+// ---- Absorbed ----
 
 // A row's pages go in runs of this many, each with a softmax of its own; a function of the row's keys alone.
 // 256 keys, or as many as keep the runs at 64: a unit is then at least 256 * 16 heads * 1088 = 4.5 M
-// multiply-adds.
+// multiply-adds. More keys may be fewer runs: 256 pages are 64 runs of 4, 257 are 52 of 5.
 int64_t run_keys(int64_t visible) {
   constexpr int64_t kMinPages = 4, kMaxRuns = 64;
   return std::max(kMinPages, ceil_div(ceil_div(visible, kPageTokens), kMaxRuns)) * kPageTokens;
@@ -46,6 +45,7 @@ struct LatentOp {
 
   int64_t groups() const { return ceil_div(dims.heads, kTileQueries); }
   int64_t visible(int64_t i) const { return step.visible[first_row + i]; }
+  int64_t num_runs(int64_t i) const { return ceil_div(visible(i), run_keys(visible(i))); }
   int64_t partial_floats() const { return kTileQueries * dims.kv_lora + kStateFloats; }
 
   // `heads` heads of row i from `head` on.
@@ -84,8 +84,7 @@ struct LatentOp {
     const int64_t head = group * kTileQueries, heads = std::min(kTileQueries, dims.heads - head);
     const ValueTile into = values(i, head, states_at(memory));
     start(into, heads);
-    for (int64_t run = 0; run < ceil_div(visible(i), run_keys(visible(i))); run++)
-      merge(next(run), into, heads);
+    for (int64_t run = 0; run < num_runs(i); run++) merge(next(run), into, heads);
     finish(into, heads);
   }
 
@@ -104,8 +103,7 @@ struct LatentOp {
   }
 };
 
-// ---- Decompressed
-// ---------------------------------------------------------------------------------------------
+// ---- Decompressed ----
 
 // How many heads and keys of a sequence are expanded at a time, and how many rows' scores are stored.
 struct ExpandedTiles {
@@ -293,8 +291,11 @@ void attend_latent(const Machine& machine, const Step& step, const MlaDims& dims
   const int64_t rows = range.num_rows();
   if (rows == 0) return;
   const LatentOp op{machine, step, dims, scale, cache, layer, q, out, range.first_row};
-  int64_t longest = 0;
-  for (int64_t i = 0; i < rows; i++) longest = std::max(longest, op.visible(i));
+  int64_t longest = 0, runs = 0;
+  for (int64_t i = 0; i < rows; i++) {
+    longest = std::max(longest, op.visible(i));
+    runs = std::max(runs, op.num_runs(i));
+  }
 
   if (!range.fused) {
     const int64_t heads = std::min({kTileQueries, dims.heads, stored_floats(machine) / longest});
@@ -308,7 +309,7 @@ void attend_latent(const Machine& machine, const Step& step, const MlaDims& dims
   }
 
   // Enough tiles for every member: each goes through the runs of its row by itself.
-  const int64_t groups = op.groups(), runs = ceil_div(longest, run_keys(longest));
+  const int64_t groups = op.groups();
   const int64_t row_partials = runs * groups * op.partial_floats();
   const int64_t window = machine.shared_floats / row_partials;
   const int64_t tile_memory = kScoreFloats + kPageTokens * dims.latent();
@@ -333,7 +334,7 @@ void attend_latent(const Machine& machine, const Step& step, const MlaDims& dims
     };
     machine.team.for_each(n * groups * runs, [&](int64_t unit, int member) {
       const int64_t i = first + unit / (groups * runs), group = unit / runs % groups, run = unit % runs;
-      if (run * run_keys(op.visible(i)) >= op.visible(i)) return;
+      if (run >= op.num_runs(i)) return;
       op.attend_run(i, group, run, partial(i, group, run), machine.of(member));
     });
     machine.team.for_each(n * groups, [&](int64_t unit, int member) {

@@ -14,11 +14,13 @@ import pytest
 import kvfold
 from kit.harness import Harness, Logits, close
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
+from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.config import ModelConfig
 from kvfold.engine.batch import Work
 from kvfold.formats.synthetic import synthesize, synthetic_types
 from kvfold.formats.tensor_names import KvLayout
 from kvfold.mla.plan import Fa, Mla, MlaPlan, choose
+from kvfold.model.step import Step
 
 # Of the largest logit. A narrow cache rounds latents that differ in their last float32 bit to different neighbours at
 # times: four halves of a unit in the last place of 11 and 8 significant bits, and dense layers only, for a router near
@@ -186,6 +188,67 @@ def test_no_bit_depends_on_chunks_neighbours_pages_or_threads(mla: str, fa: str,
             [Work(other, ids(3, seed=8), True), Work(harness.sequence(), text, True, outputs=700)]
         )
         assert np.array_equal(beside[1], expected)
+
+
+def rows_at(lengths: list[tuple[int, int]], first_page: int = 0) -> Step:
+    """The last `rows` of `keys` for every (rows, keys), absorbed: each sequence on pages of its own."""
+    rows, keys = (np.asarray(column, np.int32) for column in zip(*lengths, strict=True))
+    page_starts = np.cumsum([0, *-(-keys // PAGE_TOKENS)]).astype(np.int32)
+    positions = np.concatenate([np.arange(k - r, k, dtype=np.int32) for r, k in zip(rows, keys, strict=True)])
+    token_ids = (positions % 271).astype(np.int32)
+    return Step(
+        token_ids=token_ids,
+        positions=positions,
+        slots=(first_page + np.repeat(page_starts[:-1], rows)).astype(np.int64) * PAGE_TOKENS + positions,
+        row_starts=np.cumsum([0, *rows]).astype(np.int32),
+        kv_lens=keys,
+        page_starts=page_starts,
+        pages=np.arange(first_page, first_page + page_starts[-1], dtype=np.int32),
+        segments=np.asarray([[1, 1, 0, len(rows)]], np.int32),
+        output_rows=np.arange(len(positions), dtype=np.int32),
+    )
+
+
+# A row's runs of pages do not grow with its keys: 256 pages are 64 runs, 257 are 52, 320 are 64, 321 are 54.
+RUN_EDGES = {
+    "one row each, 64 and 52 runs": [(1, 16384), (1, 16385)],
+    "one row each, 64 and 54 runs": [(1, 20480), (1, 20481)],
+    "a chunk over the first edge": [(8, 16388)],
+    "a chunk over the second edge": [(8, 20484)],
+}
+
+
+@pytest.mark.parametrize("threads", [2, 64])  # 64: every row's runs are spread over members, whatever is beside it
+@pytest.mark.parametrize("edge", list(RUN_EDGES))
+def test_rows_of_more_keys_in_fewer_runs(edge: str, threads: int, tmp_path: Path) -> None:
+    """A row of 64 runs beside a longer one of fewer: each as plain has it, and every bit as without the other."""
+    lengths = RUN_EDGES[edge]
+    path = write_gguf(tiny_model("v2-lite", num_hidden_layers=2), tmp_path / "m.gguf")
+    num_pages = sum(-(-keys // PAGE_TOKENS) for _, keys in lengths)
+    settings: dict[str, Any] = {"mla": "1", "n_ctx": num_pages * PAGE_TOKENS}
+    native = Harness(path, backend="native", threads=threads, **settings)
+    plain = judge(path, **settings)
+
+    def logits(harness: Harness, *steps: Step) -> Logits:
+        """Over random keys: scores are spread, and no run weighs nothing."""
+        rng = np.random.default_rng(3)
+        for array in harness.loaded.cache.arrays:
+            array[:] = rng.standard_normal(array.shape, np.float32)
+        runs = [harness.loaded.backend.start(step) for step in steps]
+        for run in runs:
+            run.run()
+        return np.concatenate([run.outputs["logits"] for run in runs])
+
+    first_pages = np.cumsum([0, *(-(-keys // PAGE_TOKENS) for _, keys in lengths[:-1])])
+    one_by_one = [
+        rows_at([(1, keys - rows + 1 + row)], int(first_page))
+        for (rows, keys), first_page in zip(lengths, first_pages, strict=True)
+        for row in range(rows)
+    ]
+    alone = logits(native, *one_by_one)
+    together = logits(native, rows_at(lengths))
+    close(together, logits(plain, rows_at(lengths)), 1e-5)
+    assert np.array_equal(together, alone)
 
 
 @pytest.mark.parametrize("fa", ["0", "1"])
