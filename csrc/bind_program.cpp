@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -209,11 +210,15 @@ struct BoundProgram {
     }
     std::vector<WeightPart> places;
     for (const PartTuple& part : moved) places.push_back(part_of(weight, part));
+    // Pointers and references change together: of two moves of one weight, the same one is the last for both.
+    std::unique_lock<std::mutex> lock(moving, std::defer_lock);
     {
-      const nb::gil_scoped_release released;  // a segment may be running
+      const nb::gil_scoped_release released;  // a segment or another move may be under way
+      lock.lock();
       program.move_weight(handle, std::move(places));
     }
-    parts[handle] = std::move(moved);
+    parts[handle].swap(moved);
+    lock.unlock();  // before the old arrays go: freeing them may run Python code
   }
 
   std::vector<std::pair<std::string, int64_t>> outputs() const {
@@ -223,7 +228,9 @@ struct BoundProgram {
   }
 
   Program program;
-  std::vector<std::vector<PartTuple>> parts;  // by handle
+  std::mutex moving;  // held while a weight's pointers and its entry of `parts` change
+  // By handle: keeps the bytes alive that `program` points at.
+  std::vector<std::vector<PartTuple>> parts;
   std::vector<nb::object> cache_arrays;
 };
 

@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +214,47 @@ def test_weights_move_while_a_step_is_under_way(file: str, tmp_path: Path) -> No
         run.run(cut)
     assert same(dict(run.outputs), expected)
     assert same(finished(start(harness, ids(50), ids(7))), expected)
+
+
+def test_of_two_moves_at_once_the_kept_arrays_are_the_ones_read(path: Path) -> None:
+    """Two threads move one weight while a step runs; a third keeps Python's lock, so that what follows the change of
+    the pointers waits for it, in any order."""
+    harness = native(path)
+    backend = harness.loaded.backend
+    assert isinstance(backend, NativeBackend)
+    name = "token_embd.weight"
+    weight = harness.loaded.checkpoint.tensors[name]
+    assert isinstance(weight, QuantTensor)
+    long, short = (
+        build_batch([Work(harness.sequence(), ids(n), is_prompt=True)], harness.loaded.plan).step for n in (100, 3)
+    )
+    others = [replace(weight, raw=np.roll(weight.raw, shift, axis=0)) for shift in (1, 2)]
+    expected = []
+    for other in others:
+        backend.move_weight(name, other)
+        expected.append(finished(backend.start(short)))
+    ended = threading.Event()
+    busy = threading.Thread(target=lambda: [None for _ in iter(ended.is_set, True)])
+    busy.start()
+    try:
+        for _ in range(30):
+            copies = [replace(other, raw=other.raw.copy()) for other in others]
+            alive = [weakref.ref(copy.raw) for copy in copies]
+            movers = [threading.Thread(target=backend.move_weight, args=(name, copy)) for copy in copies]
+            del copies
+            run = backend.start(long)
+            for mover in movers:
+                mover.start()
+            run.run()
+            for mover in movers:
+                mover.join()
+            del movers, mover
+            kept = [i for i, reference in enumerate(alive) if reference() is not None]
+            assert len(kept) == 1
+            assert same(finished(backend.start(short)), expected[kept[0]])
+    finally:
+        ended.set()
+        busy.join()
 
 
 def test_a_weight_moves_only_to_its_equal(path: Path) -> None:
