@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpus.h"
 #include "kernels/tile.h"
 #include "program.h"
 
@@ -318,18 +319,27 @@ void bind_program(nb::module_& m) {
       std::rethrow_exception(error);
     } catch (const WorkspaceTooSmall& e) {
       PyErr_SetString(nb::module_::import_("kvfold.errors").attr("SettingError").ptr(), e.what());
+    } catch (const ThreadsRefused& e) {
+      PyErr_SetString(nb::module_::import_("kvfold.errors").attr("SettingError").ptr(), e.what());
     }
   });
 
   m.def("tile_isa", [] { return tiles().isa; }, "The instruction set of the float32 tiles on this machine.");
 
+  m.def("quota_cpus", &quota_cpus, "own"_a, "root"_a,
+        "Whole CPUs that the cgroups named in file `own`, mounted at `root`, grant; 2**31 - 1: no limit.");
+
   nb::class_<BoundProgram>(m, "Program", "A recorded model over one cache. See backends/native.py.")
       .def(nb::init<const std::vector<SegmentTuple>&, const std::vector<WeightTuple>&, int,
                     const std::vector<nb::object>&, int, int64_t>(),
            "segments"_a, "weights"_a, "cache_type"_a, "cache"_a, "threads"_a, "workspace_bytes"_a,
-           "ValueError where the parts do not fit each other, SettingError where the workspace is too small.")
+           "ValueError where parts do not fit each other, SettingError where the workspace is too small or "
+           "the system starts fewer threads.")
       .def("move_weight", &BoundProgram::move_weight, "handle"_a, "parts"_a,
            "The same weight in other arrays, from the next cut on. ValueError where shapes differ.")
+      .def_prop_ro(
+          "spins", [](const BoundProgram& bound) { return bound.program.team().spins(); },
+          "Whether members wait awake for the next op: only where each has a CPU of its own.")
       .def_prop_ro("num_segments", [](const BoundProgram& bound) { return bound.program.num_segments(); })
       .def_prop_ro("outputs", &BoundProgram::outputs, "[(name, width)] of what the last segment hands over.");
 

@@ -51,6 +51,7 @@ class Program {
   void move_weight(int32_t handle, std::vector<WeightPart> parts);
 
   const std::vector<Weight>& weights() const { return weights_; }
+  const ThreadTeam& team() const { return team_; }
   int32_t num_segments() const { return static_cast<int32_t>(segments_.size()); }
   const std::vector<OutputSpec>& outputs() const { return facts_.outputs; }
 

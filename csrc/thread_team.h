@@ -2,7 +2,7 @@
 //
 // Owns threads and how units reach them; knows nothing of what a unit computes. Members take units one by one
 // from a common counter, so a slow core takes fewer of them. Nobody waits for a member that has not woken up:
-// an op ends when its last unit does. A member waits by spinning, then sleeps.
+// an op ends when its last unit does. A member waits by spinning, where every member has a CPU, then sleeps.
 
 #pragma once
 
@@ -12,37 +12,51 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "cpus.h"
+
 namespace kvfold {
+
+// The system starts no more threads.
+struct ThreadsRefused : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 class ThreadTeam {
  public:
-  // `size` members, the calling thread included: member 0 is whoever calls for_each.
+  // `size` members, the calling thread included: member 0 is whoever calls for_each. Throws ThreadsRefused.
   explicit ThreadTeam(int size) {
-    // With more members than cores a spinning member keeps a working one from its core.
-    if (size <= static_cast<int>(std::thread::hardware_concurrency())) spins_ = kSpins;
+    // With more members than CPUs a spinning member keeps a working one from its CPU.
+    if (size <= usable_cpus()) spins_ = kSpins;
     members_.reserve(size - 1);
-    for (int member = 1; member < size; member++) {
-      members_.emplace_back([this, member] { work(member); });
+    try {
+      for (int member = 1; member < size; member++) {
+        members_.emplace_back([this, member] { work(member); });
+      }
+    } catch (const std::system_error& error) {
+      const int started = this->size();
+      stop();
+      throw ThreadsRefused("threads: " + std::to_string(size) + ", the system started " +
+                           std::to_string(started) + " (" + error.code().message() + "): ask for fewer.");
+    } catch (...) {
+      stop();
+      throw;
     }
   }
 
-  ~ThreadTeam() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_.store(true);
-    }
-    wake_members_.notify_all();
-    for (std::thread& member : members_) member.join();
-  }
+  ~ThreadTeam() { stop(); }
 
   ThreadTeam(const ThreadTeam&) = delete;
   ThreadTeam& operator=(const ThreadTeam&) = delete;
 
   int size() const { return static_cast<int>(members_.size()) + 1; }
+  bool spins() const { return spins_ > 0; }
 
   // Calls body(unit, member) once for each unit of [0, count), in any order, and returns when all are done.
   // An exception of a unit is thrown again here, after the others. One caller at a time.
@@ -116,6 +130,15 @@ class ThreadTeam {
       }
       take_units(member);
     }
+  }
+
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_.store(true);
+    }
+    wake_members_.notify_all();
+    for (std::thread& member : members_) member.join();
   }
 
   void wait_finished(int64_t count) {

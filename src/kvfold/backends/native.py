@@ -33,7 +33,7 @@ class NativeBackend:
     workspace_bytes: memory for tiles of weights, keys and scores, shared by all steps (one segment runs at a time).
 
     Raises ValueError where weights, model and cache do not fit each other, SettingError where the smallest tiles do
-    not fit the workspace.
+    not fit the workspace or the system does not start that many threads.
     """
 
     name = "native"
