@@ -455,7 +455,8 @@ def test_groups_of_one_expert_have_no_sum_of_two():
         ModelConfig.from_hf(published("deepseek-v3") | {"n_group": 256, "topk_group": 8})
     with pytest.raises(ModelFileError, match=f"expert_group_count: expected {alone}"):
         as_gguf("deepseek-v3", expert_group_count=256, expert_group_used_count=8)
-    v2 = ModelConfig.from_hf(published("deepseek-v2") | {"n_group": 160, "topk_group": 6})  # ranked by their maximum
+    # V2 ranks groups by their maximum
+    v2 = ModelConfig.from_hf(published("deepseek-v2") | {"n_group": 160, "topk_group": 6})
     assert v2.moe is not None and v2.moe.num_groups == 160
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import typer
+
 from kit.tiny_models import tiny_model, write_gguf
+from kvfold.cli.main import app
 from kvfold.quant.types import TYPES
 
 ROOT = Path(__file__).parents[1]
@@ -37,8 +42,28 @@ def test_the_table_names_every_type_that_decodes() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for name in ("README.md", "CONTRIBUTING.md"):
-        links = re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text())
-        assert links
-        missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
-        assert not missing, f"{name} links to {missing}"
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "*.md"], capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    names = listed.stdout.splitlines()
+    assert {"README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md"} <= set(names)
+    missing = []
+    for name in names:
+        links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / name).read_text())
+        here = (ROOT / name).parent
+        missing += [f"{name}: {link}" for link in links if "://" not in link and not (here / link).exists()]
+    assert not missing, f"links that lead nowhere: {missing}"
+
+
+def test_every_command_shown_is_understood() -> None:
+    """Verbs and options as the command line has them; nothing is run."""
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    (commands,) = re.findall(r"## Command line\n+```sh\n(.*?)```", README, re.DOTALL)
+    shown = re.findall(r"^(?:.*\| )?kvfold (\S+)([^#\n]*)", commands, re.MULTILINE)
+    assert {"run", "inspect", "plan", "bench", "synth"} <= {verb for verb, _ in shown}
+    for verb, rest in shown:
+        known = {name for option in verbs[verb].params for name in option.opts}
+        written = [word for word in shlex.split(rest) if re.match(r"--?[a-z]", word)]
+        assert set(written) <= known, f"kvfold {verb}{rest}"

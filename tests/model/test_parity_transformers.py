@@ -79,6 +79,8 @@ def _interleaved(k_rope: np.ndarray, family: str) -> np.ndarray:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_latents_equal_transformers(family: str, tmp_path: Path) -> None:
+    """0.1 % of the positions may be left out, where a router is undecided. Of the 317 of one seed that would be none, so
+    one is allowed here; the 20 seeds below, 6,340 positions, hold to 0.1 %."""
     checked, left_out = _check(family, 0, tmp_path)
     assert left_out <= max(1, checked // 1000)
 
