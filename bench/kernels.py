@@ -72,7 +72,9 @@ def bench_dot(kernels: _native.Kernels, clock: Clock, args: argparse.Namespace) 
         for name, values in samples.items():
             read = ceiling[name]
             share = statistics.median(v / c for v, c in zip(values, read, strict=True))
-            print(f"| {name} | {statistics.median(values):.1f} | {max(values):.1f} | {statistics.median(read):.1f} | {max(read):.1f} | {share:.0%} |")
+            print(
+                f"| {name} | {statistics.median(values):.1f} | {max(values):.1f} | {statistics.median(read):.1f} | {max(read):.1f} | {share:.0%} |"
+            )
 
 
 def all_of(kernels: _native.Kernels, t: BlockType, weights: Bytes, x: Floats, out: Floats) -> None:
@@ -89,7 +91,9 @@ def shapes_of(text: str) -> Iterator[tuple[int, int]]:
 def bench_tile(kernels: _native.Kernels, clock: Clock, args: argparse.Namespace) -> None:
     meter = _native.Meter([], args.threads)
     print(f"tiles, {args.threads} threads, {_native.isa()}")
-    print("| type | N x K | rows of x | GMAC/s median | best | ceiling median | best | median share |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| type | N x K | rows of x | GMAC/s median | best | ceiling median | best | median share |\n|---|---|---|---|---|---|---|---|"
+    )
     for name in args.types.split(","):
         t = by_name(name)
         for n, k in shapes_of(args.shapes):
@@ -106,7 +110,10 @@ def bench_tile(kernels: _native.Kernels, clock: Clock, args: argparse.Namespace)
                     seconds = clock(partial(all_of, kernels, t, weights, x, out))
                     values.append(copies * n * k * count / seconds / 1e9)
                 share = statistics.median(v / c for v, c in zip(values, ceiling, strict=True))
-                print(f"| {name} | {n} x {k} | {count} | {statistics.median(values):.0f} | {max(values):.0f} | {statistics.median(ceiling):.0f} | {max(ceiling):.0f} | {share:.0%} |", flush=True)
+                print(
+                    f"| {name} | {n} x {k} | {count} | {statistics.median(values):.0f} | {max(values):.0f} | {statistics.median(ceiling):.0f} | {max(ceiling):.0f} | {share:.0%} |",
+                    flush=True,
+                )
 
 
 def main() -> None:
@@ -119,7 +126,9 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=256, help="of weights a type, for row dots")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread beside a busy neighbour")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread beside a busy neighbour"
+    )
     parser.add_argument("--isa", default="auto")
     args = parser.parse_args()
     _native.force_isa(args.isa)

@@ -1,4 +1,5 @@
-// dispatch.h for Python: instruction sets to choose from, and products by themselves for tests and benchmarks.
+// dispatch.h for Python: instruction sets to choose from, and products by themselves for tests and
+// benchmarks.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -38,7 +39,9 @@ struct Lines {
 };
 
 const char* rounding_name(kvfold::Rounding rounding) {
-  return rounding == kvfold::Rounding::kInt8 ? "int8" : rounding == kvfold::Rounding::kBf16 ? "bf16" : "float32";
+  return rounding == kvfold::Rounding::kInt8   ? "int8"
+         : rounding == kvfold::Rounding::kBf16 ? "bf16"
+                                               : "float32";
 }
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
@@ -58,11 +61,12 @@ class Kernels {
                rows = static_cast<int64_t>(x.shape(0));
     const kvfold::TypeLayout& type = *kvfold::find_layout(type_id);
     expect(k % type.block_elements == 0 && static_cast<int64_t>(raw.shape(1)) == type.row_bytes(k),
-           "linear: raw has rows of " + std::to_string(raw.shape(1)) + " bytes, which are not " + std::to_string(k) +
-               " weights.");
+           "linear: raw has rows of " + std::to_string(raw.shape(1)) + " bytes, which are not " +
+               std::to_string(k) + " weights.");
     expect(static_cast<int64_t>(out.shape(0)) == rows && static_cast<int64_t>(out.shape(1)) == n,
            "linear: out has another shape than (" + std::to_string(rows) + ", " + std::to_string(n) + ").");
-    expect((k == 1 || x.stride(1) == 1) && (n == 1 || out.stride(1) == 1), "linear: rows must be contiguous.");
+    expect((k == 1 || x.stride(1) == 1) && (n == 1 || out.stride(1) == 1),
+           "linear: rows must be contiguous.");
     const int64_t own = kvfold::product_own_bytes(*kernels, k);
     const int64_t shared = kvfold::product_shared_bytes(*kernels, rows, k);
     if (bytes_ < shared + own * team_.size()) {
@@ -71,8 +75,9 @@ class Kernels {
     }
     const nb::gil_scoped_release released;
     const auto start = std::chrono::steady_clock::now();
-    kvfold::product(team_, {kernels, raw.data(), static_cast<int64_t>(raw.shape(1)), n, k}, x.data(), x.stride(0), rows,
-                    out.data(), out.stride(0), {memory_->data, memory_->data + shared, own});
+    kvfold::product(team_, {kernels, raw.data(), static_cast<int64_t>(raw.shape(1)), n, k}, x.data(),
+                    x.stride(0), rows, out.data(), out.stride(0),
+                    {memory_->data, memory_->data + shared, own});
     return seconds_since(start);
   }
 
@@ -113,6 +118,8 @@ void bind_kernels(nb::module_& m) {
       "{number: \"int8\", \"bf16\" or \"float32\"}: the types with kernels and how they round activations.");
   nb::class_<Kernels>(m, "Kernels")
       .def(nb::init<int>(), "threads"_a)
-      .def("linear", &Kernels::linear, "type_id"_a, "raw"_a.noconvert(), "x"_a.noconvert(), "out"_a.noconvert(),
-           "x [M, K] times the transpose of raw uint8 [N, row_bytes] to out [M, N], both float32 with any row stride.");
+      .def("linear", &Kernels::linear, "type_id"_a, "raw"_a.noconvert(), "x"_a.noconvert(),
+           "out"_a.noconvert(),
+           "x [M, K] times the transpose of raw uint8 [N, row_bytes] to out [M, N], both float32 with any "
+           "row stride.");
 }

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import kvfold
 from kit.harness import Harness, Logits, close
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold.cache.latent import PAGE_TOKENS
@@ -284,23 +280,3 @@ def test_a_later_token_cannot_reach_an_earlier_one(mla: str, tmp_path: Path) -> 
     logits = Harness(path, backend="native", mla=mla).logits([*text, bad])
     assert np.isnan(logits[-1]).all()
     assert np.array_equal(logits[:-1], Harness(path, backend="native", mla=mla).logits(text))
-
-
-SCRIPT = """
-import sys
-from kvfold.engine.batch import Work, build_batch
-from kvfold.load import Settings, load
-from kvfold.cache.pages import Sequence
-loaded = load(sys.argv[1], Settings.parse(backend="native", threads=2, n_ctx=64))
-batch = build_batch([Work(Sequence(loaded.pool), [1, 2, 3], is_prompt=True)], loaded.plan)
-run = loaded.backend.start(batch.step)
-run.run()
-assert run.outputs["logits"].shape[0] == 1
-assert "torch" not in sys.modules, "torch was imported"
-"""
-
-
-def test_a_native_run_never_imports_torch(tmp_path: Path) -> None:
-    path = write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf")
-    environment = os.environ | {"PYTHONPATH": str(Path(kvfold.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", SCRIPT, str(path)], check=True, env=environment)
