@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-from kvfold.backends.choose import DTYPES, Backend, Choice, Needs, Weights, choose_backend, types_of
+from kvfold.backends.choose import DTYPES, Backend, Choice, Needs, choose_backend, types_of
 from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache, parse_cache_type
 from kvfold.cache.pages import PagePool, pages_for
 from kvfold.config import ModelConfig
@@ -21,12 +21,16 @@ from kvfold.formats.hub import resolve
 from kvfold.formats.tensor_names import KvLayout
 from kvfold.mla.plan import Fa, Mla, MlaPlan, choose, parse_fa, parse_mla
 from kvfold.model.deepseek import DeepseekModel
+from kvfold.weight_memory import WeightCopy, copied, read_ahead
 
 Progress = Callable[[int, int], None]
 """(bytes read, bytes in all)."""
 
 DEFAULT_WORKSPACE_BYTES = 256 << 20
-READ_CHUNK_BYTES = 16 << 20
+MMAP = ("auto", "on", "off")
+"""auto: copy the weights into memory if they fit, else leave them mapped; on: leave them mapped; off: copy, or refuse."""
+# Threads that copy the weights at least: a disk wants several reads at a time, however many threads compute.
+MIN_READERS = 4
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Settings:
     threads: int
     n_ctx: int | None
     workspace_bytes: int
+    mmap: str
 
     @classmethod
     def parse(
@@ -56,6 +61,7 @@ class Settings:
         threads: int | None = None,
         n_ctx: int | None = None,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        mmap: str = "auto",
     ) -> Settings:
         """Raises SettingError (PlanError, NotYet) with the allowed values."""
         if dtype not in DTYPES:
@@ -70,6 +76,8 @@ class Settings:
             raise SettingError(f"n_ctx={n_ctx}: at least 1 token.")
         if workspace_bytes < 1 << 20:
             raise SettingError(f"workspace={workspace_bytes} bytes: at least 1 MiB.")
+        if mmap not in MMAP:
+            raise SettingError(f"mmap={mmap}: allowed are {', '.join(MMAP)}.")
         return cls(
             parse_mla(mla),
             parse_fa(fa),
@@ -80,12 +88,18 @@ class Settings:
             threads or physical_cores(),
             n_ctx,
             workspace_bytes,
+            mmap,
         )
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run steps. `info`: one line per finding a user should know."""
+    """A model ready to run steps.
+
+    info:         one line per finding a user should know
+    weight_copy:  what copying the weights took; None where nothing was copied
+    weight_place: where the weights lie, and why, in a few words
+    """
 
     checkpoint: Checkpoint
     model: DeepseekModel
@@ -96,6 +110,8 @@ class Loaded:
     pool: PagePool
     n_ctx: int
     info: tuple[str, ...]
+    weight_copy: WeightCopy | None
+    weight_place: str
 
     def plan(self, new_rows: int, cached_rows: int, is_prompt: bool) -> MlaPlan:
         return plan_for(self.model.config, self.settings, new_rows, cached_rows, is_prompt)
@@ -156,6 +172,9 @@ def load(
     """Opens a .gguf, a Hugging Face directory or a hub name ("org/repo"), or takes a checkpoint that is open already;
     None is the embedded model.
 
+    The weights are copied into memory where settings.mmap says so and they fit: with the cache and the workspace into
+    what is available. `Loaded.checkpoint` then has the copies, and a second load of it copies nothing.
+
     Raises ModelFileError, UnsupportedModel, SettingError, MissingExtra.
     """
     if isinstance(model, Checkpoint):
@@ -172,7 +191,9 @@ def load(
     network = DeepseekModel(
         config, splits_kv_b=checkpoint.kv_layout is KvLayout.K_B_V_B, standard=settings.mla is Mla.STANDARD
     )
-    read_ahead(checkpoint.tensors, progress)
+    cache_bytes = cache.num_pages * PAGE_TOKENS * layout.bytes_per_token
+    placed = _place_weights(checkpoint, settings, cache_bytes + settings.workspace_bytes, progress)
+    checkpoint = placed.checkpoint
     backend = choice.candidate.build(
         network, checkpoint.tensors, cache, settings.dtype, settings.threads, settings.workspace_bytes
     )
@@ -185,31 +206,63 @@ def load(
         cache,
         PagePool(cache.num_pages),
         n_ctx,
-        checkpoint.info,
+        checkpoint.info + placed.info,
+        placed.copy,
+        placed.place,
     )
 
 
-def read_ahead(weights: Weights, progress: Progress | None) -> None:
-    """Touches every page of the mapped weights once, so that the first token does not wait for the disk.
+@dataclass(frozen=True)
+class _Placed:
+    checkpoint: Checkpoint
+    copy: WeightCopy | None
+    place: str
+    info: tuple[str, ...] = ()
 
-    Skipped for a model larger than the free memory: its pages would push each other out.
+
+def _place_weights(
+    checkpoint: Checkpoint, settings: Settings, other_bytes: int, progress: Progress | None
+) -> _Placed:
+    """Copies the weights, or leaves them in their maps and reads them ahead.
+
+    other_bytes: what else the model needs, cache and workspace.
     """
-    parts = [t.raw for w in weights.values() for t in (w if isinstance(w, tuple) else (w,))]
-    total = sum(part.nbytes for part in parts)
+    if not checkpoint.maps:
+        if settings.mmap == "on":
+            raise SettingError("mmap=on: these weights are in memory, there is no file to map. Leave it out.")
+        return _Placed(checkpoint, None, "in memory already")
     free = available_memory_bytes()
-    if free is not None and total > free:
-        return
-    done = 0
-    report = progress or _silent
-    report(0, total)
-    for part in parts:
-        flat = part.reshape(-1)
-        for start in range(0, flat.nbytes, READ_CHUNK_BYTES):
-            chunk = flat[start : start + READ_CHUNK_BYTES]
-            chunk[::4096].max(initial=0)
-            done += chunk.nbytes
-            report(done, total)
+    needed = checkpoint.nbytes + other_bytes
+    sizes = f"weights, cache and workspace take {needed / 1e9:.3g} GB"
+    if free is not None:
+        sizes += f" and {free / 1e9:.3g} GB of memory are available"
+    # where the system does not tell, a user may know
+    fits = settings.mmap == "off" if free is None else needed <= free
+    if settings.mmap != "on" and fits:
+        try:
+            return _copied(checkpoint, settings, progress)
+        except OSError as error:
+            fits, sizes = False, f"{sizes}, but the system gives none: {error.strerror}"
+    if settings.mmap == "off":
+        raise SettingError(
+            f"mmap=off: the weights cannot be copied into memory, {sizes}. Use mmap=auto, a smaller context "
+            f"(n_ctx), or a smaller type of the model."
+        )
+    if free is None or checkpoint.nbytes <= free:
+        read_ahead(checkpoint.tensors, progress)  # more than that would push its own pages out
+    if settings.mmap == "on":
+        return _Placed(checkpoint, None, "mapped: requested")
+    if free is None:
+        return _Placed(checkpoint, None, "mapped: the system does not tell how much memory is available")
+    return _Placed(checkpoint, None, f"mapped: {sizes}", (f"The weights stay mapped from the file: {sizes}.",))
 
 
-def _silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+def _copied(checkpoint: Checkpoint, settings: Settings, progress: Progress | None) -> _Placed:
+    readers = max(settings.threads, MIN_READERS)
+    tensors, copy = copied(checkpoint.tensors, checkpoint.maps, readers=readers, progress=progress)
+    share = "" if copy.huge_share is None else f", {copy.huge_share:.0%} of them on 2 MiB pages"
+    return _Placed(
+        replace(checkpoint, tensors=tensors, maps=()),
+        copy,
+        f"copied into memory at {copy.rate / 1e9:.1f} GB/s{share}",
+    )

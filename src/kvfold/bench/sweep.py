@@ -165,11 +165,13 @@ def sweep(
     measured. Raises as load() and Opponent.run() do, and SettingError for one that runs none of the cases.
     """
     for variant in variants:
-        yield from _measure(checkpoint, variant, cases, repetitions, opponent, seed, notice)
+        loaded = load(checkpoint, variant.settings)
+        checkpoint = loaded.checkpoint  # its copy of the weights serves the other variants too
+        yield from _measure(loaded, variant, cases, repetitions, opponent, seed, notice)
 
 
 def _measure(
-    checkpoint: Checkpoint,
+    loaded: Loaded,
     variant: Variant,
     cases: list[Case],
     repetitions: int,
@@ -177,7 +179,6 @@ def _measure(
     seed: int,
     notice: Notice,
 ) -> Iterator[Result]:
-    loaded = load(checkpoint, variant.settings)
     rig = Rig(loaded, cases, batch_rows=variant.batch_rows, seed=seed)
     samples: dict[Case, list[Sample]] = {case: [] for case in cases}
     discarded: dict[Case, list[Discarded]] = {case: [] for case in cases}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from kvfold.config import ModelConfig
 from kvfold.errors import ModelFileError
+from kvfold.formats.file_map import FileMap
 from kvfold.formats.gguf import GgufFile, open_gguf
 from kvfold.formats.hub import VOCABULARY_FILES, repository_of
 from kvfold.formats.safetensors import (
@@ -58,6 +59,7 @@ class Checkpoint:
     tensors:   exactly those of `expected_tensors(config, kv_layout)`, by canonical name: one QuantTensor, or for a
                3-D shape a tuple of matrices, one per expert or head, each under the name of the whole
     info:      what a user may want to know: defaults filled in, tensors ignored. One sentence each
+    maps:      the maps that `tensors` are views of; none where they are in memory
     """
 
     path: Path
@@ -68,6 +70,7 @@ class Checkpoint:
     tensors: Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
     vocabulary: Vocabulary
     info: tuple[str, ...]
+    maps: tuple[FileMap, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -155,6 +158,7 @@ def _from_gguf(path: Path, file: GgufFile) -> Checkpoint:
         tensors=tensors,
         vocabulary=Vocabulary(MappingProxyType(vocabulary), MappingProxyType({})),
         info=(*config.notes, *note, *ignored),
+        maps=file.maps,
     )
 
 
@@ -190,6 +194,7 @@ def _from_hf(path: Path, directory: HfDirectory) -> Checkpoint:
         tensors=tensors,
         vocabulary=Vocabulary(MappingProxyType({}), MappingProxyType(files)),
         info=(*config.notes, *ignored),
+        maps=directory.maps,
     )
 
 

@@ -20,7 +20,6 @@ keeps eight bytes for each, and `StringArray` decodes on access.
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import stat
@@ -37,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.errors import ModelFileError, UnsupportedType
+from kvfold.formats.file_map import FileMap, map_file
 from kvfold.quant.types import BlockType, by_id
 
 # What a header may ask of us. One of DeepSeek-V3's size takes 5.3 MB. A hostile one of 32 MiB costs 32 MiB of map,
@@ -152,7 +152,7 @@ class GgufFile:
     """An open model: one file, or all shards of a split one.
 
     path:     as given to `open_gguf`
-    files:    every file of the model, in shard order
+    maps:     every file of the model, in shard order
     version:  of the GGUF format, of the first file
     metadata: the first file's keys, in file order. Numbers, bools and strings are Python's; a numeric array is a
               read-only numpy view of the map (little-endian, perhaps unaligned); a string array is a StringArray
@@ -165,16 +165,22 @@ class GgufFile:
     def __init__(
         self,
         path: Path,
-        files: tuple[Path, ...],
+        maps: tuple[FileMap, ...],
         version: int,
         metadata: Mapping[str, Value],
         tensors: dict[str, GgufTensor],
     ) -> None:
         self.path = path
-        self.files = files
+        self.files = tuple(map.path for map in maps)
         self.version = version
+        self._maps: tuple[FileMap, ...] | None = maps
         self._metadata: Mapping[str, Value] | None = metadata
         self._tensors: dict[str, GgufTensor] | None = tensors
+
+    @property
+    def maps(self) -> tuple[FileMap, ...]:
+        assert self._maps is not None, f"{self.path} is closed"
+        return self._maps
 
     @property
     def metadata(self) -> Mapping[str, Value]:
@@ -187,6 +193,7 @@ class GgufFile:
         return self._tensors
 
     def close(self) -> None:
+        self._maps = None
         self._metadata = None
         self._tensors = None
 
@@ -219,7 +226,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
             tensors[name] = tensor
     first = shards[0]
     return GgufFile(
-        path, tuple(shard.path for shard in shards), first.version, MappingProxyType(first.metadata), tensors
+        path, tuple(shard.map for shard in shards), first.version, MappingProxyType(first.metadata), tensors
     )
 
 
@@ -255,14 +262,19 @@ def _describe(value: Value) -> str:
 
 @dataclass(frozen=True)
 class _OneFile:
-    path: Path
+    map: FileMap
     version: int
     metadata: dict[str, Value]
     tensors: dict[str, GgufTensor]
 
+    @property
+    def path(self) -> Path:
+        return self.map.path
+
 
 def _read_file(path: Path) -> _OneFile:
-    data = _map(path)
+    map = _map(path)
+    data = map.data
     header = _Header(path, data)
     version = _read_version(header)
     tensor_count = header.count("tensors", TENSORS_LIMIT)
@@ -281,21 +293,19 @@ def _read_file(path: Path) -> _OneFile:
     alignment = _read_alignment(path, metadata)
     infos = _read_tensor_infos(header, tensor_count)
     start = -(-header.position // alignment) * alignment
-    return _OneFile(path, version, metadata, _place_tensors(path, data, infos, start, alignment))
+    return _OneFile(map, version, metadata, _place_tensors(path, data, infos, start, alignment))
 
 
-def _map(path: Path) -> NDArray[np.uint8]:
-    """The file's bytes: uint8 [file size], read-only, a map that lives as long as a view of it."""
+def _map(path: Path) -> FileMap:
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
             kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
             raise ModelFileError(path, f"this is {kind}, expected a .gguf file")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
+            if os.fstat(file.fileno()).st_size == 0:
                 raise ModelFileError(path, "the file is empty, expected a GGUF header: download it again", offset=0)
-            return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+            return map_file(path, file)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ModelFileError(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
 

@@ -16,7 +16,6 @@ each block of 128 x 128.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import struct
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from kvfold.errors import ModelFileError, UnsupportedModel, UnsupportedType
+from kvfold.formats.file_map import FileMap, map_file
 from kvfold.quant.types import BlockType, by_name
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -70,8 +70,12 @@ class HfDirectory:
 
     path: Path
     config: Mapping[str, object]
-    files: tuple[Path, ...]
+    maps: tuple[FileMap, ...]
     tensors: Mapping[str, HfTensor]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(map.path for map in self.maps)
 
 
 def open_hf_directory(path: str | os.PathLike[str]) -> HfDirectory:
@@ -85,8 +89,10 @@ def open_hf_directory(path: str | os.PathLike[str]) -> HfDirectory:
     _check_quantization(path / CONFIG, config)
     files, weight_map = _files(path)
     tensors: dict[str, HfTensor] = {}
-    for file in files:
-        for name, tensor in _read_file(file).items():
+    maps = tuple(_map(file) for file in files)
+    for map in maps:
+        file = map.path
+        for name, tensor in _read_file(map).items():
             if name in tensors:
                 raise ModelFileError(file, f"this tensor is in {tensors[name].file.name} too.", where=name)
             tensors[name] = tensor
@@ -97,7 +103,7 @@ def open_hf_directory(path: str | os.PathLike[str]) -> HfDirectory:
                 f"the index places this tensor in {file_name}, which does not hold it. Fetch the directory again.",
                 where=name,
             )
-    return HfDirectory(path, config, files, _join_scales(tensors))
+    return HfDirectory(path, config, maps, _join_scales(tensors))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -173,9 +179,9 @@ def _files(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
     return tuple(path / name for name in names), weight_map
 
 
-def _read_file(file: Path) -> dict[str, HfTensor]:
+def _read_file(map: FileMap) -> dict[str, HfTensor]:
     """Every tensor of one file as views of its map."""
-    data = _map(file)
+    file, data = map.path, map.data
     if data.size < 8:
         raise ModelFileError(file, f"expected at least the 8 bytes of a header's length, got {data.size}.")
     (length,) = struct.unpack("<Q", data[:8].tobytes())
@@ -193,12 +199,12 @@ def _read_file(file: Path) -> dict[str, HfTensor]:
     return {name: _tensor(file, data, 8 + length, name, entry) for name, entry in header.items()}
 
 
-def _map(file: Path) -> NDArray[np.uint8]:
+def _map(file: Path) -> FileMap:
     try:
         with file.open("rb") as stream:
             if not os.fstat(stream.fileno()).st_size:
                 raise ModelFileError(file, "the file is empty.")
-            return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            return map_file(file, stream)
     except OSError as error:
         raise ModelFileError(file, f"the file cannot be read: {error.strerror}.") from error
 

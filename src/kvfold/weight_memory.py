@@ -1,0 +1,301 @@
+"""Where the weights lie: in the maps of their files, or copied once into anonymous memory on 2 MiB pages.
+
+Owns the copy and its report; knows nothing of models and decides nothing (load.py does). A file map gets 4 KiB pages,
+and reading 8.9 GB of weights for each token through those costs a TLB miss a page. The copy is read with pread, never
+through the map: a file that has become shorter is then an error with its name, not a SIGBUS, and no byte is resident
+twice.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvfold.errors import ModelFileError
+from kvfold.formats.file_map import FileMap
+from kvfold.quant.tensor import QuantTensor
+
+Weights = Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
+Progress = Callable[[int, int], None]
+"""(bytes read, bytes in all)."""
+
+HUGE_PAGE_BYTES = 2 << 20
+# The unit of a reader: whole huge pages of the copy, so that no two threads wait for the kernel to clear the same one.
+CHUNK_BYTES = 8 * HUGE_PAGE_BYTES
+# Tensors nearer to each other than this are read as one range; each range keeps its place within a page of this size,
+# and with it the alignment of every number in the file.
+PAGE_BYTES = 4096
+_READ_AHEAD_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class WeightCopy:
+    """What a copy took. huge_bytes: of the copy on 2 MiB pages; None where the system does not tell."""
+
+    nbytes: int
+    seconds: float
+    huge_bytes: int | None
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second."""
+        return self.nbytes / self.seconds
+
+    @property
+    def huge_share(self) -> float | None:
+        return None if self.huge_bytes is None else self.huge_bytes / self.nbytes
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Bytes [start, stop) of one file, which are to lie `target` bytes into the copy."""
+
+    map: FileMap
+    start: int
+    stop: int
+    target: int
+
+    @property
+    def address(self) -> int:
+        """Of the first byte in the map."""
+        return _address(self.map.data) + self.start
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def copied(
+    weights: Weights, maps: Sequence[FileMap], *, readers: int, progress: Progress | None = None
+) -> tuple[Weights, WeightCopy]:
+    """The same weights as views of one read-only copy, and what that took. Arrays outside the maps stay what they are.
+
+    readers: threads that read at the same time, in file order.
+
+    Raises ModelFileError where a file is not what was opened any more, or cannot be read; OSError where the system
+    gives no memory.
+    """
+    started = time.perf_counter()
+    ranges = _ranges(maps, _arrays(weights))
+    target = _huge_page_memory(ranges[-1].target + ranges[-1].nbytes if ranges else 0)
+    _read_all(ranges, target, readers, progress or _silent)
+    seconds = time.perf_counter() - started
+    target.flags.writeable = False
+    huge = huge_page_bytes(target)
+    nbytes = sum(range.nbytes for range in ranges)
+    moved = _Moved(ranges, target)
+    return (
+        {
+            name: tuple(map(moved.tensor, weight)) if isinstance(weight, tuple) else moved.tensor(weight)
+            for name, weight in weights.items()
+        },
+        WeightCopy(nbytes, seconds, None if huge is None else min(huge, nbytes)),
+    )
+
+
+def read_ahead(weights: Weights, progress: Progress | None = None) -> None:
+    """Touches every page of mapped weights once, so that the first token does not wait for the disk."""
+    parts = [tensor.raw for tensor in _tensors(weights)]
+    total = sum(part.nbytes for part in parts)
+    done = 0
+    report = progress or _silent
+    report(0, total)
+    for part in parts:
+        flat = part.reshape(-1)
+        for start in range(0, flat.nbytes, _READ_AHEAD_BYTES):
+            chunk = flat[start : start + _READ_AHEAD_BYTES]
+            chunk[::PAGE_BYTES].max(initial=0)
+            done += chunk.nbytes
+            report(done, total)
+
+
+def huge_page_bytes(array: NDArray[np.uint8]) -> int | None:
+    """How much of an array in anonymous memory is on huge pages, or None where the system does not tell. A mapping
+    that reaches beyond the array counts whole, up to the array's size."""
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    start, stop = _address(array), _address(array) + array.nbytes
+    found, is_ours = 0, False
+    for line in lines:
+        if head := _MAPPING.match(line):
+            is_ours = int(head[1], 16) < stop and int(head[2], 16) > start
+        elif is_ours and line.startswith("AnonHugePages:"):
+            found += int(line.split()[1]) * 1024
+    return min(found, array.nbytes)
+
+
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
+
+
+def _tensors(weights: Weights) -> Iterator[QuantTensor]:
+    for weight in weights.values():
+        yield from weight if isinstance(weight, tuple) else (weight,)
+
+
+def _arrays(weights: Weights) -> Iterator[NDArray[Any]]:
+    for tensor in _tensors(weights):
+        yield tensor.raw
+        if tensor.scale is not None:
+            yield tensor.scale
+
+
+def _address(array: NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _ranges(maps: Sequence[FileMap], arrays: Iterable[NDArray[Any]]) -> list[_Range]:
+    """What to read, each byte once, in the order of files and bytes."""
+    by_address = sorted(range(len(maps)), key=lambda number: _address(maps[number].data))
+    starts = [_address(maps[number].data) for number in by_address]
+    spans: set[tuple[int, int, int]] = set()  # number of the map, first byte, one past the last
+    for array in arrays:
+        assert array.flags.c_contiguous
+        at = bisect_right(starts, _address(array)) - 1
+        if at >= 0 and _address(array) + array.nbytes <= starts[at] + maps[by_address[at]].data.nbytes:
+            first = _address(array) - starts[at]
+            spans.add((by_address[at], first, first + array.nbytes))
+    joined: list[list[int]] = []
+    for number, first, stop in sorted(spans):
+        if joined and joined[-1][0] == number and first <= joined[-1][2] + PAGE_BYTES:
+            joined[-1][2] = max(joined[-1][2], stop)
+        else:
+            joined.append([number, first, stop])
+    ranges: list[_Range] = []
+    end = 0
+    for number, first, stop in joined:
+        target = end + (first - end) % PAGE_BYTES
+        ranges.append(_Range(maps[number], first, stop, target))
+        end = target + stop - first
+    return ranges
+
+
+def _huge_page_memory(nbytes: int) -> NDArray[np.uint8]:
+    """Zeroed anonymous memory, uint8 [nbytes], from a 2 MiB boundary on; on 2 MiB pages where the system has them."""
+    whole = -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, whole + HUGE_PAGE_BYTES, flags=flags)
+    data = np.frombuffer(memory, np.uint8)
+    start = -_address(data) % HUGE_PAGE_BYTES
+    if whole and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE, start, whole)
+    return data[start : start + nbytes]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    range: _Range
+    start: int  # byte of the file
+    stop: int
+
+
+def _chunks(ranges: Iterable[_Range]) -> Iterator[_Chunk]:
+    """The ranges cut where the copy reaches a multiple of CHUNK_BYTES."""
+    for range in ranges:
+        start = range.start
+        while start < range.stop:
+            place = range.target + start - range.start
+            stop = min(range.stop, start + CHUNK_BYTES - place % CHUNK_BYTES)
+            yield _Chunk(range, start, stop)
+            start = stop
+
+
+def _read_all(ranges: Sequence[_Range], target: NDArray[np.uint8], readers: int, report: Progress) -> None:
+    total = sum(range.nbytes for range in ranges)
+    done = 0
+    report(0, total)
+    with ExitStack() as files:
+        descriptors = {map.path: _reopened(map, files) for map in dict.fromkeys(range.map for range in ranges)}
+
+        def read(chunk: _Chunk) -> int:
+            place = chunk.range.target + chunk.start - chunk.range.start
+            part = target[place : place + chunk.stop - chunk.start]
+            _read(chunk.range.map, descriptors[chunk.range.map.path], chunk.start, part)
+            return part.nbytes
+
+        pool = ThreadPoolExecutor(readers, thread_name_prefix="kvfold-read")
+        try:
+            chunks = _chunks(ranges)
+            waiting = {pool.submit(read, chunk) for chunk in islice(chunks, 2 * readers)}
+            while waiting:
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                waiting |= {pool.submit(read, chunk) for chunk in islice(chunks, len(finished))}
+                for future in finished:
+                    done += future.result()
+                report(done, total)
+        finally:  # before the files are closed
+            pool.shutdown(cancel_futures=True)
+
+
+def _reopened(map: FileMap, files: ExitStack) -> int:
+    """A descriptor of the mapped file, open as long as `files`."""
+    try:
+        file = files.enter_context(map.path.open("rb", buffering=0))
+        status = os.fstat(file.fileno())
+    except OSError as error:
+        raise ModelFileError(map.path, f"the file cannot be read any more: {error.strerror}.") from error
+    if (status.st_dev, status.st_ino) != map.inode:
+        raise ModelFileError(
+            map.path, "another file has taken its place since it was opened. Load the model again."
+        )
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return file.fileno()
+
+
+def _read(map: FileMap, descriptor: int, start: int, into: NDArray[np.uint8]) -> None:
+    """Fills `into` from byte `start` of the file on. preadv waits without the GIL."""
+    done = 0
+    while done < into.nbytes:
+        try:
+            got = os.preadv(descriptor, [into[done:].data], start + done)
+        except OSError as error:
+            reason = f"the file cannot be read: {error.strerror}."
+            raise ModelFileError(map.path, reason, offset=start + done) from error
+        if got == 0:
+            raise ModelFileError(
+                map.path,
+                f"the file ends here and had {map.data.nbytes} bytes when it was opened: something shortened it. "
+                f"Fetch it again.",
+                offset=start + done,
+            )
+        done += got
+
+
+class _Moved:
+    """Finds views of the maps again in the copy."""
+
+    def __init__(self, ranges: Sequence[_Range], target: NDArray[np.uint8]) -> None:
+        self._ranges = sorted(ranges, key=lambda range: range.address)
+        self._starts = [range.address for range in self._ranges]
+        self._target = target
+
+    def tensor(self, tensor: QuantTensor) -> QuantTensor:
+        scale = None if tensor.scale is None else self._array(tensor.scale)
+        return replace(tensor, raw=self._array(tensor.raw), scale=scale)
+
+    def _array(self, array: NDArray[Any]) -> NDArray[Any]:
+        address = _address(array)
+        at = bisect_right(self._starts, address) - 1
+        if at < 0 or address + array.nbytes > self._starts[at] + self._ranges[at].nbytes:
+            return array
+        place = self._ranges[at].target + address - self._starts[at]
+        return self._target[place : place + array.nbytes].view(array.dtype).reshape(array.shape)
+
+
+def _silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""

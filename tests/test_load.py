@@ -1,0 +1,272 @@
+"""Where the weights lie: copied and mapped give the same bits, every way of not copying has its sentence."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+import kvfold.load
+from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
+from kvfold.errors import ModelFileError, SettingError
+from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
+from kvfold.formats.file_map import FileMap
+from kvfold.formats.tensor_names import KvLayout
+from kvfold.load import Loaded, Settings, load
+from kvfold.quant.tensor import QuantTensor
+from kvfold.weight_memory import CHUNK_BYTES, HUGE_PAGE_BYTES, PAGE_BYTES, copied, huge_page_bytes, read_ahead
+
+SETTINGS: dict[str, Any] = {"backend": "native", "cache_type": "f32", "threads": 2, "n_ctx": 64}
+U8 = np.dtype(np.uint8)
+
+
+def loaded(model: Path | Checkpoint, **settings: Any) -> Loaded:
+    return load(model, Settings.parse(**(SETTINGS | settings)))
+
+
+def all_tensors(checkpoint: Checkpoint) -> list[QuantTensor]:
+    return [part for tensor in checkpoint.tensors.values() for part in matrices(tensor)]
+
+
+def is_mapped(array: np.ndarray) -> bool:
+    """Whether an array is a view of a file: its pages cannot be written to."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap) and base.readonly
+
+
+def split_gguf(source: Path, directory: Path, count: int) -> Path:
+    """The file as `count` shards. Returns the first."""
+    reader = gguf.GGUFReader(source)
+    shares = np.array_split(np.arange(len(reader.tensors)), count)
+    for number, share in enumerate(shares):
+        path = directory / f"split-{number + 1:05}-of-{count:05}.gguf"
+        writer = gguf.GGUFWriter(path, "deepseek2")
+        if number == 0:
+            for field in reader.fields.values():
+                if field.name.startswith("GGUF.") or field.name == gguf.Keys.General.ARCHITECTURE:
+                    continue
+                kind = field.types[0]
+                sub = field.types[-1] if kind is gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), kind, sub)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for index in share:
+            tensor = reader.tensors[index]
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return directory / f"split-00001-of-{count:05}.gguf"
+
+
+FORMS = ("gguf-k_b", "gguf-kv_b", "gguf-split", "hf-fp8", "hf-fused", "hf-shards")
+
+
+def written(form: str, path: Path) -> Path:
+    model = tiny_model("v3")
+    if form == "hf-fp8":
+        return write_hf_dir(model, path / "hf", dtype="float8_e4m3fn", tokenizer=True)
+    if form.startswith("hf"):
+        return write_hf_dir(model, path / "hf", shards=3, fused=form == "hf-fused", tokenizer=True)
+    layout = KvLayout.KV_B if form == "gguf-kv_b" else KvLayout.K_B_V_B
+    file = write_gguf(model, path / "tiny.gguf", ftype="Q8_0", layout=layout)
+    return split_gguf(file, path, 3) if form == "gguf-split" else file
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copy_is_the_file_bit_for_bit(form: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(written(form, tmp_path))
+    loads = loaded(checkpoint, mmap="off")
+    copy = loads.checkpoint
+    assert loads.weight_copy is not None and loads.weight_copy.nbytes >= copy.nbytes
+    assert copy.maps == ()
+    before, after = all_tensors(checkpoint), all_tensors(copy)
+    assert [(t.name, t.type, t.shape) for t in before] == [(t.name, t.type, t.shape) for t in after]
+    assert {len(w) for w in checkpoint.tensors.values() if isinstance(w, tuple)} == {
+        len(w) for w in copy.tensors.values() if isinstance(w, tuple)
+    }
+    for mapped, moved in zip(before, after, strict=True):
+        assert np.array_equal(mapped.raw, moved.raw), mapped.name
+        assert is_mapped(mapped.raw) and not is_mapped(moved.raw), mapped.name
+        assert not moved.raw.flags.writeable and moved.raw.flags.c_contiguous
+        if mapped.scale is not None:
+            assert moved.scale is not None and moved.scale.dtype == np.float32 and moved.scale.flags.aligned
+            assert np.array_equal(mapped.scale, moved.scale) and not is_mapped(moved.scale), mapped.name
+    assert any(t.scale is not None for t in before) == (form == "hf-fp8")
+
+
+@pytest.mark.parametrize("form", ["gguf-split", "hf-fp8"])
+def test_a_copied_model_computes_what_a_mapped_one_does(form: str, tmp_path: Path) -> None:
+    from kvfold import LLM
+
+    path = written(form, tmp_path)
+    ids = [1, 5, 9, 200, 3]
+    logits = {way: LLM(path, mmap=way, **SETTINGS).logits(ids) for way in ("on", "off", "auto")}
+    assert np.isfinite(logits["on"]).all()
+    assert np.array_equal(logits["on"], logits["off"]) and np.array_equal(logits["on"], logits["auto"])
+
+
+def test_a_second_load_of_a_copy_copies_nothing(tmp_path: Path) -> None:
+    first = loaded(written("gguf-k_b", tmp_path))
+    second = loaded(first.checkpoint)
+    assert second.weight_copy is None and second.weight_place == "in memory already"
+    assert second.checkpoint is first.checkpoint
+    with pytest.raises(SettingError, match="mmap=on: these weights are in memory"):
+        loaded(first.checkpoint, mmap="on")
+
+
+# --- what fits -------------------------------------------------------------------------------------------------------
+
+
+def needed_bytes(model: Loaded) -> int:
+    layout = model.cache.layout
+    cache = model.cache.num_pages * 64 * layout.bytes_per_token
+    return model.checkpoint.nbytes + cache + model.settings.workspace_bytes
+
+
+def test_auto_copies_what_fits_and_maps_what_is_a_byte_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written("gguf-k_b", tmp_path)
+    needed = needed_bytes(loaded(path))
+    monkeypatch.setattr(kvfold.load, "available_memory_bytes", lambda: needed)
+    assert loaded(path).weight_copy is not None
+    monkeypatch.setattr(kvfold.load, "available_memory_bytes", lambda: needed - 1)
+    left = loaded(path)
+    assert left.weight_copy is None and left.weight_place.startswith("mapped")
+    assert all(is_mapped(tensor.raw) for tensor in all_tensors(left.checkpoint))
+    assert any("stay mapped" in line for line in left.info)
+
+
+def test_off_names_both_numbers_where_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written("gguf-k_b", tmp_path)
+    monkeypatch.setattr(kvfold.load, "available_memory_bytes", lambda: 1_230_000)
+    with pytest.raises(SettingError, match=r"mmap=off.*take 0\.\d+ GB and 0\.00123 GB of memory are available"):
+        loaded(path, mmap="off")
+
+
+def test_a_system_that_gives_no_memory_leaves_auto_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **settings: Any) -> Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    path = written("gguf-k_b", tmp_path)
+    monkeypatch.setattr(kvfold.load, "copied", refuse)
+    assert "Cannot allocate memory" in loaded(path).weight_place
+    with pytest.raises(SettingError, match="Cannot allocate memory"):
+        loaded(path, mmap="off")
+
+
+def test_unknown_memory_is_mapped_unless_off_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written("gguf-k_b", tmp_path)
+    monkeypatch.setattr(kvfold.load, "available_memory_bytes", lambda: None)
+    assert loaded(path, n_ctx=64).weight_copy is None
+    assert loaded(path, mmap="off").weight_copy is not None
+
+
+def test_on_stays_mapped_and_says_so(tmp_path: Path) -> None:
+    left = loaded(written("gguf-k_b", tmp_path), mmap="on")
+    assert left.weight_copy is None and left.weight_place == "mapped: requested"
+    assert left.checkpoint.maps and left.info == left.checkpoint.info
+
+
+def test_other_words_are_refused() -> None:
+    with pytest.raises(SettingError, match="mmap=0: allowed are auto, on, off"):
+        Settings.parse(mmap="0")
+
+
+# --- the reader ------------------------------------------------------------------------------------------------------
+
+
+def random_map(path: Path, nbytes: int) -> FileMap:
+    path.write_bytes(np.random.default_rng(nbytes).bytes(nbytes))
+    with path.open("rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), U8)
+        return FileMap(path, data, (os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino))
+
+
+def bytes_of(map: FileMap, start: int, stop: int) -> QuantTensor:
+    from kvfold.quant.types import by_name
+
+    raw = map.data[start:stop].reshape(1, -1)
+    return QuantTensor("x", by_name("F32"), ((stop - start) // 4,), raw)
+
+
+def test_ranges_over_chunks_files_and_holes_arrive_in_place(tmp_path: Path) -> None:
+    """Unaligned ends, a hole that is skipped, equal bytes asked for twice, more bytes than one chunk."""
+    large = random_map(tmp_path / "large", CHUNK_BYTES + 3 * PAGE_BYTES + 12)
+    small = random_map(tmp_path / "small", 4 * PAGE_BYTES)
+    cuts = [(0, 400), (300, 800), (3 * PAGE_BYTES + 4, CHUNK_BYTES + 3 * PAGE_BYTES + 12)]
+    weights = {str(cut): bytes_of(large, *cut) for cut in cuts} | {"small": bytes_of(small, 12, 4 * PAGE_BYTES)}
+    reports: list[tuple[int, int]] = []
+    # the order of the maps is that of the files, not of their addresses
+    for maps in ([large, small], [small, large]):
+        moved, copy = copied(weights, maps, readers=3, progress=lambda *report: reports.append(report))
+        for name, weight in weights.items():
+            found = moved[name]
+            assert isinstance(found, QuantTensor) and np.array_equal(found.raw, weight.raw), name
+            place = found.raw.__array_interface__["data"][0] - weight.raw.__array_interface__["data"][0]
+            assert place % PAGE_BYTES == 0, "a number keeps its alignment"
+        assert copy.nbytes == 800 + (CHUNK_BYTES + 8) + (4 * PAGE_BYTES - 12)
+        assert reports[0] == (0, copy.nbytes) and reports[-1] == (copy.nbytes, copy.nbytes)
+        assert [done for done, _ in reports] == sorted(done for done, _ in reports)
+        reports.clear()
+
+
+def test_arrays_outside_the_maps_stay_what_they_are(tmp_path: Path) -> None:
+    map = random_map(tmp_path / "file", PAGE_BYTES)
+    elsewhere = QuantTensor("y", bytes_of(map, 0, 4).type, (4,), np.zeros((1, 16), np.uint8))
+    moved, _ = copied({"x": bytes_of(map, 0, 64), "y": elsewhere}, [map], readers=1)
+    kept = moved["y"]
+    assert isinstance(kept, QuantTensor) and kept.raw is elsewhere.raw
+
+
+@pytest.mark.parametrize("left", [0, 100, PAGE_BYTES + 1])
+def test_a_file_that_became_shorter_is_named_with_the_byte(tmp_path: Path, left: int) -> None:
+    map = random_map(tmp_path / "weights", 3 * PAGE_BYTES)
+    os.truncate(map.path, left)
+    with pytest.raises(ModelFileError, match="something shortened it") as failure:
+        copied({"x": bytes_of(map, 0, 3 * PAGE_BYTES)}, [map], readers=2)
+    assert failure.value.file == str(map.path) and failure.value.offset == left
+
+
+def test_a_file_in_the_place_of_another_is_refused(tmp_path: Path) -> None:
+    map = random_map(tmp_path / "weights", 64)
+    (tmp_path / "new").write_bytes(bytes(64))
+    os.replace(tmp_path / "new", map.path)
+    with pytest.raises(ModelFileError, match="another file has taken its place"):
+        copied({"x": bytes_of(map, 0, 64)}, [map], readers=1)
+    map.path.unlink()
+    with pytest.raises(ModelFileError, match="cannot be read any more"):
+        copied({"x": bytes_of(map, 0, 64)}, [map], readers=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages by madvise are Linux's")
+def test_the_copy_begins_on_a_huge_page_and_their_count_is_that_of_the_system(tmp_path: Path) -> None:
+    map = random_map(tmp_path / "file", 2 * HUGE_PAGE_BYTES)
+    moved, copy = copied({"x": bytes_of(map, 0, 2 * HUGE_PAGE_BYTES)}, [map], readers=1)
+    tensor = moved["x"]
+    assert isinstance(tensor, QuantTensor)
+    assert tensor.raw.__array_interface__["data"][0] % HUGE_PAGE_BYTES == 0
+    assert copy.huge_bytes == huge_page_bytes(tensor.raw.reshape(-1))
+    assert copy.huge_bytes is not None and copy.huge_bytes % HUGE_PAGE_BYTES == 0
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if enabled.exists() and "[never]" not in enabled.read_text():
+        assert copy.huge_bytes > 0, "two free huge pages in all of the memory"
+    assert huge_page_bytes(map.data) == 0, "a file map has none"
+
+
+def test_reading_ahead_touches_every_byte_range_once(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(written("gguf-k_b", tmp_path))
+    reports: list[tuple[int, int]] = []
+    read_ahead(checkpoint.tensors, lambda *report: reports.append(report))
+    assert reports[0] == (0, checkpoint.nbytes) and reports[-1] == (checkpoint.nbytes, checkpoint.nbytes)
