@@ -334,6 +334,27 @@ def vocabulary() -> tuple[list[str], list[int], list[str]]:
     )
 
 
+def chat_keys(template: str) -> dict[str, Any]:
+    """GGUF keys of a model that converses: DeepSeek's markers in place of unused tokens, and a chat template."""
+    tokens, types, _ = vocabulary()
+    control, user_defined = int(gguf.TokenType.CONTROL), int(gguf.TokenType.USER_DEFINED)
+    marks = {
+        259: ("<｜User｜>", control),
+        260: ("<｜Assistant｜>", control),
+        261: ("<think>", user_defined),
+        262: ("</think>", user_defined),
+        263: ("<｜end▁of▁sentence｜>", control),
+    }
+    for id, (text, kind) in marks.items():
+        tokens[id], types[id] = text, kind
+    return {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.eos_token_id": 263,
+        "tokenizer.chat_template": template,
+    }
+
+
 def _write_tokenizer_json(path: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

@@ -7,7 +7,7 @@ what a verb does anyway is taken without a word.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any
@@ -56,20 +56,21 @@ LATER_FLAGS = (
     LaterFlag(("--no-display-prompt",), False, "the prompt never goes to stdout, leave it out", ("run",)),
     LaterFlag(("--no-warmup",), False, "only `kvfold bench` warms up, leave it out", ("run", "chat")),
     LaterFlag(("--jinja",), False, "`kvfold chat` follows the model's template, leave it out", ("run", "chat")),
-    LaterFlag(("-cnv", "--conversation"), False, "`kvfold run` completes a text"),
-    LaterFlag(("-sys", "--system-prompt"), True, "`kvfold run` completes a text: write it into the prompt"),
+    LaterFlag(("-cnv", "--conversation"), False, "`kvfold chat` converses, `kvfold run` completes a text"),
+    LaterFlag(
+        ("-sys", "--system-prompt"), True, "`kvfold chat -sys TEXT` converses, `kvfold run` completes a text"
+    ),
     LaterFlag(("-hf", "--hf-repo"), True, "a hub name is a model: -m org/repo or -m org/repo:Q4_K_M"),
     LaterFlag(("-md", "--model-draft"), True, "there is no speculative decoding, leave it out"),
     LaterFlag(("--lora",), True, "merge the adapter into the model's weights before converting it"),
-    LaterFlag(("--mlock",), False, "weights that fit are copied into memory at load, leave it out"),
-    LaterFlag(("--no-mmap",), False, "--mmap off copies the weights into memory"),
+    LaterFlag(("--mlock",), False, "weights are read once at load, through a map of the file, leave it out"),
+    LaterFlag(("--no-mmap",), False, "weights are read through a map of the file, leave it out"),
     LaterFlag(("-l", "--logit-bias"), True, "SamplingParams(logit_bias=...) in Python"),
     LaterFlag(("--grammar",), True, "generation is not constrained: check the text, and sample again"),
     LaterFlag(("-j", "--json-schema"), True, "generation is not constrained: check the text, and sample again"),
 )
 
 LATER_VERBS = {
-    "chat": "`kvfold run MODEL PROMPT` completes a text",
     "serve": "`kvfold run --json` from a program, or LLM in Python",
     "quantize": "llama.cpp's llama-quantize, whose files kvfold reads",
     "convert": "Hugging Face directories load as they are; llama.cpp's convert_hf_to_gguf.py writes GGUF",
@@ -89,14 +90,20 @@ def not_yet(name: str, today: str) -> NotYet:
 
 
 def accept_later_flags(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with every flag of LATER_FLAGS as a hidden option, which is answered before anything else is."""
+    """The verb with every flag of LATER_FLAGS as a hidden option, which is answered before anything else is; those
+    that it has itself are its own."""
 
     @wraps(verb)
     def without_them(**values: Any) -> None:
         verb(**{name: value for name, value in values.items() if name not in hidden})
 
-    hidden = {f"later_{index}": _hidden_option(flag, verb.__name__) for index, flag in enumerate(LATER_FLAGS)}
     signature = inspect.signature(verb, eval_str=True)
+    has = {name for parameter in signature.parameters.values() for name in _spellings(parameter)}
+    hidden = {
+        f"later_{index}": _hidden_option(flag, verb.__name__)
+        for index, flag in enumerate(LATER_FLAGS)
+        if not has.intersection(flag.names)
+    }
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for name, (annotation, default) in hidden.items()
@@ -105,6 +112,11 @@ def accept_later_flags(verb: Callable[..., None]) -> Callable[..., None]:
     without_them.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
     vars(without_them)["__signature__"] = signature.replace(parameters=[*own, *added])
     return without_them
+
+
+def _spellings(parameter: inspect.Parameter) -> Sequence[str]:
+    described = getattr(parameter.annotation, "__metadata__", ())
+    return [name for info in described for name in getattr(info, "param_decls", None) or ()]
 
 
 def _hidden_option(flag: LaterFlag, verb: str) -> tuple[Any, object]:

@@ -181,16 +181,6 @@ Workspace = Annotated[
         help="Scratch memory of one step: bounds the expanded keys and the stored scores.",
     ),
 ]
-Mmap = Annotated[
-    str,
-    typer.Option(
-        "--mmap",
-        metavar="auto|on|off",
-        envvar="KVFOLD_MMAP",
-        help="off: copy the weights into memory, on 2 MiB pages. on: leave them in the map of their file. auto: copy "
-        "them if they fit.",
-    ),
-]
 Temperature = Annotated[
     float,
     typer.Option(
@@ -328,4 +318,13 @@ NewTokens = Annotated[
 Json = Annotated[
     bool,
     typer.Option("--json", envvar="KVFOLD_JSON", help="Print one JSON object on stdout."),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        envvar="KVFOLD_VERBOSE",
+        help="Say on stderr what was loaded, which backend runs, the plan of each phase, and the sampler.",
+    ),
 ]

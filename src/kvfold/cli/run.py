@@ -28,7 +28,6 @@ from kvfold.cli.options import (
     MirostatEta,
     MirostatTau,
     Mla,
-    Mmap,
     Model,
     NewTokens,
     PenaltyLastN,
@@ -41,6 +40,7 @@ from kvfold.cli.options import (
     TopK,
     TopP,
     TypicalP,
+    Verbose,
     Workspace,
 )
 from kvfold.cli.terminal import ByteProgress, human_bytes, note, plain, print_json, show_prompt
@@ -91,7 +91,6 @@ def run(
     threads: Threads = None,
     batch_size: BatchRows = DEFAULT_BATCH_ROWS,
     workspace: Workspace = DEFAULT_WORKSPACE_BYTES,
-    mmap: Mmap = "auto",
     new_tokens: NewTokens = DEFAULT_NEW_TOKENS,
     temperature: Temperature = 0.8,
     top_k: TopK = 40,
@@ -109,15 +108,7 @@ def run(
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     json: Json = False,
-    verbose: Annotated[
-        bool,
-        typer.Option(
-            "--verbose",
-            "-v",
-            envvar="KVFOLD_VERBOSE",
-            help="Say on stderr what was loaded, which backend runs, the plan of each phase, and the sampler.",
-        ),
-    ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Continues a prompt.
 
@@ -171,7 +162,6 @@ def run(
             n_ctx=ctx_size or None,
             batch_rows=batch_size,
             workspace_bytes=workspace,
-            mmap=mmap,
             progress=progress,
         )
     sampler = Sampler(params, llm.vocab_size, llm.tokenizer.eos_ids)
@@ -180,7 +170,7 @@ def run(
     for line in llm.loaded.info:
         note(f"note: {line}")
     if verbose:
-        _show_choices(llm, progress.seconds)
+        show_choices(llm, progress.seconds)
         note(f"sampler: {sampler.order}")
 
     stream = llm.stream(text, params)
@@ -194,7 +184,7 @@ def run(
         for phase in phases.values():
             names = ", ".join(path.name.lower() for path, _ in phase.steps)
             note(f"{phase.name}: {names}, {'fused' if phase.fused else 'unfused'}; {phase.reason}")
-    note(_closing_line(stream.stats))
+    note(closing_line(stream.stats))
     if was_interrupted:
         raise typer.Exit(130)
 
@@ -309,14 +299,14 @@ def _print_json(llm: LLM, stream: Stream, phases: dict[str, Phase], seed: int) -
     )
 
 
-def _show_choices(llm: LLM, seconds: float) -> None:
+def show_choices(llm: LLM, seconds: float) -> None:
+    """What was loaded in so many seconds, which backend runs it, and the cache."""
     loaded = llm.loaded
     checkpoint, choice = loaded.checkpoint, loaded.choice
     note(
         f"model: {checkpoint.path}, {checkpoint.config.family}, {checkpoint.format}, "
         f"{human_bytes(checkpoint.nbytes)} in {seconds:.1f} s, latent up-projection as {checkpoint.kv_layout.value}"
     )
-    note(f"weights: {loaded.weight_place}")
     for name, reasons in choice.refused:
         note(f"backend {name} refuses: {', '.join(reasons)}")
     note(f"backend {choice.candidate.name}: {choice.reason}; {loaded.settings.threads} threads")
@@ -327,8 +317,10 @@ def _show_choices(llm: LLM, seconds: float) -> None:
     )
 
 
-def _closing_line(stats: Stats) -> str:
-    prompt = f"prompt {stats.prompt_tokens} tokens, {_rate(stats.prompt_rate)}"
+def closing_line(stats: Stats) -> str:
+    """Counts and rates of one answer."""
+    reused = f" ({stats.reused_tokens} from the cache)" if stats.reused_tokens else ""
+    prompt = f"prompt {stats.prompt_tokens} tokens{reused}, {_rate(stats.prompt_rate)}"
     generation = f"generation {stats.generated_tokens} tokens, {_rate(stats.generation_rate)}"
     return f"{prompt}; {generation}; peak memory {stats.peak_memory_bytes / 2**20:,.0f} MiB"
 
