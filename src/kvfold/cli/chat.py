@@ -36,6 +36,7 @@ from kvfold.cli.options import (
     MirostatEta,
     MirostatTau,
     Mla,
+    Mmap,
     Model,
     NewTokens,
     PenaltyLastN,
@@ -120,6 +121,7 @@ def chat(
     threads: Threads = None,
     batch_size: BatchRows = DEFAULT_BATCH_ROWS,
     workspace: Workspace = DEFAULT_WORKSPACE_BYTES,
+    mmap: Mmap = "auto",
     new_tokens: NewTokens = DEFAULT_NEW_TOKENS,
     temperature: Temperature = 0.8,
     top_k: TopK = 40,
@@ -183,6 +185,7 @@ def chat(
             n_ctx=ctx_size or None,
             batch_rows=batch_size,
             workspace_bytes=workspace,
+            mmap=mmap,
             progress=progress,
         )
     if new_tokens == -1:

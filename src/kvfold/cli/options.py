@@ -181,6 +181,16 @@ Workspace = Annotated[
         help="Scratch memory of one step: bounds the expanded keys and the stored scores.",
     ),
 ]
+Mmap = Annotated[
+    str,
+    typer.Option(
+        "--mmap",
+        metavar="auto|on|off",
+        envvar="KVFOLD_MMAP",
+        help="off: copy the weights into memory, on 2 MiB pages. on: leave them in the map of their file. auto: copy "
+        "them if they fit.",
+    ),
+]
 Temperature = Annotated[
     float,
     typer.Option(

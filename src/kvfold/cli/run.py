@@ -28,6 +28,7 @@ from kvfold.cli.options import (
     MirostatEta,
     MirostatTau,
     Mla,
+    Mmap,
     Model,
     NewTokens,
     PenaltyLastN,
@@ -91,6 +92,7 @@ def run(
     threads: Threads = None,
     batch_size: BatchRows = DEFAULT_BATCH_ROWS,
     workspace: Workspace = DEFAULT_WORKSPACE_BYTES,
+    mmap: Mmap = "auto",
     new_tokens: NewTokens = DEFAULT_NEW_TOKENS,
     temperature: Temperature = 0.8,
     top_k: TopK = 40,
@@ -162,6 +164,7 @@ def run(
             n_ctx=ctx_size or None,
             batch_rows=batch_size,
             workspace_bytes=workspace,
+            mmap=mmap,
             progress=progress,
         )
     sampler = Sampler(params, llm.vocab_size, llm.tokenizer.eos_ids)
@@ -307,6 +310,7 @@ def show_choices(llm: LLM, seconds: float) -> None:
         f"model: {checkpoint.path}, {checkpoint.config.family}, {checkpoint.format}, "
         f"{human_bytes(checkpoint.nbytes)} in {seconds:.1f} s, latent up-projection as {checkpoint.kv_layout.value}"
     )
+    note(f"weights: {loaded.weight_place}")
     for name, reasons in choice.refused:
         note(f"backend {name} refuses: {', '.join(reasons)}")
     note(f"backend {choice.candidate.name}: {choice.reason}; {loaded.settings.threads} threads")
