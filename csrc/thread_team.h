@@ -3,6 +3,9 @@
 // Owns threads and how units reach them; knows nothing of what a unit computes. Members take units one by one
 // from a common counter, so a slow core takes fewer of them. Nobody waits for a member that has not woken up:
 // an op ends when its last unit does. A member waits by spinning, where every member has a CPU, then sleeps.
+//
+// Members are not bound to a CPU each: on 2 CPUs with other work beside, 60 generated tokens took 1.08 times
+// as long with a bound member (median of 11 pairs, 0.90 to 1.18), for it waits while the other CPU is free.
 
 #pragma once
 
