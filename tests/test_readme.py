@@ -62,7 +62,7 @@ def test_every_command_shown_is_understood() -> None:
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     (commands,) = re.findall(r"## Command line\n+```sh\n(.*?)```", README, re.DOTALL)
     shown = re.findall(r"^(?:.*\| )?kvfold (\S+)([^#\n]*)", commands, re.MULTILINE)
-    assert {"run", "inspect", "plan", "bench", "synth"} <= {verb for verb, _ in shown}
+    assert {"run", "chat", "inspect", "plan", "bench", "synth"} <= {verb for verb, _ in shown}
     for verb, rest in shown:
         known = {name for option in verbs[verb].params for name in option.opts}
         written = [word for word in shlex.split(rest) if re.match(r"--?[a-z]", word)]

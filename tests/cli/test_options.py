@@ -21,7 +21,7 @@ from kvfold.llm import DEFAULT_BATCH_ROWS as LLM_BATCH_ROWS
 from kvfold.llm import LLM
 from kvfold.load import DEFAULT_WORKSPACE_BYTES as LOAD_WORKSPACE_BYTES
 
-VERBS = ("run", "inspect", "plan", "bench", "synth")
+VERBS = ("run", "chat", "inspect", "plan", "bench", "synth")
 
 
 @pytest.mark.parametrize(
