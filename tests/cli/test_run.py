@@ -228,7 +228,8 @@ def test_a_forced_backend_says_so(kvfold: Kvfold, tiny_gguf: Path) -> None:
 def test_a_prompt_longer_than_the_context_is_one_sentence(kvfold: Kvfold, tiny_gguf: Path) -> None:
     done = kvfold("run", "-c", "64", tiny_gguf, "x" * 100)
     assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("kvfold: 100 prompt tokens")
+    assert done.err.startswith("kvfold: The prompt has 100 tokens and n_ctx=64 leaves no room")
+    assert done.err.count("\n") == 1
 
 
 def test_a_context_beyond_the_memory_is_one_sentence(kvfold: Kvfold, tiny_gguf: Path) -> None:
