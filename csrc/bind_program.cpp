@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpus.h"
+#include "dispatch.h"
 #include "kernels/tile.h"
 #include "program.h"
 
@@ -147,7 +148,7 @@ using WeightTuple = std::tuple<std::string, int, int64_t, int64_t, std::vector<P
 
 Weight weight_of(const WeightTuple& tuple) {
   const auto& [name, type_id, rows, cols, parts] = tuple;
-  Weight weight{name, find_layout(type_id), rows, cols, {}};
+  Weight weight{name, find_layout(type_id), rows, cols, {}, nullptr};
   if (weight.type == nullptr) refuse(name + ": type number " + std::to_string(type_id) + " has no decoder.");
   if (rows < 1 || cols < 1)
     refuse(name + ": shape (" + std::to_string(rows) + ", " + std::to_string(cols) + ").");
@@ -176,9 +177,10 @@ CacheArray cache_array_of(nb::handle object, int type) {
 // A Program and the arrays it points into.
 struct BoundProgram {
   BoundProgram(const std::vector<SegmentTuple>& segments, const std::vector<WeightTuple>& weights,
-               int cache_type, const std::vector<nb::object>& cache, int threads, int64_t workspace_bytes)
-      : program(segments_of(segments), weights_of(weights), cache_of(cache, cache_type), threads,
-                workspace_bytes),
+               int cache_type, const std::vector<nb::object>& cache, int threads, int64_t workspace_bytes,
+               bool rounds_activations)
+      : program(segments_of(segments), weights_of(weights, rounds_activations), cache_of(cache, cache_type),
+                threads, workspace_bytes),
         cache_arrays(cache) {
     for (const auto& weight : weights) parts.push_back(std::get<4>(weight));
   }
@@ -188,9 +190,12 @@ struct BoundProgram {
     for (const SegmentTuple& tuple : tuples) segments.push_back(segment_of(tuple));
     return segments;
   }
-  static std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples) {
+  static std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples, bool rounds_activations) {
     std::vector<Weight> weights;
-    for (const WeightTuple& tuple : tuples) weights.push_back(weight_of(tuple));
+    for (const WeightTuple& tuple : tuples) {
+      weights.push_back(weight_of(tuple));
+      if (rounds_activations) weights.back().kernels = isa().find(weights.back().type->id);
+    }
     return weights;
   }
   static std::vector<CacheArray> cache_of(const std::vector<nb::object>& arrays, int type) {
@@ -331,8 +336,9 @@ void bind_program(nb::module_& m) {
 
   nb::class_<BoundProgram>(m, "Program", "A recorded model over one cache. See backends/native.py.")
       .def(nb::init<const std::vector<SegmentTuple>&, const std::vector<WeightTuple>&, int,
-                    const std::vector<nb::object>&, int, int64_t>(),
+                    const std::vector<nb::object>&, int, int64_t, bool>(),
            "segments"_a, "weights"_a, "cache_type"_a, "cache"_a, "threads"_a, "workspace_bytes"_a,
+           "rounds_activations"_a = false,
            "ValueError where parts do not fit each other, SettingError where the workspace is too small or "
            "the system starts fewer threads.")
       .def("move_weight", &BoundProgram::move_weight, "handle"_a, "parts"_a,

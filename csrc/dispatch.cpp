@@ -26,7 +26,8 @@ const std::vector<const InstructionSet*>& instruction_sets() {
                 __builtin_cpu_supports("avx512bf16"))) {
       found.push_back(&avx512_set());
     }
-    if (has_all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("f16c"))) {
+    if (has_all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"),
+                __builtin_cpu_supports("f16c"))) {
       found.push_back(&avx2_set());
     }
 #endif

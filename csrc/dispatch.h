@@ -1,7 +1,8 @@
-// Which instruction set runs, and the matrix kernels it has: one table of function pointers for each type and set.
+// Which instruction set runs, and the matrix kernels it has: one table of function pointers for each type and
+// set.
 //
-// The sets are compiled into every build and chosen by what the processor reports; tests force each in turn. Forcing
-// changes a process-wide choice between ops, never during one.
+// The sets are compiled into every build and chosen by what the processor reports; tests force each in turn.
+// Forcing changes a process-wide choice between ops, never during one.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +15,10 @@ enum class Rounding { kInt8, kBf16, kNone };
 
 // y = x W^T for W in the blocks of its file, x of any rows.
 //
-// Two forms. `dot` reads every weight row once, in file order, for up to kMaxDotRows rows of x: generation. `tile`
-// unpacks tile_rows weight rows once into a panel that stays in cache, and passes all rows of x over it: prompts. Both
-// take x in a layout of their own, written by prepare_*; nothing here allocates, checks or fails.
+// Two forms. `dot` reads every weight row once, in file order, for up to kMaxDotRows rows of x: generation.
+// `tile` unpacks tile_rows weight rows once into a panel that stays in cache, and passes all rows of x over
+// it: prompts. Both take x in a layout of their own, written by prepare_*; nothing here allocates, checks or
+// fails.
 struct MatrixKernels {
   int32_t type;  // ggml's number
   Rounding rounding;
@@ -26,19 +28,22 @@ struct MatrixKernels {
   static constexpr int64_t kMaxDotRows = 4;
   int64_t (*dot_bytes)(int64_t k);
   void (*prepare_dot)(const float* x, int64_t k, uint8_t* prepared);
-  void (*dot)(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y,
-              int64_t ldy);
+  void (*dot)(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* x, int64_t rows,
+              float* y, int64_t ldy);
 
   // Tiles. Rows of x are prepared in groups of tile_cols, tile_bytes(k) a group; row i of a group is
   // x + pick[i] * ldx, or x + i * ldx where pick is null.
   int32_t tile_rows, tile_cols;
   int64_t (*tile_bytes)(int64_t k);
-  void (*prepare_tile)(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k, uint8_t* prepared);
+  void (*prepare_tile)(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k,
+                       uint8_t* prepared);
   int64_t (*panel_bytes)(int64_t k);
-  void (*unpack)(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel);  // n <= tile_rows
-  // y[i * ldy + j] of all rows i of x and the n rows j of the panel. Meanwhile `next`, of next_bytes, is brought near.
-  void (*tile)(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y, int64_t ldy,
-               const uint8_t* next, int64_t next_bytes);
+  void (*unpack)(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k,
+                 uint8_t* panel);  // n <= tile_rows
+  // y[i * ldy + j] of all rows i of x and the n rows j of the panel. Meanwhile `next`, of next_bytes, is
+  // brought near.
+  void (*tile)(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y,
+               int64_t ldy, const uint8_t* next, int64_t next_bytes);
 };
 
 struct InstructionSet {

@@ -14,10 +14,6 @@
 namespace kvfold {
 namespace {
 
-constexpr int64_t kLineFloats = 16;  // 64 bytes: buffers share no cache line
-
-int64_t whole_lines(int64_t floats) { return (floats + kLineFloats - 1) / kLineFloats * kLineFloats; }
-
 int checked_threads(int threads) {
   if (threads < 1 || threads > 1024) {
     throw std::invalid_argument("threads: " + std::to_string(threads) + ", expected 1 to 1024.");

@@ -6,6 +6,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/moe.h"
+#include "kernels/linear.h"
 #include "op_arguments.h"
 
 namespace kvfold {
@@ -232,7 +233,7 @@ class ProgramChecker {
         expect_inputs(op, {{domain, 0}});
         expect_outputs(op, {{domain, 0}});
         expect_shape(op.name, weight(op, 0), op.outputs[0].width, op.inputs[0].width);
-        need(panel_floats(weight(op, 0)), 0);
+        need(linear_floats(weight(op, 0)), linear_shared_floats(weight(op, 0)));
         break;
       }
       case OpKind::kRope: {
@@ -336,7 +337,7 @@ class ProgramChecker {
         expect_outputs(op, {{domain, r.per_token}, {domain, r.per_token}});
         expect_shape(op.name, weight(op, 0), r.num_experts, op.inputs[0].width);
         if (op.weights[1] >= 0) expect_shape(op.name, weight(op, 1), 1, r.num_experts);
-        need(route_floats(weight(op, 0), r), route_shared_floats(r));
+        need(route_floats(weight(op, 0), r), route_shared_floats(weight(op, 0), r));
         break;
       }
       case OpKind::kExperts: {

@@ -1,5 +1,5 @@
-// Byte, word and double-word instructions on all vector lengths, VBMI, VNNI and BF16: Zen 4, Ice Lake with BF16 and
-// what came after.
+// Byte, word and double-word instructions on all vector lengths, VBMI, VNNI and BF16: Zen 4, Ice Lake with
+// BF16 and what came after.
 #if defined(__x86_64__)
 // GCC 12 finds "uninitialized" values inside its own intrinsics.
 #pragma GCC diagnostic ignored "-Wuninitialized"

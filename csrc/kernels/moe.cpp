@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kernels/linear.h"
+#include "kernels/quant_experts.h"
 #include "kernels/rowwise.h"
 #include "kernels/tile.h"
 
@@ -61,20 +62,28 @@ void refuse_groups(float* choice, const Routing& routing, float* ranks, int32_t*
 }  // namespace
 
 int64_t route_floats(const Weight& weight, const Routing& routing) {
-  return std::max(panel_floats(weight), 4 * routing.num_experts);
+  return std::max(linear_floats(weight), 4 * routing.num_experts);
 }
 
-int64_t route_shared_floats(const Routing& routing) { return 2 * routing.num_experts; }
+int64_t route_shared_floats(const Weight& weight, const Routing& routing) {
+  return 2 * whole_lines(routing.num_experts) + linear_shared_floats(weight);
+}
 
 void route(const Machine& machine, int64_t rows, Matrix x, const Weight& weight, const Weight* bias,
            const Routing& routing, Matrix ids, Matrix weights) {
   const int64_t num_experts = routing.num_experts;
   const float* correction = bias ? decode_panel(*bias, 0, 1, machine.shared) : nullptr;
-  const int64_t window = machine.shared_floats / num_experts - 1;
-  const Matrix logits{machine.shared + num_experts, num_experts, num_experts};
+  // The product has what it needs at least, or half of what is there.
+  const int64_t bias_floats = whole_lines(num_experts), all = machine.shared_floats - bias_floats;
+  const int64_t half = std::min(all / 2, all - bias_floats) / kLineFloats * kLineFloats;
+  const int64_t of_product = std::max(linear_shared_floats(weight), half);
+  const Machine inside{machine.team, machine.scratch, machine.member_floats, machine.shared + bias_floats,
+                       of_product};
+  const Matrix logits{inside.shared + of_product, num_experts, num_experts};
+  const int64_t window = (all - of_product) / num_experts;
   for (int64_t first = 0; first < rows; first += window) {
     const int64_t n = std::min(window, rows - first);
-    linear(machine, n, Matrix{x.row(first), x.stride, x.width}, weight, logits);
+    linear(inside, n, Matrix{x.row(first), x.stride, x.width}, weight, logits);
     constexpr int64_t kRows = 8;
     machine.team.for_each((n + kRows - 1) / kRows, [&](int64_t unit, int member) {
       float* choice = machine.of(member);  // [E], then ranks, kept groups and marks, at most [E] each
@@ -105,56 +114,65 @@ void route(const Machine& machine, int64_t rows, Matrix x, const Weight& weight,
 }
 
 int64_t experts_floats(const Experts& experts) {
+  if (has_expert_kernels(experts)) return block_experts_floats(experts);
   const int64_t inner_panels = panel_floats(experts.gate) + panel_floats(experts.up);
   return std::max(inner_panels, panel_floats(experts.down)) + 2 * kRowTile * 64;
 }
 
 int64_t experts_shared_floats(const Experts& experts, int64_t per_token) {
+  if (has_expert_kernels(experts)) return block_experts_shared_floats(experts, per_token);
   // Of a window: where each expert's rows start, the experts that have any, and per row and choice the row,
   // its weight and the inner activations.
   return 2 * (experts.count + 1) + per_token * (2 + experts.inner());
 }
 
+ExpertPairs group_by_expert(const Experts& experts, Matrix ids, Matrix weights, int64_t first, int64_t n,
+                            int64_t window, int32_t* tables, int32_t* pairs) {
+  const int64_t per_token = ids.width;
+  int32_t *starts = tables, *active = tables + experts.count + 1;
+  int32_t* pair_rows = pairs;
+  auto* pair_weights = reinterpret_cast<float*>(pairs + window * per_token);
+  const auto takes_part = [&](int32_t e) { return experts.first <= e && e < experts.last; };
+  std::fill(starts, starts + experts.count + 1, 0);
+  for (int64_t i = 0; i < n; i++) {
+    for (int64_t k = 0; k < per_token; k++) {
+      const int32_t e = ids.ids(first + i)[k];
+      if (takes_part(e)) starts[e + 1]++;
+    }
+  }
+  int64_t num_active = 0;
+  for (int32_t e = 0; e < experts.count; e++) {
+    if (starts[e + 1] > 0) active[num_active++] = e;
+    starts[e + 1] += starts[e];
+  }
+  for (int64_t i = 0; i < n; i++) {
+    for (int64_t k = 0; k < per_token; k++) {
+      const int32_t e = ids.ids(first + i)[k];
+      if (!takes_part(e)) continue;
+      pair_rows[starts[e]] = static_cast<int32_t>(i);
+      pair_weights[starts[e]++] = weights.row(first + i)[k];
+    }
+  }
+  for (int64_t e = experts.count; e > 0; e--) starts[e] = starts[e - 1];  // filling moved each to its end
+  starts[0] = 0;
+  return {starts, active, num_active, pair_rows, pair_weights};
+}
+
 void mix_experts(const Machine& machine, int64_t rows, Matrix x, Matrix ids, Matrix weights,
                  const Experts& experts, Matrix out) {
+  if (has_expert_kernels(experts)) return mix_experts_in_blocks(machine, rows, x, ids, weights, experts, out);
   const int64_t per_token = ids.width, inner = experts.inner(), hidden = x.width;
   const int64_t tables = 2 * (experts.count + 1);
   const int64_t window = (machine.shared_floats - tables) / (per_token * (2 + inner));
-  auto* starts = reinterpret_cast<int32_t*>(machine.shared);  // [E + 1]: of each expert's pairs
-  int32_t* active = starts + experts.count + 1;               // experts that have rows
-  int32_t* pair_rows = active + experts.count + 1;            // [pairs]: row within the window
-  auto* pair_weights = reinterpret_cast<float*>(pair_rows + window * per_token);
-  float* activations = pair_weights + window * per_token;  // [pairs, inner]
+  auto* numbers = reinterpret_cast<int32_t*>(machine.shared);
+  float* activations = machine.shared + tables + 2 * window * per_token;  // [pairs, inner]
 
   for (int64_t first = 0; first < rows; first += window) {
     const int64_t n = std::min(window, rows - first);
     const Matrix from{x.row(first), x.stride, hidden};
-    const auto takes_part = [&](int32_t e) { return experts.first <= e && e < experts.last; };
-
-    // Pairs (row, choice) sorted by expert, rows ascending.
-    std::fill(starts, starts + experts.count + 1, 0);
-    for (int64_t i = 0; i < n; i++) {
-      for (int64_t k = 0; k < per_token; k++) {
-        const int32_t e = ids.ids(first + i)[k];
-        if (takes_part(e)) starts[e + 1]++;
-      }
-    }
-    int64_t num_active = 0;
-    for (int32_t e = 0; e < experts.count; e++) {
-      if (starts[e + 1] > 0) active[num_active++] = e;
-      starts[e + 1] += starts[e];
-    }
-    for (int64_t i = 0; i < n; i++) {
-      for (int64_t k = 0; k < per_token; k++) {
-        const int32_t e = ids.ids(first + i)[k];
-        if (!takes_part(e)) continue;
-        pair_rows[starts[e]] = static_cast<int32_t>(i);
-        pair_weights[starts[e]++] = weights.row(first + i)[k];
-      }
-    }
-    for (int64_t e = experts.count; e > 0; e--)
-      starts[e] = starts[e - 1];  // filling moved each start to its end
-    starts[0] = 0;
+    const ExpertPairs grouped =
+        group_by_expert(experts, ids, weights, first, n, window, numbers, numbers + tables);
+    const int32_t* starts = grouped.starts;
 
     // Calls use(pair, count) for tiles of an expert's pairs.
     const auto for_pairs = [&](int32_t e, const auto& use) {
@@ -164,8 +182,8 @@ void mix_experts(const Machine& machine, int64_t rows, Matrix x, Matrix ids, Mat
 
     const int64_t step = std::min(panel_rows(experts.gate), panel_rows(experts.up));
     const int64_t chunks = (inner + step - 1) / step;
-    machine.team.for_each(num_active * chunks, [&](int64_t unit, int member) {
-      const int32_t e = active[unit / chunks];
+    machine.team.for_each(grouped.num_active * chunks, [&](int64_t unit, int member) {
+      const int32_t e = grouped.active[unit / chunks];
       const int64_t at = unit % chunks * step, count = std::min(step, inner - at);
       float* memory = machine.of(member);
       float *gate_tile = memory, *up_tile = gate_tile + kRowTile * count;
@@ -173,8 +191,9 @@ void mix_experts(const Machine& machine, int64_t rows, Matrix x, Matrix ids, Mat
       const float* gate = decode_panel(experts.gate, e * inner + at, count, panels);
       const float* up = decode_panel(experts.up, e * inner + at, count, panels + panel_floats(experts.gate));
       for_pairs(e, [&](int64_t p, int64_t m) {
-        tiles().nt(from.data, from.stride, pair_rows + p, m, gate, hidden, count, hidden, gate_tile, count);
-        tiles().nt(from.data, from.stride, pair_rows + p, m, up, hidden, count, hidden, up_tile, count);
+        tiles().nt(from.data, from.stride, grouped.rows + p, m, gate, hidden, count, hidden, gate_tile,
+                   count);
+        tiles().nt(from.data, from.stride, grouped.rows + p, m, up, hidden, count, hidden, up_tile, count);
         for (int64_t i = 0; i < m; i++) {
           float* to = activations + (p + i) * inner + at;
           for (int64_t c = 0; c < count; c++) to[c] = silu(gate_tile[i * count + c]) * up_tile[i * count + c];
@@ -188,13 +207,13 @@ void mix_experts(const Machine& machine, int64_t rows, Matrix x, Matrix ids, Mat
       float* tile = machine.of(member);
       float* panel = tile + 2 * kRowTile * 64;
       for (int64_t i = 0; i < n; i++) std::memset(out.row(first + i) + at, 0, count * 4);
-      for (int64_t a = 0; a < num_active; a++) {
-        const float* down = decode_panel(experts.down, active[a] * hidden + at, count, panel);
-        for_pairs(active[a], [&](int64_t p, int64_t m) {
+      for (int64_t a = 0; a < grouped.num_active; a++) {
+        const float* down = decode_panel(experts.down, grouped.active[a] * hidden + at, count, panel);
+        for_pairs(grouped.active[a], [&](int64_t p, int64_t m) {
           tiles().nt(activations + p * inner, inner, nullptr, m, down, inner, count, inner, tile, count);
           for (int64_t i = 0; i < m; i++) {
-            float* to = out.row(first + pair_rows[p + i]) + at;
-            for (int64_t c = 0; c < count; c++) to[c] += pair_weights[p + i] * tile[i * count + c];
+            float* to = out.row(first + grouped.rows[p + i]) + at;
+            for (int64_t c = 0; c < count; c++) to[c] += grouped.weights[p + i] * tile[i * count + c];
           }
         });
       }

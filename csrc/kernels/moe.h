@@ -21,7 +21,7 @@ struct Routing {
 void route(const Machine& machine, int64_t rows, Matrix x, const Weight& weight, const Weight* bias,
            const Routing& routing, Matrix ids, Matrix weights);
 int64_t route_floats(const Weight& weight, const Routing& routing);
-int64_t route_shared_floats(const Routing& routing);
+int64_t route_shared_floats(const Weight& weight, const Routing& routing);
 
 // A range of experts of one layer: gate and up [E * inner, hidden], down [E * hidden, inner].
 struct Experts {
@@ -33,6 +33,18 @@ struct Experts {
 
   int64_t inner() const { return gate.rows() / count; }
 };
+
+// Pairs (row, choice) of a window of rows, sorted by expert, rows ascending.
+struct ExpertPairs {
+  const int32_t* starts;  // [E + 1]: of each expert's pairs
+  const int32_t* active;  // [num_active]: experts that have pairs, ascending
+  int64_t num_active;
+  const int32_t* rows;   // [pairs]: row within the window
+  const float* weights;  // [pairs]
+};
+// Of rows [first, first + n), n <= window. tables: 2 * (E + 1) numbers, pairs: two for each pair of a window.
+ExpertPairs group_by_expert(const Experts& experts, Matrix ids, Matrix weights, int64_t first, int64_t n,
+                            int64_t window, int32_t* tables, int32_t* pairs);
 
 // out [rows, hidden] = sum over a row's experts that take part, in ascending order, of weight *
 // down(silu(gate x) * up x). Rows are grouped by expert, so a panel of weights is decoded once for all its

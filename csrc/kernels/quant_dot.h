@@ -73,8 +73,8 @@ struct AnyDot {
         for (int i = 0; i < count; i += kVector) {
           const auto products = S::template dot<Like::kWide>(S::zero_ints(), S::load_codes(codes + i),
                                                              S::load_codes(x[r].codes + at + i));
-          const auto scale =
-              S::mul(S::template scales_of<Like::kRun>(scales, i), S::template scales_of<Like::kRun>(x_scales, i));
+          const auto scale = S::mul(S::template scales_of<Like::kRun>(scales, i),
+                                    S::template scales_of<Like::kRun>(x_scales, i));
           sum[r] = S::fma(S::to_floats(products), scale, sum[r]);
         }
         for (int i = 0; i < count / Like::kRun; i++) {
@@ -105,8 +105,8 @@ struct QuantDot {
     Any::prepare(x, k, Fast<S, T>::place, prepared);
   }
 
-  static void dot(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* prepared, int64_t count,
-                  float* y, int64_t ldy) {
+  static void dot(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* prepared,
+                  int64_t count, float* y, int64_t ldy) {
     with_count<MatrixKernels::kMaxDotRows>(count, [&](auto constant) {
       constexpr int rows = decltype(constant)::value;
       DotRow x[rows];
@@ -116,7 +116,8 @@ struct QuantDot {
         if constexpr (Fast<S, T>::kDot) {
           Fast<S, T>::template dot<rows>(raw + i * row_bytes, k, x, dots);
         } else {
-          const typename Any::Blocks type{take_apart<T>(), T::elements, sizeof(T), Format<S, T>::kZero};
+          const typename Any::Blocks type{best_take_apart<S, T>(), T::elements, sizeof(T),
+                                          Format<S, T>::kZero};
           Any::template row<rows>(type, raw + i * row_bytes, k, x, dots);
         }
         for (int r = 0; r < rows; r++) y[r * ldy + i] = dots[r];

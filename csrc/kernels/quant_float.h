@@ -1,5 +1,5 @@
-// The same two forms for weights that are plain numbers: float32 and float16 against float32, bfloat16 in pairs
-// against bfloat16.
+// The same two forms for weights that are plain numbers: float32 and float16 against float32, bfloat16 in
+// pairs against bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -55,7 +55,8 @@ struct FloatMatrix {
     } else if constexpr (T::kBytes == 2) {
       return S::fma(S::load_half(w), S::load(reinterpret_cast<const float*>(x)), sum);
     } else {
-      return S::fma(S::load(reinterpret_cast<const float*>(w)), S::load(reinterpret_cast<const float*>(x)), sum);
+      return S::fma(S::load(reinterpret_cast<const float*>(w)), S::load(reinterpret_cast<const float*>(x)),
+                    sum);
     }
   }
 
@@ -93,7 +94,8 @@ struct FloatMatrix {
       if (whole * S::kLanes * kStep < k) {
         alignas(64) uint8_t rest[kBytes] = {};
         std::memcpy(rest, w + whole * kBytes, (k - whole * S::kLanes * kStep) * T::kBytes);
-        for (int r = 0; r < rows; r++) sum[r][0] = product(rest, x + r * stride + whole * S::kLanes * 4, sum[r][0]);
+        for (int r = 0; r < rows; r++)
+          sum[r][0] = product(rest, x + r * stride + whole * S::kLanes * 4, sum[r][0]);
       }
       for (int r = 0; r < rows; r++) {
         for (int c = 1; c < kChains; c++) sum[r][0] = S::add(sum[r][0], sum[r][c]);
@@ -103,8 +105,8 @@ struct FloatMatrix {
   }
   static constexpr int64_t kPrefetch = 2048;
 
-  static void dot(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y,
-                  int64_t ldy) {
+  static void dot(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* x, int64_t rows,
+                  float* y, int64_t ldy) {
     with_count<MatrixKernels::kMaxDotRows>(
         rows, [&](auto count) { dots<decltype(count)::value>(raw, row_bytes, n, k, x, y, ldy); });
   }
@@ -176,12 +178,13 @@ struct FloatMatrix {
     store_tile<S, kVectors, cols>(out, n, y, ldy);
   }
 
-  static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y, int64_t ldy,
-                   const uint8_t* next, int64_t next_bytes) {
+  static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y,
+                   int64_t ldy, const uint8_t* next, int64_t next_bytes) {
     const int64_t groups = (rows + kCols - 1) / kCols, share = (next_bytes + groups - 1) / groups;
     for (int64_t g = 0; g < groups; g++, x += group_bytes(k), y += kCols * ldy) {
       for (int64_t i = g * share; i < std::min(next_bytes, (g + 1) * share); i += 64) S::prefetch(next + i);
-      with_count<kCols>(rows - g * kCols, [&](auto cols) { group<decltype(cols)::value>(panel, n, k, x, y, ldy); });
+      with_count<kCols>(rows - g * kCols,
+                        [&](auto cols) { group<decltype(cols)::value>(panel, n, k, x, y, ldy); });
     }
   }
 };

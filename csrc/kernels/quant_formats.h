@@ -17,23 +17,35 @@ struct Shape {
   static constexpr bool kHasZero = has_zero, kHasMin = has_min, kWide = wide;
 };
 
-// A type on an instruction set S. Levels that need all of int8 get S::kWideZero added; where that makes them unsigned
-// they are like any others.
+// A type on an instruction set S. Levels that need all of int8 get S::kWideZero added; where that makes them
+// unsigned they are like any others.
 template <class S, class T>
 struct Format {
-  static constexpr int kZero = Parts<T>::kWide ? S::kWideZero : Parts<T>::kZero;  // what codes have on top of levels
+  static constexpr int kZero =
+      Parts<T>::kWide ? S::kWideZero : Parts<T>::kZero;  // what codes have on top of levels
   using Like = Shape<Parts<T>::kRun, kZero != 0, Parts<T>::kHasMin, Parts<T>::kWide && S::kWideZero == 0>;
 };
 
 // Vector code of an instruction set S for a type T; a specialization in simd/ replaces what it is faster at.
-//   kDot     has  template <int rows> static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y)
+//   kDot     has  template <int rows> static void dot(const uint8_t* row, int64_t k, const DotRow* x, float*
+//   y)
 //            for x whose 16-code pieces were moved to place(piece), piece counted within 128 codes
-//   kUnpack  has  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel)  for whole panels
+//   kUnpack  has  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel)  for
+//   whole panels kTakeApart  has  take_apart, as quant_types.h
 template <class S, class T>
 struct Fast {
-  static constexpr bool kDot = false, kUnpack = false;
+  static constexpr bool kDot = false, kUnpack = false, kTakeApart = false;
   static constexpr int place(int piece) { return piece; }
 };
+
+template <class S, class T>
+inline TakeApart best_take_apart() {
+  if constexpr (Fast<S, T>::kTakeApart) {
+    return Fast<S, T>::take_apart;
+  } else {
+    return take_apart<T>();
+  }
+}
 
 // A row of x as dot reads it.
 struct DotRow {

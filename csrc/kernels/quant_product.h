@@ -15,7 +15,8 @@ struct BlockRows {
   int64_t row_bytes, n, k;
 };
 
-// Memory of a product: `shared` by all, and `own` for each member of the team, own_bytes apart. 64-byte aligned.
+// Memory of a product: `shared` by all, and `own` for each member of the team, own_bytes apart. 64-byte
+// aligned.
 struct ProductMemory {
   uint8_t* shared;
   uint8_t* own;
@@ -24,8 +25,8 @@ struct ProductMemory {
   uint8_t* of(int member) const { return own + member * own_bytes; }
 };
 
-// Up to this many rows of x are faster by row dots, which read the weights for every four of them, from cache but for
-// the first. docs/notes/cpu-kernels.md has the measurement.
+// Up to this many rows of x are faster by row dots, which read the weights for every four of them, from cache
+// but for the first. docs/notes/cpu-kernels.md has the measurement.
 constexpr int64_t kMostDotRows = 8;
 
 int64_t product_shared_bytes(const MatrixKernels& kernels, int64_t rows, int64_t k);

@@ -1,11 +1,11 @@
 // Tiles of prompts: rows of weights become a panel of codes once, and all rows of activations pass over it.
 //
 // A panel is a record for each 32 columns: codes [8 quads][vectors][lanes][4], one weight row a lane; scales
-// [runs][vectors][lanes]; and where the type has them minimums, negated, in the same shape. Activations come in groups
-// of kTileCols rows with a record for each 32 columns as well: codes [8 quads][rows][4], scales [rows], and where the
-// type needs them the start of each sum [runs][rows] (minus the zero point times the sum of codes) and the sums for
-// minimums [runs][rows]. So both are read front to back, every operand of a dot is one load (of a vector, or of four
-// codes into every lane), and nothing is shuffled.
+// [runs][vectors][lanes]; and where the type has them minimums, negated, in the same shape. Activations come
+// in groups of kTileCols rows with a record for each 32 columns as well: codes [8 quads][rows][4], scales
+// [rows], and where the type needs them the start of each sum [runs][rows] (minus the zero point times the
+// sum of codes) and the sums for minimums [runs][rows]. So both are read front to back, every operand of a
+// dot is one load (of a vector, or of four codes into every lane), and nothing is shuffled.
 #pragma once
 
 #include <algorithm>
@@ -79,8 +79,8 @@ struct AnyTile {
   }
 
   // Any n.
-  static void unpack(TakeApart take_apart, int elements, int bytes, int zero, const uint8_t* raw, int64_t row_bytes,
-                     int64_t n, int64_t k, uint8_t* panel) {
+  static void unpack(TakeApart take_apart, int elements, int bytes, int zero, const uint8_t* raw,
+                     int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel) {
     constexpr int kMost = 256;  // weights of the largest block
     const int runs = elements / F::kRun;
     for (int64_t at = 0; at < k; at += elements, raw += bytes) {
@@ -165,12 +165,13 @@ struct AnyTile {
     store_tile<S, kVectors, cols>(out, n, y, ldy);
   }
 
-  static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y, int64_t ldy,
-                   const uint8_t* next, int64_t next_bytes) {
+  static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y,
+                   int64_t ldy, const uint8_t* next, int64_t next_bytes) {
     const int64_t groups = (rows + kCols - 1) / kCols, share = (next_bytes + groups - 1) / groups;
     for (int64_t g = 0; g < groups; g++, x += group_bytes(k), y += kCols * ldy) {
       for (int64_t i = g * share; i < std::min(next_bytes, (g + 1) * share); i += 64) S::prefetch(next + i);
-      with_count<kCols>(rows - g * kCols, [&](auto cols) { group<decltype(cols)::value>(panel, n, k, x, y, ldy); });
+      with_count<kCols>(rows - g * kCols,
+                        [&](auto cols) { group<decltype(cols)::value>(panel, n, k, x, y, ldy); });
     }
   }
 };
@@ -180,7 +181,8 @@ struct QuantTile {
   using Any = AnyTile<S, typename Format<S, T>::Like>;
   static constexpr int kZero = Format<S, T>::kZero;
 
-  static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k, uint8_t* prepared) {
+  static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k,
+                      uint8_t* prepared) {
     Any::prepare(x, ldx, pick, rows, k, kZero, prepared);
   }
 
@@ -188,7 +190,7 @@ struct QuantTile {
     if constexpr (Fast<S, T>::kUnpack) {
       if (n == Any::kRows) return Fast<S, T>::unpack(raw, row_bytes, k, panel);
     }
-    Any::unpack(take_apart<T>(), T::elements, sizeof(T), kZero, raw, row_bytes, n, k, panel);
+    Any::unpack(best_take_apart<S, T>(), T::elements, sizeof(T), kZero, raw, row_bytes, n, k, panel);
   }
 };
 

@@ -1,9 +1,10 @@
 // Every type whose weights are whole numbers times scales, taken apart: W = scale * (code - zero) - minimum,
-// with a scale (and minimum) for each run of 16 or 32 weights. Exact: products below use the file's own scales.
+// with a scale (and minimum) for each run of 16 or 32 weights. Exact: products below use the file's own
+// scales.
 //
-// Levels come out of the type's one decoder (decode_blocks.h), run on a copy of the block whose scales are set to one:
-// a format is spelled out once. That costs about ten operations a weight, so types that matter have vector code in
-// simd/ besides.
+// Levels come out of the type's one decoder (decode_blocks.h), run on a copy of the block whose scales are
+// set to one: a format is spelled out once. That costs about ten operations a weight, so types that matter
+// have vector code in simd/ besides.
 #pragma once
 
 #include <cstdint>
@@ -95,22 +96,38 @@ struct HalfSteps {
 
 }  // namespace parts
 
-template <> struct Parts<blocks::Q4_0> : parts::OneScale<blocks::Q4_0, 8> {};
-template <> struct Parts<blocks::Q5_0> : parts::OneScale<blocks::Q5_0, 16> {};
-template <> struct Parts<blocks::Q6_0> : parts::OneScale<blocks::Q6_0, 32> {};
-template <> struct Parts<blocks::Q8_0> : parts::OneScale<blocks::Q8_0, 128> {};
-template <> struct Parts<blocks::Q8_1> : parts::OneScale<blocks::Q8_1, 128> {};
-template <> struct Parts<blocks::IQ4_NL> : parts::OneScale<blocks::IQ4_NL, 128> {};
-template <> struct Parts<blocks::Q1_0> : parts::OneScale<blocks::Q1_0, 1> {};
-template <> struct Parts<blocks::Q2_0> : parts::OneScale<blocks::Q2_0, 1> {};
-template <> struct Parts<blocks::TQ1_0> : parts::OneScale<blocks::TQ1_0, 1> {};
-template <> struct Parts<blocks::TQ2_0> : parts::OneScale<blocks::TQ2_0, 1> {};
-template <> struct Parts<blocks::Q4_1> : parts::OneScaleAndMin<blocks::Q4_1> {};
-template <> struct Parts<blocks::Q5_1> : parts::OneScaleAndMin<blocks::Q5_1> {};
-template <> struct Parts<blocks::Q4_K> : parts::RunsOf32<blocks::Q4_K> {};
-template <> struct Parts<blocks::Q5_K> : parts::RunsOf32<blocks::Q5_K> {};
-template <> struct Parts<blocks::IQ2_XS> : parts::HalfSteps<blocks::IQ2_XS, 16> {};
-template <> struct Parts<blocks::IQ2_S> : parts::HalfSteps<blocks::IQ2_S, 16> {};
+template <>
+struct Parts<blocks::Q4_0> : parts::OneScale<blocks::Q4_0, 8> {};
+template <>
+struct Parts<blocks::Q5_0> : parts::OneScale<blocks::Q5_0, 16> {};
+template <>
+struct Parts<blocks::Q6_0> : parts::OneScale<blocks::Q6_0, 32> {};
+template <>
+struct Parts<blocks::Q8_0> : parts::OneScale<blocks::Q8_0, 128> {};
+template <>
+struct Parts<blocks::Q8_1> : parts::OneScale<blocks::Q8_1, 128> {};
+template <>
+struct Parts<blocks::IQ4_NL> : parts::OneScale<blocks::IQ4_NL, 128> {};
+template <>
+struct Parts<blocks::Q1_0> : parts::OneScale<blocks::Q1_0, 1> {};
+template <>
+struct Parts<blocks::Q2_0> : parts::OneScale<blocks::Q2_0, 1> {};
+template <>
+struct Parts<blocks::TQ1_0> : parts::OneScale<blocks::TQ1_0, 1> {};
+template <>
+struct Parts<blocks::TQ2_0> : parts::OneScale<blocks::TQ2_0, 1> {};
+template <>
+struct Parts<blocks::Q4_1> : parts::OneScaleAndMin<blocks::Q4_1> {};
+template <>
+struct Parts<blocks::Q5_1> : parts::OneScaleAndMin<blocks::Q5_1> {};
+template <>
+struct Parts<blocks::Q4_K> : parts::RunsOf32<blocks::Q4_K> {};
+template <>
+struct Parts<blocks::Q5_K> : parts::RunsOf32<blocks::Q5_K> {};
+template <>
+struct Parts<blocks::IQ2_XS> : parts::HalfSteps<blocks::IQ2_XS, 16> {};
+template <>
+struct Parts<blocks::IQ2_S> : parts::HalfSteps<blocks::IQ2_S, 16> {};
 
 template <>
 struct Parts<blocks::Q8_K> : parts::OneScale<blocks::Q8_K, 128> {  // d is a float32
@@ -240,7 +257,8 @@ struct Parts<blocks::IQ3_XXS> {
   }
   static void scales(const blocks::IQ3_XXS& b, float* scale, float*) {
     const float all = blocks::half_at(b.d);
-    for (int run = 0; run < 8; ++run) scale[run] = all * (0.5f + static_cast<float>(b.signs[run][3] >> 4)) * 0.5f;
+    for (int run = 0; run < 8; ++run)
+      scale[run] = all * (0.5f + static_cast<float>(b.signs[run][3] >> 4)) * 0.5f;
   }
 };
 
@@ -297,8 +315,8 @@ struct Parts<blocks::IQ1_M> {
   }
 };
 
-// Consecutive blocks to codes, levels + zero; zero is kZero, or 0 for signed codes. A function of its own for every type,
-// compiled once in quant_types.cpp.
+// Consecutive blocks to codes, levels + zero; zero is kZero, or 0 for signed codes. A function of its own for
+// every type, compiled once in quant_types.cpp.
 using TakeApart = void (*)(const uint8_t* block, int zero, uint8_t* codes, float* scales, float* minimums);
 template <class T>
 TakeApart take_apart();

@@ -57,6 +57,10 @@ struct Step {
   const int32_t* page_list(int32_t sequence) const { return pages.data() + page_starts[sequence]; }
 };
 
+// Parts of a workspace share no cache line.
+constexpr int64_t kLineFloats = 16;  // 64 bytes
+inline int64_t whole_lines(int64_t floats) { return (floats + kLineFloats - 1) / kLineFloats * kLineFloats; }
+
 // Who computes, and where intermediate tiles go. No kernel allocates.
 struct Machine {
   ThreadTeam& team;

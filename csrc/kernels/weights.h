@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "dispatch.h"
 #include "kernels/decode.h"
 
 namespace kvfold {
@@ -25,6 +26,7 @@ struct Weight {
   int64_t part_rows = 0;
   int64_t cols = 0;
   std::vector<WeightPart> parts;
+  const MatrixKernels* kernels = nullptr;  // that round activations; null: products in float32
 
   int64_t rows() const { return part_rows * static_cast<int64_t>(parts.size()); }
 };

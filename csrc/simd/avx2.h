@@ -15,7 +15,8 @@ struct Avx2 {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8;
   static constexpr int kWideZero = 0;
-  // 4 sums in int32 and 4 in float32, a vector of weights, four codes of x and what a dot needs: 14 of 16 registers.
+  // 4 sums in int32 and 4 in float32, a vector of weights, four codes of x and what a dot needs: 14 of 16
+  // registers.
   static constexpr int kTileVectors = 1, kTileCols = 4;
 
   using Floats = __m256;
@@ -57,12 +58,12 @@ struct Avx2 {
     return _mm256_set1_epi32(x);
   }
   static Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
-  // Pairs are added in int16: 2 * 127 * 127, or with signed levels 2 * 128 * 127 = 32512, do not overflow. Signed
-  // levels give their sign to x first.
+  // Pairs are added in int16: 2 * 127 * 127, or with signed levels 2 * 128 * 127 = 32512, do not overflow.
+  // Signed levels give their sign to x first.
   template <bool wide>
   static Ints dot(Ints sum, Ints w, Ints x) {
-    const Ints pairs = wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
-                            : _mm256_maddubs_epi16(w, x);
+    const Ints pairs =
+        wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
   template <int run>
@@ -73,7 +74,8 @@ struct Avx2 {
 
   static void transpose(const uint8_t* p, int64_t stride, Ints* out) {
     const auto two = [&](int64_t i) {
-      return _mm256_inserti128_si256(_mm256_castsi128_si256(load16(p + i * stride)), load16(p + (i + 4) * stride), 1);
+      return _mm256_inserti128_si256(_mm256_castsi128_si256(load16(p + i * stride)),
+                                     load16(p + (i + 4) * stride), 1);
     };
     const __m256i a = two(0), b = two(1), c = two(2), d = two(3);
     const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
@@ -89,7 +91,8 @@ struct Avx2 {
     __m256i most = _mm256_setzero_si256();
     for (int i = 0; i < 4; i++) {
       values[i] = _mm256_loadu_ps(x + 8 * i);
-      most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(values[i]), _mm256_set1_epi32(0x7fffffff)));
+      most = _mm256_max_epu32(
+          most, _mm256_and_si256(_mm256_castps_si256(values[i]), _mm256_set1_epi32(0x7fffffff)));
     }
     __m128i m = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
     m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
@@ -112,7 +115,8 @@ struct Avx2 {
       s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
       sums[half] = _mm_cvtsi128_si32(s);
       const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
-      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+      const __m128i bytes =
+          _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16 * half), bytes);
     }
     return largest / 127.0f;
@@ -133,9 +137,164 @@ struct Avx2 {
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
   static Floats low_half(Ints v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
-  static Floats high_half(Ints v) { return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(-65536))); }
+  static Floats high_half(Ints v) {
+    return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(-65536)));
+  }
   static __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 };
+
+// Types of one float16 and 32 weights: codes() of a block.
+template <class T>
+struct Codes32;
+
+inline __m256i nibbles(const uint8_t* p) {  // of 16 bytes, low ones first
+  const __m128i packed = Avx2::load16(p);
+  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
+  return _mm256_and_si256(both, _mm256_set1_epi8(15));
+}
+
+template <>
+struct Codes32<blocks::Q4_0> {
+  static __m256i codes(const uint8_t* p) { return nibbles(p + 2); }
+};
+template <>
+struct Codes32<blocks::IQ4_NL> {
+  static __m256i codes(const uint8_t* p) {
+    const __m128i levels =
+        _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles(p + 2));
+  }
+};
+template <>
+struct Codes32<blocks::Q8_0> {
+  static __m256i codes(const uint8_t* p) { return Avx2::load_codes(p + 2); }
+};
+
+template <class T>
+struct Fast32 {
+  static constexpr bool kDot = true, kUnpack = false, kTakeApart = true;
+  static constexpr int place(int piece) { return piece; }
+  using Like = typename Format<Avx2, T>::Like;
+  static constexpr int64_t kAhead = 4096;
+
+  static float scale(const uint8_t* p) { return _cvtsh_ss(blocks::load16(p)); }
+
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+    __m256 sum[rows];
+    float minus[rows] = {};
+    for (auto& s : sum) s = _mm256_setzero_ps();
+    for (int64_t block = 0; block < k / 32; block++, row += sizeof(T)) {
+      Avx2::prefetch(row + kAhead);
+      const __m256i codes = Codes32<T>::codes(row);
+      const float d = scale(row);
+      for (int r = 0; r < rows; r++) {
+        const __m256i dot =
+            Avx2::dot<Like::kWide>(_mm256_setzero_si256(), codes, Avx2::load_codes(x[r].codes + 32 * block));
+        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(d * x[r].scales[block]), sum[r]);
+        if (Like::kHasZero) minus[r] += d * x[r].sums[block];
+      }
+    }
+    for (int r = 0; r < rows; r++)
+      y[r] = Avx2::sum(sum[r]) - static_cast<float>(Format<Avx2, T>::kZero) * minus[r];
+  }
+
+  static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float*) {
+    Avx2::store_codes(codes, Codes32<T>::codes(block));
+    scales[0] = scale(block);
+  }
+};
+template <>
+struct Fast<Avx2, blocks::Q4_0> : Fast32<blocks::Q4_0> {};
+template <>
+struct Fast<Avx2, blocks::IQ4_NL> : Fast32<blocks::IQ4_NL> {};
+template <>
+struct Fast<Avx2, blocks::Q8_0> : Fast32<blocks::Q8_0> {};
+
+// Types of 256 weights: eight vectors of codes, and the scales of all runs.
+template <class T>
+struct Codes256;
+
+template <>
+struct Codes256<blocks::Q4_K> {
+  static void codes(const uint8_t* p, __m256i* out) {
+    for (int pair = 0; pair < 4; pair++) {
+      const __m256i packed = Avx2::load_codes(p + 16 + 32 * pair);
+      out[2 * pair] = _mm256_and_si256(packed, _mm256_set1_epi8(15));
+      out[2 * pair + 1] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), _mm256_set1_epi8(15));
+    }
+  }
+};
+template <>
+struct Codes256<blocks::Q6_K> {
+  static void codes(const uint8_t* p, __m256i* out) {
+    const __m256i nibble = _mm256_set1_epi8(15), top = _mm256_set1_epi8(0x30);
+    for (int half = 0; half < 2; half++, out += 4) {
+      const __m256i a = Avx2::load_codes(p + 64 * half), b = Avx2::load_codes(p + 64 * half + 32);
+      const __m256i high = Avx2::load_codes(p + 128 + 32 * half);
+      out[0] =
+          _mm256_or_si256(_mm256_and_si256(a, nibble), _mm256_and_si256(_mm256_slli_epi16(high, 4), top));
+      out[1] =
+          _mm256_or_si256(_mm256_and_si256(b, nibble), _mm256_and_si256(_mm256_slli_epi16(high, 2), top));
+      out[2] =
+          _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(a, 4), nibble), _mm256_and_si256(high, top));
+      out[3] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(b, 4), nibble),
+                               _mm256_and_si256(_mm256_srli_epi16(high, 2), top));
+    }
+  }
+};
+
+template <class T>
+struct Fast256 {
+  static constexpr bool kDot = true, kUnpack = false, kTakeApart = true;
+  static constexpr int place(int piece) { return piece; }
+  using Like = typename Format<Avx2, T>::Like;
+  static constexpr int64_t kAhead = 4096;
+  static constexpr int kRuns = 256 / Like::kRun;
+
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+    __m256 sum[rows], minus[rows];
+    for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm256_setzero_ps();
+    for (int64_t at = 0; at < k; at += 256, row += sizeof(T)) {
+      for (int line = 0; line < 4; line++) Avx2::prefetch(row + kAhead + 64 * line);
+      alignas(32) float scales[kRuns], minimums[kRuns];
+      Parts<T>::scales(reinterpret_cast<const T&>(*row), scales, minimums);
+      __m256i codes[8];
+      Codes256<T>::codes(row, codes);
+      for (int r = 0; r < rows; r++) {
+        alignas(32) float both[kRuns];
+        for (int run = 0; run < kRuns; run += 8) {
+          const __m256 scale = _mm256_load_ps(scales + run);
+          const float* x_runs = x[r].scales + at / Like::kRun + run;
+          const __m256 x_sums = _mm256_loadu_ps(x[r].sums + at / Like::kRun + run);
+          _mm256_store_ps(both + run, _mm256_mul_ps(scale, _mm256_loadu_ps(x_runs)));
+          minus[r] = Like::kHasMin ? _mm256_fmadd_ps(_mm256_load_ps(minimums + run), x_sums, minus[r])
+                                   : _mm256_fmadd_ps(scale, x_sums, minus[r]);
+        }
+        for (int i = 0; i < 8; i++) {
+          const __m256i dot =
+              Avx2::dot<false>(_mm256_setzero_si256(), codes[i], Avx2::load_codes(x[r].codes + at + 32 * i));
+          sum[r] =
+              _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), Avx2::scales_of<Like::kRun>(both, 32 * i), sum[r]);
+        }
+      }
+    }
+    const float zero = Like::kHasMin ? 1.0f : static_cast<float>(Format<Avx2, T>::kZero);
+    for (int r = 0; r < rows; r++) y[r] = Avx2::sum(sum[r]) - zero * Avx2::sum(minus[r]);
+  }
+
+  static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float* minimums) {
+    Parts<T>::scales(reinterpret_cast<const T&>(*block), scales, minimums);
+    __m256i vectors[8];
+    Codes256<T>::codes(block, vectors);
+    for (int i = 0; i < 8; i++) Avx2::store_codes(codes + 32 * i, vectors[i]);
+  }
+};
+template <>
+struct Fast<Avx2, blocks::Q4_K> : Fast256<blocks::Q4_K> {};
+template <>
+struct Fast<Avx2, blocks::Q6_K> : Fast256<blocks::Q6_K> {};
 
 }  // namespace
 }  // namespace kvfold

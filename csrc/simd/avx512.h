@@ -1,7 +1,7 @@
 // The vocabulary of generic.h in 512-bit vectors, and vector code for the types that matter most.
 //
-// Compiled inside the target region that isa/avx512.cpp opens. VNNI multiplies unsigned by signed codes, so levels that
-// need all of int8 become unsigned by adding 128.
+// Compiled inside the target region that isa/avx512.cpp opens. VNNI multiplies unsigned by signed codes, so
+// levels that need all of int8 become unsigned by adding 128.
 #pragma once
 
 #include <immintrin.h>
@@ -18,8 +18,9 @@ struct Avx512 {
   static constexpr const char* kName = "avx512";
   static constexpr int kLanes = 16;
   static constexpr int kWideZero = 128;
-  // 12 sums in int32 and 12 in float32, two vectors of weights, four codes of x: 27 of 32 registers. A row of x is
-  // loaded once for two dots, 8 loads for 12 of them; with one vector of weights and 12 rows it is 13 for 12.
+  // 12 sums in int32 and 12 in float32, two vectors of weights, four codes of x: 27 of 32 registers. A row of
+  // x is loaded once for two dots, 8 loads for 12 of them; with one vector of weights and 12 rows it is 13
+  // for 12.
   static constexpr int kTileVectors = 2, kTileCols = 6;
 
   using Floats = __m512;
@@ -38,7 +39,9 @@ struct Avx512 {
   static Floats min(Floats a, Floats b) { return _mm512_min_ps(b, a); }  // of a NaN in a: NaN
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(b, a); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-  static Floats round(Floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Floats round(Floats v) {
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   static Floats power_of_2(Floats n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
   static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
 
@@ -58,8 +61,8 @@ struct Avx512 {
   }
   template <int run>
   static Floats scales_of(const float* scales, int at) {
-    const __m512i lane = _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                           run == 32 ? 3 : 2);
+    const __m512i lane = _mm512_srli_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), run == 32 ? 3 : 2);
     return _mm512_permutexvar_ps(lane, _mm512_loadu_ps(scales + at / run));
   }
 
@@ -84,9 +87,9 @@ struct Avx512 {
   static float quantize(const float* x, int8_t* codes, int32_t* sums) {
     const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    const uint32_t bits = _mm512_reduce_max_epu32(
-        _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(low), magnitude),
-                         _mm512_and_si512(_mm512_castps_si512(high), magnitude)));
+    const uint32_t bits =
+        _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(low), magnitude),
+                                                 _mm512_and_si512(_mm512_castps_si512(high), magnitude)));
     float largest;
     std::memcpy(&largest, &bits, 4);
     if (!(bits < 0x7f800000 && largest >= 0x1p-120f)) {
@@ -125,8 +128,9 @@ struct Avx512 {
     return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(blocks::load16(p))));
   }
 
-  // Distance a row dot reads ahead: 2 KiB, 50 ns at 40 GB/s; the processor's own prefetching stops at 4 KiB pages.
-  static constexpr int64_t kAhead = 2048;
+  // Distance a row dot reads ahead. On a Zen 4 IQ4_NL from memory ran at 15, 13, 18 and 19 GB/s a core with
+  // 1, 2, 4 and 8 KiB: the processor's own prefetching stops at 4 KiB.
+  static constexpr int64_t kAhead = 8192;
 };
 
 // Nibbles to codes, 64 at a time.
@@ -136,11 +140,13 @@ struct Nibbles {
   static __m512i high(__m512i packed) { return low(_mm512_srli_epi16(packed, 4)); }
 };
 
-// Through a table of 64 entries, four times the 16 levels: whatever else the six index bits hold needs no masking.
+// Through a table of 64 entries, four times the 16 levels: whatever else the six index bits hold needs no
+// masking.
 template <>
 struct Nibbles<blocks::IQ4_NL> {
   static __m512i table() {
-    const __m128i levels = _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+    const __m128i levels =
+        _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
     return _mm512_broadcast_i32x4(_mm_xor_si128(levels, _mm_set1_epi8(-128)));
   }
   static __m512i low(__m512i packed) { return _mm512_permutexvar_epi8(packed, table()); }
@@ -150,27 +156,44 @@ struct Nibbles<blocks::IQ4_NL> {
 // 32 nibbles under one float16: 18 bytes a block.
 template <class T>
 struct Fast18 {
-  static constexpr bool kDot = true, kUnpack = true;
+  static constexpr bool kDot = true, kUnpack = true, kTakeApart = false;
   static constexpr int64_t kBytes = 18;
-  // Of 128 codes: the low nibbles of four blocks side by side, then the high ones. Both have the same scales a lane.
+  // Of 128 codes: the low nibbles of four blocks side by side, then the high ones. Both have the same scales
+  // a lane.
   static constexpr int place(int piece) { return piece % 2 * 4 + piece / 2; }
   static constexpr float kZero = Format<Avx512, T>::kZero;
 
   // The scales of 16 blocks. Word 9 i of 64 is the scale of block i, for 8 blocks a pair of vectors.
   static __m512i spread() {
-    const __m256i eight = _mm256_setr_epi32(0 | 9 << 16, 18 | 27 << 16, 36 | 45 << 16, 54 | 63 << 16, 0, 0, 0, 0);
+    const __m256i eight =
+        _mm256_setr_epi32(0 | 9 << 16, 18 | 27 << 16, 36 | 45 << 16, 54 | 63 << 16, 0, 0, 0, 0);
     return _mm512_castsi256_si512(eight);
   }
   static __m512 scales(const uint8_t* p) {
-    const __m512i first = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), spread(), _mm512_loadu_si512(p + 64));
+    const __m512i first =
+        _mm512_permutex2var_epi16(_mm512_loadu_si512(p), spread(), _mm512_loadu_si512(p + 64));
     const uint8_t* q = p + 8 * kBytes;
-    const __m512i second = _mm512_permutex2var_epi16(_mm512_loadu_si512(q), spread(), _mm512_loadu_si512(q + 64));
-    return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm512_castsi512_si256(first), _mm512_castsi512_si128(second), 1));
+    const __m512i second =
+        _mm512_permutex2var_epi16(_mm512_loadu_si512(q), spread(), _mm512_loadu_si512(q + 64));
+    return _mm512_cvtph_ps(
+        _mm256_inserti128_si256(_mm512_castsi512_si256(first), _mm512_castsi512_si128(second), 1));
   }
   static __m512 scales(const uint8_t* p, int64_t count) {  // of fewer than 16; nothing after them is read
     alignas(32) uint16_t halves[16] = {};
     for (int64_t i = 0; i < count; i++) halves[i] = blocks::load16(p + i * kBytes);
     return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves)));
+  }
+
+  // The nibbles of four blocks side by side: 54 of the 64 bytes after the first scale, and the last block's
+  // own.
+  static __m512i side_by_side(const uint8_t* p) {
+    const __m512i index =
+        _mm512_add_epi8(_mm512_setr_epi64(0x0706050403020100, 0x0f0e0d0c0b0a0908, 0x1716151413121110,
+                                          0x1f1e1d1c1b1a1918, 0x2726252423222120, 0x2f2e2d2c2b2a2928, 0, 0),
+                        _mm512_setr_epi64(0, 0, 0x0202020202020202, 0x0202020202020202, 0x0404040404040404,
+                                          0x0404040404040404, 0, 0));
+    const __m512i three = _mm512_permutexvar_epi8(index, _mm512_loadu_si512(p + 2));
+    return _mm512_mask_broadcast_i32x4(three, 0xf000, Avx512::load16(p + 3 * kBytes + 2));
   }
 
   template <int rows>
@@ -205,7 +228,7 @@ struct Fast18 {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
         Avx512::prefetch(p + Avx512::kAhead + 64 * i);
-        four<rows>(Avx512::quarters(p + 4 * i * kBytes + 2, kBytes), scale, steps[i], x, 32 * (block + 4 * i), sum);
+        four<rows>(side_by_side(p + 4 * i * kBytes), scale, steps[i], x, 32 * (block + 4 * i), sum);
       }
     }
     if (block < num_blocks) {
@@ -248,27 +271,30 @@ struct Fast18 {
       }
       auto* to = reinterpret_cast<float*>(panel + 32 * kRows);
       for (int v = 0; v < 2; v++) {
-        _mm512_store_ps(to + 16 * v,
-                        _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves + 16 * v))));
+        _mm512_store_ps(
+            to + 16 * v,
+            _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves + 16 * v))));
       }
     }
   }
 };
-template <> struct Fast<Avx512, blocks::Q4_0> : Fast18<blocks::Q4_0> {};
-template <> struct Fast<Avx512, blocks::IQ4_NL> : Fast18<blocks::IQ4_NL> {};
+template <>
+struct Fast<Avx512, blocks::Q4_0> : Fast18<blocks::Q4_0> {};
+template <>
+struct Fast<Avx512, blocks::IQ4_NL> : Fast18<blocks::IQ4_NL> {};
 
 // 32 signed bytes under one float16: 34 bytes a block.
 template <>
 struct Fast<Avx512, blocks::Q8_0> {
-  static constexpr bool kDot = true, kUnpack = true;
+  static constexpr bool kDot = true, kUnpack = true, kTakeApart = false;
   static constexpr int64_t kBytes = 34;
   static constexpr int place(int piece) { return piece; }
 
   // Two blocks side by side, unsigned.
   static __m512i two(const uint8_t* p) {
     const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2)));
-    const __m512i both = _mm512_inserti64x4(
-        first, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + kBytes + 2)), 1);
+    const __m512i both =
+        _mm512_inserti64x4(first, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + kBytes + 2)), 1);
     return _mm512_xor_si512(both, _mm512_set1_epi8(-128));
   }
 
@@ -295,8 +321,8 @@ struct Fast<Avx512, blocks::Q8_0> {
       const __m512i first = two(p), second = two(p + 2 * kBytes);
       for (int r = 0; r < rows; r++) {
         const __m512 scale = _mm512_mul_ps(d, _mm512_castps128_ps512(_mm_loadu_ps(x[r].scales + block)));
-        minus[r] = _mm512_castps128_ps512(_mm_fmadd_ps(_mm512_castps512_ps128(d), _mm_loadu_ps(x[r].sums + block),
-                                                       _mm512_castps512_ps128(minus[r])));
+        minus[r] = _mm512_castps128_ps512(_mm_fmadd_ps(
+            _mm512_castps512_ps128(d), _mm_loadu_ps(x[r].sums + block), _mm512_castps512_ps128(minus[r])));
         const int8_t* codes = x[r].codes + 32 * block;
         const __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, Avx512::load_codes(codes));
         const __m512i b = _mm512_dpbusd_epi32(_mm512_setzero_si512(), second, Avx512::load_codes(codes + 64));
@@ -311,7 +337,8 @@ struct Fast<Avx512, blocks::Q8_0> {
                                              _mm256_set1_epi8(-128));
       for (int r = 0; r < rows; r++) {
         const __m256i dot = _mm256_dpbusd_epi32(
-            _mm256_setzero_si256(), codes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[r].codes + 32 * block)));
+            _mm256_setzero_si256(), codes,
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[r].codes + 32 * block)));
         const auto total = static_cast<float>(_mm512_reduce_add_epi32(_mm512_zextsi256_si512(dot)));
         rest[r] += d * (x[r].scales[block] * total - 128.0f * x[r].sums[block]);
       }
@@ -338,8 +365,9 @@ struct Fast<Avx512, blocks::Q8_0> {
       }
       auto* to = reinterpret_cast<float*>(panel + 32 * 32);
       for (int v = 0; v < 2; v++) {
-        _mm512_store_ps(to + 16 * v,
-                        _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves + 16 * v))));
+        _mm512_store_ps(
+            to + 16 * v,
+            _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves + 16 * v))));
       }
     }
   }
@@ -357,7 +385,7 @@ inline void transpose_floats(const float* rows, int64_t stride, int64_t count, _
 // 256 nibbles, eight runs of 32 with 6-bit scales and minimums: 144 bytes.
 template <>
 struct Fast<Avx512, blocks::Q4_K> {
-  static constexpr bool kDot = true, kUnpack = true;
+  static constexpr bool kDot = true, kUnpack = true, kTakeApart = false;
   // The 64 bytes of two pairs of runs are the low nibbles of runs 0 and 2, and the high ones of 1 and 3.
   static constexpr int place(int piece) { return piece / 2 % 2 * 4 + piece / 4 * 2 + piece % 2; }
 
@@ -398,7 +426,8 @@ struct Fast<Avx512, blocks::Q4_K> {
       for (int r = 0; r < rows; r++) {
         const __m256 x_scales = _mm256_loadu_ps(x[r].scales + at / 32);
         scale[r] = _mm512_castps256_ps512(_mm256_mul_ps(_mm512_castps512_ps256(both), x_scales));
-        minus[r] = _mm256_fmadd_ps(_mm512_extractf32x8_ps(both, 1), _mm256_loadu_ps(x[r].sums + at / 32), minus[r]);
+        minus[r] =
+            _mm256_fmadd_ps(_mm512_extractf32x8_ps(both, 1), _mm256_loadu_ps(x[r].sums + at / 32), minus[r]);
       }
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
@@ -428,8 +457,10 @@ struct Fast<Avx512, blocks::Q4_K> {
       for (int v = 0; v < 2; v++) {
         const uint8_t* rows = raw + 16 * v * row_bytes;
         alignas(64) float numbers[16][16];
-        const __m512 negative = _mm512_insertf32x8(_mm512_setzero_ps(), _mm256_set1_ps(-0.0f), 1);  // the minimums
-        for (int64_t i = 0; i < 16; i++) _mm512_store_ps(numbers[i], _mm512_xor_ps(scales(rows + i * row_bytes), negative));
+        const __m512 negative =
+            _mm512_insertf32x8(_mm512_setzero_ps(), _mm256_set1_ps(-0.0f), 1);  // the minimums
+        for (int64_t i = 0; i < 16; i++)
+          _mm512_store_ps(numbers[i], _mm512_xor_ps(scales(rows + i * row_bytes), negative));
         __m512 columns[16];
         transpose_floats(numbers[0], 16, 16, columns);
         for (int run = 0; run < 8; run++) {
@@ -456,7 +487,7 @@ struct Fast<Avx512, blocks::Q4_K> {
 // 256 codes of 6 bits, sixteen runs of 16 with int8 scales: 210 bytes.
 template <>
 struct Fast<Avx512, blocks::Q6_K> {
-  static constexpr bool kDot = true, kUnpack = true;
+  static constexpr bool kDot = true, kUnpack = true, kTakeApart = false;
   static constexpr int place(int piece) { return piece; }
 
   static __m512 scales(const uint8_t* p) {
@@ -471,7 +502,8 @@ struct Fast<Avx512, blocks::Q6_K> {
   template <int rows>
   static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
     const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i up = _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2), down = _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2);
+    const __m512i up = _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2),
+                  down = _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2);
     const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     __m512 sum[rows], minus[rows];
     for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm512_setzero_ps();
@@ -496,7 +528,8 @@ struct Fast<Avx512, blocks::Q6_K> {
         for (int r = 0; r < rows; r++) {
           const int8_t* codes = x[r].codes + at + 128 * half;
           const __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, Avx512::load_codes(codes));
-          const __m512i b = _mm512_dpbusd_epi32(_mm512_setzero_si512(), second, Avx512::load_codes(codes + 64));
+          const __m512i b =
+              _mm512_dpbusd_epi32(_mm512_setzero_si512(), second, Avx512::load_codes(codes + 64));
           sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), _mm512_permutexvar_ps(a_lanes, scale[r]), sum[r]);
           sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b), _mm512_permutexvar_ps(b_lanes, scale[r]), sum[r]);
         }
@@ -518,8 +551,9 @@ struct Fast<Avx512, blocks::Q6_K> {
         __m512 columns[16];
         transpose_floats(numbers[0], 16, 16, columns);
         for (int run = 0; run < 16; run++) {
-          _mm512_store_ps(reinterpret_cast<float*>(panel + run / 2 * kRecord + 32 * 32) + run % 2 * 32 + 16 * v,
-                          columns[run]);
+          _mm512_store_ps(
+              reinterpret_cast<float*>(panel + run / 2 * kRecord + 32 * 32) + run % 2 * 32 + 16 * v,
+              columns[run]);
         }
         for (int half = 0; half < 2; half++) {
           for (int part = 0; part < 2; part++) {  // 16 of the 32 bytes of upper bits

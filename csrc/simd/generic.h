@@ -1,5 +1,5 @@
-// The vocabulary of quantized products without intrinsics: eight lanes that any compiler turns into what the machine
-// has. The definition of every word; avx2.h and avx512.h say the same with other widths.
+// The vocabulary of quantized products without intrinsics: eight lanes that any compiler turns into what the
+// machine has. The definition of every word; avx2.h and avx512.h say the same with other widths.
 #pragma once
 
 #include <algorithm>
@@ -14,12 +14,17 @@ namespace {
 
 struct Generic {
   static constexpr const char* kName = "generic";
-  static constexpr int kLanes = 8;      // 32-bit lanes of a vector; 4 codes each
-  static constexpr int kWideZero = 0;   // what is added to levels that need all of int8, for dot<true>
-  static constexpr int kTileVectors = 1, kTileCols = 2;  // of a register tile: vectors of weight rows, rows of x
+  static constexpr int kLanes = 8;     // 32-bit lanes of a vector; 4 codes each
+  static constexpr int kWideZero = 0;  // what is added to levels that need all of int8, for dot<true>
+  static constexpr int kTileVectors = 1,
+                       kTileCols = 2;  // of a register tile: vectors of weight rows, rows of x
 
-  struct Floats { float lane[kLanes]; };
-  struct Ints { int32_t lane[kLanes]; };
+  struct Floats {
+    float lane[kLanes];
+  };
+  struct Ints {
+    int32_t lane[kLanes];
+  };
 
   template <class V, class Make>
   static V make(const Make& lane) {
@@ -29,20 +34,36 @@ struct Generic {
   }
 
   static Floats zero() { return set(0.0f); }
-  static Floats set(float x) { return make<Floats>([=](int) { return x; }); }
-  static Floats load(const float* p) { return make<Floats>([=](int i) { return p[i]; }); }
+  static Floats set(float x) {
+    return make<Floats>([=](int) { return x; });
+  }
+  static Floats load(const float* p) {
+    return make<Floats>([=](int i) { return p[i]; });
+  }
   static void store(float* p, Floats v) { std::memcpy(p, v.lane, sizeof v.lane); }
   static void store_first(float* p, Floats v, int64_t n) { std::memcpy(p, v.lane, n * 4); }
-  static Floats add(Floats a, Floats b) { return make<Floats>([&](int i) { return a.lane[i] + b.lane[i]; }); }
-  static Floats mul(Floats a, Floats b) { return make<Floats>([&](int i) { return a.lane[i] * b.lane[i]; }); }
-  static Floats div(Floats a, Floats b) { return make<Floats>([&](int i) { return a.lane[i] / b.lane[i]; }); }
-  static Floats min(Floats a, Floats b) { return make<Floats>([&](int i) { return std::min(b.lane[i], a.lane[i]); }); }
-  static Floats max(Floats a, Floats b) { return make<Floats>([&](int i) { return std::max(b.lane[i], a.lane[i]); }); }
+  static Floats add(Floats a, Floats b) {
+    return make<Floats>([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  static Floats mul(Floats a, Floats b) {
+    return make<Floats>([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  static Floats div(Floats a, Floats b) {
+    return make<Floats>([&](int i) { return a.lane[i] / b.lane[i]; });
+  }
+  static Floats min(Floats a, Floats b) {
+    return make<Floats>([&](int i) { return std::min(b.lane[i], a.lane[i]); });
+  }
+  static Floats max(Floats a, Floats b) {
+    return make<Floats>([&](int i) { return std::max(b.lane[i], a.lane[i]); });
+  }
   // a * b + c, rounded once or twice.
   static Floats fma(Floats a, Floats b, Floats c) {
     return make<Floats>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
   }
-  static Floats round(Floats v) { return make<Floats>([&](int i) { return std::nearbyintf(v.lane[i]); }); }
+  static Floats round(Floats v) {
+    return make<Floats>([&](int i) { return std::nearbyintf(v.lane[i]); });
+  }
   static Floats power_of_2(Floats n) {  // n whole, within the exponents of normal numbers
     return make<Floats>([&](int i) {
       const int32_t bits = (static_cast<int32_t>(n.lane[i]) + 127) << 23;
@@ -58,7 +79,9 @@ struct Generic {
   }
 
   static Ints zero_ints() { return set_ints(0); }
-  static Ints set_ints(int32_t x) { return make<Ints>([=](int) { return x; }); }
+  static Ints set_ints(int32_t x) {
+    return make<Ints>([=](int) { return x; });
+  }
   static Ints load_codes(const void* p) {
     Ints v;
     std::memcpy(v.lane, p, sizeof v.lane);
@@ -70,10 +93,12 @@ struct Generic {
     std::memcpy(&x, p, 4);
     return set_ints(x);
   }
-  static Floats to_floats(Ints v) { return make<Floats>([&](int i) { return static_cast<float>(v.lane[i]); }); }
+  static Floats to_floats(Ints v) {
+    return make<Floats>([&](int i) { return static_cast<float>(v.lane[i]); });
+  }
 
-  // Adds to each lane the products of its four codes w with four of x. x is int8; w is unsigned and at most 127, or
-  // with `wide` a level plus kWideZero.
+  // Adds to each lane the products of its four codes w with four of x. x is int8; w is unsigned and at most
+  // 127, or with `wide` a level plus kWideZero.
   template <bool wide>
   static Ints dot(Ints sum, Ints w, Ints x) {
     return make<Ints>([&](int i) {
@@ -90,7 +115,8 @@ struct Generic {
     return make<Floats>([=](int i) { return scales[(at + 4 * i) / run]; });
   }
 
-  // 16 bytes at p and at every stride after it, one a lane, to four vectors: the j-th has bytes 4 j to 4 j + 3 of all.
+  // 16 bytes at p and at every stride after it, one a lane, to four vectors: the j-th has bytes 4 j to 4 j +
+  // 3 of all.
   static void transpose(const uint8_t* p, int64_t stride, Ints* out) {
     for (int j = 0; j < 4; j++)
       for (int i = 0; i < kLanes; i++) std::memcpy(&out[j].lane[i], p + i * stride + 4 * j, 4);
@@ -126,7 +152,9 @@ struct Generic {
         std::memcpy(&value, &bits, 4);
         return value;
       };
-      const auto low = [&](int32_t pair) { return high(static_cast<int32_t>(static_cast<uint32_t>(pair) << 16)); };
+      const auto low = [&](int32_t pair) {
+        return high(static_cast<int32_t>(static_cast<uint32_t>(pair) << 16));
+      };
       return sum.lane[i] + low(w.lane[i]) * low(x.lane[i]) + high(w.lane[i]) * high(x.lane[i]);
     });
   }

@@ -21,7 +21,9 @@ class Harness:
     """A model whose cache is full of NaN and whose pages come in scrambled order."""
 
     def __init__(self, path: Path, *, seed: int = 0, **settings: Any) -> None:
-        defaults: dict[str, Any] = {"cache_type": "f32", "backend": "plain", "threads": 2, "n_ctx": 2048}
+        defaults: dict[str, Any] = {
+            "cache_type": "f32", "dtype": "float32", "backend": "plain", "threads": 2, "n_ctx": 2048
+        }  # fmt: skip
         self.loaded: Loaded = load(path, Settings.parse(**(defaults | settings)))
         for array in self.loaded.cache.arrays:
             array.fill(0x7FC0 if array.dtype == np.uint16 else np.nan)

@@ -16,7 +16,8 @@ from kvfold.quant.types import BlockType
 
 Weights = Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "int8", "float32", "bfloat16")
+"""int8: linear layers and experts round their activations as quant/activations.py says, all else is float32."""
 
 
 class Backend(Protocol):
@@ -58,7 +59,7 @@ def _native_refusals(needs: Needs) -> list[str]:
     missing = sorted(t.name for t in needs.types if t.id not in known)
     reasons = [f"no kernels for {', '.join(missing)}"] if missing else []
     if needs.dtype == "bfloat16":
-        reasons.append("computes in float32 only")
+        reasons.append("computes in int8 and float32 only")
     return reasons
 
 
@@ -67,10 +68,19 @@ def _native_build(
 ) -> Backend:
     from kvfold.backends.native import NativeBackend
 
-    return NativeBackend(model, weights, cache, threads=threads, workspace_bytes=workspace_bytes)
+    return NativeBackend(
+        model,
+        weights,
+        cache,
+        threads=threads,
+        workspace_bytes=workspace_bytes,
+        rounds_activations=dtype in ("auto", "int8"),
+    )
 
 
 def _plain_refusals(needs: Needs) -> list[str]:
+    if needs.dtype == "int8":
+        return ["computes in float32 and bfloat16 only"]
     if importlib.util.find_spec("torch") is None:
         return ["torch is not installed: pip install 'kvfold[torch]'"]
     return []

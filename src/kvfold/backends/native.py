@@ -27,8 +27,10 @@ _CACHE_TYPES = {CacheType.F32: 0, CacheType.F16: 1, CacheType.BF16: 2}
 
 
 class NativeBackend:
-    """One model over one cache, float32. Weights and cache are borrowed, never copied.
+    """One model over one cache. Weights and cache are borrowed, never copied.
 
+    rounds_activations: linear layers and experts run on the file's own blocks, their activations rounded as
+    quant/activations.py says (to 8 bits for quantized types); otherwise everything is float32.
     threads: members of the team that runs every op, the caller included. Results do not depend on it.
     workspace_bytes: memory for tiles of weights, keys and scores, shared by all steps (one segment runs at a time).
 
@@ -46,6 +48,7 @@ class NativeBackend:
         *,
         threads: int,
         workspace_bytes: int,
+        rounds_activations: bool = False,
     ) -> None:
         self.model = model
         recorded = record(model, {name: _rows(weight) for name, weight in weights.items()})
@@ -59,6 +62,7 @@ class NativeBackend:
             cache=[a.view(np.uint16) if a.dtype == np.float16 else a for a in cache.arrays],
             threads=threads,
             workspace_bytes=workspace_bytes,
+            rounds_activations=rounds_activations,
         )
 
     def start(self, step: Step) -> NativeRun:
