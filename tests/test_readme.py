@@ -48,7 +48,8 @@ def test_links_lead_somewhere() -> None:
     if listed.returncode:
         pytest.skip("not a git checkout")
     names = listed.stdout.splitlines()
-    assert {"README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md"} <= set(names)
+    pages = ("ARCHITECTURE", "first-ten-minutes", "storyteller")
+    assert {"README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in pages)} <= set(names)
     missing = []
     for name in names:
         links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / name).read_text())
