@@ -5,8 +5,8 @@
 #include <string>
 
 #include "kernels/attention.h"
-#include "kernels/moe.h"
 #include "kernels/linear.h"
+#include "kernels/moe.h"
 #include "op_arguments.h"
 
 namespace kvfold {
