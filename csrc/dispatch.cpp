@@ -6,7 +6,7 @@
 namespace kvfold {
 
 const InstructionSet& generic_set();
-#if defined(__x86_64__)
+#ifdef KVFOLD_X86_SETS
 const InstructionSet& avx2_set();
 const InstructionSet& avx512_set();
 #endif
@@ -18,7 +18,7 @@ std::atomic<const InstructionSet*> forced{nullptr};
 const std::vector<const InstructionSet*>& instruction_sets() {
   static const std::vector<const InstructionSet*> sets = [] {
     std::vector<const InstructionSet*> found;
-#if defined(__x86_64__)
+#ifdef KVFOLD_X86_SETS
     const auto has_all = [](auto... has) { return (has && ...); };
     if (has_all(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
                 __builtin_cpu_supports("avx512vl"), __builtin_cpu_supports("avx512dq"),

@@ -8,6 +8,11 @@
 #include <cstdint>
 #include <vector>
 
+// The sets of x86-64 are GCC target regions around intrinsics; Clang ignores those and gets the generic set.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define KVFOLD_X86_SETS 1
+#endif
+
 namespace kvfold {
 
 // What becomes of activations that meet a type: src/kvfold/quant/activations.py, `Rounding`.

@@ -1,5 +1,7 @@
 // AVX2 with FMA and F16C: x86-64-v3.
-#if defined(__x86_64__)
+#include "dispatch.h"
+
+#ifdef KVFOLD_X86_SETS
 // GCC 12 finds "uninitialized" values inside its own intrinsics.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -11,7 +13,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "dispatch.h"
 #include "kernels/quant_types.h"  // before the target region: its functions are shared with other files
 
 #pragma GCC push_options

@@ -1,6 +1,8 @@
 // Byte, word and double-word instructions on all vector lengths, VBMI, VNNI and BF16: Zen 4, Ice Lake with
 // BF16 and what came after.
-#if defined(__x86_64__)
+#include "dispatch.h"
+
+#ifdef KVFOLD_X86_SETS
 // GCC 12 finds "uninitialized" values inside its own intrinsics.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -12,7 +14,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "dispatch.h"
 #include "kernels/quant_types.h"  // before the target region: its functions are shared with other files
 
 #pragma GCC push_options

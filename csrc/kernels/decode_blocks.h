@@ -76,7 +76,7 @@ inline constexpr std::array<float, 256> e4m3_values = make_e4m3();
 // Half of each scale of NVFP4: E4M3 without sign, where 0x7f alone means 0.
 constexpr std::array<float, 256> make_ue4m3_halves() {
   std::array<float, 256> table{};
-  for (int code = 0; code < 256; ++code) table[code] = e4m3_values[code & 127] * 0.5f;
+  for (int code = 0; code < 0x7f; ++code) table[code] = table[code + 128] = e4m3_values[code] * 0.5f;
   table[0x7f] = 0.0f;
   table[0xff] = 240.0f;
   return table;
