@@ -100,6 +100,11 @@ def test_the_context_is_the_limit_it_says(llm: LLM) -> None:
         llm.logits([1] * 513)
 
 
+def test_a_context_beyond_the_models_own_is_said(path: Path) -> None:
+    assert any("beyond the 4096 tokens" in line for line in LLM(path, n_ctx=5000).loaded.info)
+    assert not any("beyond" in line for line in LLM(path, n_ctx=4096).loaded.info)
+
+
 def test_a_list_that_mixes_texts_and_ids_is_refused(llm: LLM) -> None:
     for mixed in (["abc", 5, "de"], [5, "abc"]):
         with pytest.raises(SettingError, match="Prompt 1 is another kind"):

@@ -68,3 +68,9 @@ def test_every_command_shown_is_understood() -> None:
         known = {name for option in verbs[verb].params for name in option.opts}
         written = [word for word in shlex.split(rest) if re.match(r"--?[a-z]", word)]
         assert set(written) <= known, f"kvfold {verb}{rest}"
+
+
+def test_the_transcript_is_there() -> None:
+    (region,) = re.findall(r"<!-- transcript -->(.*?)<!-- /transcript -->", README, re.DOTALL)
+    assert '$ kvfold run "Once upon a time"' in region
+    assert "t/s" in region

@@ -187,6 +187,9 @@ def load(
     )
     layout = cache_layout(config, settings)
     n_ctx = settings.n_ctx or default_context(config, layout)
+    notes: tuple[str, ...] = ()
+    if n_ctx > config.max_position:
+        notes = (f"n_ctx={n_ctx} is beyond the {config.max_position} tokens the model was made for.",)
     cache = PagedCache(layout, pages_for(n_ctx))
     network = DeepseekModel(
         config, splits_kv_b=checkpoint.kv_layout is KvLayout.K_B_V_B, standard=settings.mla is Mla.STANDARD
@@ -206,7 +209,7 @@ def load(
         cache,
         PagePool(cache.num_pages),
         n_ctx,
-        checkpoint.info + placed.info,
+        checkpoint.info + placed.info + notes,
         placed.copy,
         placed.place,
     )

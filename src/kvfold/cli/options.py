@@ -146,7 +146,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         "--dtype",
-        metavar="auto|float32|bfloat16",
+        metavar="auto|int8|float32|bfloat16",
         envvar="KVFOLD_DTYPE",
         help="Number format of activations.",
     ),
