@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -21,6 +22,8 @@ from kit.command_line import Kvfold
 from kit.tiny_models import chat_keys, tiny_model, write_gguf
 from kvfold import LLM, SamplingParams
 from kvfold.cli.answer import MarkdownBlocks, block_end, keep_line_breaks
+from kvfold.cli.chat import chat
+from kvfold.cli.run import run
 from kvfold.formats.checkpoint import open_checkpoint
 from kvfold.load import embedded_model
 
@@ -187,6 +190,27 @@ def test_what_is_no_utf_8_is_refused(kvfold: Kvfold, chat_gguf: Path) -> None:
 
 def test_a_model_given_twice_is_a_wrong_command_line(kvfold: Kvfold, chat_gguf: Path) -> None:
     assert kvfold("chat", chat_gguf, "-m", chat_gguf).code == 2
+
+
+@pytest.mark.parametrize("words", ["hello", "tell me / of a fox", "nosuch.gguf"])
+def test_what_can_only_be_a_message_is_no_model(kvfold: Kvfold, words: str) -> None:
+    done = kvfold("chat", words)
+    assert (done.code, done.out) == (2, "")
+    assert "kvfold chat takes a model; messages are typed" in " ".join(done.err.split())
+
+
+def test_chat_has_every_option_of_run_but_the_prompt() -> None:
+    own = {"words", "prompt", "file"}
+    assert set(inspect.signature(run).parameters) - own <= set(inspect.signature(chat).parameters)
+
+
+def test_the_storyteller_ends_after_256_tokens_where_nobody_asks_for_more(
+    kvfold: Kvfold, monkeypatch: pytest.MonkeyPatch, chat_gguf: Path
+) -> None:
+    monkeypatch.setattr("kvfold.load.embedded_model", lambda: chat_gguf)
+    arguments = ("chat", "-c", "512", "--seed", "3", "--ignore-eos", "-t", "1")
+    assert "generation 256 tokens" in kvfold(*arguments, stdin=lines("abc")).err
+    assert "generation 507 tokens" in kvfold(*arguments, "-n", "-1", stdin=lines("abc")).err
 
 
 # --- at a terminal ---------------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 
 # llama.cpp's default: a thought has no length that could be foreseen, and Ctrl-C is at hand
 DEFAULT_NEW_TOKENS = -1
+# The storyteller seldom ends what it tells: without a bound it went round in circles through all of its 2,048 tokens
+STORYTELLER_NEW_TOKENS = 256
 
 HISTORY_LINES = 1000
 QUOTES = '"""'
@@ -143,13 +145,13 @@ def chat(
 ) -> None:
     """Converses with a model; /help lists the commands.
 
-    Answers go to stdout, everything else to stderr. From a pipe every line is a message (or a command), and with
+    The embedded model tells at most 256 tokens unless -n says otherwise. Answers go to stdout, everything else to stderr. From a pipe every line is a message (or a command), and with
     --json every answer is one object on a line. Without a model the one that ships with kvfold answers.
     """
     if model_argument is not None:
-        if getattr(context.get_parameter_source("model"), "name", "") == "COMMANDLINE":
+        if _source(context, "model") == "COMMANDLINE":
             raise typer.BadParameter("the model is given twice: as an argument and after -m.")
-        model = model_argument
+        model = _as_model(model_argument)
 
     from kvfold.engine.sampler import SamplingParams
     from kvfold.llm import LLM
@@ -189,7 +191,8 @@ def chat(
             progress=progress,
         )
     if new_tokens == -1:
-        params = replace(params, max_tokens=llm.loaded.n_ctx)
+        tells = _is_storyteller(llm) and _source(context, "new_tokens") == "DEFAULT"
+        params = replace(params, max_tokens=STORYTELLER_NEW_TOKENS if tells else llm.loaded.n_ctx)
     conversation = Conversation(llm, params, system, thinking, as_json=json, verbose=verbose)
     conversation.check()
     for line in llm.loaded.info:
@@ -204,11 +207,30 @@ def chat(
         raise typer.Exit(1)
 
 
-def _show_banner(llm: LLM) -> None:
+def _source(context: typer.Context, name: str) -> str:
+    """Where a value comes from: "COMMANDLINE", "ENVIRONMENT" or "DEFAULT"."""
+    return getattr(context.get_parameter_source(name), "name", "")
+
+
+def _as_model(argument: str) -> str:
+    """The MODEL argument; BadParameter for what can only be a message."""
+    if os.path.exists(argument) or ("/" in argument and not any(map(str.isspace, argument))):
+        return argument
+    raise typer.BadParameter(
+        f"{argument}: there is no such file or directory, and it is no hub name (org/repo). kvfold chat takes a "
+        "model; messages are typed when it runs, or come from stdin, one a line."
+    )
+
+
+def _is_storyteller(llm: LLM) -> bool:
     from kvfold.load import embedded_model
 
+    return llm.loaded.checkpoint.path == embedded_model()
+
+
+def _show_banner(llm: LLM) -> None:
     checkpoint = llm.loaded.checkpoint
-    if checkpoint.path == embedded_model():
+    if _is_storyteller(llm):
         note(f"This is kvfold's own storyteller, {human_bytes(checkpoint.nbytes)}. {STORYTELLER}")
     else:
         config = checkpoint.config
