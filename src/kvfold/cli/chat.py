@@ -91,7 +91,7 @@ def chat(
     context: typer.Context,
     model_argument: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", show_default="the embedded model", help="The same as --model."),
+        typer.Argument(metavar="MODEL", show_default="the embedded model", help="The same as --model."),
     ] = None,
     model: Model = None,
     system: Annotated[
