@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from kit.command_line import Kvfold
+from kit.command_line import Kvfold, heed_interrupts
+from kit.tiny_models import tiny_model, write_gguf
 from kvfold import LLM, SamplingParams
 from kvfold.cli.later import LATER_FLAGS
 from kvfold.llm import Output
@@ -245,7 +246,21 @@ def start(*arguments: object, encoding: str = "utf-8", **pipes: int) -> subproce
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KVFOLD_")}
     environment["PYTHONIOENCODING"] = encoding
     command = [sys.executable, "-m", "kvfold", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, **pipes)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509 (runs before any thread)
+        **pipes,
+    )
+
+
+@pytest.fixture(scope="module")
+def long_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that goes on for longer than a test waits."""
+    tiny = tiny_model("v3", max_position_embeddings=65536)
+    return write_gguf(tiny, tmp_path_factory.mktemp("cli") / "long.gguf")
 
 
 def test_the_embedded_model_answers_by_default() -> None:
@@ -256,8 +271,8 @@ def test_the_embedded_model_answers_by_default() -> None:
     assert CLOSING.fullmatch(err.decode())
 
 
-def test_ctrl_c_ends_with_the_closing_line_and_130(tiny_gguf: Path) -> None:
-    process = start("run", "-c", "64K", "-n", "-1", "--ignore-eos", tiny_gguf, PROMPT, stdout=subprocess.PIPE)
+def test_ctrl_c_ends_with_the_closing_line_and_130(long_gguf: Path) -> None:
+    process = start("run", "-c", "64K", "-n", "-1", "--ignore-eos", long_gguf, PROMPT, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -266,8 +281,8 @@ def test_ctrl_c_ends_with_the_closing_line_and_130(tiny_gguf: Path) -> None:
     assert out.endswith(b"\n")
 
 
-def test_a_closed_pipe_is_quiet(tiny_gguf: Path) -> None:
-    process = start("run", "-c", "64K", "-n", "-1", "--ignore-eos", tiny_gguf, PROMPT, stdout=subprocess.PIPE)
+def test_a_closed_pipe_is_quiet(long_gguf: Path) -> None:
+    process = start("run", "-c", "64K", "-n", "-1", "--ignore-eos", long_gguf, PROMPT, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.read(1)
     process.stdout.close()
     assert process.stderr is not None

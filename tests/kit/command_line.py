@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,3 +15,8 @@ class Done:
 
 
 Kvfold = Callable[..., Done]
+
+
+def heed_interrupts() -> None:
+    """For Popen's preexec_fn: a test runner started in the background ignores SIGINT, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
