@@ -1,0 +1,204 @@
+// The decompressed path: keys and values expanded from latents into the workspace, then dropped.
+
+#include "kernels/attention.h"
+
+#include <algorithm>
+
+#include "kernels/attention_tiles.h"
+
+namespace kvfold {
+namespace {
+
+// How many heads and keys of a sequence are expanded at a time, and how many rows' scores are stored.
+struct ExpandedTiles {
+  int64_t heads, keys;  // keys: a multiple of kPageTokens
+  int64_t rows;         // all, where fused
+};
+
+ExpandedTiles expanded_tiles(int64_t shared_floats, const MlaDims& dims, int64_t rows, int64_t num_keys,
+                             bool fused) {
+  constexpr int64_t kKeys = 1024;  // fused: fewer passes over the rows than this saves nothing
+  const int64_t all_keys = ceil_div(num_keys, kPageTokens) * kPageTokens;
+  const int64_t head_key = dims.qk() + dims.v;
+  const int64_t head_states = fused ? 2 * rows : 0;
+  const int64_t budget = fused ? shared_floats : shared_floats / 2;
+  const auto heads_for = [&](int64_t keys) {
+    return std::min(dims.heads, (budget - keys * dims.latent()) / (keys * head_key + head_states));
+  };
+  ExpandedTiles tiles{0, fused ? std::min(all_keys, kKeys) : all_keys, rows};
+  tiles.heads = heads_for(tiles.keys);
+  if (tiles.heads < 1) {
+    tiles.heads = 1;
+    tiles.keys = (budget - head_states) / (dims.latent() + head_key) / kPageTokens * kPageTokens;
+  }
+  if (tiles.keys < kPageTokens) {
+    const int64_t least = head_states + kPageTokens * (dims.latent() + head_key);
+    refuse_workspace("attend_expanded", fused ? least : 2 * least, shared_floats);
+  }
+  if (!fused) {
+    const int64_t stored = shared_floats - budget;
+    if (stored < all_keys) refuse_workspace("attend_expanded with fa=0", 2 * all_keys, shared_floats);
+    tiles.heads = std::min(tiles.heads, stored / all_keys);
+    tiles.rows = std::min(rows, stored / (tiles.heads * all_keys));
+  }
+  return tiles;
+}
+
+struct ExpandedOp {
+  const Machine& machine;
+  const Step& step;
+  const MlaDims& dims;
+  const KvUp& up;
+  float scale;
+  const CacheArray& cache;
+  int64_t layer;
+  Matrix q, out;
+  int32_t sequence;
+  int64_t first_row, rows, num_keys;
+  ExpandedTiles tiles;
+  // In the shared space
+  float* latents;  // [tiles.keys, latent]
+  float* k;        // [tiles.heads, tiles.keys, qk]
+  float* v;        // [tiles.heads, tiles.keys, v]
+  float* rest;     // fused: states [tiles.heads, rows]; else scores [tiles.heads, tiles.rows, all keys]
+  int64_t gathered = -1, expanded = -1, expanded_head = -1;  // what stands there now
+
+  // Keys and values of heads [head, head + heads) for keys [first, first + tiles.keys).
+  void expand_tile(int64_t head, int64_t heads, int64_t first) {
+    const int64_t n = std::min(tiles.keys, num_keys - first);
+    if (gathered != first) {
+      machine.team.for_each(ceil_div(n, kPageTokens), [&](int64_t page, int) {
+        const int32_t at = step.page_list(sequence)[first / kPageTokens + page];
+        copy_page(cache, layer, at, std::min(kPageTokens, n - page * kPageTokens), 0, dims.latent(),
+                  latents + page * kPageTokens * dims.latent(), dims.latent());
+      });
+      gathered = first;
+    }
+    if (expanded == first && expanded_head == head) return;
+    constexpr int64_t kBlock = 512;  // keys for which a unit decodes its head's weights
+    const int64_t blocks = ceil_div(n, kBlock);
+    machine.team.for_each(heads * blocks, [&](int64_t unit, int member) {
+      const int64_t h = unit / blocks, key = unit % blocks * kBlock;
+      const float* from = latents + key * dims.latent();
+      expand(dims, up, head + h, {from, dims.latent(), from + dims.kv_lora, dims.latent()},
+             std::min(kBlock, n - key), machine.of(member), keys_of(h).data + key * dims.qk(), dims.qk(),
+             values_of(h).data + key * dims.v, dims.v);
+    });
+    expanded = first, expanded_head = head;
+  }
+
+  Matrix keys_of(int64_t h) const { return {k + h * tiles.keys * dims.qk(), dims.qk(), dims.qk()}; }
+  Matrix values_of(int64_t h) const { return {v + h * tiles.keys * dims.v, dims.v, dims.v}; }
+
+  QueryTile queries(int64_t head, int64_t row, int64_t count) const {
+    return {q.row(first_row + row) + head * dims.qk(),
+            q.stride,
+            count,
+            dims.qk(),
+            step.visible[first_row + row],
+            1,
+            scale};
+  }
+  ValueTile values(int64_t head, int64_t row, SoftmaxState* states) const {
+    return {out.row(first_row + row) + head * dims.v, out.stride, dims.v, states};
+  }
+
+  // Calls use(h, row, count, member) for tiles of rows [first, last) of the first `heads` heads.
+  template <typename Use>
+  void for_tiles(int64_t heads, int64_t first, int64_t last, const Use& use) const {
+    const int64_t count = ceil_div(last - first, kTileQueries);
+    machine.team.for_each(heads * count, [&](int64_t unit, int member) {
+      const int64_t row = first + unit % count * kTileQueries;
+      use(unit / count, row, std::min(kTileQueries, last - row), member);
+    });
+  }
+
+  // Calls use(key, keys, K, V) for the blocks of the expanded tile that a tile of queries sees.
+  template <typename Use>
+  void for_seen_blocks(const QueryTile& tile, int64_t h, const Use& use) const {
+    const int64_t last = std::min({expanded + tiles.keys, num_keys, tile.most_visible()});
+    for_blocks(expanded, last, [&](int64_t key, int64_t keys) {
+      const Matrix k_h = keys_of(h), v_h = values_of(h);
+      use(key, keys, Keys{k_h.row(key - expanded), k_h.stride}, Keys{v_h.row(key - expanded), v_h.stride});
+    });
+  }
+
+  void attend_fused(int64_t head, int64_t heads) {
+    for (int64_t first = 0; first < num_keys; first += tiles.keys) {
+      expand_tile(head, heads, first);
+      for_tiles(heads, 0, rows, [&](int64_t h, int64_t row, int64_t count, int member) {
+        const QueryTile tile = queries(head + h, row, count);
+        const ValueTile into = values(head + h, row, states_at(rest) + h * rows + row);
+        if (first == 0) start(into, count);
+        for_seen_blocks(tile, h, [&](int64_t key, int64_t keys, Keys k_block, Keys v_block) {
+          absorb_keys(tile, key, keys, k_block, v_block, into, machine.of(member));
+        });
+        if (first + tiles.keys >= num_keys) finish(into, count);
+      });
+    }
+  }
+
+  void attend_stored(int64_t head, int64_t heads) {
+    const int64_t stride = ceil_div(num_keys, kPageTokens) * kPageTokens;
+    for (int64_t from = 0; from < rows; from += tiles.rows) {
+      const int64_t to = std::min(rows, from + tiles.rows);
+      const auto scores = [&](int64_t h, int64_t row) {
+        return rest + (h * tiles.rows + row - from) * stride;
+      };
+      for (int64_t first = 0; first < num_keys; first += tiles.keys) {
+        expand_tile(head, heads, first);
+        for_tiles(heads, from, to, [&](int64_t h, int64_t row, int64_t count, int) {
+          const QueryTile tile = queries(head + h, row, count);
+          for_seen_blocks(tile, h, [&](int64_t key, int64_t keys, Keys k_block, Keys) {
+            store_scores(tile, key, keys, k_block, scores(h, row), stride);
+          });
+        });
+      }
+      for (int64_t first = 0; first < num_keys; first += tiles.keys) {
+        expand_tile(head, heads, first);
+        for_tiles(heads, from, to, [&](int64_t h, int64_t row, int64_t count, int member) {
+          const QueryTile tile = queries(head + h, row, count);
+          const ValueTile into = values(head + h, row, states_at(machine.of(member)));
+          if (first == 0) {
+            normalise_scores(tile, scores(h, row), stride);
+            start(into, count);
+          }
+          for_seen_blocks(tile, h, [&](int64_t key, int64_t keys, Keys, Keys v_block) {
+            weigh_values(tile, key, keys, scores(h, row), stride, v_block, into);
+          });
+        });
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void check_expanded_fits(const Machine& machine, const MlaDims& dims, int64_t rows, int64_t keys,
+                         bool fused) {
+  expanded_tiles(machine.shared_floats, dims, rows, keys, fused);
+}
+
+int64_t attend_expanded_floats(const KvUp& up) { return std::max(up_panel_floats(up), kScoreFloats); }
+
+void attend_expanded(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up,
+                     float scale, const CacheArray& cache, int64_t layer, Matrix q, Matrix out) {
+  const PathRange& range = step.range(Path::kDecompressed);
+  for (int32_t sequence = range.first_sequence; sequence < range.last_sequence; sequence++) {
+    const int64_t first_row = step.row_starts[sequence], rows = step.row_starts[sequence + 1] - first_row;
+    const int64_t num_keys = step.kv_lens[sequence];
+    const ExpandedTiles tiles = expanded_tiles(machine.shared_floats, dims, rows, num_keys, range.fused);
+    float* latents = machine.shared;
+    float* k = latents + tiles.keys * dims.latent();
+    float* v = k + tiles.heads * tiles.keys * dims.qk();
+    float* rest = v + tiles.heads * tiles.keys * dims.v;
+    ExpandedOp op{machine,  step,      dims, up,       scale, cache,   layer, q, out,
+                  sequence, first_row, rows, num_keys, tiles, latents, k,     v, rest};
+    for (int64_t head = 0; head < dims.heads; head += tiles.heads) {
+      const int64_t heads = std::min(tiles.heads, dims.heads - head);
+      range.fused ? op.attend_fused(head, heads) : op.attend_stored(head, heads);
+    }
+  }
+}
+
+}  // namespace kvfold

@@ -1,0 +1,59 @@
+// mla=0: attention over a cache of full keys and values.
+
+#include "kernels/attention.h"
+
+#include <algorithm>
+
+#include "kernels/attention_tiles.h"
+
+namespace kvfold {
+
+int64_t attend_full_floats(const MlaDims& dims) {
+  return kScoreFloats + kStateFloats + kPageTokens * (dims.qk() + dims.v);
+}
+
+void attend_full(const Machine& machine, const Step& step, const MlaDims& dims, float scale,
+                 const CacheArray& k_cache, const CacheArray& v_cache, int64_t layer, Matrix q, Matrix out) {
+  const PathRange& range = step.range(Path::kStandard);
+  for (int32_t sequence = range.first_sequence; sequence < range.last_sequence; sequence++) {
+    const int64_t first_row = step.row_starts[sequence], rows = step.row_starts[sequence + 1] - first_row;
+    const int32_t* pages = step.page_list(sequence);
+    const int64_t stride = step.kv_lens[sequence];
+    const int64_t size = range.fused ? kTileQueries : std::min(kTileQueries, stored_floats(machine) / stride);
+    const int64_t row_tiles = ceil_div(rows, size);
+    machine.team.for_each(dims.heads * row_tiles, [&](int64_t unit, int member) {
+      const int64_t head = unit / row_tiles, row = first_row + unit % row_tiles * size;
+      const int64_t count = std::min(size, first_row + rows - row);
+      float* scores = range.fused ? machine.of(member) : machine.shared + member * stored_floats(machine);
+      SoftmaxState* states = states_at(machine.of(member) + kScoreFloats);
+      float* k_tile = machine.of(member) + kScoreFloats + kStateFloats;
+      float* v_tile = k_tile + kPageTokens * dims.qk();
+      const QueryTile tile{
+          q.row(row) + head * dims.qk(), q.stride, count, dims.qk(), step.visible[row], 1, scale};
+      const ValueTile into{out.row(row) + head * dims.v, out.stride, dims.v, states};
+      const auto k_block = [&](int64_t key, int64_t keys) {
+        return read_page(k_cache, layer, pages[key / kPageTokens], keys, head * dims.qk(), dims.qk(), k_tile);
+      };
+      const auto v_block = [&](int64_t key, int64_t keys) {
+        return read_page(v_cache, layer, pages[key / kPageTokens], keys, head * dims.v, dims.v, v_tile);
+      };
+      start(into, count);
+      if (range.fused) {
+        for_blocks(0, tile.most_visible(), [&](int64_t key, int64_t keys) {
+          absorb_keys(tile, key, keys, k_block(key, keys), v_block(key, keys), into, scores);
+        });
+        finish(into, count);
+        return;
+      }
+      for_blocks(0, tile.most_visible(), [&](int64_t key, int64_t keys) {
+        store_scores(tile, key, keys, k_block(key, keys), scores, stride);
+      });
+      normalise_scores(tile, scores, stride);
+      for_blocks(0, tile.most_visible(), [&](int64_t key, int64_t keys) {
+        weigh_values(tile, key, keys, scores, stride, v_block(key, keys), into);
+      });
+    });
+  }
+}
+
+}  // namespace kvfold
