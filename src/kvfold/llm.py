@@ -78,7 +78,7 @@ class LLM:
 
     model:      None (embedded), a .gguf file, a Hugging Face directory, or a hub name such as "org/repo"
     mla, fa:    "auto", or the peers' numbers: mla 0 to 3, fa 0 or 1
-    dtype:      "float32"; "int8", activations rounded for quantized weights (native); "bfloat16" (plain);
+    dtype:      "float32"; "int8", activations rounded for quantized weights; "bfloat16" (plain);
                 "auto" is int8 on native and float32 on plain
     cache_type: "f16", "f32" or "bf16"
     backend:    "auto", "native" or "plain"

@@ -17,7 +17,8 @@ from kvfold.quant.types import BlockType
 Weights = Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
 
 DTYPES = ("auto", "int8", "float32", "bfloat16")
-"""int8: linear layers and experts round their activations as quant/activations.py says, all else is float32."""
+"""int8: linear layers and experts round their activations as quant/activations.py says, all else is float32.
+auto: int8 on native, float32 on plain."""
 
 
 class Backend(Protocol):
@@ -79,8 +80,6 @@ def _native_build(
 
 
 def _plain_refusals(needs: Needs) -> list[str]:
-    if needs.dtype == "int8":
-        return ["computes in float32 and bfloat16 only"]
     if importlib.util.find_spec("torch") is None:
         return ["torch is not installed: pip install 'kvfold[torch]'"]
     return []
@@ -99,6 +98,7 @@ def _plain_build(
         weights,
         cache,
         dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
+        rounds_activations=dtype == "int8",
         threads=threads,
         workspace_bytes=workspace_bytes,
     )

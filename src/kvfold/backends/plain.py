@@ -26,7 +26,9 @@ from kvfold.mla.plan import Path
 from kvfold.mla.rope import cos_sin, pair_columns
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.step import Step
+from kvfold.quant.activations import experts_round, rounded, rounding_for
 from kvfold.quant.tensor import QuantTensor
+from kvfold.quant.types import BlockType
 
 Weights = Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
 Tap = Callable[[str, Tensor], None]
@@ -35,6 +37,8 @@ Tap = Callable[[str, Tensor], None]
 class PlainBackend:
     """dtype: float32, or bfloat16 (products of bf16 values; norms, softmax, routing and sums over experts in float32).
 
+    rounds_activations: with float32, linear layers and experts round what they multiply weights by as
+    quant/activations.py says: what native computes in dtype int8, op by op to 1e-5 of a row.
     tap: called with the name and the value of every op's result; it may overwrite the value, as a comparison does that
     replays another engine's expert ids where a router is undecided.
     """
@@ -48,6 +52,7 @@ class PlainBackend:
         cache: PagedCache,
         *,
         dtype: torch.dtype = torch.float32,
+        rounds_activations: bool = False,
         threads: int = 1,
         workspace_bytes: int = 256 << 20,
         tap: Tap | None = None,
@@ -56,6 +61,7 @@ class PlainBackend:
         self.weights = weights
         self.cache = cache
         self.dtype = dtype
+        self.rounds_activations = rounds_activations
         self.threads = threads
         self.workspace_bytes = workspace_bytes
         self.tap = tap
@@ -185,7 +191,15 @@ class PlainOps:
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return self._done(name, (wide * self._matrix(weight)).to(self._dtype))
 
+    def _rounded(self, x: Tensor, type: BlockType) -> Tensor:
+        """What weights of a type are multiplied by."""
+        if not self._backend.rounds_activations:
+            return x
+        return torch.from_numpy(rounded(x.numpy(), rounding_for(type)).astype(np.float32))
+
     def linear(self, name: str, x: Tensor, weight: str) -> Tensor:
+        tensor = self._backend.weights[weight]
+        x = self._rounded(x, (tensor[0] if isinstance(tensor, tuple) else tensor).type)
         return self._done(name, x @ self._matrix(weight).to(self._dtype).T)
 
     def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -252,14 +266,21 @@ class PlainOps:
         subset: range | None = None,
     ) -> Tensor:
         stacks = [self._stack(w) for w in (gate, up, down)]
+        types = [stack[0].type for stack in stacks]
+
+        def product(x: Tensor, weight: QuantTensor) -> Tensor:
+            if experts_round(*types):
+                x = self._rounded(x, weight.type)
+            return x @ self._decode(weight).to(self._dtype).T
+
         out = torch.zeros(x.shape, dtype=torch.float32)
         for expert in np.unique(ids.numpy()).tolist():
             if subset is not None and expert not in subset:
                 continue
             rows, choices = (ids == expert).nonzero(as_tuple=True)
-            w_gate, w_up, w_down = (self._decode(stack[expert]).to(self._dtype) for stack in stacks)
-            hidden = torch.nn.functional.silu(x[rows] @ w_gate.T) * (x[rows] @ w_up.T)
-            out.index_add_(0, rows, (hidden @ w_down.T).float() * weights[rows, choices, None])
+            w_gate, w_up, w_down = (stack[expert] for stack in stacks)
+            hidden = torch.nn.functional.silu(product(x[rows], w_gate)) * product(x[rows], w_up)
+            out.index_add_(0, rows, product(hidden, w_down).float() * weights[rows, choices, None])
         return self._done(name, out.to(self._dtype))
 
     # The cache

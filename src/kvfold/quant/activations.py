@@ -46,6 +46,15 @@ def rounding_for(type: BlockType) -> Rounding:
     return Rounding.NONE if type.block_elements < BLOCK or type.interleaved_rows > 1 else Rounding.INT8
 
 
+def experts_round(gate: BlockType, up: BlockType, down: BlockType) -> bool:
+    """Whether a mixture of experts rounds its activations at all.
+
+    All of its matrices do as their types ask, or none does: gate and up are multiplied in one pass, so they are of one
+    type, and a type that is decoded to float32 first (interleaved rows, fp8) takes the whole mixture with it.
+    """
+    return gate == up and all(t.interleaved_rows == 1 and not t.name.startswith("F8") for t in (gate, down))
+
+
 def quantize(x: Floats) -> tuple[NDArray[np.int8], Floats]:
     """float32 [..., K] -> codes int8 [..., K], scales float32 [..., K / 32]. K is a multiple of 32.
 
