@@ -1,0 +1,273 @@
+"""MLA decode over the paged latent cache: any lengths, any head count, one to a few query rows a sequence.
+
+Owns the launches of one decode attention and their buffers. A tile of 64 latent rows is read once for all heads and
+serves twice: 576 numbers as keys, the first 512 of them as values. Which part of the grid reads which tiles is
+mla_schedule.py's; a sequence that several parts read is merged by its log-sum-exps in a second launch.
+
+The kernel of this file is plain Triton: right on any GPU from sm_80 on and in Triton's CPU interpreter.
+
+Every exponential is a power of two: scores carry scale * log2(e), and log-sum-exps are in base 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kvfold.kernels.mla_schedule import BATCH_BLOCK, MIN_TILES, SEQUENCE_COST, TILE_TOKENS, schedule_kernel
+
+LOG2_E = math.log2(math.e)
+NO_SCORE = tl.constexpr(-1e30)  # a running maximum before any key: finite, so that differences stay numbers
+
+INTERPRETER_PARTS = 5  # parts without a GPU: few programs, and splits at odd places
+
+
+class DecodeWorkspace:
+    """Buffers of one captured graph, shared by its layers: the step's tile schedule and partial results.
+
+    Its shape fixes the grid: `batch` sequences of `rows_per_sequence` query rows. Lengths are free.
+    """
+
+    def __init__(
+        self, batch: int, rows_per_sequence: int, num_heads: int, kv_lora: int, device: torch.device | str,
+        num_parts: int | None = None,
+    ) -> None:  # fmt: skip
+        """`num_parts`: programs along the keys; None deals one to each multiprocessor and block of query rows."""
+        device = torch.device(device)
+        self.batch = batch
+        self.rows_per_sequence = rows_per_sequence
+        self.num_heads = num_heads
+        self.kv_lora = kv_lora
+        rows = rows_per_sequence * num_heads
+        self.row_block = min(max(triton.next_power_of_2(rows), 8), 64)
+        if num_parts is None:
+            num_parts = INTERPRETER_PARTS
+            if device.type == "cuda":
+                multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+                num_parts = max(multiprocessors // triton.cdiv(rows, self.row_block), 1)
+        self.num_parts = num_parts
+        self.part_starts = torch.empty((num_parts + 1, 2), dtype=torch.int32, device=device)
+        self.splits = torch.empty((batch, 2), dtype=torch.int32, device=device)
+        # 132 parts * 2 slots * 16 rows * 512 * 4 B = 8.7 MB; at most 35 MB, when rows fill blocks of 64
+        self.partial = torch.empty((num_parts * 2, rows, kv_lora), dtype=torch.float32, device=device)
+        self.partial_lse = torch.empty((num_parts * 2, rows), dtype=torch.float32, device=device)
+
+
+def schedule_decode(kv_lens: torch.Tensor, workspace: DecodeWorkspace) -> None:
+    """Once a step, before its layers: deals the tiles of kv_lens int32 [B] to the workspace's parts, on the device."""
+    schedule_kernel[(1,)](
+        kv_lens,
+        workspace.part_starts,
+        workspace.splits,
+        workspace.batch,
+        workspace.num_parts,
+        SEQUENCE_COST=SEQUENCE_COST,
+        MIN_TILES=MIN_TILES,
+        BATCH_BLOCK=BATCH_BLOCK,
+        PART_BLOCK=triton.next_power_of_2(workspace.num_parts + 1),
+        num_warps=8,
+    )
+
+
+def mla_decode(
+    q: torch.Tensor,  # [B * s_q, H, latent]      rows of a sequence are neighbours
+    pool: torch.Tensor,  # [num_pages, 64, latent]   one layer; rows [c_kv | k_rope]
+    pages: torch.Tensor,  # int32 [..]
+    page_starts: torch.Tensor,  # int32 [B + 1]
+    kv_lens: torch.Tensor,  # int32 [B]  row i of s_q sees kv_len - s_q + 1 + i keys
+    out: torch.Tensor,  # [B * s_q, H, kv_lora]     written whole
+    workspace: DecodeWorkspace,
+    *,
+    scale: float,
+    kv_lora: int,
+) -> None:
+    """Softmax attention of every query row over its sequence's latents: [B * s_q, H, kv_lora] into `out`.
+
+    Queries and the weights of values are rounded to the type of `out`; cached rows are converted to it; sums are
+    float32. A row that sees no key (kv_len 0: padding) gets zeros.
+    """
+    pdl = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
+    _launch_triton(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, pdl)
+    _combine(out, workspace, pdl)
+
+
+def _launch_triton(
+    q: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, page_starts: torch.Tensor, kv_lens: torch.Tensor,
+    out: torch.Tensor, workspace: DecodeWorkspace, scale_log2: float, pdl: bool,
+) -> None:  # fmt: skip
+    rows = workspace.rows_per_sequence * workspace.num_heads
+    latent, kv_lora = pool.shape[-1], workspace.kv_lora
+    block_lora = max(triton.next_power_of_2(kv_lora), 16)
+    block_rope = max(triton.next_power_of_2(latent - kv_lora), 16)
+    # Queries and one tile of keys wait in shared memory: 110 KB for 64 rows and 32 keys of 576 16-bit numbers, 55 KB for
+    # 16 and 32. A card of sm_90 has 227 KB, sm_80 163 KB, sm_86 and sm_89 99 KB.
+    shared_bytes = 1 << 20
+    if q.is_cuda:
+        shared_bytes = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"]
+    block_rows, block_keys = max(workspace.row_block, 16), TILE_TOKENS
+    while (
+        block_keys > 16
+        and (block_rows + block_keys) * (block_lora + block_rope) * out.element_size() > shared_bytes
+    ):
+        block_rows, block_keys = max(block_rows // 2, 16), block_keys // 2
+    _decode_kernel[(triton.cdiv(rows, block_rows), workspace.num_parts)](
+        q, pool, pages, page_starts, kv_lens, workspace.part_starts, out, workspace.partial, workspace.partial_lse,
+        scale_log2, rows, q.stride(0), q.stride(1), pool.stride(0), pool.stride(1), out.stride(0), out.stride(1),
+        S_Q=workspace.rows_per_sequence,
+        HEADS=workspace.num_heads,
+        KV_LORA=kv_lora,
+        ROPE=latent - kv_lora,
+        BLOCK_ROWS=block_rows,
+        BLOCK_KEYS=block_keys,
+        BLOCK_LORA=block_lora,
+        BLOCK_ROPE=block_rope,
+        TILE=TILE_TOKENS,
+        PDL=pdl,
+        num_warps=8 if block_rows > 32 else 4,
+        num_stages=1,
+    )  # fmt: skip
+
+
+def _combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool) -> None:
+    rows = workspace.rows_per_sequence * workspace.num_heads
+    # A small batch has many partials of few rows: a program a row and 128 columns, 16 partials under way at once. A large
+    # one has two or three a sequence, and often none: fewer programs that end at once.
+    small = out.is_cuda and workspace.batch * rows <= 1024
+    block_splits, block_rows, block_columns = (16, 1, 128) if small else (2, 8, 256)
+    grid = (workspace.batch, triton.cdiv(rows, block_rows), triton.cdiv(workspace.kv_lora, block_columns))
+    options = {"launch_pdl": True} if pdl else {}
+    _combine_kernel[grid](
+        workspace.splits, workspace.partial, workspace.partial_lse, out, rows, out.stride(0), out.stride(1),
+        S_Q=workspace.rows_per_sequence,
+        HEADS=workspace.num_heads,
+        KV_LORA=workspace.kv_lora,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+        BLOCK_SPLITS=block_splits,
+        PDL=pdl,
+        num_warps=4,
+        **options,
+    )  # fmt: skip
+
+
+@triton.jit
+def _decode_kernel(
+    q, pool, pages, page_starts, kv_lens, part_starts,
+    out,
+    partial,  # float32 [2 * parts, rows, KV_LORA]
+    partial_lse,  # float32 [2 * parts, rows], base 2
+    scale_log2,
+    rows,  # S_Q * HEADS
+    q_stride, q_head_stride, page_stride, slot_stride, out_stride, out_head_stride,
+    S_Q: tl.constexpr, HEADS: tl.constexpr, KV_LORA: tl.constexpr, ROPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_LORA: tl.constexpr, BLOCK_ROPE: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (row block, part): the part's tiles of every sequence it crosses, for BLOCK_ROWS (row, head) pairs."""
+    part = tl.program_id(1)
+    first_sequence = tl.load(part_starts + 2 * part)
+    first_tile = tl.load(part_starts + 2 * part + 1)
+    end_sequence = tl.load(part_starts + 2 * part + 2)
+    end_tile = tl.load(part_starts + 2 * part + 3)
+    dtype = out.dtype.element_ty
+
+    r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    real_row = (r < rows)[:, None]
+    lora = tl.arange(0, BLOCK_LORA)
+    rope = tl.arange(0, BLOCK_ROPE)
+    key = tl.arange(0, BLOCK_KEYS)
+
+    for step in range(0, end_sequence + (end_tile > 0).to(tl.int32) - first_sequence):
+        sequence = first_sequence + step
+        kv_len = tl.load(kv_lens + sequence)
+        num_tiles = (kv_len + TILE - 1) // TILE
+        lo = tl.where(sequence == first_sequence, first_tile, 0)
+        hi = tl.where(sequence == end_sequence, end_tile, num_tiles)
+        page_list = pages + tl.load(page_starts + sequence)
+
+        row = sequence.to(tl.int64) * S_Q + r // HEADS
+        q_row = (q + row * q_stride + (r % HEADS) * q_head_stride)[:, None]
+        q_lora = tl.load(q_row + lora[None, :], mask=real_row & (lora < KV_LORA)[None, :], other=0).to(tl.float32)
+        q_rope = tl.load(q_row + KV_LORA + rope[None, :], mask=real_row & (rope < ROPE)[None, :], other=0)
+        q_lora = q_lora.to(dtype)
+        q_rope = q_rope.to(tl.float32).to(dtype)
+        sees = kv_len - S_Q + 1 + r // HEADS  # keys of each row
+
+        highest = tl.full([BLOCK_ROWS], NO_SCORE, tl.float32)
+        weight = tl.zeros([BLOCK_ROWS], tl.float32)
+        values = tl.zeros([BLOCK_ROWS, BLOCK_LORA], tl.float32)
+        for start in range(lo * TILE, tl.minimum(hi * TILE, kv_len), BLOCK_KEYS):
+            page = tl.load(page_list + start // TILE).to(tl.int64)
+            latent_row = (pool + page * page_stride + (start % TILE + key) * slot_stride)[:, None]
+            in_length = (start + key < kv_len)[:, None]  # unused slots may hold NaN: a zero weight would keep it
+            c_kv = tl.load(latent_row + lora[None, :], mask=in_length & (lora < KV_LORA)[None, :], other=0)
+            k_rope = tl.load(latent_row + KV_LORA + rope[None, :], mask=in_length & (rope < ROPE)[None, :], other=0)
+            c_kv = c_kv.to(tl.float32).to(dtype)
+            k_rope = k_rope.to(tl.float32).to(dtype)
+
+            score = tl.dot(q_lora, tl.trans(c_kv), input_precision="ieee")
+            score = tl.dot(q_rope, tl.trans(k_rope), score, input_precision="ieee")
+            visible = (start + key)[None, :] < sees[:, None]
+            score = tl.where(visible, score * scale_log2, float("-inf"))
+            higher = tl.maximum(highest, tl.max(score, 1))
+            p = tl.exp2(score - higher[:, None])
+            shrink = tl.exp2(highest - higher)
+            weight = weight * shrink + tl.sum(p, 1)
+            values = tl.dot(p.to(dtype), c_kv, values * shrink[:, None], input_precision="ieee")
+            highest = higher
+
+        some = weight > 0
+        values = values / tl.where(some, weight, 1.0)[:, None]
+        kept = real_row & (lora < KV_LORA)[None, :]
+        if (lo == 0) & (hi == num_tiles):
+            out_row = (out + row * out_stride + (r % HEADS) * out_head_stride)[:, None]
+            tl.store(out_row + lora[None, :], values.to(dtype), mask=kept)
+        else:
+            slot_row = (2 * part + (lo == 0).to(tl.int32)).to(tl.int64) * rows + r
+            tl.store(partial + slot_row[:, None] * KV_LORA + lora[None, :], values, mask=kept)
+            lse = tl.where(some, highest + tl.log2(tl.where(some, weight, 1.0)), float("-inf"))
+            tl.store(partial_lse + slot_row, lse, mask=r < rows)
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _combine_kernel(
+    splits, partial, partial_lse, out, rows, out_stride, out_head_stride,
+    S_Q: tl.constexpr, HEADS: tl.constexpr, KV_LORA: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, BLOCK_ROWS rows, columns): merges the partial results of a sequence that was split."""
+    sequence = tl.program_id(0)
+    first_part = tl.load(splits + 2 * sequence)
+    num_splits = tl.load(splits + 2 * sequence + 1)
+    if PDL:
+        gdc_wait()
+    if num_splits > 1:
+        lane = tl.arange(0, BLOCK_SPLITS)[:, None, None]
+        r = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :, None]
+        column = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, None, :]
+        highest = tl.full([1, BLOCK_ROWS, 1], NO_SCORE, tl.float32)
+        for start in range(0, num_splits, BLOCK_SPLITS):
+            split = start + lane
+            slot_row = (2 * (first_part + split) + (split == 0).to(tl.int32)).to(tl.int64) * rows + r
+            lse = tl.load(partial_lse + slot_row, mask=(split < num_splits) & (r < rows), other=float("-inf"))
+            highest = tl.maximum(highest, tl.max(lse, 0, keep_dims=True))
+        weight = tl.zeros([1, BLOCK_ROWS, 1], tl.float32)
+        values = tl.zeros([1, BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        for start in range(0, num_splits, BLOCK_SPLITS):
+            split = start + lane
+            slot_row = (2 * (first_part + split) + (split == 0).to(tl.int32)).to(tl.int64) * rows + r
+            real = (split < num_splits) & (r < rows)
+            share = tl.exp2(tl.load(partial_lse + slot_row, mask=real, other=float("-inf")) - highest)
+            weight += tl.sum(share, 0, keep_dims=True)
+            part = tl.load(partial + slot_row * KV_LORA + column, mask=real & (column < KV_LORA), other=0)
+            values += tl.sum(part * share, 0, keep_dims=True)
+        values = values / tl.where(weight > 0, weight, 1.0)
+        row = sequence.to(tl.int64) * S_Q + r // HEADS
+        out_row = out + row * out_stride + (r % HEADS) * out_head_stride
+        tl.store(out_row + column, values.to(out.dtype.element_ty), mask=(r < rows) & (column < KV_LORA))

@@ -1,0 +1,79 @@
+"""How one decode step's keys are dealt to a fixed grid: the tile schedule, as arithmetic and as one GPU launch.
+
+A sequence of L keys is ceil(L / 64) tiles. Laid end to end, each sequence with SEQUENCE_COST tiles of fixed cost in
+front (loading its queries, writing its result), the tiles of a batch form one line. Part p of P takes the stretch from
+W p // P to W (p + 1) // P of that line, whatever sequences it crosses, so no part has over one tile more than another:
+no context length is worse than its neighbours, and a ragged batch is as even as a uniform one. Short steps take fewer
+parts, since a part under MIN_TILES tiles costs more to merge than it saves.
+
+A part may cut a sequence at both of its ends and nowhere else. So it has two slots for partial results: slot 2p for the
+sequence it continues, slot 2p + 1 for the one it begins and does not finish. What it holds whole it writes as the result.
+Nothing here grows with the batch but one (first part, parts) pair a sequence, and no host value is needed to replay.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+TILE_TOKENS = 64  # a page
+SEQUENCE_COST = 2  # in tiles: queries read, result written
+MIN_TILES = 2  # the fewest tiles worth a part of their own
+
+BATCH_BLOCK = 128  # sequences the schedule kernel sums at a time
+
+
+@triton.jit
+def schedule_kernel(
+    kv_lens,  # int32 [batch]
+    part_starts,  # int32 [num_parts + 1, 2]  (sequence, tile) where each part begins; the next one's begin is its end
+    splits,  # int32 [batch, 2]  (first part, number of parts) that hold tiles of a sequence
+    batch,
+    num_parts,
+    SEQUENCE_COST: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    BATCH_BLOCK: tl.constexpr,
+    PART_BLOCK: tl.constexpr,
+):
+    """One program: a batch is at most some hundred lengths."""
+    lane = tl.arange(0, BATCH_BLOCK)
+    part = tl.arange(0, PART_BLOCK)
+    tiles_before = 0
+    total = 0
+    for start in range(0, batch, BATCH_BLOCK):
+        b = start + lane
+        tiles = (tl.load(kv_lens + b, mask=b < batch, other=0) + 63) // 64
+        tiles_before += tl.sum(tiles, 0)
+        total += tl.sum(tl.where(tiles > 0, tiles + SEQUENCE_COST, 0), 0)
+    used = tl.maximum(tl.minimum(num_parts, tl.cdiv(tiles_before, MIN_TILES)), 1)
+
+    # Where part p begins on the line, and how many sequences end at or before that point.
+    cut = tl.where(part < used, part.to(tl.int64) * total // used, total).to(tl.int32)
+    sequence = tl.zeros([PART_BLOCK], tl.int32)
+    tile = tl.zeros([PART_BLOCK], tl.int32)
+    begin = 0
+    for start in range(0, batch, BATCH_BLOCK):
+        b = start + lane
+        tiles = (tl.load(kv_lens + b, mask=b < batch, other=0) + 63) // 64
+        cost = tl.where(tiles > 0, tiles + SEQUENCE_COST, 0)
+        end = begin + tl.cumsum(cost, 0)
+        first = end - cost
+        inside = (first[None, :] <= cut[:, None]) & (cut[:, None] < end[None, :])
+        sequence += tl.sum(((end[None, :] <= cut[:, None]) & (b < batch)[None, :]).to(tl.int32), 1)
+        tile += tl.sum(tl.where(inside, tl.maximum(cut[:, None] - first[None, :] - SEQUENCE_COST, 0), 0), 1)
+
+        # Tile t of a sequence lies at first + SEQUENCE_COST + t; position y lies in part ((y + 1) used - 1) // total.
+        zeroth = (first + SEQUENCE_COST).to(tl.int64)
+        safe_total = tl.maximum(total, 1)
+        first_part = ((zeroth + 1) * used - 1) // safe_total
+        last_part = ((zeroth + tiles) * used - 1) // safe_total
+        held = tiles > 0
+        tl.store(splits + 2 * b, tl.where(held, first_part, 0).to(tl.int32), mask=b < batch)
+        tl.store(splits + 2 * b + 1, tl.where(held, last_part - first_part + 1, 1).to(tl.int32), mask=b < batch)
+        begin += tl.sum(cost, 0)
+
+    # Sequences without keys are zeroed by whichever part passes them: the first part begins at the first of them.
+    sequence = tl.where(part == 0, 0, sequence)
+    in_grid = part <= num_parts
+    tl.store(part_starts + 2 * part, sequence, mask=in_grid)
+    tl.store(part_starts + 2 * part + 1, tile, mask=in_grid)

@@ -1,0 +1,124 @@
+"""MLA decode against the absorbed form in float64: any heads, lengths, pages; nothing unused is ever read."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from kvfold.kernels.mla_decode import DecodeWorkspace, mla_decode, schedule_decode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAGE = 64
+
+
+class Case:
+    """A batch of random queries over a scattered pool whose unused slots and pages are NaN."""
+
+    def __init__(
+        self, heads: int, kv_lens: list[int], s_q: int = 1, kv_lora: int = 32, rope: int = 16,
+        dtype: torch.dtype = torch.float32, cache_dtype: torch.dtype | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        self.kv_lens, self.s_q, self.kv_lora = kv_lens, s_q, kv_lora
+        latent = kv_lora + rope
+        self.scale = 1.7 / math.sqrt(latent)
+        counts = [math.ceil(n / PAGE) for n in kv_lens]
+        order = list(range(sum(counts) + 3))
+        random.Random(seed).shuffle(order)
+        self.page_starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        self.pages = order[: sum(counts)] + [2**30] * 2  # unused entries of a page list are absurd
+        pool = torch.full((sum(counts) + 3, PAGE, latent), float("nan"))
+        for sequence, length in enumerate(kv_lens):
+            rows = torch.randn(length, latent, generator=generator)
+            for position in range(0, length, PAGE):
+                piece = rows[position : position + PAGE]
+                pool[self.pages[self.page_starts[sequence] + position // PAGE], : len(piece)] = piece
+        self.pool = pool.to(cache_dtype or dtype)
+        # times 2: scores spread, so that softmax is not flat
+        self.q = (2 * torch.randn(len(kv_lens) * s_q, heads, latent, generator=generator)).to(dtype)
+
+    def run(self, num_parts: int | None = None) -> torch.Tensor:
+        batch, heads = len(self.kv_lens), self.q.shape[1]
+        workspace = DecodeWorkspace(batch, self.s_q, heads, self.kv_lora, DEVICE, num_parts)
+        workspace.partial.fill_(float("nan"))
+        workspace.partial_lse.fill_(float("nan"))
+        kv_lens = torch.tensor(self.kv_lens, dtype=torch.int32, device=DEVICE)
+        out = torch.full((batch * self.s_q, heads, self.kv_lora), float("nan"), dtype=self.q.dtype, device=DEVICE)
+        schedule_decode(kv_lens, workspace)
+        pages = torch.tensor(self.pages, dtype=torch.int32, device=DEVICE)
+        page_starts = torch.tensor(self.page_starts, dtype=torch.int32, device=DEVICE)
+        pool, q = self.pool.to(DEVICE), self.q.to(DEVICE)
+        mla_decode(q, pool, pages, page_starts, kv_lens, out, workspace, scale=self.scale, kv_lora=self.kv_lora)
+        return out.cpu()
+
+    def expected(self) -> torch.Tensor:
+        """The same sums in float64, one sequence after another."""
+        rows = []
+        for sequence, length in enumerate(self.kv_lens):
+            first, last = self.page_starts[sequence], self.page_starts[sequence + 1]
+            keys = self.pool[self.pages[first:last]].flatten(0, 1)[:length].double()
+            for i in range(self.s_q):
+                query = self.q[sequence * self.s_q + i].double()
+                seen = keys[: max(length - self.s_q + 1 + i, 0)]
+                weights = torch.softmax(query @ seen.T * self.scale, -1)
+                rows.append(weights @ seen[:, : self.kv_lora])
+        return torch.stack(rows)
+
+    def check(self, tolerance: float, num_parts: int | None = None) -> None:
+        out, expected = self.run(num_parts).double(), self.expected()
+        assert not out.isnan().any(), "unwritten or poisoned output"
+        error = ((out - expected).norm() / expected.norm()).item()
+        assert error <= tolerance, f"relative error {error:.2e}, tolerance {tolerance:.0e}"
+        # per row too: one wrong row of many must not hide
+        for row, (a, b) in enumerate(zip(out.flatten(0, 1), expected.flatten(0, 1), strict=True)):
+            assert (a - b).norm() <= 4 * tolerance * max(b.norm().item(), 1.0), f"row {row // out.shape[1]}"
+
+
+@pytest.mark.parametrize("heads", [1, 5, 16, 128])
+@pytest.mark.parametrize("s_q", [1, 2])
+def test_any_head_count(heads: int, s_q: int) -> None:
+    Case(heads, [65, 130] if heads < 128 else [130], s_q, seed=heads).check(2e-6)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 4097])
+def test_any_length(length: int) -> None:
+    Case(3, [length]).check(2e-6)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 7])
+def test_ragged_batches_merge_alike_however_they_are_split(num_parts: int) -> None:
+    Case(5, [1, 700, 0, 64, 129], num_parts).check(2e-6, num_parts)
+
+
+def test_later_rows_see_more_and_padding_is_zero() -> None:
+    case = Case(2, [130, 0, 4, 64], s_q=4)
+    case.check(2e-6, num_parts=3)
+    assert (case.run()[4:8] == 0).all()
+
+
+def test_rows_before_the_first_key_are_zero() -> None:
+    Case(2, [1, 2], s_q=3).check(2e-6)
+
+
+@pytest.mark.parametrize(("kv_lora", "rope"), [(96, 16), (40, 24), (512, 64)])
+def test_dimensions_are_free(kv_lora: int, rope: int) -> None:
+    Case(2, [70], kv_lora=kv_lora, rope=rope).check(2e-6)
+
+
+def test_page_order_changes_nothing() -> None:
+    case = Case(3, [300])
+    first = case.run()
+    mixed = torch.randperm(case.pool.shape[0], generator=torch.Generator().manual_seed(9))
+    case.pool = case.pool[mixed]
+    where = {int(page): i for i, page in enumerate(mixed)}
+    case.pages = [where.get(page, page) for page in case.pages]
+    assert torch.equal(case.run(), first)
+
+
+def test_half_precision_rounds_once() -> None:
+    Case(4, [200], kv_lora=64, dtype=torch.float16).check(1e-3)
+
+
+def test_cached_rows_are_converted_to_the_queries_type() -> None:
+    Case(4, [100], dtype=torch.float16, cache_dtype=torch.float32).check(1e-3)

@@ -1,0 +1,78 @@
+"""The tile schedule deals every tile once, evenly, and tells the merge where the pieces are."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from kvfold.kernels.mla_decode import DecodeWorkspace, schedule_decode
+from kvfold.kernels.mla_schedule import MIN_TILES, SEQUENCE_COST, TILE_TOKENS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+Schedule = tuple[list[list[int]], list[list[int]]]
+
+
+def schedule(kv_lens: list[int], num_parts: int) -> Schedule:
+    workspace = DecodeWorkspace(len(kv_lens), 1, 2, 16, DEVICE, num_parts)
+    workspace.part_starts.fill_(-77)
+    workspace.splits.fill_(-77)
+    schedule_decode(torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE), workspace)
+    return workspace.part_starts.tolist(), workspace.splits.tolist()
+
+
+def stretches(kv_lens: list[int], starts: list[list[int]]) -> list[list[tuple[int, int, int]]]:
+    """For each part its (sequence, first tile, end tile), by the rule the kernels follow."""
+    parts = []
+    for (first, first_tile), (end, end_tile) in itertools.pairwise(starts):
+        part = []
+        for sequence in range(first, end + (end_tile > 0)):
+            num_tiles = math.ceil(kv_lens[sequence] / TILE_TOKENS)
+            lo = first_tile if sequence == first else 0
+            hi = end_tile if sequence == end else num_tiles
+            part.append((sequence, lo, hi))
+        parts.append(part)
+    return parts
+
+
+def ragged(seed: int) -> list[int]:
+    chosen = random.Random(seed)
+    return [
+        chosen.choice([0, 1, 63, 64, 65, 4097, chosen.randrange(20_000)]) for _ in range(chosen.randrange(1, 9))
+    ]
+
+
+@pytest.mark.parametrize(
+    "kv_lens",
+    [[1], [64], [4097], [0], [0, 0, 5, 0, 700, 0], [100] * 130, [1, 65536, 1, 300], *(ragged(s) for s in range(6))],
+)
+@pytest.mark.parametrize("num_parts", [1, 7, 66])
+def test_every_tile_is_dealt_once_and_found_again(kv_lens: list[int], num_parts: int) -> None:
+    starts, splits = schedule(kv_lens, num_parts)
+    parts = stretches(kv_lens, starts)
+    dealt: list[list[tuple[int, int, int]]] = [[] for _ in kv_lens]
+    for p, part in enumerate(parts):
+        for sequence, lo, hi in part:
+            dealt[sequence].append((lo, hi, p))
+    for sequence, pieces in enumerate(dealt):
+        num_tiles = math.ceil(kv_lens[sequence] / TILE_TOKENS)
+        if num_tiles == 0:
+            assert len(pieces) == 1, f"sequence {sequence} without keys is zeroed by parts {pieces}, expected one"
+            assert splits[sequence][1] == 1
+            continue
+        held = [piece for piece in pieces if piece[1] > piece[0]]
+        assert [lo for lo, _, _ in held] == [0, *(hi for _, hi, _ in held[:-1])]
+        assert held[-1][1] == num_tiles
+        assert splits[sequence] == [held[0][2], len(held)], f"sequence {sequence}: {held}"
+        assert [p for _, _, p in held] == list(range(held[0][2], held[0][2] + len(held)))
+
+
+@pytest.mark.parametrize("kv_lens", [[65536], [8128] * 16, [1, 30_000, 64, 64, 9000], [4097] * 128])
+def test_no_part_works_longer_than_its_share(kv_lens: list[int]) -> None:
+    starts, _ = schedule(kv_lens, 132)
+    total = sum(math.ceil(n / TILE_TOKENS) + SEQUENCE_COST for n in kv_lens)
+    used = min(132, math.ceil(sum(math.ceil(n / TILE_TOKENS) for n in kv_lens) / MIN_TILES))
+    longest = max(sum(hi - lo for _, lo, hi in part) for part in stretches(kv_lens, starts))
+    assert longest <= math.ceil(total / used)
