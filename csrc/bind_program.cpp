@@ -157,20 +157,30 @@ Weight weight_of(const WeightTuple& tuple) {
 }
 
 CacheArray cache_array_of(nb::handle object, int type) {
-  if (type < 0 || type > static_cast<int>(CacheType::kBF16)) {
-    refuse("cache type " + std::to_string(type) + ", expected 0 (f32), 1 (f16) or 2 (bf16).");
+  if (type < 0 || type > static_cast<int>(CacheType::kQ8_0)) {
+    refuse("cache type " + std::to_string(type) + ", expected 0 (f32), 1 (f16), 2 (bf16) or 3 (q8_0).");
   }
   const auto cache_type = static_cast<CacheType>(type);
   const auto describe = [&](const auto& array) {
     if (array.shape(2) != static_cast<size_t>(kPageTokens)) {
       refuse("cache " + shape_of(array) + ", expected pages of " + std::to_string(kPageTokens) + " tokens.");
     }
+    auto width = static_cast<int64_t>(array.shape(3));
+    if (cache_type == CacheType::kQ8_0) {
+      if (width % kQ8Bytes != 0) {
+        refuse("cache " + shape_of(array) + ", expected rows of whole blocks of " + std::to_string(kQ8Bytes) +
+               " bytes.");
+      }
+      width = width / kQ8Bytes * kQ8Block;
+    }
     return CacheArray{array.data(), cache_type, static_cast<int64_t>(array.shape(0)),
-                      static_cast<int64_t>(array.shape(1)), static_cast<int64_t>(array.shape(3))};
+                      static_cast<int64_t>(array.shape(1)), width};
   };
   using F32 = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
   using Half = nb::ndarray<uint16_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+  using Bytes = nb::ndarray<uint8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
   if (cache_type == CacheType::kF32) return describe(array_of<F32>(object, "cache", "float32, writable"));
+  if (cache_type == CacheType::kQ8_0) return describe(array_of<Bytes>(object, "cache", "uint8, writable"));
   return describe(array_of<Half>(object, "cache", "uint16, writable"));
 }
 

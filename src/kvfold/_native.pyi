@@ -50,7 +50,7 @@ class Program:
         self,
         segments: list[_Segment],
         weights: list[tuple[str, int, int, int, list[_Part]]],  # name, type, rows of a part, cols, parts
-        cache_type: int,  # 0 f32, 1 f16, 2 bf16; halves come as uint16
+        cache_type: int,  # 0 f32, 1 f16, 2 bf16, halves as uint16; 3 q8_0 as uint8
         cache: list[NDArray[np.generic]],
         threads: int,
         workspace_bytes: int,

@@ -80,7 +80,7 @@ class LLM:
     mla, fa:    "auto", or the peers' numbers: mla 0 to 3, fa 0 or 1
     dtype:      "float32"; "int8", activations rounded for quantized weights; "bfloat16" (plain);
                 "auto" is int8 on native and float32 on plain
-    cache_type: "f16", "f32" or "bf16"
+    cache_type: "f16", "q8_0", "f32" or "bf16"
     backend:    "auto", "native" or "plain"
     n_ctx:      tokens the cache holds, all concurrent requests together; None: the model's context, or what fits
     batch_rows: prompt rows in one step

@@ -155,7 +155,9 @@ def embedded_model() -> Path:
 
 def cache_layout(config: ModelConfig, settings: Settings) -> CacheLayout:
     make = CacheLayout.standard if settings.mla is Mla.STANDARD else CacheLayout.latent
-    return make(config, settings.cache_type)
+    layout = make(config, settings.cache_type)
+    layout.check_blocks(config.mla)
+    return layout
 
 
 def default_context(config: ModelConfig, layout: CacheLayout) -> int:

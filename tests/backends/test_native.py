@@ -21,7 +21,7 @@ from kvfold.model.step import Step
 # Of the largest logit. A narrow cache rounds latents that differ in their last float32 bit to different neighbours at
 # times: four halves of a unit in the last place of 11 and 8 significant bits, and dense layers only, for a router near
 # a tie turns a rounding into another expert. That numbers are read and written exactly is in test_native_ops.py.
-RELATIVE = {"f32": 1e-5, "f16": 4 * 4.9e-4, "bf16": 4 * 3.9e-3}
+RELATIVE = {"f32": 1e-5, "f16": 4 * 4.9e-4, "bf16": 4 * 3.9e-3, "q8_0": 4 * 3.9e-3}
 FAMILIES = ("v2-lite-yarn", "v2", "v3", "v3-yarn", "v3-half-split", "v3-tied", "v3-odd", "glm4-moe-lite")
 SETTINGS = [(mla, fa) for mla in ("0", "1", "2", "auto") for fa in ("0", "1")]
 MATRIX = [(family, mla, fa, cache) for family in FAMILIES for mla, fa in SETTINGS for cache in RELATIVE]
@@ -54,6 +54,8 @@ def check_family(folder: Path, family: str, mla: str, fa: str, cache: str) -> No
     overrides: dict[str, Any] = {}
     if family == "v2":  # 16.0 among 160 experts; among 16 it would magnify every rounding tenfold
         overrides["routed_scaling_factor"] = 1.6
+    if cache == "q8_0":  # whole blocks of 32 in c_kv, k_rope and every head
+        overrides |= {"kv_lora_rank": 96, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
     if cache != "f32":
         overrides |= (
             {"mlp_layer_types": ["dense"] * 3} if family.startswith("glm4") else {"first_k_dense_replace": 3}

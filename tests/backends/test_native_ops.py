@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvfold import _native
 from kvfold.backends.native import _layout, _parts, _segment
+from kvfold.cache.latent import CacheType, encode
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, Scoring
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
 from kvfold.mla.reference import attend
@@ -76,13 +77,14 @@ class Bench:
         stored = {name: stack(name, weight) for name, weight in {"table": self.x, **self.weights}.items()}
         rows = {name: sum(part.rows for part in parts) for name, parts in stored.items()}
         recorded = record(self, rows)  # type: ignore[arg-type]
-        dtype, nan = ((np.float32, np.nan), (np.uint16, 0xFFFF), (np.uint16, 0xFFFF))[self.cache_type]
-        self.cache = [np.full((1, PAGES, 64, width), nan, dtype) for width in self.cache_rows]
+        kind = list(CacheType)[self.cache_type]
+        nan = {"float32": np.nan, "float16": np.nan, "uint16": 0xFFFF, "uint8": 0xFF}[kind.storage.name]
+        self.cache = [np.full((1, PAGES, 64, kind.columns(width)), nan, kind.storage) for width in self.cache_rows]
         program = _native.Program(
             [_segment(s) for s in recorded.segments],
             [(n, *_layout(stored[n]), _parts(stored[n])) for n in recorded.weight_names],
             self.cache_type,
-            list(self.cache),
+            [a.view(np.uint16) if a.dtype == np.float16 else a for a in self.cache],
             self.threads,
             self.workspace_bytes,
             self.rounds_activations,
@@ -236,7 +238,32 @@ def test_cached_numbers_are_rounded_to_nearest_even(cache_type: int) -> None:
     bench.run()
     order = np.random.default_rng(0).permutation(PAGES)
     written = np.concatenate([bench.cache[0][0, page] for page in order])[:500]
-    assert np.array_equal(written, expected.view(np.uint16))
+    assert np.array_equal(written.view(np.uint16), expected.view(np.uint16))
+
+
+def test_q8_0_rows_are_written_as_defined() -> None:
+    """Rows of very different sizes, zeros, tiny blocks, halves between two codes, and blocks that are not finite."""
+    lora, rope, mla = 96, 32, MlaConfig(1, 4, 32, 1, 96, None, 1.0)
+    rng = np.random.default_rng(4)
+    x = (rng.standard_normal((400, lora + rope)) * np.exp(rng.normal(0, 8, (400, 4))).repeat(32, 1)).astype(
+        np.float32
+    )
+    x[0], x[1] = 0, 1e-41
+    x[2:300:3] = np.round(x[2:300:3] / np.abs(x[2:300:3]).max(1, keepdims=True) * 254) / 2
+    x[300, 5], x[301, 40], x[302, 127] = np.nan, np.inf, 1e9
+
+    def network(ops: Recorder, value: Value) -> None:
+        ops.append_latent("append", 0, ops.columns(value, 0, lora), ops.columns(value, lora, lora + rope))
+        q = ops.fold_q("fold", ops.columns(value, 0, 36), KvUp(k_b="k_b", v_b="v_b"), mla)
+        out = ops.attend_latent("attend", 0, q, mla)
+        hand_over(ops, "out", ops.unfold_v("unfold", out, KvUp(k_b="k_b", v_b="v_b"), mla))
+
+    weights = {"k_b": np.zeros((lora, 4), np.float32), "v_b": np.zeros((1, lora), np.float32)}
+    bench = Bench(x, network, weights, cache_rows=(lora + rope,), cache_type=3, workspace_bytes=8 << 20)
+    bench.run()
+    order = np.random.default_rng(0).permutation(PAGES)
+    written = np.concatenate([bench.cache[0][0, page] for page in order])[:400]
+    np.testing.assert_array_equal(written, encode(x, CacheType.Q8_0))
 
 
 def routed(moe: MoeConfig, logits: Array, bias: Array | None) -> tuple[NDArray[np.int32], Array]:

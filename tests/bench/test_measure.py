@@ -18,6 +18,7 @@ from kvfold.bench.measure import (
     disk_reads,
     undisturbed,
 )
+from kvfold.cache.latent import decode
 from kvfold.formats.checkpoint import Checkpoint
 from kvfold.formats.synthetic import SHAPES, synthetic_checkpoint
 from kvfold.load import Settings, load
@@ -62,7 +63,7 @@ def test_generated_tokens_are_timed_one_by_one_and_their_bytes_counted(checkpoin
     assert run.nbytes == 5 * found.weights.nbytes + cached * 2 * 576 * 2
 
 
-@pytest.mark.parametrize("cache_type", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("cache_type", ["f32", "f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("mla", ["auto", "0"])
 def test_every_row_of_the_depth_is_random_and_no_case_changes_them(
     checkpoint: Checkpoint, mla: str, cache_type: str
@@ -75,10 +76,7 @@ def test_every_row_of_the_depth_is_random_and_no_case_changes_them(
         array[:, untouched] = 0
 
     def rows(pages: list[int]) -> np.ndarray:
-        array = cache.arrays[0][:, pages]
-        if array.dtype == np.uint16:
-            return (array.astype(np.uint32) << 16).view(np.float32)
-        return array.astype(np.float32)
+        return decode(cache.arrays[0][:, pages], cache.layout.cache_type)
 
     before = rows(found._deep)
     assert abs(before.mean()) < 0.02 and abs(before.std() - 1) < 0.02

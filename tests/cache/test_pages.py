@@ -44,12 +44,12 @@ def test_32k_of_v2_lite_in_f16_is_972_mib() -> None:
 
 @pytest.mark.parametrize("cache_type", list(CacheType))
 def test_the_arrays_have_the_layout_bytes(cache_type: CacheType) -> None:
-    layout = CacheLayout(3, (40, 24), cache_type)
+    layout = CacheLayout(3, (96, 32), cache_type)
     cache = PagedCache(layout, 5)
     assert sum(a.nbytes for a in cache.arrays) == layout.bytes_per_token * 5 * PAGE_TOKENS
     assert parse_cache_type(cache_type.value.upper()) is cache_type
 
 
 def test_unknown_cache_type_lists_the_allowed() -> None:
-    with pytest.raises(SettingError, match="allowed are f32, f16, bf16"):
+    with pytest.raises(SettingError, match="allowed are f32, f16, bf16, q8_0"):
         parse_cache_type("q3")

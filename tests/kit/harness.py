@@ -26,7 +26,7 @@ class Harness:
         }  # fmt: skip
         self.loaded: Loaded = load(path, Settings.parse(**(defaults | settings)))
         for array in self.loaded.cache.arrays:
-            array.fill(0x7FC0 if array.dtype == np.uint16 else np.nan)
+            array.fill({"uint16": 0x7FC0, "uint8": 0xFF}.get(array.dtype.name, np.nan))  # q8_0: every scale is NaN
         pool = self.loaded.pool
         pages = pool.take(pool.num_free)
         pool.give_back([pages[i] for i in np.random.default_rng(seed).permutation(len(pages))])

@@ -87,13 +87,15 @@ def test_a_step_may_mix_paths_forms_and_sequences(family: str, tmp_path: Path) -
         close(np.concatenate(parts), expected, 1e-5)
 
 
-@pytest.mark.parametrize("cache_type", ["f16", "bf16"])
+@pytest.mark.parametrize("cache_type", ["f16", "bf16", "q8_0"])
 def test_a_narrow_cache_rounds_and_no_more(cache_type: str, tmp_path: Path) -> None:
     # Dense layers only: a router near a tie may turn a rounding into another expert.
-    path = write_gguf(tiny_model("v2", first_k_dense_replace=3), tmp_path / "m.gguf")
+    whole_blocks = {"kv_lora_rank": 96, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+    path = write_gguf(tiny_model("v2", first_k_dense_replace=3, **whole_blocks), tmp_path / "m.gguf")
     ids, expected = _expected(path)
-    # 11 and 8 significant bits: half a unit in the last place is 4.9e-4 and 3.9e-3 of a value.
-    bound = {"f16": 4 * 4.9e-4, "bf16": 4 * 3.9e-3}[cache_type]
+    # 11 and 8 significant bits: half a unit in the last place is 4.9e-4 and 3.9e-3 of a value, and
+    # half a step of q8_0 3.9e-3 of the largest of 32, some 2.5 times a value.
+    bound = {"f16": 4 * 4.9e-4, "bf16": 4 * 3.9e-3, "q8_0": 4 * 9.8e-3}[cache_type]
     for mla in ("0", "1", "2"):
         close(Harness(path, mla=mla, cache_type=cache_type).logits(ids), expected, bound)
 

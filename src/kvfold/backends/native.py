@@ -23,7 +23,7 @@ from kvfold.quant.tensor import QuantTensor
 Weight = QuantTensor | tuple[QuantTensor, ...]
 """One matrix, or equal ones below each other: the experts of a layer, the heads of an up-projection."""
 
-_CACHE_TYPES = {CacheType.F32: 0, CacheType.F16: 1, CacheType.BF16: 2}
+_CACHE_TYPES = {CacheType.F32: 0, CacheType.F16: 1, CacheType.BF16: 2, CacheType.Q8_0: 3}
 
 
 class NativeBackend:

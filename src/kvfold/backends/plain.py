@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold import _native
-from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
+from kvfold.cache.latent import PAGE_TOKENS, PagedCache, decode, encode
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, RopeConfig, Scoring
 from kvfold.errors import Cancelled
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
@@ -285,15 +285,14 @@ class PlainOps:
 
     # The cache
 
-    def _cached(self, array: int, layer: int) -> Tensor:
-        """[num_pages * PAGE_TOKENS, width] of one layer, sharing memory with the cache."""
-        rows = self._backend.cache.arrays[array][layer]
-        tensor = torch.from_numpy(rows.reshape(-1, rows.shape[-1]))
-        return tensor.view(torch.bfloat16) if self._backend.cache.layout.cache_type is CacheType.BF16 else tensor
+    def _cached(self, array: int, layer: int) -> NDArray[np.generic]:
+        """[num_pages * PAGE_TOKENS, columns] of one layer, sharing memory with the cache."""
+        rows: NDArray[np.generic] = self._backend.cache.arrays[array][layer]
+        return rows.reshape(-1, rows.shape[-1])
 
     def _write(self, array: int, layer: int, rows: Tensor) -> None:
-        cached = self._cached(array, layer)
-        cached[torch.from_numpy(self._step.slots)] = rows.to(cached.dtype)
+        encoded = encode(rows.float().numpy(), self._backend.cache.layout.cache_type)
+        self._cached(array, layer)[self._step.slots] = encoded
 
     def _keys(
         self, array: int, layer: int, sequence: int, start: int, stop: int, columns: slice = slice(None)
@@ -301,8 +300,10 @@ class PlainOps:
         """Columns of the cached rows of tokens [start, stop) of a sequence, `start` at a page: [stop - start, ..]."""
         pages = self._step.page_list(sequence)[start // PAGE_TOKENS : -(-stop // PAGE_TOKENS)]
         slots = pages.astype(np.int64)[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)
-        picked = self._cached(array, layer)[:, columns][torch.from_numpy(slots.reshape(-1)[: stop - start])]
-        return picked.to(self._dtype)
+        cache_type = self._backend.cache.layout.cache_type
+        stored = slice(*(None if at is None else cache_type.columns(at) for at in (columns.start, columns.stop)))
+        picked = self._cached(array, layer)[:, stored][slots.reshape(-1)[: stop - start]]
+        return torch.from_numpy(decode(picked, cache_type)).to(self._dtype)
 
     def append_latent(self, name: str, layer: int, c_kv: Tensor, k_rope: Tensor) -> None:
         self._write(0, layer, self._done(name, torch.cat([c_kv, k_rope], dim=-1)))

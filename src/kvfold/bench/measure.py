@@ -17,13 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from kvfold import _native
 from kvfold.bench.work import LinearWork, TokenWeights, linear_work
-from kvfold.cache.latent import PAGE_TOKENS, CacheType
+from kvfold.cache.latent import PAGE_TOKENS, encode
 from kvfold.cache.pages import Sequence, pages_for
 from kvfold.engine.batch import Work, build_batch
 from kvfold.load import Loaded
@@ -240,13 +238,7 @@ class Rig:
     def _fill(self, pages: list[int]) -> None:
         """Normal numbers in these pages of every layer: c_kv is normed, and k_rope of a like size."""
         cache = self.loaded.cache
-        for array in cache.arrays:
+        for array, dim in zip(cache.arrays, cache.layout.row_dims, strict=True):
             for layer in array:
-                values = self._rng.standard_normal((len(pages), *layer.shape[1:]), np.float32)
-                layer[pages] = _encoded(values, cache.layout.cache_type)
-
-
-def _encoded(values: NDArray[np.float32], cache_type: CacheType) -> NDArray[np.generic]:
-    if cache_type is CacheType.BF16:
-        return values.astype(ml_dtypes.bfloat16).view(np.uint16)
-    return values.astype(cache_type.storage)
+                values = self._rng.standard_normal((len(pages), PAGE_TOKENS, dim), np.float32)
+                layer[pages] = encode(values, cache.layout.cache_type)

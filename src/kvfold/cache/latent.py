@@ -6,6 +6,9 @@ One latent layout serves every latent path, on every backend:
 
     latent  [num_layers, num_pages, PAGE_TOKENS, kv_lora + rope]     c_kv first, rotated k_rope last
 
+q8_0 holds 32 numbers of a row as a float16 scale and 32 signed bytes, 34 bytes in all: llama.cpp's block of that name.
+`encode` and `decode` are the definition of every number format; csrc/kernels/cache_rows.cpp is equal bit for bit.
+
 Page p, slot s of a sequence's page list is token p * PAGE_TOKENS + s. Memory is reserved as address space and
 committed by the kernel page by page when first written.
 """
@@ -15,13 +18,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfold.config import ModelConfig
+from kvfold.config import MlaConfig, ModelConfig
 from kvfold.errors import SettingError
 
+Floats = NDArray[np.float32]
+
 PAGE_TOKENS = 64
+
+Q8_BLOCK = 32
+"""Numbers of a row that share a scale in q8_0: whole blocks in every part of a row that is read by itself."""
+
+_Q8_BYTES = 2 + Q8_BLOCK
+_TINY = np.float32(2.0**-120)  # below it 127 / largest is not finite; a float16 scale is 0 far above it
 
 
 class CacheType(Enum):
@@ -30,19 +42,62 @@ class CacheType(Enum):
     F32 = "f32"
     F16 = "f16"
     BF16 = "bf16"
-
-    @property
-    def nbytes(self) -> int:
-        return 4 if self is CacheType.F32 else 2
+    Q8_0 = "q8_0"
 
     @property
     def storage(self) -> np.dtype[np.generic]:
-        """The numpy type of the array; bfloat16 is held as its 16 bits."""
-        return np.dtype({"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[self.value])
+        """The numpy type of the array; bfloat16 is held as its 16 bits, q8_0 as bytes."""
+        types = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "q8_0": np.uint8}
+        return np.dtype(types[self.value])
+
+    def columns(self, count: int) -> int:
+        """How many of `storage` hold this many numbers of a row; of a block, all."""
+        return -(-count // Q8_BLOCK) * _Q8_BYTES if self is CacheType.Q8_0 else count
+
+    def row_bytes(self, count: int) -> int:
+        return self.columns(count) * self.storage.itemsize
+
+
+def encode(values: Floats, cache_type: CacheType) -> NDArray[np.generic]:
+    """float32 [.., n] -> `storage` [.., columns(n)], rounded to nearest even.
+
+    q8_0: scale = largest / 127 in float32, kept as float16; code = value * (1 / scale in float32), a half away from
+    zero. A value that is not finite makes its block's scale NaN.
+    """
+    if cache_type is CacheType.BF16:
+        return values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    if cache_type is not CacheType.Q8_0:
+        return values.astype(cache_type.storage)
+    blocks = np.ascontiguousarray(values).reshape(*values.shape[:-1], -1, Q8_BLOCK)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    finite = np.isfinite(largest)
+    used = finite & (largest >= _TINY)
+    scale = np.where(used, largest, 127) / np.float32(127)
+    exact = np.where(used, blocks, 0) * (np.float32(1) / scale)
+    raw = np.empty((*blocks.shape[:-1], _Q8_BYTES), np.uint8)
+    with np.errstate(over="ignore"):
+        half = np.where(finite, np.where(used, scale, 0), np.nan).astype("<f2")
+    raw[..., :2] = half.view(np.uint8)
+    # |exact| <= 127.00001: halves are exact in float32, and so are these sums
+    raw[..., 2:] = (np.sign(exact) * np.floor(np.abs(exact) + np.float32(0.5))).astype(np.int8).view(np.uint8)
+    return raw.reshape(*values.shape[:-1], -1)
+
+
+def decode(stored: NDArray[np.generic], cache_type: CacheType) -> Floats:
+    """`storage` [.., columns(n)] -> float32 [.., n], exact."""
+    if cache_type is CacheType.BF16:
+        widened: Floats = stored.view(ml_dtypes.bfloat16).astype(np.float32)
+        return widened
+    if cache_type is not CacheType.Q8_0:
+        return stored.astype(np.float32)
+    blocks = np.ascontiguousarray(stored).reshape(*stored.shape[:-1], -1, _Q8_BYTES)
+    scale = blocks[..., :2].view("<f2").astype(np.float32)
+    values: Floats = blocks[..., 2:].view(np.int8) * scale
+    return values.reshape(*stored.shape[:-1], -1)
 
 
 def parse_cache_type(value: str) -> CacheType:
-    """`f32`, `f16` or `bf16`. Raises SettingError."""
+    """`f32`, `f16`, `bf16` or `q8_0`. Raises SettingError."""
     try:
         return CacheType(value.lower())
     except ValueError:
@@ -71,18 +126,32 @@ class CacheLayout:
         mla = config.mla
         return cls(config.num_layers, (mla.num_heads * mla.qk_head_dim, mla.num_heads * mla.v_head_dim), cache_type)
 
+    def check_blocks(self, mla: MlaConfig) -> None:
+        """SettingError where q8_0 has no whole blocks in a part of a row: c_kv, k_rope, a head's keys or its values."""
+        latent = {"kv_lora_rank": mla.kv_lora_rank, "qk_rope_head_dim": mla.qk_rope_head_dim}
+        full = {"qk_head_dim": mla.qk_head_dim, "v_head_dim": mla.v_head_dim}
+        for name, width in (latent if len(self.row_dims) == 1 else full).items():
+            if self.cache_type is CacheType.Q8_0 and width % Q8_BLOCK:
+                raise SettingError(
+                    f"cache_type=q8_0: {name} of this model is {width}, expected a multiple of {Q8_BLOCK}: blocks of "
+                    f"that many numbers share a scale. Use f16 or bf16."
+                )
+
     @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * sum(self.row_dims) * self.cache_type.nbytes
+        return self.num_layers * sum(self.cache_type.row_bytes(dim) for dim in self.row_dims)
 
 
 class PagedCache:
-    """The arrays of one cache: `arrays[i]` is [num_layers, num_pages, PAGE_TOKENS, row_dims[i]]."""
+    """The arrays of one cache: `arrays[i]` is [num_layers, num_pages, PAGE_TOKENS, columns(row_dims[i])]."""
 
     def __init__(self, layout: CacheLayout, num_pages: int) -> None:
         self.layout = layout
         self.num_pages = num_pages
         self.arrays: tuple[NDArray[np.generic], ...] = tuple(
-            np.empty((layout.num_layers, num_pages, PAGE_TOKENS, dim), layout.cache_type.storage)
+            np.empty(
+                (layout.num_layers, num_pages, PAGE_TOKENS, layout.cache_type.columns(dim)),
+                layout.cache_type.storage,
+            )
             for dim in layout.row_dims
         )

@@ -137,7 +137,7 @@ CacheTypeOption = Annotated[
         "--cache-type",
         "-ctk",
         "--cache-type-k",
-        metavar="f16|bf16|f32",
+        metavar="f16|q8_0|bf16|f32",
         envvar="KVFOLD_CACHE_TYPE",
         help="Number format of the cached rows.",
     ),
