@@ -21,9 +21,9 @@ enum class Rounding { kInt8, kBf16, kNone };
 // y = x W^T for W in the blocks of its file, x of any rows.
 //
 // Two forms. `dot` reads every weight row once, in file order, for up to kMaxDotRows rows of x: generation.
-// `tile` unpacks tile_rows weight rows once into a panel that stays in cache, and passes all rows of x over
-// it: prompts. Both take x in a layout of their own, written by prepare_*; nothing here allocates, checks or
-// fails.
+// `tile` passes all rows of x over a panel, some columns or all of tile_rows weight rows that were unpacked
+// into cache: prompts (kernels/quant_panels.h walks the columns). Both take x in a layout of their
+// own, written by prepare_*; nothing here allocates, checks or fails.
 struct MatrixKernels {
   int32_t type;  // ggml's number
   Rounding rounding;
@@ -42,13 +42,15 @@ struct MatrixKernels {
   int64_t (*tile_bytes)(int64_t k);
   void (*prepare_tile)(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k,
                        uint8_t* prepared);
+  int32_t panel_columns;  // of a panel that fits the first-level cache: whole blocks of any type
   int64_t (*panel_bytes)(int64_t k);
   void (*unpack)(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k,
                  uint8_t* panel);  // n <= tile_rows
-  // y[i * ldy + j] of all rows i of x and the n rows j of the panel. Meanwhile `next`, of next_bytes, is
-  // brought near.
-  void (*tile)(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y,
-               int64_t ldy, const uint8_t* next, int64_t next_bytes);
+  // y[i * ldy + j] of all rows i of x, in groups group_bytes apart, and the n rows j of the panel, on top of
+  // start[i * ld_start + j] where start is not null. Meanwhile `next`, of next_bytes, is brought near.
+  void (*tile)(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t group_bytes,
+               int64_t rows, const float* start, int64_t ld_start, float* y, int64_t ldy, const uint8_t* next,
+               int64_t next_bytes);
 };
 
 struct InstructionSet {

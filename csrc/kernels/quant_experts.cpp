@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/quant_panels.h"
 #include "kernels/quant_product.h"
 
 namespace kvfold {
 namespace {
 
-constexpr int64_t kTileGroups =
-    16;  // groups of rows computed before their results are used: 12 KiB an output
+constexpr int64_t kTileRows = 512;  // of an expert computed before their results are used: 64 KiB an output
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -42,19 +42,20 @@ struct Prepared {
     }
   }
 
-  int64_t row_tile() const { return kTileGroups * kernels.tile_cols; }
+  int64_t row_tile() const { return kTileRows / kernels.tile_cols * kernels.tile_cols; }
   int64_t tile_floats() const { return row_tile() * kernels.tile_rows; }
+  int64_t panel_floats() const { return unpacked_bytes(kernels, k) / 4; }
 
-  // y[i * tile_rows + j] of prepared rows [first, first + rows), rows <= row_tile(), and the n weight rows at
-  // raw, whose panel was unpacked if there is one.
-  void multiply(const uint8_t* raw, int64_t row_bytes, int64_t n, const uint8_t* panel, const uint8_t* x,
-                int64_t first, int64_t rows, float* y, const uint8_t* next, int64_t next_bytes) const {
-    if (panel != nullptr) {
+  // y[i * tile_rows + j] of prepared rows [first, first + rows), rows <= row_tile(), of an expert's `all` and
+  // the weight rows j.
+  void multiply(const PanelRows& w, int64_t all, const uint8_t* x, int64_t first, int64_t rows, float* y,
+                uint8_t* panel) const {
+    if (!by_dots(all)) {
       const uint8_t* groups = x + first / kernels.tile_cols * kernels.tile_bytes(k);
-      return kernels.tile(panel, n, k, groups, rows, y, kernels.tile_rows, next, next_bytes);
+      return multiply_panels(kernels, w, k, groups, rows, y, kernels.tile_rows, panel, y);
     }
     for (int64_t r = 0; r < rows; r += MatrixKernels::kMaxDotRows) {
-      kernels.dot(raw, row_bytes, n, k, x + (first + r) * kernels.dot_bytes(k),
+      kernels.dot(w.raw, w.row_bytes, w.n, k, x + (first + r) * kernels.dot_bytes(k),
                   std::min(MatrixKernels::kMaxDotRows, rows - r), y + r * kernels.tile_rows,
                   kernels.tile_rows);
     }
@@ -73,8 +74,7 @@ bool has_expert_kernels(const Experts& experts) {
 int64_t block_experts_floats(const Experts& experts) {
   const Prepared in{*experts.gate.kernels, experts.gate.cols},
       inside{*experts.down.kernels, experts.down.cols};
-  const int64_t gate_and_up = 2 * (whole_lines(in.kernels.panel_bytes(in.k) / 4) + in.tile_floats());
-  return std::max(gate_and_up, whole_lines(inside.kernels.panel_bytes(inside.k) / 4) + inside.tile_floats());
+  return std::max(2 * in.tile_floats() + in.panel_floats(), inside.tile_floats() + inside.panel_floats());
 }
 
 namespace {
@@ -146,24 +146,17 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
       const uint8_t *gate = raw_rows(experts.gate, e * inner + at),
                     *up = raw_rows(experts.up, e * inner + at);
       float *gate_tile = machine.of(member), *up_tile = gate_tile + in.tile_floats();
-      uint8_t *gate_panel = nullptr, *up_panel = nullptr;
-      const int64_t bytes = count * row_bytes;
-      if (!Prepared::by_dots(m)) {
-        gate_panel = reinterpret_cast<uint8_t*>(up_tile + in.tile_floats());
-        up_panel = gate_panel + whole_lines(in.kernels.panel_bytes(hidden) / 4) * 4;
-        in.kernels.unpack(gate, row_bytes, count, hidden, gate_panel);
-        in.kernels.unpack(up, row_bytes, count, hidden, up_panel);
-      }
+      auto* panel = reinterpret_cast<uint8_t*>(up_tile + in.tile_floats());
       // What this member is likely to unpack next: the same rows a few units on, if they are of this expert.
-      const int64_t ahead = at + machine.team.size() * step;
-      const int64_t next_bytes = ahead + step <= inner ? bytes : 0;
+      const int64_t bytes = count * row_bytes, ahead = machine.team.size() * step;
+      const bool more = at + ahead + step <= inner;
       for (int64_t i = 0; i < m; i += in.row_tile()) {
         const int64_t tile = std::min(in.row_tile(), m - i);
-        const int64_t now = i == 0 ? next_bytes : 0;
-        in.multiply(gate, row_bytes, count, gate_panel, prepared + offsets[a], i, tile, gate_tile,
-                    gate + (ahead - at) * row_bytes, now);
-        in.multiply(up, row_bytes, count, up_panel, prepared + offsets[a], i, tile, up_tile,
-                    up + (ahead - at) * row_bytes, now);
+        const int64_t next_bytes = more && i + tile == m ? bytes : 0;
+        in.multiply({gate, row_bytes, count, gate + ahead * row_bytes, next_bytes}, m, prepared + offsets[a],
+                    i, tile, gate_tile, panel);
+        in.multiply({up, row_bytes, count, up + ahead * row_bytes, next_bytes}, m, prepared + offsets[a], i,
+                    tile, up_tile, panel);
         for (int64_t r = 0; r < tile; r++) {
           isa().swiglu(gate_tile + r * step, up_tile + r * step, activations + (pair + i + r) * inner + at,
                        count);
@@ -181,19 +174,18 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
     machine.team.for_each(pieces(hidden, down_step), [&](int64_t unit, int member) {
       const int64_t at = unit * down_step, count = std::min(down_step, hidden - at);
       float* tile = machine.of(member);
-      auto* memory = reinterpret_cast<uint8_t*>(tile + inside.tile_floats());
+      auto* panel = reinterpret_cast<uint8_t*>(tile + inside.tile_floats());
       for (int64_t i = 0; i < n; i++) std::memset(out.row(first + i) + at, 0, count * 4);
       for (int64_t a = 0; a < grouped.num_active; a++) {
         const int64_t e = grouped.active[a], pair = grouped.starts[e], m = count_of(a);
         const uint8_t* down = raw_rows(experts.down, e * hidden + at);
-        uint8_t* panel = Prepared::by_dots(m) ? nullptr : memory;
-        if (panel != nullptr) inside.kernels.unpack(down, down_bytes, count, inner, panel);
         const bool more = a + 1 < grouped.num_active;
         const uint8_t* next = more ? raw_rows(experts.down, grouped.active[a + 1] * hidden + at) : down;
         for (int64_t i = 0; i < m; i += inside.row_tile()) {
           const int64_t rows_of = std::min(inside.row_tile(), m - i);
-          inside.multiply(down, down_bytes, count, panel, prepared + offsets[a], i, rows_of, tile, next,
-                          more && i == 0 ? count * down_bytes : 0);
+          const int64_t next_bytes = more && i + rows_of == m ? count * down_bytes : 0;
+          inside.multiply({down, down_bytes, count, next, next_bytes}, m, prepared + offsets[a], i, rows_of,
+                          tile, panel);
           for (int64_t r = 0; r < rows_of; r++) {
             isa().add_scaled(tile + r * down_step, grouped.weights[pair + i + r],
                              out.row(first + grouped.rows[pair + i + r]) + at, count);

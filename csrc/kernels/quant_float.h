@@ -113,6 +113,7 @@ struct FloatMatrix {
 
   // Panels [lanes of k][vectors][lanes], groups of x [lanes of k][columns].
   static int64_t group_bytes(int64_t k) { return lanes(k) * kCols * 4; }
+  static constexpr int32_t kPanelColumns = columns_of_panel(256 / kStep * kRows * 4);
   static int64_t panel_bytes(int64_t k) { return (lanes(k) + 3) / 4 * 4 * kRows * 4; }
 
   static void prepare_tile(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k,
@@ -157,11 +158,10 @@ struct FloatMatrix {
   }
 
   template <int cols>
-  static void group(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, float* y, int64_t ldy) {
+  static void group(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, const float* start,
+                    int64_t ld_start, float* y, int64_t ldy) {
     typename S::Floats out[kVectors][cols];
-    KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
-      KVFOLD_UNROLLED for (int c = 0; c < cols; c++) out[v][c] = S::zero();
-    }
+    load_tile<S, kVectors, cols>(start, ld_start, n, out);
     for (int64_t i = 0; i < lanes(k); i++, panel += kRows * 4, x += kCols * 4) {
       KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
         KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
@@ -178,14 +178,13 @@ struct FloatMatrix {
     store_tile<S, kVectors, cols>(out, n, y, ldy);
   }
 
-  static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y,
-                   int64_t ldy, const uint8_t* next, int64_t next_bytes) {
-    const int64_t groups = (rows + kCols - 1) / kCols, share = (next_bytes + groups - 1) / groups;
-    for (int64_t g = 0; g < groups; g++, x += group_bytes(k), y += kCols * ldy) {
-      for (int64_t i = g * share; i < std::min(next_bytes, (g + 1) * share); i += 64) S::prefetch(next + i);
-      with_count<kCols>(rows - g * kCols,
-                        [&](auto cols) { group<decltype(cols)::value>(panel, n, k, x, y, ldy); });
-    }
+  static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t group_bytes,
+                   int64_t rows, const float* start, int64_t ld_start, float* y, int64_t ldy,
+                   const uint8_t* next, int64_t next_bytes) {
+    for_groups<S>(x, group_bytes, rows, start, ld_start, y, ldy, next, next_bytes,
+                  [&](auto cols, const uint8_t* group_x, const float* from, float* to) {
+                    group<decltype(cols)::value>(panel, n, k, group_x, from, ld_start, to, ldy);
+                  });
   }
 };
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/quant_panels.h"
+
 namespace kvfold {
 namespace {
 
@@ -38,15 +40,18 @@ void product_by_tiles(ThreadTeam& team, const BlockRows& w, const float* x, int6
   });
   const int64_t size = w.kernels->tile_rows, panels = pieces(w.n, size);
   team.for_each(pieces(panels, kPanelsOfUnit), [&](int64_t unit, int member) {
+    uint8_t* panel_memory = memory.of(member);
+    auto* sums = reinterpret_cast<float*>(panel_memory + unpacked_bytes(*w.kernels, w.k));
     const int64_t end = std::min(panels, (unit + 1) * kPanelsOfUnit);
     for (int64_t panel = unit * kPanelsOfUnit; panel < end; panel++) {
       // The panel this member is likely to unpack next.
       const int64_t next = panel + 1 < end ? panel + 1 : panel + 1 + (team.size() - 1) * kPanelsOfUnit;
       const int64_t next_rows = std::clamp<int64_t>(w.n - next * size, 0, size);
       const int64_t first = panel * size, n = std::min(size, w.n - first);
-      w.kernels->unpack(w.raw + first * w.row_bytes, w.row_bytes, n, w.k, memory.of(member));
-      w.kernels->tile(memory.of(member), n, w.k, memory.shared, rows, y + first, ldy,
-                      w.raw + next * size * w.row_bytes, next_rows * w.row_bytes);
+      multiply_panels(*w.kernels,
+                      {w.raw + first * w.row_bytes, w.row_bytes, n, w.raw + next * size * w.row_bytes,
+                       next_rows * w.row_bytes},
+                      w.k, memory.shared, rows, y + first, ldy, panel_memory, sums);
     }
   });
 }
@@ -59,7 +64,7 @@ int64_t product_shared_bytes(const MatrixKernels& kernels, int64_t rows, int64_t
 }
 
 int64_t product_own_bytes(const MatrixKernels& kernels, int64_t k) {
-  return whole_lines(kernels.panel_bytes(k));
+  return unpacked_bytes(kernels, k) + sums_bytes(kernels);
 }
 
 void product(ThreadTeam& team, const BlockRows& weight, const float* x, int64_t ldx, int64_t rows, float* y,

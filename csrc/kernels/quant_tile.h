@@ -37,6 +37,41 @@ inline void store_tile(const typename S::Floats (&out)[vectors][cols], int64_t n
   }
 }
 
+// Its inverse, or zeros where `start` is null.
+template <class S, int vectors, int cols>
+inline void load_tile(const float* start, int64_t ld, int64_t n, typename S::Floats (&out)[vectors][cols]) {
+  KVFOLD_UNROLLED for (int v = 0; v < vectors; v++) {
+    const int64_t lanes = n - v * S::kLanes;
+    KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+      const float* from = start + c * ld + v * S::kLanes;
+      out[v][c] = start == nullptr || lanes <= 0 ? S::zero()
+                  : lanes >= S::kLanes           ? S::load(from)
+                                                 : S::load_first(from, lanes);
+    }
+  }
+}
+
+// Calls group(columns as a constant, group of x, start, y) for the rows of x, kCols at a time.
+template <class S, class Group>
+inline void for_groups(const uint8_t* x, int64_t group_bytes, int64_t rows, const float* start,
+                       int64_t ld_start, float* y, int64_t ldy, const uint8_t* next, int64_t next_bytes,
+                       const Group& group) {
+  constexpr int kCols = S::kTileCols;
+  const int64_t groups = (rows + kCols - 1) / kCols, share = (next_bytes + groups - 1) / groups;
+  for (int64_t g = 0; g < groups; g++, x += group_bytes, y += kCols * ldy) {
+    for (int64_t i = g * share; i < std::min(next_bytes, (g + 1) * share); i += 64) {
+      S::prefetch_second_level(next + i);
+    }
+    with_count<kCols>(rows - g * kCols, [&](auto cols) { group(cols, x, start, y); });
+    if (start != nullptr) start += kCols * ld_start;
+  }
+}
+
+// What stays in the first-level cache of 32 KiB beside a group of x: columns, whole blocks of any type.
+constexpr int32_t columns_of_panel(int64_t bytes_of_256) {
+  return static_cast<int32_t>(std::max<int64_t>(1, (20 << 10) / bytes_of_256) * 256);
+}
+
 template <class S, class F>
 struct AnyTile {
   static constexpr int kVectors = S::kTileVectors, kCols = S::kTileCols, kRows = kVectors * S::kLanes;
@@ -49,6 +84,7 @@ struct AnyTile {
   static constexpr int64_t kGroup = kSums + (F::kHasMin ? F::kRuns * kCols : 0);
 
   static int64_t group_bytes(int64_t k) { return k / kBlock * kGroup * 4; }
+  static constexpr int32_t kPanelColumns = columns_of_panel(256 / kBlock * kRecord);
   static int64_t panel_bytes(int64_t k) { return k / kBlock * kRecord; }
 
   static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k, int zero,
@@ -118,11 +154,10 @@ struct AnyTile {
 
   // One group: `cols` rows of x by the n rows of the panel.
   template <int cols>
-  static void group(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, float* y, int64_t ldy) {
+  static void group(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, const float* start,
+                    int64_t ld_start, float* y, int64_t ldy) {
     typename S::Floats out[kVectors][cols];
-    KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
-      KVFOLD_UNROLLED for (int c = 0; c < cols; c++) out[v][c] = S::zero();
-    }
+    load_tile<S, kVectors, cols>(start, ld_start, n, out);
     const auto* words = reinterpret_cast<const int32_t*>(x);
     for (int64_t at = 0; at < k; at += kBlock, panel += kRecord, words += kGroup) {
       const auto* scales = reinterpret_cast<const float*>(panel + kCodeBytes);
@@ -165,14 +200,13 @@ struct AnyTile {
     store_tile<S, kVectors, cols>(out, n, y, ldy);
   }
 
-  static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t rows, float* y,
-                   int64_t ldy, const uint8_t* next, int64_t next_bytes) {
-    const int64_t groups = (rows + kCols - 1) / kCols, share = (next_bytes + groups - 1) / groups;
-    for (int64_t g = 0; g < groups; g++, x += group_bytes(k), y += kCols * ldy) {
-      for (int64_t i = g * share; i < std::min(next_bytes, (g + 1) * share); i += 64) S::prefetch(next + i);
-      with_count<kCols>(rows - g * kCols,
-                        [&](auto cols) { group<decltype(cols)::value>(panel, n, k, x, y, ldy); });
-    }
+  static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t group_bytes,
+                   int64_t rows, const float* start, int64_t ld_start, float* y, int64_t ldy,
+                   const uint8_t* next, int64_t next_bytes) {
+    for_groups<S>(x, group_bytes, rows, start, ld_start, y, ldy, next, next_bytes,
+                  [&](auto cols, const uint8_t* group_x, const float* from, float* to) {
+                    group<decltype(cols)::value>(panel, n, k, group_x, from, ld_start, to, ldy);
+                  });
   }
 };
 

@@ -25,6 +25,11 @@ struct Avx2 {
   static Floats zero() { return _mm256_setzero_ps(); }
   static Floats set(float x) { return _mm256_set1_ps(x); }
   static Floats load(const float* p) { return _mm256_loadu_ps(p); }
+  static Floats load_first(const float* p, int64_t n) {
+    alignas(32) float lanes[kLanes] = {};
+    std::memcpy(lanes, p, n * 4);
+    return _mm256_load_ps(lanes);
+  }
   static void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
   static void store_first(float* p, Floats v, int64_t n) {
     alignas(32) float lanes[kLanes];
@@ -135,6 +140,7 @@ struct Avx2 {
   }
   static Floats load_half(const uint8_t* p) { return _mm256_cvtph_ps(load16(p)); }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_second_level(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   static Floats low_half(Ints v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
   static Floats high_half(Ints v) {

@@ -40,6 +40,9 @@ struct Generic {
   static Floats load(const float* p) {
     return make<Floats>([=](int i) { return p[i]; });
   }
+  static Floats load_first(const float* p, int64_t n) {  // the others 0
+    return make<Floats>([=](int i) { return i < n ? p[i] : 0.0f; });
+  }
   static void store(float* p, Floats v) { std::memcpy(p, v.lane, sizeof v.lane); }
   static void store_first(float* p, Floats v, int64_t n) { std::memcpy(p, v.lane, n * 4); }
   static Floats add(Floats a, Floats b) {
@@ -170,6 +173,7 @@ struct Generic {
     return make<Floats>([=](int i) { return blocks::half_at(p + 2 * i); });
   }
   static void prefetch(const void* p) { __builtin_prefetch(p); }
+  static void prefetch_second_level(const void* p) { __builtin_prefetch(p, 0, 2); }
 };
 
 }  // namespace
