@@ -124,7 +124,13 @@ class LLM:
         )
         self.loaded: Loaded = load(model, settings, progress=progress)
         self.tokenizer = Tokenizer.from_vocabulary(self.loaded.checkpoint.vocabulary)
-        self._runner = Runner(self.loaded.backend, self.loaded.pool, self.loaded.plan, max_prompt_rows=batch_rows)
+        self._runner = Runner(
+            self.loaded.backend,
+            self.loaded.pool,
+            self.loaded.plan,
+            num_segments=self.loaded.model.num_segments,
+            max_prompt_rows=batch_rows,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -309,7 +315,7 @@ class Stream(Iterator[str]):
             accept=self._reader,
             session=session,
         )
-        weakref.finalize(self, self._runner.cancel, self._request)
+        weakref.finalize(self, self._runner.drop, self._request)
 
     def __next__(self) -> str:
         reader, request = self._reader, self._request

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +16,12 @@ from kit.harness import Harness
 from kit.tiny_models import tiny_model, write_gguf
 from kvfold.cache.session import Session
 from kvfold.engine.request import FinishReason
-from kvfold.engine.runner import Runner
+from kvfold.engine.runner import PROMPT_SHARE, Runner
 from kvfold.errors import NumericsError, OutOfPages, SettingError
+from kvfold.model.step import Step
 
 NO_END: frozenset[int] = frozenset()
+Clock = Callable[[], float]
 
 
 def _greedy(logits: np.ndarray, history: list[int]) -> int:
@@ -27,10 +34,19 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tiny_model("v3", first_k_dense_replace=3), tmp_path_factory.mktemp("m") / "m.gguf")
 
 
-def _runner(path: Path, *, n_ctx: int = 2048, max_prompt_rows: int = 64) -> tuple[Harness, Runner]:
-    harness = Harness(path, n_ctx=n_ctx)
+def _runner(
+    path: Path, *, n_ctx: int = 2048, max_prompt_rows: int = 64, clock: Clock = time.perf_counter
+) -> tuple[Harness, Runner]:
+    harness = Harness(path, n_ctx=n_ctx, backend="native")
     loaded = harness.loaded
-    return harness, Runner(loaded.backend, loaded.pool, loaded.plan, max_prompt_rows=max_prompt_rows)
+    return harness, Runner(
+        loaded.backend,
+        loaded.pool,
+        loaded.plan,
+        num_segments=loaded.model.num_segments,
+        max_prompt_rows=max_prompt_rows,
+        clock=clock,
+    )
 
 
 def _prompts() -> list[list[int]]:
@@ -166,16 +182,12 @@ def test_a_failing_step_ends_its_requests_and_no_other(path: Path, monkeypatch: 
 @pytest.mark.parametrize("where", ["backend", "sampler"])
 def test_an_interrupt_leaves_the_engine_usable(path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     harness, runner = _runner(path)
-
-    def interrupt(*arguments: object) -> int:
-        raise KeyboardInterrupt
-
-    requests = [runner.submit(p, interrupt if where == "sampler" else _greedy, 8, NO_END) for p in _prompts()[:3]]
+    requests = [runner.submit(p, _interrupt if where == "sampler" else _greedy, 8, NO_END) for p in _prompts()[:3]]
     with monkeypatch.context() as broken:
         if where == "backend":
-            broken.setattr(harness.loaded.backend, "start", interrupt)
+            broken.setattr(harness.loaded.backend, "start", _interrupt)
         with pytest.raises(KeyboardInterrupt):
-            runner.step()
+            _finish(runner)
     for request in requests:
         runner.cancel(request)
     assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages
@@ -211,6 +223,169 @@ def test_a_busy_session_refuses_a_second_request(path: Path) -> None:
     _finish(runner)
     assert len(first.token_ids) == 8
     session.release()
+
+
+# --- steps beside an open prompt ------------------------------------------------------------------------------------
+
+
+def _slices_of_one_segment() -> Clock:
+    """Looks at the clock are further and further apart, so every slice is over at the first look after it began."""
+    ticks = itertools.count()
+    return lambda: 10.0 ** next(ticks)
+
+
+def _interrupt(*arguments: object) -> int:
+    raise KeyboardInterrupt
+
+
+def _alone(path: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    _, runner = _runner(path, max_prompt_rows=2048)
+    request = runner.submit(prompt, _greedy, num_tokens, NO_END)
+    _finish(runner)
+    return request.token_ids
+
+
+def test_generation_and_short_prompts_go_on_between_the_layers_of_a_long_prompt(path: Path) -> None:
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 272, length).tolist() for length in (40, 700, 30)]
+    harness, runner = _runner(path, max_prompt_rows=2048, clock=_slices_of_one_segment())
+    running = runner.submit(prompts[0], _greedy, 12, NO_END)
+    while not running.token_ids:
+        runner.step()
+    long = runner.submit(prompts[1], _greedy, 4, NO_END)
+    late, tokens, done = None, [], []
+    while not long.token_ids:
+        runner.step()
+        tokens.append(len(running.token_ids))
+        done.append(runner.prompt_rows_done(long))
+        if late is None:
+            late = runner.submit(prompts[2], _greedy, 4, NO_END)
+    segments = harness.loaded.model.num_segments
+    # one segment a step, and in each step one token
+    assert tokens == list(range(2, 2 + segments))
+    assert done == [pytest.approx(700 * (i + 1) / segments) for i in range(segments)]
+    assert late is not None and len(late.token_ids) >= segments - 2, "it came later and was answered earlier"
+    _finish(runner)
+    for request, prompt in zip((running, long, late), prompts, strict=True):
+        assert request.token_ids == _alone(path, prompt, request.max_tokens)
+    assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages
+
+
+def test_an_open_prompt_has_its_share_of_the_time(path: Path) -> None:
+    """A step of generation takes 1 second here and a segment of the prompt 0.5."""
+    harness, runner = _runner(path, max_prompt_rows=2048)
+    now = [0.0]
+    runner._clock = lambda: now[0]
+    start = harness.loaded.backend.start
+
+    class Timed:
+        def __init__(self, step: Step) -> None:
+            self._run, self._is_prompt = start(step), step.num_rows > 1
+
+        position = property(lambda self: self._run.position)
+        outputs = property(lambda self: self._run.outputs)
+
+        def run(self, last: int | None = None) -> int:
+            now[0] += 0.5 if self._is_prompt else 1.0
+            return self._run.run(last)
+
+    runner._backend = SimpleNamespace(start=Timed)  # type: ignore[assignment]
+    running = runner.submit([1, 2], _greedy, 50, NO_END)
+    while not running.token_ids:
+        runner.step()
+    runner.submit([3] * 300, _greedy, 1, NO_END)
+    before = now[0]
+    runner.step()
+    assert PROMPT_SHARE == 0.8
+    spent = min(4.0, 0.5 * harness.loaded.model.num_segments)
+    assert now[0] - before == 1.0 + spent
+
+
+def test_cancelling_an_open_prompt_leaves_its_pages_to_others(path: Path) -> None:
+    """Its step must not write to them any more; one that shares the step begins again."""
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, 272, length).tolist() for length in (300, 310, 320)]
+    harness, runner = _runner(path, n_ctx=640, max_prompt_rows=2048, clock=_slices_of_one_segment())
+    dropped = runner.submit(prompts[0], _greedy, 4, NO_END)
+    beside = runner.submit(prompts[1], _greedy, 4, NO_END)
+    waiting = runner.submit(prompts[2], _greedy, 4, NO_END)
+    for _ in range(3):
+        runner.step()
+    assert runner.prompt_rows_done(dropped) > 0
+    runner.cancel(dropped)
+    assert runner.prompt_rows_done(beside) == 0
+    _finish(runner)
+    for request, prompt in ((beside, prompts[1]), (waiting, prompts[2])):
+        assert request.token_ids == _alone(path, prompt, 4)
+    assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages
+
+
+def test_an_interrupted_slice_goes_on_where_it_stood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, runner = _runner(path, max_prompt_rows=2048, clock=_slices_of_one_segment())
+    prompt = _prompts()[2]
+    request = runner.submit(prompt, _greedy, 4, NO_END)
+    runner.step()
+    assert runner._prompt is not None
+    with monkeypatch.context() as broken:
+        broken.setattr(runner._prompt.run, "run", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runner.step()
+    assert runner.prompt_rows_done(request) == len(prompt) / harness.loaded.model.num_segments
+    _finish(runner)
+    assert request.token_ids == _alone(path, prompt, 4)
+
+
+def test_a_failing_slice_ends_the_prompt_and_no_other(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, runner = _runner(path, max_prompt_rows=2048, clock=_slices_of_one_segment())
+    running = runner.submit(_prompts()[1], _greedy, 12, NO_END)
+    while not running.token_ids:
+        runner.step()
+    long = runner.submit(_prompts()[2], _greedy, 4, NO_END)
+    runner.step()
+    assert runner._prompt is not None
+    with monkeypatch.context() as broken:
+        broken.setattr(runner._prompt.run, "run", lambda last: 1 // 0)
+        runner.step()
+    assert isinstance(long.error, ZeroDivisionError) and running.finish_reason is None
+    _finish(runner)
+    assert running.token_ids == _alone(path, _prompts()[1], 12)
+    assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages
+
+
+def test_a_thread_that_generates_lets_another_come_in_between(path: Path) -> None:
+    _, runner = _runner(path, n_ctx=4096)
+    long = runner.submit(_prompts()[1], _greedy, 2000, NO_END)
+    stepping = threading.Thread(target=runner.advance, args=(long, 1999))
+    stepping.start()
+    try:
+        waits = []
+        for _ in range(20):
+            started = time.perf_counter()
+            other = runner.submit(_prompts()[4], _greedy, 2, NO_END)
+            runner.cancel(other)
+            waits.append(time.perf_counter() - started)
+        assert stepping.is_alive() and max(waits) < 2.0
+    finally:
+        runner.cancel(long)
+        stepping.join()
+
+
+def test_a_request_dropped_within_a_step_is_cancelled_after_it(path: Path) -> None:
+    """A finalizer runs anywhere, in the thread whose turn it is as well."""
+    harness, runner = _runner(path)
+    other = runner.submit(_prompts()[2], _greedy, 8, NO_END)
+
+    def dropping(logits: np.ndarray, history: list[int]) -> int:
+        if not history[len(_prompts()[1]) :]:
+            runner.drop(other)
+            assert other.finish_reason is None
+        return _greedy(logits, history)
+
+    first = runner.submit(_prompts()[1], dropping, 8, NO_END)
+    _finish(runner)
+    assert other.finish_reason is FinishReason.CANCELLED
+    assert first.token_ids == _alone(path, _prompts()[1], 8)
+    assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages
 
 
 def test_an_idle_step_does_nothing(path: Path) -> None:
