@@ -20,7 +20,7 @@ TILE_TOKENS = 64  # a page
 SEQUENCE_COST = 2  # in tiles: queries read, result written
 MIN_TILES = 2  # the fewest tiles worth a part of their own
 
-BATCH_BLOCK = 128  # sequences the schedule kernel sums at a time
+BATCH_BLOCK = 32  # sequences the schedule kernel sums at a time
 
 
 @triton.jit
