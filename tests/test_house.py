@@ -46,8 +46,8 @@ MAY_IMPORT = {
 ROOM_OF_FILE = {"config_readers": "config"}  # a room that is a file may have a second one
 
 # These import torch: the judge, kernels written in Python, and the function that builds the judge.
-TORCH_FILES = ("backends/plain.py", "kernels/")
-TORCH_INSIDE_FUNCTIONS = ("backends/choose.py",)
+TORCH_FILES = ("backends/plain.py", "backends/cuda", "kernels/")
+TORCH_INSIDE_FUNCTIONS = ("backends/choose.py", "backends/gpu.py")
 
 PYTHON_ROOTS = ("src", "tests", "training", "bench", "csrc")
 LARGEST_FILE_BYTES = 16 << 20
@@ -156,7 +156,7 @@ def test_versions_are_pinned_once() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
-    for extra in ("torch", "test", "dev"):
+    for extra in ("torch", "cuda", "test", "dev"):
         wanted += project["project"]["optional-dependencies"][extra]
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}  # type: ignore[index]
     assert names <= set(pins), f"not pinned: {sorted(names - set(pins))}"
@@ -219,9 +219,10 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.c
 def test_importing_and_opening_local_files_never_touch_the_network(tmp_path: Path) -> None:
     file = write_gguf(tiny_model("v3"), tmp_path / "tiny.gguf")
     code = f"""{NO_NETWORK}
+NEED_TORCH = ("kvfold.kernels.", "kvfold.backends.cuda")
 import kvfold
 for module in pkgutil.walk_packages(kvfold.__path__, "kvfold."):
-    if not module.name.endswith((".__main__", ".plain")):
+    if not module.name.endswith((".__main__", ".plain")) and not module.name.startswith(NEED_TORCH):
         __import__(module.name)
 from kvfold.explain import inspect_file, model_path
 print(inspect_file(model_path({str(file)!r})).refusal, "huggingface_hub" in sys.modules)

@@ -11,7 +11,7 @@ import pytest
 
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold import LLM, SamplingParams
-from kvfold.errors import NotYet, OutOfPages, SettingError
+from kvfold.errors import OutOfPages, SettingError
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
@@ -153,7 +153,7 @@ def test_a_hugging_face_directory_answers_like_its_gguf(path: Path, tmp_path: Pa
         ({"fa": "2"}, "allowed are auto, 0, 1"),
         ({"dtype": "float8"}, "dtype=float8: allowed are auto"),
         ({"cache_type": "q1"}, "allowed are f32, f16, bf16"),
-        ({"backend": "tpu"}, "allowed are auto, native, plain"),
+        ({"backend": "tpu"}, "allowed are auto, cuda, native, plain"),
         ({"threads": 0}, "allowed are 1 to 1024"),
         ({"n_ctx": 0}, "at least 1"),
         ({"batch_rows": 0}, "at least 1"),
@@ -163,11 +163,6 @@ def test_a_hugging_face_directory_answers_like_its_gguf(path: Path, tmp_path: Pa
 def test_a_wrong_setting_names_the_allowed_ones(path: Path, settings: dict[str, object], sentence: str) -> None:
     with pytest.raises(SettingError, match=sentence):
         LLM(path, **settings)  # type: ignore[arg-type]
-
-
-def test_cuda_is_not_there_yet(path: Path) -> None:
-    with pytest.raises(NotYet, match="cuda backend is not there yet"):
-        LLM(path, device="cuda:0")
 
 
 def test_wrong_prompts_are_refused(llm: LLM) -> None:

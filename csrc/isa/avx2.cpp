@@ -22,8 +22,7 @@
 #include "kernels/quant_set.h"
 
 namespace kvfold {
-extern const PairKernels avx2_pairs;  // pairs_avx2.cpp
-const InstructionSet& avx2_set() { return make_set<Avx2>(avx2_pairs); }
+const InstructionSet& avx2_set() { return make_set<Avx2>(); }
 }  // namespace kvfold
 #pragma GCC pop_options
 #endif

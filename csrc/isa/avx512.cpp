@@ -23,8 +23,7 @@
 #include "kernels/quant_set.h"
 
 namespace kvfold {
-extern const PairKernels avx512_pairs;  // pairs_avx512.cpp
-const InstructionSet& avx512_set() { return make_set<Avx512>(avx512_pairs); }
+const InstructionSet& avx512_set() { return make_set<Avx512>(); }
 }  // namespace kvfold
 #pragma GCC pop_options
 #endif

@@ -3,6 +3,5 @@
 #include "kernels/quant_set.h"
 
 namespace kvfold {
-extern const PairKernels generic_pairs;  // pairs_generic.cpp
-const InstructionSet& generic_set() { return make_set<Generic>(generic_pairs); }
+const InstructionSet& generic_set() { return make_set<Generic>(); }
 }  // namespace kvfold

@@ -33,7 +33,7 @@ constexpr MatrixKernels numbers() {
 }
 
 template <class S>
-const InstructionSet& make_set(const PairKernels& pairs) {
+const InstructionSet& make_set() {
   static constexpr MatrixKernels kernels[] = {
       numbers<S, F32Weights>(),          numbers<S, F16Weights>(),         numbers<S, Bf16Weights>(),
       quantized<S, blocks::Q4_0>(2),     quantized<S, blocks::Q4_1>(3),    quantized<S, blocks::Q5_0>(6),
@@ -47,9 +47,8 @@ const InstructionSet& make_set(const PairKernels& pairs) {
       quantized<S, blocks::NVFP4>(40),   quantized<S, blocks::Q1_0>(41),   quantized<S, blocks::Q2_0>(42),
       quantized<S, blocks::Q6_0>(133),
   };
-  static const InstructionSet set = {
-      S::kName, kernels, sizeof kernels / sizeof kernels[0], Rowwise<S>::swiglu, Rowwise<S>::add_scaled,
-      &pairs};
+  static constexpr InstructionSet set = {S::kName, kernels, sizeof kernels / sizeof kernels[0],
+                                         Rowwise<S>::swiglu, Rowwise<S>::add_scaled};
   return set;
 }
 

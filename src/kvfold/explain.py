@@ -24,6 +24,7 @@ from kvfold.load import (
     cache_layout,
     default_context,
     embedded_model,
+    needs_of,
     plan_for,
 )
 from kvfold.mla.plan import Mla, crossover_rows, multiply_adds
@@ -432,9 +433,8 @@ def _windows(new_rows: int, cached_rows: int, batch_rows: int) -> list[tuple[int
 
 
 def _backend(checkpoint: Checkpoint, settings: Settings) -> BackendReport:
-    needs = Needs(types_of(checkpoint.tensors.values()), settings.dtype, settings.device)
     try:
-        choice = choose_backend(settings.backend, needs)
+        choice = choose_backend(settings.backend, needs_of(checkpoint, settings))
     except KvfoldError as error:
         return BackendReport("", str(error), ())
     return BackendReport(choice.candidate.name, choice.reason, choice.refused)

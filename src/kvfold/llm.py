@@ -80,8 +80,9 @@ class LLM:
     mla, fa:    "auto", or the peers' numbers: mla 0 to 3, fa 0 or 1
     dtype:      "float32"; "int8", activations rounded for quantized weights; "bfloat16" (plain);
                 "auto" is int8 on native and float32 on plain
-    cache_type: "f16", "q8_0", "f32" or "bf16"
-    backend:    "auto", "native" or "plain"
+    cache_type: "f16", "q8_0", "f32" or "bf16"; "auto" is bf16 on a GPU, f16 elsewhere
+    backend:    "auto", "cuda", "native" or "plain"
+    device:     "cpu", "cuda" or "cuda:N"; "auto" is the first GPU where it can run the model, else the CPU
     n_ctx:      tokens the cache holds, all concurrent requests together; None: the model's context, or what fits
     batch_rows: prompt rows in one step
     mmap:       "auto" copies weights that fit into memory, on 2 MiB pages, and leaves others in the map of their file;
@@ -98,7 +99,7 @@ class LLM:
         mla: str | int = "auto",
         fa: str | int = "auto",
         dtype: str = "auto",
-        cache_type: str = "f16",
+        cache_type: str = "auto",
         backend: str = "auto",
         device: str = "auto",
         threads: int | None = None,

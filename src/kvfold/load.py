@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-from kvfold.backends.choose import DTYPES, Backend, Choice, Needs, choose_backend, types_of
+from kvfold.backends import gpu
+from kvfold.backends.choose import DTYPES, Backend, Choice, Machine, Needs, Room, choose_backend, types_of
 from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache, parse_cache_type
 from kvfold.cache.pages import PagePool, pages_for
 from kvfold.config import ModelConfig
-from kvfold.errors import NotYet, SettingError
+from kvfold.errors import SettingError
 from kvfold.formats.checkpoint import Checkpoint, open_checkpoint
 from kvfold.formats.hub import resolve
 from kvfold.formats.tensor_names import KvLayout
-from kvfold.mla.plan import Fa, Mla, MlaPlan, choose, parse_fa, parse_mla
+from kvfold.mla.plan import ARITHMETIC, Fa, MachineProfile, Mla, MlaPlan, choose, parse_fa, parse_mla
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.weight_memory import WeightCopy, copied, read_ahead
 
@@ -55,7 +56,7 @@ class Settings:
         mla: str | int = "auto",
         fa: str | int = "auto",
         dtype: str = "auto",
-        cache_type: str = "f16",
+        cache_type: str = "auto",
         backend: str = "auto",
         device: str = "auto",
         threads: int | None = None,
@@ -63,13 +64,13 @@ class Settings:
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         mmap: str = "auto",
     ) -> Settings:
-        """Raises SettingError (PlanError, NotYet) with the allowed values."""
+        """Raises SettingError (PlanError) with the allowed values. cache_type "auto" is bf16 where a GPU would compute,
+        f16 elsewhere."""
         if dtype not in DTYPES:
             raise SettingError(f"dtype={dtype}: allowed are {', '.join(DTYPES)}.")
-        if device.startswith("cuda") or backend == "cuda":
-            raise NotYet("The cuda backend is not there yet: use device=cpu (or auto).")
-        if device not in ("auto", "cpu"):
-            raise SettingError(f"device={device}: allowed are auto, cpu.")
+        gpu.check_device(device)
+        if cache_type == "auto":
+            cache_type = "bf16" if backend in ("auto", "cuda") and gpu.is_wanted(device) else "f16"
         if threads is not None and not 1 <= threads <= 1024:
             raise SettingError(f"threads={threads}: allowed are 1 to 1024.")
         if n_ctx is not None and n_ctx < 1:
@@ -114,10 +115,18 @@ class Loaded:
     weight_place: str
 
     def plan(self, new_rows: int, cached_rows: int, is_prompt: bool) -> MlaPlan:
-        return plan_for(self.model.config, self.settings, new_rows, cached_rows, is_prompt)
+        profile = self.choice.candidate.profile
+        return plan_for(self.model.config, self.settings, new_rows, cached_rows, is_prompt, profile)
 
 
-def plan_for(config: ModelConfig, settings: Settings, new_rows: int, cached_rows: int, is_prompt: bool) -> MlaPlan:
+def plan_for(
+    config: ModelConfig,
+    settings: Settings,
+    new_rows: int,
+    cached_rows: int,
+    is_prompt: bool,
+    machine: MachineProfile = ARITHMETIC,
+) -> MlaPlan:
     """The plan of one sequence under these settings."""
     return choose(
         config.mla,
@@ -126,6 +135,7 @@ def plan_for(config: ModelConfig, settings: Settings, new_rows: int, cached_rows
         is_prompt=is_prompt,
         setting=settings.mla,
         fa=settings.fa,
+        machine=machine,
     )
 
 
@@ -168,6 +178,14 @@ def default_context(config: ModelConfig, layout: CacheLayout) -> int:
     return max(PAGE_TOKENS, min(config.max_position, free // 4 // layout.bytes_per_token))
 
 
+def needs_of(checkpoint: Checkpoint, settings: Settings) -> Needs:
+    """What a model asks of a backend under these settings."""
+    per_token = cache_layout(checkpoint.config, settings).bytes_per_token
+    room = Room(checkpoint.nbytes, settings.workspace_bytes, per_token, settings.n_ctx)
+    types = types_of(checkpoint.tensors.values())
+    return Needs(types, settings.dtype, settings.device, settings.cache_type, room)
+
+
 def load(
     model: str | os.PathLike[str] | Checkpoint | None, settings: Settings, *, progress: Progress | None = None
 ) -> Loaded:
@@ -184,11 +202,16 @@ def load(
     else:
         checkpoint = open_checkpoint(embedded_model() if model is None else resolve(model))
     config = checkpoint.config
-    choice = choose_backend(
-        settings.backend, Needs(types_of(checkpoint.tensors.values()), settings.dtype, settings.device)
-    )
+    needs = needs_of(checkpoint, settings)
+    choice = choose_backend(settings.backend, needs)
+    candidate = choice.candidate
     layout = cache_layout(config, settings)
-    n_ctx = settings.n_ctx or default_context(config, layout)
+    if settings.n_ctx is not None:
+        n_ctx = settings.n_ctx
+    elif candidate.free_bytes is not None and needs.room is not None:
+        n_ctx = min(config.max_position, needs.room.tokens_in(candidate.free_bytes(settings.device)))
+    else:
+        n_ctx = default_context(config, layout)
     notes: tuple[str, ...] = ()
     if n_ctx > config.max_position:
         notes = (f"n_ctx={n_ctx} is beyond the {config.max_position} tokens the model was made for.",)
@@ -197,11 +220,13 @@ def load(
         config, splits_kv_b=checkpoint.kv_layout is KvLayout.K_B_V_B, standard=settings.mla is Mla.STANDARD
     )
     cache_bytes = cache.num_pages * PAGE_TOKENS * layout.bytes_per_token
-    placed = _place_weights(checkpoint, settings, cache_bytes + settings.workspace_bytes, progress)
+    if candidate.free_bytes is not None:
+        placed = _Placed(checkpoint, None, f"in the memory of {settings.device.replace('auto', 'cuda')}")
+    else:
+        placed = _place_weights(checkpoint, settings, cache_bytes + settings.workspace_bytes, progress)
     checkpoint = placed.checkpoint
-    backend = choice.candidate.build(
-        network, checkpoint.tensors, cache, settings.dtype, settings.threads, settings.workspace_bytes
-    )
+    machine = Machine(settings.dtype, settings.device, settings.threads, settings.workspace_bytes, progress)
+    backend = candidate.build(network, checkpoint.tensors, cache, machine)
     return Loaded(
         checkpoint,
         network,

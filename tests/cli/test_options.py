@@ -183,7 +183,7 @@ def test_a_wrong_command_line_is_exit_code_2(kvfold: Kvfold, arguments: list[str
         (["run", "/no/such.gguf", "text"], "kvfold: /no/such.gguf: "),
         (["run", "--top-p", "2", "text"], "kvfold: top_p is 2.0; allowed: "),
         (["run", "-mla", "4", "text"], "kvfold: mla=4: allowed are auto, 0, 1, 2, 3."),
-        (["run", "--device", "cuda", "text"], "kvfold: The cuda backend is not there yet"),
+        (["run", "--device", "cuda:999", "text"], "kvfold: No backend can run this model: cuda: "),
         (["plan", "-ctk", "q8_0"], "kvfold: cache_type=q8_0: allowed are f32, f16, bf16."),
         (["synth", "llama", "x.gguf"], "kvfold: llama: there is no such shape"),
     ],

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvfold.cache.latent import PagedCache
+from kvfold.backends import gpu
+from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import MissingExtra, SettingError
+from kvfold.mla.plan import ARITHMETIC, H200, MachineProfile
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.step import Step, StepRun
 from kvfold.quant.tensor import QuantTensor
@@ -18,7 +20,10 @@ Weights = Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
 
 DTYPES = ("auto", "int8", "float32", "bfloat16")
 """int8: linear layers and experts round their activations as quant/activations.py says, all else is float32.
-auto: int8 on native, float32 on plain."""
+auto: bfloat16 on cuda, int8 on native, float32 on plain."""
+
+# On a GPU, beside weights, cache and workspace: the context of CUDA, compiled kernels, the values of a step.
+GPU_RESERVE_BYTES = 2 << 30
 
 
 class Backend(Protocol):
@@ -31,19 +36,51 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
+class Room:
+    """Bytes a model takes under its settings. n_ctx: tokens of the cache; None: as many as fit."""
+
+    weight_bytes: int
+    workspace_bytes: int
+    bytes_per_token: int
+    n_ctx: int | None
+
+    def tokens_in(self, free_bytes: int) -> int:
+        """Whole pages of the cache, in tokens, that fit this GPU memory beside everything else; below 0 for too little."""
+        left = free_bytes - self.weight_bytes - self.workspace_bytes - GPU_RESERVE_BYTES
+        return left // (self.bytes_per_token * PAGE_TOKENS) * PAGE_TOKENS
+
+
+@dataclass(frozen=True)
 class Needs:
-    """What a model and its settings ask of a backend."""
+    """What a model and its settings ask of a backend. room: None asks for none."""
 
     types: frozenset[BlockType]
     dtype: str  # one of DTYPES
-    device: str  # "auto" or "cpu"
+    device: str  # "auto", "cpu", "cuda" or "cuda:N"
+    cache_type: CacheType = CacheType.F16
+    room: Room | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a backend computes. progress: (bytes, bytes in all) of weights that it copies itself."""
+
+    dtype: str
+    device: str
+    threads: int
+    workspace_bytes: int
+    progress: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True)
 class Candidate:
+    """free_bytes: of the memory of its own that holds weights and cache, by device; None: it uses the system's."""
+
     name: str
     refusals: Callable[[Needs], list[str]]  # empty: it can run
-    build: Callable[[DeepseekModel, Weights, PagedCache, str, int, int], Backend]  # .., dtype, threads, workspace
+    build: Callable[[DeepseekModel, Weights, PagedCache, Machine], Backend]
+    profile: MachineProfile = ARITHMETIC
+    free_bytes: Callable[[str], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +90,63 @@ class Choice:
     refused: tuple[tuple[str, tuple[str, ...]], ...]  # (name, reasons) of those that were passed over
 
 
+def _cuda_refusals(needs: Needs) -> list[str]:
+    if needs.device == "cpu":
+        return ["device=cpu was asked for"]
+    reasons = gpu.refusals(needs.device)
+    if needs.dtype == "int8":
+        reasons.append("computes in bfloat16 and float32 only")
+    if needs.cache_type is CacheType.Q8_0:
+        reasons.append("keeps its cache in bf16, f16 or f32")
+    if not reasons and needs.room is not None:
+        reasons += _room_refusals(needs.room, gpu.free_bytes(needs.device))
+    return reasons
+
+
+def _room_refusals(room: Room, free_bytes: int) -> list[str]:
+    """Why this much GPU memory is too little, with what would fit."""
+    fits = room.tokens_in(free_bytes)
+    if fits >= (PAGE_TOKENS if room.n_ctx is None else room.n_ctx):
+        return []
+    if fits >= PAGE_TOKENS:
+        return [
+            f"of n_ctx={room.n_ctx} tokens {fits} fit the {free_bytes / 1e9:.3g} GB of GPU memory that are free"
+        ]
+    needed = room.weight_bytes + room.workspace_bytes + GPU_RESERVE_BYTES
+    return [
+        f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory and {free_bytes / 1e9:.3g} GB are free: use a "
+        f"smaller type of the model, or device=cpu"
+    ]
+
+
+def _cuda_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machine: Machine) -> Backend:
+    import torch
+
+    from kvfold.backends.cuda import CudaBackend
+    from kvfold.backends.cuda_weights import upload
+
+    device = torch.device("cuda", gpu.device_index(machine.device))
+    torch.cuda.set_device(device)
+    dtype = torch.float32 if machine.dtype == "float32" else torch.bfloat16
+    try:
+        return CudaBackend(
+            model,
+            upload(model, weights, device, dtype, machine.progress),
+            cache,
+            device=device,
+            dtype=dtype,
+            workspace_bytes=machine.workspace_bytes,
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise SettingError(
+            f"The memory of {device} is too small for this model and its cache, though {gpu.free_bytes(str(device)) / 1e9:.3g} "
+            f"GB were left: use a smaller context (n_ctx), a smaller type of the model, or device=cpu."
+        ) from error
+
+
 def _native_refusals(needs: Needs) -> list[str]:
+    if needs.device.startswith("cuda"):
+        return ["computes on the CPU"]
     from kvfold import _native
 
     known = set(_native.decodable_types())
@@ -64,47 +157,46 @@ def _native_refusals(needs: Needs) -> list[str]:
     return reasons
 
 
-def _native_build(
-    model: DeepseekModel, weights: Weights, cache: PagedCache, dtype: str, threads: int, workspace_bytes: int
-) -> Backend:
+def _native_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machine: Machine) -> Backend:
     from kvfold.backends.native import NativeBackend
 
     return NativeBackend(
         model,
         weights,
         cache,
-        threads=threads,
-        workspace_bytes=workspace_bytes,
-        rounds_activations=dtype in ("auto", "int8"),
+        threads=machine.threads,
+        workspace_bytes=machine.workspace_bytes,
+        rounds_activations=machine.dtype in ("auto", "int8"),
     )
 
 
 def _plain_refusals(needs: Needs) -> list[str]:
+    if needs.device.startswith("cuda"):
+        return ["computes on the CPU"]
     if importlib.util.find_spec("torch") is None:
         return ["torch is not installed: pip install 'kvfold[torch]'"]
     return []
 
 
-def _plain_build(
-    model: DeepseekModel, weights: Weights, cache: PagedCache, dtype: str, threads: int, workspace_bytes: int
-) -> Backend:
+def _plain_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machine: Machine) -> Backend:
     import torch
 
     from kvfold.backends.plain import PlainBackend
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(machine.threads)
     return PlainBackend(
         model,
         weights,
         cache,
-        dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
-        rounds_activations=dtype == "int8",
-        threads=threads,
-        workspace_bytes=workspace_bytes,
+        dtype=torch.bfloat16 if machine.dtype == "bfloat16" else torch.float32,
+        rounds_activations=machine.dtype == "int8",
+        threads=machine.threads,
+        workspace_bytes=machine.workspace_bytes,
     )
 
 
 CANDIDATES = (
+    Candidate("cuda", _cuda_refusals, _cuda_build, H200, gpu.free_bytes),
     Candidate("native", _native_refusals, _native_build),
     Candidate("plain", _plain_refusals, _plain_build),
 )
@@ -118,6 +210,8 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
     names = [c.name for c in CANDIDATES]
     if requested not in ("auto", *names):
         raise SettingError(f"backend={requested}: allowed are auto, {', '.join(names)}.")
+    if requested == "auto" and needs.device.startswith("cuda"):
+        requested = "cuda"  # the only one that computes there
     refused: list[tuple[str, tuple[str, ...]]] = []
     for candidate in CANDIDATES:
         if requested not in ("auto", candidate.name):

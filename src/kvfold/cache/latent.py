@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import ml_dtypes
 import numpy as np
@@ -143,14 +144,20 @@ class CacheLayout:
 
 
 class PagedCache:
-    """The arrays of one cache: `arrays[i]` is [num_layers, num_pages, PAGE_TOKENS, columns(row_dims[i])]."""
+    """One cache: its shape, and its arrays for backends that compute where those lie."""
 
     def __init__(self, layout: CacheLayout, num_pages: int) -> None:
         self.layout = layout
         self.num_pages = num_pages
-        self.arrays: tuple[NDArray[np.generic], ...] = tuple(
+
+    @cached_property
+    def arrays(self) -> tuple[NDArray[np.generic], ...]:
+        """`arrays[i]` is [num_layers, num_pages, PAGE_TOKENS, columns(row_dims[i])]; reserved when first asked for. A
+        backend with memory of its own never does."""
+        layout = self.layout
+        return tuple(
             np.empty(
-                (layout.num_layers, num_pages, PAGE_TOKENS, layout.cache_type.columns(dim)),
+                (layout.num_layers, self.num_pages, PAGE_TOKENS, layout.cache_type.columns(dim)),
                 layout.cache_type.storage,
             )
             for dim in layout.row_dims

@@ -28,17 +28,17 @@ class LaterFlag:
     anyway: tuple[str, ...] = ()
 
 
-_CPU_ONLY = "everything runs on the CPU, leave it out"
+_ONE_DEVICE = "a model runs whole on one device, --device cpu or cuda:N"
 
 LATER_FLAGS = (
-    LaterFlag(("-ngl", "--gpu-layers", "--n-gpu-layers"), True, _CPU_ONLY),
-    LaterFlag(("-ot", "--override-tensor"), True, _CPU_ONLY),
-    LaterFlag(("-cmoe", "--cpu-moe"), False, _CPU_ONLY),
-    LaterFlag(("-ncmoe", "--n-cpu-moe"), True, _CPU_ONLY),
-    LaterFlag(("-nkvo", "--no-kv-offload"), False, "the cache is in RAM already, leave it out"),
-    LaterFlag(("-sm", "--split-mode"), True, _CPU_ONLY),
-    LaterFlag(("-ts", "--tensor-split"), True, _CPU_ONLY),
-    LaterFlag(("-mg", "--main-gpu"), True, _CPU_ONLY),
+    LaterFlag(("-ngl", "--gpu-layers", "--n-gpu-layers"), True, _ONE_DEVICE),
+    LaterFlag(("-ot", "--override-tensor"), True, _ONE_DEVICE),
+    LaterFlag(("-cmoe", "--cpu-moe"), False, _ONE_DEVICE),
+    LaterFlag(("-ncmoe", "--n-cpu-moe"), True, _ONE_DEVICE),
+    LaterFlag(("-nkvo", "--no-kv-offload"), False, "the cache lies where the model runs, leave it out"),
+    LaterFlag(("-sm", "--split-mode"), True, _ONE_DEVICE),
+    LaterFlag(("-ts", "--tensor-split"), True, _ONE_DEVICE),
+    LaterFlag(("-mg", "--main-gpu"), True, _ONE_DEVICE),
     LaterFlag(("--numa",), True, "start kvfold under `numactl --interleave=all`"),
     LaterFlag(("-rtr", "--run-time-repack"), False, "weights stay in the file's blocks, unrepacked, leave it out"),
     LaterFlag(("-fmoe", "--fused-moe"), False, "gate, up and down of the chosen experts are one op, leave it out"),

@@ -137,7 +137,7 @@ CacheTypeOption = Annotated[
         "--cache-type",
         "-ctk",
         "--cache-type-k",
-        metavar="f16|q8_0|bf16|f32",
+        metavar="auto|f16|q8_0|bf16|f32",
         envvar="KVFOLD_CACHE_TYPE",
         help="Number format of the cached rows.",
     ),
@@ -155,7 +155,7 @@ Backend = Annotated[
     str,
     typer.Option(
         "--backend",
-        metavar="auto|native|plain",
+        metavar="auto|cuda|native|plain",
         envvar="KVFOLD_BACKEND",
         help="What computes. auto: the first that runs this model.",
     ),
@@ -165,9 +165,9 @@ Device = Annotated[
     typer.Option(
         "--device",
         "-dev",
-        metavar="auto|cpu",
+        metavar="auto|cpu|cuda|cuda:N",
         envvar="KVFOLD_DEVICE",
-        help="Where it computes.",
+        help="Where it computes. auto: the first GPU that can, else the CPU.",
     ),
 ]
 Workspace = Annotated[

@@ -35,7 +35,7 @@ def plan(
     ctx_size: Context = 0,
     mla: Mla = "auto",
     fa: Fa = "auto",
-    cache_type: CacheTypeOption = "f16",
+    cache_type: CacheTypeOption = "auto",
     dtype: Dtype = "auto",
     backend: Backend = "auto",
     device: Device = "auto",

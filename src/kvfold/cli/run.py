@@ -85,7 +85,7 @@ def run(
     ctx_size: Context = 0,
     mla: Mla = "auto",
     fa: Fa = "auto",
-    cache_type: CacheTypeOption = "f16",
+    cache_type: CacheTypeOption = "auto",
     dtype: Dtype = "auto",
     backend: Backend = "auto",
     device: Device = "auto",

@@ -1,0 +1,256 @@
+"""Times whole steps of a released shape on a GPU: random weights made on the device, no file, no sampling.
+
+    PYTHONPATH=src python bench/gpu_model.py --type BF16 --batch 1,64 --depth 128,4096 --prompt 8192
+
+Decode: median wall time from a step's arrays to its logits on the host, and of the graph's replay alone by CUDA events.
+floor: bytes that the step must read (weights of the chosen experts, each once; cache rows) over the read-only limit that is
+measured in the same run. Prompt: wall time of one step; its floor is the model's multiply-adds at cuBLAS's bf16 rate for
+8192^3, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from kvfold.backends.cuda import CudaBackend
+from kvfold.backends.cuda_weights import DeviceWeights, Rows
+from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache
+from kvfold.cache.pages import PagePool, Sequence
+from kvfold.config import ModelConfig
+from kvfold.engine.batch import Work, build_batch
+from kvfold.formats.tensor_names import KvLayout, expected_tensors
+from kvfold.kernels.matrix import Matrix
+from kvfold.mla.plan import H200, Fa, Mla, MlaPlan, choose
+from kvfold.model.deepseek import DeepseekModel
+from kvfold.quant.types import by_name
+
+ROOT = Path(__file__).parents[1]
+
+
+def random_weights(model: DeepseekModel, type: str, device: torch.device) -> DeviceWeights:
+    """Matrices of one block type with tame scales; q and kv_a, gate and up lie together as `upload` lays them."""
+    config, out = model.config, DeviceWeights()
+    specs = {s.name: s.shape for s in expected_tensors(config, KvLayout.KV_B)}
+
+    def matrix(rows: int, cols: int, parts: int = 1) -> Matrix:
+        name = type if cols % by_name(type).block_elements == 0 else "Q8_0"
+        if name == "BF16":
+            raw = (torch.randn(parts * rows, cols, device=device, dtype=torch.bfloat16) / cols**0.5).view(
+                torch.uint8
+            )
+            return Matrix(name, rows, cols, raw, None, parts)
+        block = by_name(name)
+        raw = torch.randint(0, 256, (parts * rows, cols // block.block_elements, block.block_bytes), device=device,
+                            dtype=torch.uint8)  # fmt: skip
+        small = torch.tensor([0.002], dtype=torch.float16, device=device).view(torch.uint8)
+        for at in {"Q4_K": (0, 2), "Q6_K": (208,)}.get(name, (0,)):
+            raw[:, :, at : at + 2] = small
+        return Matrix(name, rows, cols, raw.view(parts * rows, -1), None, parts)
+
+    pairs = {"attn_kv_a_mqa": "attn_q", "ffn_up": "ffn_gate", "ffn_up_shexp": "ffn_gate_shexp"}
+    if config.mla.q_lora_rank is not None:
+        pairs["attn_kv_a_mqa"] = "attn_q_a"
+    for name, shape in specs.items():
+        blk, _, kind = name.removesuffix(".weight").rpartition(".")
+        if name in out.rows or kind in ("attn_kv_b", *pairs):
+            continue
+        second = next((b for b, a in pairs.items() if a == kind and f"{blk}.{b}.weight" in specs), None)
+        if len(shape) == 1:
+            out.vectors[name] = torch.ones(shape, device=device)
+        elif kind == "ffn_gate_inp":
+            numbers = torch.randn(shape, device=device) / shape[1] ** 0.5
+            out.rows[name] = Rows(Matrix("F32", *shape, numbers.view(torch.uint8)), 0, shape[0])
+        elif second is not None:
+            other = specs[f"{blk}.{second}.weight"][0]
+            both = matrix(shape[0] + other, shape[1])
+            out.rows[name] = Rows(both, 0, shape[0])
+            out.rows[f"{blk}.{second}.weight"] = Rows(both, shape[0], shape[0] + other)
+        else:
+            parts, rows = (shape[0], shape[1]) if len(shape) == 3 else (1, shape[0])
+            out.rows[name] = Rows(matrix(rows, shape[-1], parts), 0, rows)
+    mla = config.mla
+    for layer in range(config.num_layers):
+        out.up[model.kv_up(layer)] = tuple(  # type: ignore[assignment]
+            torch.randn(mla.num_heads, width, mla.kv_lora_rank, device=device, dtype=torch.bfloat16) / 22
+            for width in (mla.qk_nope_head_dim, mla.v_head_dim)
+        )
+    return out
+
+
+def step_bytes(model: DeepseekModel, weights: DeviceWeights, batch: int, depth: int) -> float:
+    """What one decode step must read: chosen experts once each (expected number of different ones), cached rows."""
+    config, total = model.config, 0.0
+    for name, rows in weights.rows.items():
+        nbytes = rows.matrix.raw.nbytes * (rows.stop - rows.start) / rows.matrix.rows
+        if rows.matrix.parts > 1:
+            assert config.moe is not None
+            share = 1 - (1 - config.moe.num_experts_per_tok / config.moe.num_experts) ** batch
+            nbytes = rows.matrix.raw.nbytes * share
+        if name != "token_embd.weight":
+            total += nbytes
+    total += sum(a.nbytes + b.nbytes for a, b in weights.up.values())
+    return total + batch * depth * config.num_layers * config.mla.latent_dim * 2
+
+
+def prompt_multiply_adds(model: DeepseekModel, weights: DeviceWeights, rows: int) -> float:
+    config, each = model.config, 0.0
+    for name, part in weights.rows.items():
+        count = (part.stop - part.start) * part.matrix.cols
+        if part.matrix.parts > 1:
+            assert config.moe is not None
+            count *= config.moe.num_experts_per_tok
+        if name not in ("token_embd.weight", "output.weight"):
+            each += count
+    mla = config.mla
+    up = mla.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
+    attention = mla.num_heads * rows / 2 * (mla.qk_head_dim + mla.v_head_dim)
+    return rows * (each + config.num_layers * (up + attention))
+
+
+@triton.jit
+def _total(x, out, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK * 16 + tl.arange(0, BLOCK)
+    s = tl.zeros([BLOCK], tl.int32)
+    for i in tl.static_range(16):
+        s += tl.load(x + at + i * BLOCK)
+    tl.store(out + tl.program_id(0), tl.sum(s, 0))
+
+
+def read_limit(device: torch.device) -> float:
+    """Bytes a second of a plain sum over 4 GB."""
+    x = torch.ones(1 << 30, dtype=torch.int32, device=device)
+    blocks = len(x) // (4096 * 16)
+    out = torch.empty(blocks, dtype=torch.int32, device=device)
+    return x.nbytes / timed(lambda: _total[(blocks,)](x, out, BLOCK=4096, num_warps=8))
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Multiply-adds a second of cuBLAS in bf16, 8192^3."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    return 8192**3 / timed(lambda: a @ a)
+
+
+def timed(work: Any, repeats: int = 10) -> float:
+    """Median seconds on the device."""
+    work()
+    spans = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        stop.record()
+        stop.synchronize()
+        spans.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(spans)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="deepseek-v2-lite")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--type", default="BF16")
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--depth", default="128")
+    parser.add_argument("--prompt", default="")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = torch.device("cuda", 0)
+    read = json.loads((ROOT / "tests/data/configs" / f"{options.config}.json").read_text())
+    if options.layers:
+        read["num_hidden_layers"] = options.layers
+    model = DeepseekModel(ModelConfig.from_hf(read), splits_kv_b=False, standard=False)
+    batches, depths = ([int(n) for n in text.split(",")] for text in (options.batch, options.depth))
+    prompts = [int(n) for n in options.prompt.split(",") if n]
+    weights = random_weights(model, options.type, device)
+    tokens = max([b * (d + 256) for b in batches for d in depths] + [p + 64 for p in prompts])
+    cache = PagedCache(CacheLayout.latent(model.config, CacheType.BF16), tokens // PAGE_TOKENS + max(batches))
+    backend = CudaBackend(model, weights, cache, device=device, dtype=torch.bfloat16, workspace_bytes=1 << 30)
+    for pool in backend.pools:
+        pool.normal_()
+    limit = read_limit(device)
+    cublas = matmul_rate(device)
+    print(
+        f"read-only limit {limit / 1e12:.2f} TB/s, cuBLAS {2 * cublas / 1e12:.0f} TFLOP/s, weights {weights.nbytes / 1e9:.2f} GB"
+    )
+
+    def planner(new: int, cached: int, is_prompt: bool) -> MlaPlan:
+        return choose(model.config.mla, new_rows=new, cached_rows=cached, is_prompt=is_prompt, setting=Mla.AUTO,
+                      fa=Fa.AUTO, machine=H200)  # fmt: skip
+
+    results = []
+    for batch in batches:
+        for depth in depths:
+            pool = PagePool(cache.num_pages)
+            sequences = [Sequence(pool) for _ in range(batch)]
+            for sequence in sequences:
+                sequence.reserve(depth)
+                sequence.length = depth
+
+            def step(sequences: list[Sequence] = sequences) -> np.ndarray:
+                built = build_batch([Work(s, [17], is_prompt=False) for s in sequences], planner)
+                run = backend.start(built.step)
+                run.run()
+                built.commit()
+                return run.outputs["logits"]
+
+            assert np.isfinite(step()).all()
+            walls = []
+            for _ in range(20):
+                start = time.perf_counter()
+                step()
+                walls.append(time.perf_counter() - start)
+            wall = statistics.median(walls)
+            assert backend._graphs is not None
+            graph = next(c.graph for (b, _), c in backend._graphs._captured.items() if b >= batch)
+            replay = timed(graph.replay)
+            floor = step_bytes(model, weights, batch, depth) / limit
+            row = {
+                "what": "decode", "type": options.type, "batch": batch, "depth": depth, "wall_us": wall * 1e6,
+                "replay_us": replay * 1e6, "tokens_per_s": batch / wall, "floor_us": floor * 1e6,
+                "share_of_floor": floor / wall,
+            }  # fmt: skip
+            results.append(row)
+            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+    for rows in prompts:
+        pool = PagePool(cache.num_pages)
+
+        def prompt(rows: int = rows, pool: PagePool = pool) -> np.ndarray:
+            sequence = Sequence(pool)
+            built = build_batch([Work(sequence, [17] * rows, is_prompt=True)], planner)
+            run = backend.start(built.step)
+            run.run()
+            logits = run.outputs["logits"]
+            built.commit()
+            sequence.release()
+            return logits
+
+        prompt()
+        walls = []
+        for _ in range(4):
+            start = time.perf_counter()
+            prompt()
+            walls.append(time.perf_counter() - start)
+        wall = statistics.median(walls)
+        floor = prompt_multiply_adds(model, weights, rows) / cublas
+        row = {"what": "prompt", "type": options.type, "rows": rows, "wall_us": wall * 1e6, "tokens_per_s": rows / wall,
+               "floor_us": floor * 1e6, "share_of_floor": floor / wall}  # fmt: skip
+        results.append(row)
+        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+    if options.out:
+        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "read_tbs": limit / 1e12,
+                   "cublas_tflops": 2 * cublas / 1e12, "config": options.config, "results": results}  # fmt: skip
+        options.out.write_text(json.dumps(machine, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Backend `cuda`: the model's ops as GPU kernels, generation captured as CUDA graphs.
+
+Owns the weights, the cache and the graphs in one GPU's memory. A step whose sequences all take the absorbed path with the
+same few rows is replayed as one graph of its (batch bucket, rows a sequence): arrays of the step are copied into fixed
+buffers first, the tiles of attention are dealt on the device, and no launch depends on a length. Every other step, prompts
+above all, is launched op by op. Logits go to the host, where the engine samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvfold.backends.cuda_ops import CudaOps, Value
+from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep, on_device, path_rows
+from kvfold.backends.cuda_weights import DeviceWeights
+from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
+from kvfold.errors import Cancelled
+from kvfold.kernels.mla_decode import DecodeWorkspace
+from kvfold.mla.plan import Path
+from kvfold.mla.rope import cos_sin
+from kvfold.model.deepseek import DeepseekModel
+from kvfold.model.step import Step
+
+# Sequences of a captured step; a step takes the smallest that holds it, and the rest is padding.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+
+_CACHE_TYPES = {CacheType.F32: torch.float32, CacheType.F16: torch.float16, CacheType.BF16: torch.bfloat16}
+
+
+class CudaBackend:
+    """One model over one cache of this shape, both in the memory of `device`.
+
+    dtype: bfloat16 (hidden rows, norms, softmax, routing and every sum float32) or float32 throughout.
+    workspace_bytes: expanded keys and values, decoded weights and stored scores, of one op each.
+    captures: False launches every step op by op.
+
+    Raises torch.cuda.OutOfMemoryError.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        model: DeepseekModel,
+        weights: DeviceWeights,
+        cache: PagedCache,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        workspace_bytes: int,
+        captures: bool = True,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.workspace_bytes = workspace_bytes
+        self.num_pages = cache.num_pages
+        self.weights = weights
+        self.pools = tuple(
+            torch.empty(
+                (cache.layout.num_layers, cache.num_pages, PAGE_TOKENS, dim),
+                dtype=_CACHE_TYPES[cache.layout.cache_type],
+                device=device,
+            )
+            for dim in cache.layout.row_dims
+        )
+        # Of every position that fits the cache: 32 numbers each for 64 rotary dimensions, 8 MB for 32k tokens.
+        positions = np.arange(cache.num_pages * PAGE_TOKENS, dtype=np.int32)
+        self.cos, self.sin = (torch.from_numpy(a).to(device) for a in cos_sin(model.config.rope, positions))
+        self._graphs = _Graphs(self) if captures and device.type == "cuda" and not model.standard else None
+
+    def start(self, step: Step) -> CudaRun:
+        """ValueError where one path comes in two forms: an op works on one range of rows."""
+        seen: set[int] = set()
+        for path, *_ in step.segments.tolist():
+            if path in seen:
+                raise ValueError(f"segments: path {path} twice, expected once.")
+            seen.add(path)
+        return CudaRun(self, step, self._graphs)
+
+
+class CudaRun:
+    """Implements model.step.StepRun."""
+
+    def __init__(self, backend: CudaBackend, step: Step, graphs: _Graphs | None) -> None:
+        self._backend = backend
+        self._step = step
+        self._graphs = graphs
+        self._ops: CudaOps | None = None
+        self._x: Value | None = None
+        self._cancelled = False
+        self._results: dict[str, Tensor] = {}
+        self.position = 0
+
+    @property
+    def outputs(self) -> Mapping[str, NDArray[np.float32]]:
+        """Copied to the host when asked for."""
+        return {name: x.float().cpu().numpy() for name, x in self._results.items()}
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def run(self, last: int | None = None) -> int:
+        model = self._backend.model
+        stop = model.num_segments if last is None else last
+        with torch.inference_mode():
+            if self.position == 0 and stop == model.num_segments and self._graphs is not None:
+                self._check_cancelled()
+                results = self._graphs.run(self._step)
+                if results is not None:
+                    self._results, self.position = results, stop
+                    return stop
+            if self._ops is None:
+                mla = model.config.mla
+                step = on_device(self._step, mla.num_heads, mla.kv_lora_rank, self._backend.device)
+                self._ops = CudaOps(self._backend, step)
+            while self.position < stop:
+                self._check_cancelled()
+                self._x = model.run_segment(self._ops, self.position, self._x)
+                self.position += 1
+            self._results = self._ops.outputs
+        return self.position
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled:
+            self._cancelled = False
+            raise Cancelled(f"The step was cancelled before segment {self.position}.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    outputs: dict[str, Tensor]
+
+
+class _Graphs:
+    """Captured steps by (bucket, rows a sequence), over one set of buffers that each replay reads anew."""
+
+    def __init__(self, backend: CudaBackend) -> None:
+        self._backend = backend
+        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._memory = torch.cuda.graph_pool_handle()
+        most_rows = BUCKETS[-1] * MOST_ROWS
+        # Every page in use once, and shared ones again: a step with more is launched op by op.
+        self._most_pages = 2 * backend.num_pages + BUCKETS[-1]
+        sizes = {
+            "slots": 2 * most_rows,  # int64
+            "token_ids": most_rows,
+            "positions": most_rows,
+            "kv_lens": BUCKETS[-1],
+            "page_starts": BUCKETS[-1] + 1,
+            "pages": self._most_pages,
+        }
+        self._places: dict[str, slice] = {}
+        at = 0
+        for name, size in sizes.items():
+            self._places[name] = slice(at, at + size)
+            at += size
+        self._host = torch.zeros(at, dtype=torch.int32, pin_memory=True)
+        self._device = torch.zeros(at, dtype=torch.int32, device=backend.device)
+
+    def run(self, step: Step) -> dict[str, Tensor] | None:
+        """The step's outputs; None where no graph serves it."""
+        key = self._key(step)
+        if key is None:
+            return None
+        bucket, rows = key
+        self._fill(step, bucket, rows)
+        if key not in self._captured:
+            self._captured[key] = self._capture(bucket, rows)
+        captured = self._captured[key]
+        captured.graph.replay()
+        # Copies: graphs share their memory, so the next replay of any of them may write here.
+        if len(step.output_rows) == step.num_rows:
+            return {name: x[: step.num_rows].clone() for name, x in captured.outputs.items()}
+        wanted = torch.from_numpy(step.output_rows).to(self._backend.device).long()
+        return {name: x[wanted] for name, x in captured.outputs.items()}
+
+    def _key(self, step: Step) -> tuple[int, int] | None:
+        """(bucket, rows a sequence) of a step of generated rows alone."""
+        segment = step.segment(Path.ABSORBED.value)
+        if segment is None or not segment[0] or path_rows(step, Path.ABSORBED) != slice(0, step.num_rows):
+            return None
+        counts = set(np.diff(step.row_starts).tolist())
+        batch = len(step.kv_lens)
+        if len(counts) != 1 or max(counts) > MOST_ROWS or batch > BUCKETS[-1] or len(step.pages) > self._most_pages:
+            return None
+        return next(b for b in BUCKETS if b >= batch), counts.pop()
+
+    def _fill(self, step: Step, bucket: int, rows: int) -> None:
+        """The step's arrays into the fixed buffers, padding behind them: no keys, no slot, token 0."""
+        # the last copy of the pinned buffer has ended: outputs of its step were read, or are waited for here
+        torch.cuda.current_stream(self._backend.device).synchronize()
+        host = self._host.numpy()
+        parts = {name: host[place] for name, place in self._places.items()}
+        num_rows, batch = step.num_rows, len(step.kv_lens)
+        padding = {"slots": -1, "token_ids": 0, "positions": 0, "kv_lens": 0, "page_starts": 0}
+        for name, value in padding.items():
+            parts[name][:] = value
+        parts["slots"].view(np.int64)[:num_rows] = step.slots
+        parts["token_ids"][:num_rows] = step.token_ids
+        parts["positions"][:num_rows] = step.positions
+        parts["kv_lens"][:batch] = step.kv_lens
+        parts["page_starts"][: batch + 1] = step.page_starts
+        parts["pages"][: len(step.pages)] = step.pages
+        used = self._places["pages"].start + len(step.pages)
+        self._device[:used].copy_(self._host[:used], non_blocking=True)
+
+    def _capture(self, bucket: int, rows: int) -> _Captured:
+        backend = self._backend
+        num_rows = bucket * rows
+
+        def buffer(name: str, size: int) -> Tensor:
+            return self._device[self._places[name]][:size]
+
+        mla = backend.model.config.mla
+        kv_lens = buffer("kv_lens", bucket)
+        workspace = DecodeWorkspace(bucket, rows, mla.num_heads, mla.kv_lora_rank, backend.device)
+        launch = DecodeLaunch(0, num_rows, buffer("page_starts", bucket + 1), kv_lens, workspace)
+        step = DeviceStep(
+            None,
+            num_rows,
+            buffer("token_ids", num_rows),
+            buffer("positions", num_rows),
+            buffer("slots", 2 * num_rows).view(torch.int64),
+            buffer("pages", self._most_pages),
+            slice(0, num_rows),
+            (launch,),
+            None,
+        )
+
+        def whole() -> dict[str, Tensor]:
+            launch.schedule()
+            ops = CudaOps(backend, step)
+            x: Value | None = None
+            for index in range(backend.model.num_segments):
+                x = backend.model.run_segment(ops, index, x)
+            return ops.outputs
+
+        # Compiles the kernels and lets libraries set themselves up. It computes this very step, so what it writes to the
+        # cache is what the replay writes again.
+        side = torch.cuda.Stream(backend.device)
+        side.wait_stream(torch.cuda.current_stream(backend.device))
+        with torch.cuda.stream(side):
+            whole()
+        torch.cuda.current_stream(backend.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            outputs = whole()
+        return _Captured(graph, outputs)

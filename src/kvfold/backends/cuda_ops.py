@@ -1,0 +1,471 @@
+"""The ops of one step on a GPU. Implements model.ops.Ops[Value].
+
+A value is a promise: an op says what is wanted, and whatever needs the numbers launches the kernel. So a sum waits for the
+norm behind it, both projections of a gated network for their swiglu, rotations and the latent's norm for the append to the
+cache, and each such group is one launch. Nothing here waits for the device, so a step can be captured.
+
+Hidden rows are float32; what products read has the backend's type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvfold.backends.cuda_step import DeviceStep
+from kvfold.backends.cuda_weights import Rows
+from kvfold.cache.latent import PAGE_TOKENS
+from kvfold.config import GroupScore, MlaConfig, MoeConfig, Pairing, RopeConfig, Scoring
+from kvfold.kernels import row_product, rows, tile_product
+from kvfold.kernels.matrix import Matrix
+from kvfold.kernels.mla_decode import mla_decode
+from kvfold.kernels.mla_prefill import mla_prefill
+from kvfold.mla.absorb import KvUp
+from kvfold.mla.plan import Path
+
+if TYPE_CHECKING:
+    from kvfold.backends.cuda import CudaBackend
+
+# Up to so many rows a product reads each weight once a row (from L2 after the first); above, a tile on matrix units.
+ROW_PRODUCT_ROWS = 4
+# Up to so many rows weights are decoded in the tile; above, decoded once and multiplied by cuBLAS.
+TILE_PRODUCT_ROWS = 64
+
+
+class Value:
+    """Numbers [rows, width], made when first asked for. What they are made of is forgotten then."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make: Callable[[], Tensor] | None = make
+        self._tensor: Tensor | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        if self._tensor is None:
+            assert self._make is not None
+            self.set(self._make())
+        assert self._tensor is not None
+        return self._tensor
+
+    def set(self, tensor: Tensor) -> None:
+        """A kernel that computed more than it was asked for has made this value too."""
+        self._tensor, self._make = tensor, None
+
+    @property
+    def is_made(self) -> bool:
+        return self._tensor is not None
+
+
+def made(tensor: Tensor) -> Value:
+    value = Value(lambda: tensor)
+    value.set(tensor)
+    return value
+
+
+class Product(Value):
+    """x @ W^T, not multiplied yet."""
+
+    def __init__(self, x: Value, weight: Rows, make: Callable[[], Tensor]) -> None:
+        super().__init__(make)
+        self.x: Value | None = x
+        self.weight = weight
+
+    def set(self, tensor: Tensor) -> None:
+        super().set(tensor)
+        self.x = None
+
+
+class Sum(Value):
+    """Two or three values, float32; the first is the hidden rows."""
+
+    def __init__(self, terms: tuple[Value, ...]) -> None:
+        super().__init__(lambda: self.normed(None, 0.0, torch.float32))
+        self.terms = terms
+
+    def set(self, tensor: Tensor) -> None:
+        super().set(tensor)
+        self.terms = ()
+
+    def normed(self, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+        """Makes the sum, and returns its norm (the sum again where weight is None)."""
+        first, *others = (term.tensor for term in self.terms)
+        total, normed = rows.add_norm(first, tuple(others), weight, eps, dtype)
+        self.set(total)
+        return normed
+
+
+class Columns(Value):
+    def __init__(self, x: Value, start: int, stop: int) -> None:
+        super().__init__(lambda: x.tensor[:, start:stop])
+        self.x = x
+        self.start = start
+
+
+@dataclass(eq=False)
+class Latent:
+    """What append_latent needs, left undone until then: c_kv's norm and the rotations of k_rope and q."""
+
+    weight: str = ""
+    eps: float = 0.0
+    q: Value | None = None
+    head_dim: int = 0
+
+
+class CudaOps:
+    def __init__(self, backend: CudaBackend, step: DeviceStep) -> None:
+        self._backend = backend
+        self._step = step
+        self._dtype = backend.dtype
+        self._latent = Latent()
+        # (x, matrix) by identity -> x, which keeps that identity, and the whole product
+        self._products: dict[tuple[int, int], tuple[Value, Tensor]] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    # Products
+
+    def _rows(self, name: str) -> Rows:
+        return self._backend.weights.rows[name]
+
+    def _multiply(self, x: Tensor, w: Matrix, dtype: torch.dtype) -> Tensor:
+        """x @ w^T, [T, rows] of dtype: the compute type or float32."""
+        out = torch.empty(len(x), w.rows, dtype=dtype, device=x.device)
+        is_plain = w.is_plain(x.dtype)
+        if len(x) == 1 or (len(x) <= ROW_PRODUCT_ROWS and not is_plain):
+            row_product.linear(x, w, out)
+        elif len(x) <= TILE_PRODUCT_ROWS and not is_plain:
+            tile_product.linear(x, w, out)
+        else:
+            numbers = w.plain() if is_plain else tile_product.decode(w, x.dtype)
+            if dtype == x.dtype:
+                torch.mm(x, numbers.T, out=out)
+            else:
+                out = torch.mm(x, numbers.T, out_dtype=dtype)
+        return out
+
+    def linear(self, name: str, x: Value, weight: str) -> Value:
+        part = self._rows(weight)
+
+        def make() -> Tensor:
+            key = id(x), id(part.matrix)
+            if key not in self._products:
+                dtype = torch.float32 if name == "head" else self._dtype
+                self._products[key] = x, self._multiply(x.tensor, part.matrix, dtype)
+            return self._products[key][1][:, part.start : part.stop]
+
+        return Product(x, part, make)
+
+    def swiglu(self, name: str, gate: Value, up: Value) -> Value:
+        def make() -> Tensor:
+            if isinstance(gate, Product) and isinstance(up, Product) and gate.x is not None:
+                x = gate.x.tensor
+                if len(x) <= ROW_PRODUCT_ROWS:
+                    return row_product.gate_up(x, _alone(gate.weight), _alone(up.weight), None, self._dtype)
+            return rows.swiglu(gate.tensor, up.tensor)
+
+        return Value(make)
+
+    # Row-wise ops
+
+    def embed(self, name: str, table: str) -> Value:
+        self._products.clear()
+        return made(tile_product.embed(self._step.token_ids, self._rows(table).matrix))
+
+    def norm(self, name: str, x: Value, weight: str, eps: float) -> Value:
+        if isinstance(x, Columns) and x.start == 0:  # c_kv: append_latent norms it
+            self._latent.weight, self._latent.eps = weight, eps
+            return x
+        vector = self._backend.weights.vectors[weight]
+
+        def make() -> Tensor:
+            if isinstance(x, Sum) and not x.is_made:
+                return x.normed(vector, eps, self._dtype)
+            return rows.add_norm(x.tensor, (), vector, eps, self._dtype)[1]
+
+        return Value(make)
+
+    def columns(self, x: Value, start: int, stop: int) -> Value:
+        return Columns(x, start, stop)
+
+    def rope(self, name: str, x: Value, rope: RopeConfig, *, head_dim: int) -> Value:
+        if not isinstance(x, Columns):
+            self._latent.q, self._latent.head_dim = x, head_dim
+        return x  # append rotates both
+
+    def add(self, name: str, x: Value, y: Value) -> Value:
+        terms = (x, *y.terms) if isinstance(y, Sum) and not y.is_made else (x, y)
+        self._products.clear()  # of the half layer that ends here
+        return Sum(terms)
+
+    def take_outputs(self, name: str, x: Value) -> Value:
+        output_rows = self._step.output_rows
+        return x if output_rows is None else Value(lambda: x.tensor[output_rows])
+
+    def output(self, name: str, x: Value) -> None:
+        self.outputs[name] = x.tensor
+
+    # Experts
+
+    def route(self, name: str, x: Value, weight: str, bias: str | None, moe: MoeConfig) -> tuple[Value, Value]:
+        w = self._rows(weight).matrix
+        if len(x.tensor) <= ROW_PRODUCT_ROWS:
+            logits = torch.empty(len(x.tensor), w.rows, device=x.tensor.device)
+            row_product.linear(x.tensor, w, logits)
+        else:
+            logits = torch.mm(x.tensor.float(), w.plain().T)
+        ids, weights = rows.route(
+            logits,
+            None if bias is None else self._backend.weights.vectors[bias],
+            per_row=moe.num_experts_per_tok,
+            num_groups=moe.num_groups,
+            groups_kept=moe.num_groups_per_tok,
+            is_sigmoid=moe.scoring is Scoring.SIGMOID,
+            is_top2=moe.group_score is GroupScore.TOP2_SUM,
+            is_normed=moe.norm_topk_prob,
+            factor=moe.routed_scaling_factor,
+        )
+        return made(ids), made(weights)
+
+    def experts(
+        self,
+        name: str,
+        x: Value,
+        ids: Value,
+        weights: Value,
+        gate: str,
+        up: str,
+        down: str,
+        subset: range | None = None,
+    ) -> Value:
+        assert subset is None, "every expert lies on this device"
+        w_gate, w_up, w_down = (self._rows(w).matrix for w in (gate, up, down))
+        out = torch.empty(len(x.tensor), w_down.rows, dtype=self._dtype, device=x.tensor.device)
+        if len(x.tensor) <= ROW_PRODUCT_ROWS:
+            hidden = row_product.gate_up(x.tensor, w_gate, w_up, ids.tensor, self._dtype)
+            row_product.down(hidden, w_down, ids.tensor, weights.tensor, out)
+        else:
+            scratch = self._backend.workspace_bytes
+            tile_product.experts(x.tensor, ids.tensor, weights.tensor, w_gate, w_up, w_down, out, scratch)
+        return made(out)
+
+    # The cache
+
+    def _append(self, c_kv: Value, pool: Tensor, slots: Tensor, mla: MlaConfig) -> None:
+        """Rotates the waiting q, and writes the rows' latents to `slots` of pool [.., latent_dim]."""
+        assert isinstance(c_kv, Columns) and self._latent.q is not None
+        # Together where they lie in one matrix, so that one launch serves both.
+        q, kv_a = self._latent.q.tensor, c_kv.x.tensor
+        backend, rope = self._backend, self._backend.model.config.rope
+        rows.rope_append(
+            q,
+            kv_a,
+            backend.weights.vectors[self._latent.weight],
+            self._latent.eps,
+            self._step.positions,
+            slots,
+            backend.cos,
+            backend.sin,
+            pool,
+            num_heads=mla.num_heads,
+            head_dim=self._latent.head_dim,
+            is_half_split=rope.pairing is Pairing.HALF_SPLIT,
+        )
+        self._latent = Latent()
+
+    def append_latent(self, name: str, layer: int, c_kv: Value, k_rope: Value) -> None:
+        pool = self._backend.pools[0][layer].flatten(0, 1)
+        self._append(c_kv, pool, self._step.slots, self._backend.model.config.mla)
+
+    def append_full(self, name: str, layer: int, c_kv: Value, k_rope: Value, kv_up: KvUp, mla: MlaConfig) -> None:
+        latents = torch.empty(self._step.num_rows, mla.latent_dim, dtype=self._dtype, device=self._backend.device)
+        slots = torch.arange(self._step.num_rows, device=latents.device)
+        self._append(c_kv, latents, slots, mla)
+        k_nope, v = self._expand(latents, kv_up, mla)
+        k_rope_rows = latents[:, None, mla.kv_lora_rank :].expand(-1, mla.num_heads, -1)
+        k = torch.cat([k_nope, k_rope_rows], dim=-1)
+        for array, new in zip(self._backend.pools, (k, v), strict=True):
+            array[layer].flatten(0, 1)[self._step.slots] = new.flatten(1).to(array.dtype)
+
+    # Attention
+
+    def _expand(self, latents: Tensor, kv_up: KvUp, mla: MlaConfig) -> tuple[Tensor, Tensor]:
+        """k_nope [K, H, nope] and v [K, H, v] of latents [K, latent_dim] of the compute type."""
+        c_kv = latents[:, : mla.kv_lora_rank]
+        w_uk, w_uv = self._backend.weights.up[kv_up]
+        k_nope, v = (torch.mm(c_kv, w.flatten(0, 1).T) for w in (w_uk, w_uv))
+        return k_nope.view(len(latents), mla.num_heads, -1), v.view(len(latents), mla.num_heads, -1)
+
+    def fold_q(self, name: str, q: Value, kv_up: KvUp, mla: MlaConfig) -> Value:
+        def make() -> Tensor:
+            """Absorbed rows only: [rows, H * latent_dim]."""
+            per_head = q.tensor[self._step.absorbed].unflatten(1, (mla.num_heads, mla.qk_head_dim))
+            out = torch.empty(
+                len(per_head), mla.num_heads, mla.latent_dim, dtype=self._dtype, device=per_head.device
+            )
+            w_uk, _ = self._backend.weights.up[kv_up]
+            rows.per_head(
+                per_head, w_uk, out, depth=mla.qk_nope_head_dim, width=mla.kv_lora_rank, extra=mla.qk_rope_head_dim
+            )
+            return out.flatten(1)
+
+        return Value(make)
+
+    def attend_latent(self, name: str, layer: int, q_latent: Value, mla: MlaConfig) -> Value:
+        def make() -> Tensor:
+            q = q_latent.tensor.unflatten(1, (mla.num_heads, mla.latent_dim))
+            out = torch.empty(len(q), mla.num_heads, mla.kv_lora_rank, dtype=self._dtype, device=q.device)
+            first = self._step.absorbed.start
+            pool = self._backend.pools[0][layer]
+            for launch in self._step.launches:
+                part = slice(launch.start - first, launch.stop - first)
+                mla_decode(
+                    q[part],
+                    pool,
+                    self._step.pages,
+                    launch.page_starts,
+                    launch.kv_lens,
+                    out[part],
+                    launch.workspace,
+                    scale=mla.softmax_scale,
+                    kv_lora=mla.kv_lora_rank,
+                )
+            if not self._step.launches:
+                for sequence, part, _ in self._sequences(Path.ABSORBED):
+                    latents = self._cached(0, layer, sequence, 0, self._kv_len(sequence))[:, None]
+                    keys = latents.expand(-1, mla.num_heads, -1)
+                    local = slice(part.start - first, part.stop - first)
+                    out[local] = self._unfused(q[local], keys, keys[..., : mla.kv_lora_rank], mla.softmax_scale)
+            return out.flatten(1)
+
+        return Value(make)
+
+    def unfold_v(self, name: str, o_latent: Value, kv_up: KvUp, mla: MlaConfig) -> Value:
+        def make() -> Tensor:
+            device = self._backend.device
+            out = torch.empty(self._step.num_rows, mla.num_heads * mla.v_head_dim, dtype=self._dtype, device=device)
+            absorbed = self._step.absorbed
+            if absorbed.stop > absorbed.start:
+                _, w_uv = self._backend.weights.up[kv_up]
+                rows.per_head(
+                    o_latent.tensor.unflatten(1, (mla.num_heads, mla.kv_lora_rank)),
+                    w_uv.transpose(1, 2),
+                    out[absorbed].unflatten(1, (mla.num_heads, mla.v_head_dim)),
+                    depth=mla.kv_lora_rank,
+                    width=mla.v_head_dim,
+                )
+            return out
+
+        return Value(make)
+
+    def attend_expanded(self, name: str, layer: int, q: Value, kv_up: KvUp, mla: MlaConfig, into: Value) -> Value:
+        per_key = mla.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim) * self._dtype.itemsize
+        size = max(1, self._backend.workspace_bytes // per_key // PAGE_TOKENS) * PAGE_TOKENS
+
+        def tiles(sequence: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+            for start in range(0, stop, size):
+                latents = self._cached(0, layer, sequence, start, min(start + size, stop))
+                k_nope, v = self._expand(latents, kv_up, mla)
+                yield start, k_nope, latents[:, None, mla.kv_lora_rank :], v
+
+        self._attend(Path.DECOMPRESSED, q, tiles, mla, into)
+        return into
+
+    def attend_full(self, name: str, layer: int, q: Value, mla: MlaConfig) -> Value:
+        def tiles(sequence: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+            k = self._cached(0, layer, sequence, 0, stop).unflatten(1, (mla.num_heads, mla.qk_head_dim))
+            v = self._cached(1, layer, sequence, 0, stop).unflatten(1, (mla.num_heads, mla.v_head_dim))
+            yield 0, k[..., : mla.qk_nope_head_dim], k[..., mla.qk_nope_head_dim :], v
+
+        width = mla.num_heads * mla.v_head_dim
+        into = made(torch.empty(self._step.num_rows, width, dtype=self._dtype, device=self._backend.device))
+        self._attend(Path.STANDARD, q, tiles, mla, into)
+        return into
+
+    def _attend(
+        self,
+        path: Path,
+        q: Value,
+        tiles: Callable[[int, int], Iterator[tuple[int, Tensor, Tensor, Tensor]]],
+        mla: MlaConfig,
+        into: Value,
+    ) -> None:
+        """Rows of this path over their sequences' keys: (first key, k_nope, k_rope, v) of a tile at a time."""
+        for sequence, part, fused in self._sequences(path):
+            num_keys = self._kv_len(sequence)
+            queries = q.tensor[part].unflatten(1, (mla.num_heads, mla.qk_head_dim))
+            target = into.tensor[part].unflatten(1, (mla.num_heads, mla.v_head_dim))
+            if not fused:
+                keys, values = [], []
+                for _, k_nope, k_rope, v in tiles(sequence, num_keys):
+                    keys.append(torch.cat([k_nope, k_rope.expand(-1, mla.num_heads, -1)], dim=-1))
+                    values.append(v)
+                whole = self._unfused(queries, torch.cat(keys), torch.cat(values), mla.softmax_scale)
+                target.copy_(whole)
+                continue
+            num_rows = len(queries)
+            out = torch.empty(target.shape, dtype=torch.float32, device=target.device)
+            lse = torch.empty(mla.num_heads, num_rows, dtype=torch.float32, device=target.device)
+            for first_key, k_nope, k_rope, v in tiles(sequence, num_keys):
+                only = first_key == 0 and len(v) == num_keys
+                mla_prefill(
+                    queries,
+                    k_nope,
+                    k_rope,
+                    v,
+                    target if only else out,
+                    lse,
+                    scale=mla.softmax_scale,
+                    first_row=num_keys - num_rows,
+                    first_key=first_key,
+                    merge=first_key > 0,
+                )
+                if not only and first_key + len(v) == num_keys:
+                    target.copy_(out)
+
+    def _unfused(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """fa=0: the scores of a row tile that fits the workspace, a two-pass softmax: [R, H, v]."""
+        num_rows, num_keys = len(q), len(k)
+        out = torch.empty(num_rows, q.shape[1], v.shape[-1], dtype=q.dtype, device=q.device)
+        size = max(1, self._backend.workspace_bytes // (8 * q.shape[1] * num_keys))
+        position = torch.arange(num_keys - num_rows, num_keys, device=q.device)
+        keys = torch.arange(num_keys, device=q.device)
+        k_heads, v_heads = k.permute(1, 2, 0), v.transpose(0, 1)
+        for start in range(0, num_rows, size):
+            tile = slice(start, start + size)
+            scores = torch.matmul(q[tile].transpose(0, 1), k_heads).float() * scale
+            scores.masked_fill_(keys[None, :] > position[tile][:, None], -math.inf)
+            out[tile] = torch.matmul(scores.softmax(-1).to(v.dtype), v_heads).transpose(0, 1)
+        return out
+
+    def _sequences(self, path: Path) -> Iterator[tuple[int, slice, bool]]:
+        """(sequence, its rows, fused) of the segment that takes this path."""
+        step = self._step.host
+        segment = None if step is None else step.segment(path.value)
+        if step is not None and segment is not None:
+            for sequence in segment[1]:
+                yield sequence, step.rows(sequence), segment[0]
+
+    def _kv_len(self, sequence: int) -> int:
+        assert self._step.host is not None
+        return int(self._step.host.kv_lens[sequence])
+
+    def _cached(self, array: int, layer: int, sequence: int, start: int, stop: int) -> Tensor:
+        """Cached rows of tokens [start, stop) of a sequence, `start` at a page, in the compute type: [.., width]."""
+        step = self._step.host
+        assert step is not None
+        at = int(step.page_starts[sequence])
+        pages = self._step.pages[at + start // PAGE_TOKENS : at - (-stop // PAGE_TOKENS)]
+        picked = self._backend.pools[array][layer][pages].flatten(0, 1)[: stop - start]
+        return picked.to(self._dtype)
+
+
+def _alone(part: Rows) -> Matrix:
+    """A matrix of these rows only, sharing memory."""
+    if (part.start, part.stop) == (0, part.matrix.rows):
+        return part.matrix
+    m = part.matrix
+    return Matrix(m.type, part.stop - part.start, m.cols, m.raw[part.start : part.stop], m.scale)

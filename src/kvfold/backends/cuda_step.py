@@ -1,0 +1,110 @@
+"""A step in the memory of a GPU: what its kernels read, and how its absorbed rows are dealt to mla_decode's launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvfold.kernels.mla_decode import DecodeWorkspace, schedule_decode
+from kvfold.mla.plan import Path
+from kvfold.model.step import Step
+
+# Rows of one sequence in a launch: they share the tiles of latents that they all see.
+MOST_ROWS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeLaunch:
+    """One launch of mla_decode: rows [start, stop) of the step, as sequences of equally many rows."""
+
+    start: int
+    stop: int
+    page_starts: Tensor  # int32 [B + 1]
+    kv_lens: Tensor  # int32 [B]
+    workspace: DecodeWorkspace
+
+    def schedule(self) -> None:
+        schedule_decode(self.kv_lens, self.workspace)
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceStep:
+    """num_rows, and arrays of model/step.py on the device.
+
+    host:         the step they came from; None for a captured graph's, whose values change from replay to replay
+    absorbed:     rows of the absorbed segment
+    launches:     its rows dealt to launches; empty where it is not fused
+    output_rows:  int64, or None for all rows
+    """
+
+    host: Step | None
+    num_rows: int
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    pages: Tensor
+    absorbed: slice
+    launches: tuple[DecodeLaunch, ...]
+    output_rows: Tensor | None
+
+
+def path_rows(step: Step, path: Path) -> slice:
+    """The rows of the segment that takes this path; empty where there is none."""
+    segment = step.segment(path.value)
+    if segment is None:
+        return slice(0, 0)
+    return slice(int(step.row_starts[segment[1].start]), int(step.row_starts[segment[1].stop]))
+
+
+def on_device(step: Step, num_heads: int, kv_lora: int, device: torch.device) -> DeviceStep:
+    """The step's arrays copied, its absorbed rows dealt to launches and their schedules made."""
+
+    def put(array: NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(np.array(array)).to(device, non_blocking=True)
+
+    launches: list[DecodeLaunch] = []
+    segment = step.segment(Path.ABSORBED.value)
+    if segment is not None and segment[0]:
+        for start, rows, kv_lens, page_starts in _deal(step, segment[1]):
+            workspace = DecodeWorkspace(len(kv_lens), rows, num_heads, kv_lora, device)
+            stop = start + rows * len(kv_lens)
+            launches.append(DecodeLaunch(start, stop, put(page_starts), put(kv_lens), workspace))
+            launches[-1].schedule()
+    is_all = len(step.output_rows) == step.num_rows
+    return DeviceStep(
+        step,
+        step.num_rows,
+        put(step.token_ids),
+        put(step.positions),
+        put(step.slots),
+        put(step.pages),
+        path_rows(step, Path.ABSORBED),
+        tuple(launches),
+        None if is_all else put(step.output_rows.astype(np.int64)),
+    )
+
+
+def _deal(step: Step, sequences: range) -> list[tuple[int, int, NDArray[np.int32], NDArray[np.int32]]]:
+    """(first row, rows of a sequence, kv_lens, page_starts) of each launch. Sequences of one length of at most MOST_ROWS
+    go together; else each is cut in pieces of MOST_ROWS rows, and what is left."""
+    counts = {step.rows(s).stop - step.rows(s).start for s in sequences}
+    if len(counts) == 1 and max(counts) <= MOST_ROWS:
+        first = sequences.start
+        starts = step.page_starts[first : sequences.stop + 1].astype(np.int32)
+        return [(step.rows(first).start, counts.pop(), step.kv_lens[first : sequences.stop], starts)]
+    launches = []
+    for s in sequences:
+        rows = step.rows(s)
+        total = rows.stop - rows.start
+        whole = total // MOST_ROWS
+        seen = int(step.kv_lens[s]) - total  # keys before the first row
+        for start, size, count in ((0, MOST_ROWS, whole), (whole * MOST_ROWS, total % MOST_ROWS, 1)):
+            if size and count:
+                kv_lens = (seen + start + size * np.arange(1, count + 1)).astype(np.int32)
+                pages = np.full(count + 1, step.page_starts[s], np.int32)
+                launches.append((rows.start + start, size, kv_lens, pages))
+    return launches

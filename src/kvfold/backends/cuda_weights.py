@@ -1,0 +1,200 @@
+"""Weights on their way into the memory of a GPU: once, in the blocks of their file, through pinned buffers.
+
+What lies there in another form than in the file: norms and biases (float32), the router (float32), the up-projections
+(the compute type: 113 MB for DeepSeek-V2-Lite, 2 GB for V3; they are 1 % of a model and read in two orders), and types
+that block_weights.TYPES lacks (the compute type). Matrices that multiply the same rows lie below each other where they
+are of one type, so that one launch serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvfold.kernels import block_weights, tile_product
+from kvfold.kernels.matrix import Matrix
+from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
+from kvfold.model.deepseek import DeepseekModel
+from kvfold.quant.decode import decode_tensor
+from kvfold.quant.tensor import QuantTensor
+
+Weight = QuantTensor | tuple[QuantTensor, ...]
+Progress = Callable[[int, int], None]
+
+STAGE_BYTES = 32 << 20  # two pinned buffers of this size: one is filled while the other is copied
+_NUMBERS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows [start, stop) of a matrix that may hold other weights beside this one."""
+
+    matrix: Matrix
+    start: int
+    stop: int
+
+
+@dataclass(eq=False)
+class DeviceWeights:
+    """rows: matrices by name. vectors: float32. up: per layer w_uk [H, nope, kv_lora] and w_uv [H, v, kv_lora]."""
+
+    rows: dict[str, Rows] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    up: dict[KvUp, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        matrices = {id(r.matrix): r.matrix for r in self.rows.values()}.values()
+        total = sum(m.raw.nbytes + (0 if m.scale is None else m.scale.nbytes) for m in matrices)
+        return (
+            total
+            + sum(v.nbytes for v in self.vectors.values())
+            + sum(a.nbytes + b.nbytes for a, b in self.up.values())
+        )
+
+
+def upload(
+    model: DeepseekModel,
+    weights: Mapping[str, Weight],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> DeviceWeights:
+    """torch.cuda.OutOfMemoryError where the memory is too small."""
+    out = DeviceWeights()
+    stage = _Stage(device, sum(part.nbytes for w in weights.values() for part in _tensors(w)), progress)
+    names = [name for name in weights if not _is_up(name)]
+    joined = {name: group for group in _groups(model, weights) for name in group}
+    for name in names:
+        if name in out.rows or name in out.vectors:
+            continue
+        weight = weights[name]
+        if isinstance(weight, QuantTensor) and len(weight.shape) == 1:
+            out.vectors[name] = stage.numbers(decode_tensor(weight))
+        elif name.endswith("ffn_gate_inp.weight"):
+            numbers = stage.numbers(np.concatenate([decode_tensor(part) for part in _tensors(weight)]))
+            out.rows[name] = Rows(_plain("F32", numbers), 0, len(numbers))
+        else:
+            group = joined.get(name, (name,))
+            matrix = _matrix([weights[member] for member in group], stage, dtype)
+            start = 0
+            for member in group:
+                rows = sum(part.rows for part in _tensors(weights[member]))
+                rows = matrix.rows if len(group) == 1 else rows
+                out.rows[member] = Rows(matrix, start, start + rows)
+                start += rows
+    for layer in range(model.config.num_layers):
+        kv_up = model.kv_up(layer)
+        mla = model.config.mla
+
+        def decoded(name: str) -> Tensor:
+            return tile_product.decode(_matrix([weights[name]], stage, dtype), dtype)
+
+        if kv_up.kv_b is not None:
+            w_uk, w_uv = split_kv_b(decoded(kv_up.kv_b), mla)
+        else:
+            assert kv_up.k_b is not None and kv_up.v_b is not None
+            w_uk, w_uv = split_k_b_v_b(decoded(kv_up.k_b), decoded(kv_up.v_b), mla)
+        out.up[kv_up] = w_uk.contiguous(), w_uv.contiguous()
+    stage.finish()
+    return out
+
+
+def _is_up(name: str) -> bool:
+    return name.endswith(("attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight"))
+
+
+def _tensors(weight: Weight) -> tuple[QuantTensor, ...]:
+    return weight if isinstance(weight, tuple) else (weight,)
+
+
+def _groups(model: DeepseekModel, weights: Mapping[str, Weight]) -> Iterator[tuple[str, str]]:
+    """Pairs of matrices that multiply the same rows and are of one type, without scales of their own."""
+    q = "attn_q" if model.config.mla.q_lora_rank is None else "attn_q_a"
+    for layer in range(model.config.num_layers):
+        for first, second in ((q, "attn_kv_a_mqa"), ("ffn_gate", "ffn_up"), ("ffn_gate_shexp", "ffn_up_shexp")):
+            pair = f"blk.{layer}.{first}.weight", f"blk.{layer}.{second}.weight"
+            if all(name in weights and isinstance(weights[name], QuantTensor) for name in pair):
+                a, b = (_tensors(weights[name])[0] for name in pair)
+                if a.type == b.type and a.cols == b.cols and a.scale is None and b.scale is None:
+                    yield pair
+
+
+def _plain(type: str, numbers: Tensor) -> Matrix:
+    return Matrix(type, numbers.shape[0], numbers.shape[1], numbers.view(torch.uint8).view(len(numbers), -1))
+
+
+def _matrix(weights: list[Weight], stage: _Stage, dtype: torch.dtype) -> Matrix:
+    """One weight (its parts stay parts), or several joined to one part."""
+    parts = [part for weight in weights for part in _tensors(weight)]
+    first = parts[0]
+    joins = len(weights) > 1
+    rows = sum(p.rows for p in parts) if joins else first.rows
+    count = 1 if joins else len(parts)
+    if first.type.name not in block_weights.TYPES:
+        raw = torch.cat([stage.numbers(decode_tensor(part).reshape(part.rows, -1)).to(dtype) for part in parts])
+        return Matrix(_NUMBERS[dtype], rows, first.cols, raw.view(torch.uint8), None, count)
+    raw = stage.empty(sum(p.rows for p in parts), first.raw.shape[-1])
+    start = 0
+    for part in parts:
+        stage.copy(part.raw, raw[start : start + part.rows])
+        start += part.rows
+    scale = None
+    if first.scale is not None:
+        scale = stage.numbers(np.stack([p.scale for p in parts if p.scale is not None]))
+    return Matrix(first.type.name, rows, first.cols, raw, scale, count)
+
+
+class _Stage:
+    """Copies arrays to the device and reports how far it is."""
+
+    def __init__(self, device: torch.device, total: int, progress: Progress | None) -> None:
+        self._device = device
+        self._total = total
+        self._done = 0
+        self._progress = progress
+        self._turn = 0
+        self._buffers: list[Tensor] = []
+        self._events: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._buffers = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._events = [torch.cuda.Event() for _ in range(2)]
+        if progress:
+            progress(0, total)
+
+    def empty(self, rows: int, row_bytes: int) -> Tensor:
+        return torch.empty(rows, row_bytes, dtype=torch.uint8, device=self._device)
+
+    def numbers(self, array: NDArray[np.float32]) -> Tensor:
+        self._count(array.nbytes)
+        return torch.from_numpy(np.array(array, np.float32)).to(self._device)
+
+    def copy(self, source: NDArray[np.uint8], target: Tensor) -> None:
+        flat, out = source.reshape(-1), target.view(-1)
+        for start in range(0, flat.size, STAGE_BYTES):
+            piece = flat[start : start + STAGE_BYTES]
+            place = out[start : start + piece.size]
+            if not self._buffers:
+                place.numpy()[:] = piece
+            else:
+                buffer, event = self._buffers[self._turn], self._events[self._turn]
+                event.synchronize()  # its last copy has left
+                buffer.numpy()[: piece.size] = piece
+                place.copy_(buffer[: piece.size], non_blocking=True)
+                event.record()
+                self._turn ^= 1
+            self._count(piece.size)
+
+    def finish(self) -> None:
+        if self._buffers:
+            torch.cuda.synchronize(self._device)
+
+    def _count(self, nbytes: int) -> None:
+        self._done = min(self._total, self._done + nbytes)
+        if self._progress:
+            self._progress(self._done, self._total)

@@ -1,0 +1,126 @@
+"""Which NVIDIA GPUs there are, asked of the driver itself: no torch, no context, about a millisecond.
+
+Owns the reasons why a GPU cannot serve, each with what would. Everything that computes there is backends/cuda.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+from kvfold.errors import SettingError
+
+SMALLEST_CAPABILITY = (8, 0)  # bf16 on the matrix units, asynchronous copies
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """capability: (9, 0) is Hopper. total_bytes: all of its memory, used or not."""
+
+    name: str
+    capability: tuple[int, int]
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Driver:
+    """version: the newest CUDA it serves, 13000 for 13.0; 0 without a driver."""
+
+    version: int
+    gpus: tuple[Gpu, ...]
+
+
+@cache
+def driver() -> Driver:
+    """What the NVIDIA driver of this machine reports; no GPUs where there is none."""
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        cuda = ctypes.CDLL(name)
+    except OSError:
+        return Driver(0, ())
+    version, count = ctypes.c_int(), ctypes.c_int()
+    if (
+        cuda.cuInit(0)
+        or cuda.cuDriverGetVersion(ctypes.byref(version))
+        or cuda.cuDeviceGetCount(ctypes.byref(count))
+    ):
+        return Driver(version.value, ())
+    return Driver(version.value, tuple(_gpu(cuda, index) for index in range(count.value)))
+
+
+def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    total = ctypes.c_size_t()
+    label = ctypes.create_string_buffer(256)
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    cuda.cuDeviceGetName(label, len(label), device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+    return Gpu(label.value.decode(errors="replace"), (major.value, minor.value), total.value)
+
+
+def check_device(device: str) -> None:
+    """SettingError unless auto, cpu, cuda or cuda:N."""
+    head, _, number = device.partition(":")
+    if device not in ("auto", "cpu", "cuda") and not (head == "cuda" and number.isdecimal()):
+        raise SettingError(f"device={device}: allowed are auto, cpu, cuda, cuda:0 and so on.")
+
+
+def is_wanted(device: str) -> bool:
+    """Whether a GPU would compute: asked for, or found where anything may. Imports nothing."""
+    if device != "auto":
+        return device.startswith("cuda")
+    gpus = driver().gpus
+    packages = (importlib.util.find_spec(name) is not None for name in ("torch", "triton"))
+    return bool(gpus) and gpus[0].capability >= SMALLEST_CAPABILITY and all(packages)
+
+
+def device_index(device: str) -> int:
+    """The number of a GPU: 0 for auto and cuda."""
+    return int(device.partition(":")[2] or 0)
+
+
+def refusals(device: str) -> list[str]:
+    """Why no kernel can run on this device (auto, cuda or cuda:N); empty where one can. Imports torch only where there
+    is a GPU of the right kind."""
+    found = driver()
+    if not found.version:
+        return ["no NVIDIA driver was found"]
+    if not found.gpus:
+        return ["the NVIDIA driver finds no GPU"]
+    index = device_index(device)
+    if index >= len(found.gpus):
+        return [f"there is no GPU {index}: this machine has {len(found.gpus)}, the first is cuda:0"]
+    gpu = found.gpus[index]
+    if gpu.capability < SMALLEST_CAPABILITY:
+        have, need = (".".join(map(str, c)) for c in (gpu.capability, SMALLEST_CAPABILITY))
+        return [f"{gpu.name} has compute capability {have}, the kernels need {need} (Ampere, 2020) or newer"]
+    missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        return [f"{' and '.join(missing)} not installed: pip install 'kvfold[cuda]'"]
+    import torch
+
+    if torch.version.cuda is None:
+        return [
+            "this torch was built without CUDA: pip install --force-reinstall torch --index-url "
+            "https://download.pytorch.org/whl/cu130"
+        ]
+    if not torch.cuda.is_available():
+        serves = f"{found.version // 1000}.{found.version % 1000 // 10}"
+        return [
+            f"the NVIDIA driver serves CUDA {serves} and torch was built for {torch.version.cuda}: update the driver, "
+            f"or install a torch for CUDA {serves}"
+        ]
+    return []
+
+
+def free_bytes(device: str) -> int:
+    """Free memory of a GPU that `refusals` has none against."""
+    import torch
+
+    return torch.cuda.mem_get_info(device_index(device))[0]

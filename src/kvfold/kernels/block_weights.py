@@ -1,0 +1,159 @@
+"""One weight of a block format, in Triton: quant/decode.py said once more, for any grid of (row, column).
+
+Owns what each bit means on a GPU. `weight` serves every kernel that wants a tile of weights; a product of one row reads its
+bytes plane by plane instead (linear.py), which loads each byte and each scale once. Types that are missing here are decoded
+on the host when they are uploaded.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+TYPES = frozenset(
+    [
+        "F32",
+        "F16",
+        "BF16",
+        "F8_E4M3",
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_NL",
+        "IQ4_XS",
+    ]
+)
+
+
+@triton.jit
+def u8(raw, at, mask):
+    """The byte at `at`, int32."""
+    return tl.load(raw + at, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def i8(raw, at, mask):
+    return u8(raw, at, mask).to(tl.int8).to(tl.float32)
+
+
+@triton.jit
+def f16(raw, at, mask):
+    """The float16 at `at` (even), float32."""
+    return tl.load((raw + at).to(tl.pointer_type(tl.float16), bitcast=True), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def iq4(q):
+    """Level q of IQ4_NL's codebook: four of its sixteen bytes, 127 added, in each word."""
+    low = tl.where(q < 4, 0x3E2C1700, 0x75695C4E)
+    high = tl.where(q < 12, -0x5A677380, -0xF273B4C)
+    word = tl.where(q < 8, low, high)
+    return ((word >> ((q & 3) * 8)) & 255).to(tl.float32) - 127.0
+
+
+@triton.jit
+def e4m3(code):
+    """F8_E4M3fn: exponent and mantissa in a float32's place are the value times 2^-120, subnormals included."""
+    magnitude = ((code & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    magnitude = tl.where((code & 127) == 127, float("nan"), magnitude)
+    return tl.where(code < 128, magnitude, -magnitude)
+
+
+@triton.jit
+def k_scale(raw, at, run, mask):
+    """Scale and minimum of run 0 to 7 of Q4_K and Q5_K, from the 12 bytes at `at`: float32 each."""
+    is_low = run < 4
+    first = u8(raw, at + (run & 3), mask)
+    second = u8(raw, at + 4 + (run & 3), mask)
+    low = u8(raw, at + 8 + (run & 3), mask)
+    scale = tl.where(is_low, first & 63, (low & 15) | ((first >> 6) << 4))
+    minimum = tl.where(is_low, second & 63, (low >> 4) | ((second >> 6) << 4))
+    return scale.to(tl.float32), minimum.to(tl.float32)
+
+
+@triton.jit
+def weight(raw, scale, row, col, mask, row_bytes, scale_cols, TYPE: tl.constexpr):
+    """Weights at (row, col), float32 of their broadcast shape; 0 where not `mask`.
+
+    raw: uint8, the first row's first block; row_bytes: int64. row: int64. scale: float32 [.., scale_cols] of F8_E4M3.
+    """
+    start = row * row_bytes
+    if TYPE == "F32":
+        return tl.load((raw + start + col * 4).to(tl.pointer_type(tl.float32), bitcast=True), mask=mask, other=0.0)
+    elif TYPE == "F16":
+        return f16(raw, start + col * 2, mask)
+    elif TYPE == "BF16":
+        at = (raw + start + col * 2).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    elif TYPE == "F8_E4M3":
+        factor = tl.load(scale + row // 128 * scale_cols + col // 128, mask=mask, other=0.0)
+        return e4m3(u8(raw, start + col, mask)) * factor
+    elif TYPE == "Q8_0":
+        at = start + col // 32 * 34
+        return f16(raw, at, mask) * i8(raw, at + 2 + col % 32, mask)
+    elif TYPE == "Q4_0":
+        at = start + col // 32 * 18
+        q = (u8(raw, at + 2 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15
+        return f16(raw, at, mask) * (q.to(tl.float32) - 8.0)
+    elif TYPE == "IQ4_NL":
+        at = start + col // 32 * 18
+        return f16(raw, at, mask) * iq4((u8(raw, at + 2 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15)
+    elif TYPE == "Q4_1":
+        at = start + col // 32 * 20
+        q = (u8(raw, at + 4 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15
+        return f16(raw, at, mask) * q.to(tl.float32) + f16(raw, at + 2, mask)
+    elif TYPE == "Q5_0":
+        at = start + col // 32 * 22
+        q = (u8(raw, at + 6 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15
+        q = q | (((u8(raw, at + 2 + col % 32 // 8, mask) >> (col % 8)) & 1) << 4)
+        return f16(raw, at, mask) * (q.to(tl.float32) - 16.0)
+    elif TYPE == "Q5_1":
+        at = start + col // 32 * 24
+        q = (u8(raw, at + 8 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15
+        q = q | (((u8(raw, at + 4 + col % 32 // 8, mask) >> (col % 8)) & 1) << 4)
+        return f16(raw, at, mask) * q.to(tl.float32) + f16(raw, at + 2, mask)
+    elif TYPE == "Q2_K":
+        at, j = start + col // 256 * 84, col % 256
+        q = (u8(raw, at + 16 + j // 128 * 32 + j % 32, mask) >> (j % 128 // 32 * 2)) & 3
+        packed = u8(raw, at + j // 16, mask)
+        d = f16(raw, at + 80, mask) * (packed & 15).to(tl.float32)
+        return d * q.to(tl.float32) - f16(raw, at + 82, mask) * (packed >> 4).to(tl.float32)
+    elif TYPE == "Q3_K":
+        at, j = start + col // 256 * 110, col % 256
+        q = (u8(raw, at + 32 + j // 128 * 32 + j % 32, mask) >> (j % 128 // 32 * 2)) & 3
+        q = q | (((u8(raw, at + j % 32, mask) >> (j // 32)) & 1) << 2)
+        run = j // 16
+        level = (u8(raw, at + 96 + run % 8, mask) >> (run // 8 * 4)) & 15
+        level = level | (((u8(raw, at + 104 + run % 4, mask) >> (run // 4 * 2)) & 3) << 4)
+        return f16(raw, at + 108, mask) * (level - 32).to(tl.float32) * (q - 4).to(tl.float32)
+    elif TYPE == "Q4_K":
+        at, j = start + col // 256 * 144, col % 256
+        q = (u8(raw, at + 16 + j // 64 * 32 + j % 32, mask) >> (j % 64 // 32 * 4)) & 15
+        level, minimum = k_scale(raw, at + 4, j // 32, mask)
+        return f16(raw, at, mask) * level * q.to(tl.float32) - f16(raw, at + 2, mask) * minimum
+    elif TYPE == "Q5_K":
+        at, j = start + col // 256 * 176, col % 256
+        q = (u8(raw, at + 48 + j // 64 * 32 + j % 32, mask) >> (j % 64 // 32 * 4)) & 15
+        q = q | (((u8(raw, at + 16 + j % 32, mask) >> (j // 32)) & 1) << 4)
+        level, minimum = k_scale(raw, at + 4, j // 32, mask)
+        return f16(raw, at, mask) * level * q.to(tl.float32) - f16(raw, at + 2, mask) * minimum
+    elif TYPE == "Q6_K":
+        at, j = start + col // 256 * 210, col % 256
+        q = (u8(raw, at + j // 128 * 64 + j % 64, mask) >> (j % 128 // 64 * 4)) & 15
+        q = q | (((u8(raw, at + 128 + j // 128 * 32 + j % 32, mask) >> (j % 128 // 32 * 2)) & 3) << 4)
+        return f16(raw, at + 208, mask) * i8(raw, at + 192 + j // 16, mask) * (q - 32).to(tl.float32)
+    else:
+        tl.static_assert(TYPE == "IQ4_XS", "a type of TYPES")
+        at, j = start + col // 256 * 136, col % 256
+        run = j // 32
+        level = (u8(raw, at + 4 + run // 2, mask) >> (run % 2 * 4)) & 15
+        level = level | (((u8(raw, at + 2 + run // 4, mask) >> (run % 4 * 2)) & 3) << 4)
+        q = (u8(raw, at + 8 + run * 16 + j % 16, mask) >> (j % 32 // 16 * 4)) & 15
+        return f16(raw, at, mask) * (level - 32).to(tl.float32) * iq4(q)

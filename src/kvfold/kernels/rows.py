@@ -1,0 +1,261 @@
+"""Row-wise kernels: norms with the additions before them, rotation, the append to the cache, routing, folding.
+
+One program a row. Hidden rows stay float32 from layer to layer; what a product reads is of the compute type.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _add_norm(
+    x, y0, y1, weight, out_x, out, width, x_stride, eps, ADDS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, WIDTH)
+    inside = i < width
+    v = tl.load(x + t * x_stride + i, mask=inside, other=0.0).to(tl.float32)
+    if ADDS > 0:
+        v += tl.load(y0 + t * width + i, mask=inside, other=0.0).to(tl.float32)
+        if ADDS > 1:
+            v += tl.load(y1 + t * width + i, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_x + t * width + i, v, mask=inside)
+    if NORM:
+        v *= tl.rsqrt(tl.sum(v * v, 0) / width + eps)
+        w = tl.load(weight + i, mask=inside, other=0.0)
+        tl.store(out + t * width + i, v * w, mask=inside)
+
+
+@triton.jit
+def _rotate(x, at, pairs, cos, sin, mask, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """Both numbers of the pairs at x + at, rotated: float32."""
+    a = tl.load(x + at + pairs * FIRST, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + at + pairs * FIRST + SECOND, mask=mask, other=0.0).to(tl.float32)
+    return a * cos - b * sin, a * sin + b * cos
+
+
+@triton.jit
+def _rope_append(
+    q, q_stride, num_heads, head_dim, kv_a, kv_stride, weight, eps, kv_lora, positions, slots, cos, sin, pool, latent,
+    ROPE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    LORA: tl.constexpr,
+):  # fmt: skip
+    """FIRST, SECOND: steps from pair to pair, and from its first number to its second."""
+    t = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + t).to(tl.int64)
+    pair = tl.arange(0, PAIRS)
+    is_pair = pair < ROPE // 2
+    c = tl.load(cos + position * (ROPE // 2) + pair, mask=is_pair, other=0.0)
+    s = tl.load(sin + position * (ROPE // 2) + pair, mask=is_pair, other=0.0)
+
+    head = tl.arange(0, HEADS)
+    mask = (head < num_heads)[:, None] & is_pair[None, :]
+    at = t * q_stride + (head * head_dim + head_dim - ROPE)[:, None] + 0 * pair[None, :]
+    a, b = _rotate(q, at, pair[None, :], c[None, :], s[None, :], mask, FIRST, SECOND)
+    tl.store(q + at + pair[None, :] * FIRST, a, mask=mask)
+    tl.store(q + at + pair[None, :] * FIRST + SECOND, b, mask=mask)
+
+    slot = tl.load(slots + t).to(tl.int64)
+    if slot >= 0:  # padding has none
+        i = tl.arange(0, LORA)
+        v = tl.load(kv_a + t * kv_stride + i, mask=i < kv_lora, other=0.0).to(tl.float32)
+        v *= tl.rsqrt(tl.sum(v * v, 0) / kv_lora + eps)
+        v *= tl.load(weight + i, mask=i < kv_lora, other=0.0)
+        tl.store(pool + slot * latent + i, v, mask=i < kv_lora)
+        k_a, k_b = _rotate(kv_a, t * kv_stride + kv_lora, pair, c, s, is_pair, FIRST, SECOND)
+        tl.store(pool + slot * latent + kv_lora + pair * FIRST, k_a, mask=is_pair)
+        tl.store(pool + slot * latent + kv_lora + pair * FIRST + SECOND, k_b, mask=is_pair)
+
+
+@triton.jit
+def _route(
+    logits, bias, ids, weights, num_experts, per_group, num_groups, groups_kept, per_row, factor,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr, TOP2: tl.constexpr, NORM: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    each = tl.arange(0, EACH)
+    expert = group[:, None] * per_group + each[None, :]
+    inside = (group < num_groups)[:, None] & (each < per_group)[None, :]
+    low = float("-inf")
+    x = tl.load(logits + t * num_experts + expert, mask=inside, other=low)
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        scores = tl.exp(x - tl.max(tl.max(x, 1), 0))
+        scores = scores / tl.sum(tl.sum(scores, 1), 0)
+    choice = scores
+    if BIAS:
+        choice += tl.load(bias + expert, mask=inside, other=0.0)
+    choice = tl.where(inside, choice, low)
+
+    if num_groups > 1:
+        best = tl.max(choice, 1)
+        rank = best
+        if TOP2:
+            first = tl.min(tl.where(choice == best[:, None], each[None, :], EACH), 1)
+            rank += tl.max(tl.where(each[None, :] == first[:, None], low, choice), 1)
+        rank = tl.where(group < num_groups, rank, low)
+        kept = group < 0
+        for _ in range(groups_kept):
+            top = tl.max(rank, 0)
+            chosen = tl.min(tl.where(rank == top, group, GROUPS - 1), 0)
+            kept = kept | (group == chosen)
+            rank = tl.where(group == chosen, low, rank)
+        # the released V2 code ranks refused experts at 0, V3 below all
+        choice = tl.where(kept[:, None] | (inside == 0), choice, low if TOP2 else 0.0)
+
+    place = tl.arange(0, PLACES)
+    chosen_ids = tl.zeros([PLACES], tl.int32)
+    chosen_weights = tl.zeros([PLACES], tl.float32)
+    for i in range(per_row):
+        top = tl.max(tl.max(choice, 1), 0)
+        # never beyond the last expert, also where logits are NaN
+        chosen = tl.min(tl.min(tl.where(choice == top, expert, num_experts - 1), 1), 0)
+        weight = tl.sum(tl.sum(tl.where((expert == chosen) & inside, scores, 0.0), 1), 0)
+        chosen_ids = tl.where(place == i, chosen, chosen_ids)
+        chosen_weights = tl.where(place == i, weight, chosen_weights)
+        choice = tl.where(expert == chosen, low, choice)
+    if NORM:
+        chosen_weights = chosen_weights / (tl.sum(chosen_weights, 0) + 1e-20)
+    tl.store(ids + t * per_row + place, chosen_ids, mask=place < per_row)
+    tl.store(weights + t * per_row + place, chosen_weights * factor, mask=place < per_row)
+
+
+@triton.jit
+def _swiglu(gate, up, out, width, gate_stride, up_stride, WIDTH: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    g = tl.load(gate + t * gate_stride + i, mask=i < width, other=0.0).to(tl.float32)
+    u = tl.load(up + t * up_stride + i, mask=i < width, other=0.0).to(tl.float32)
+    tl.store(out + t * width + i, g / (1.0 + tl.exp(-g)) * u, mask=i < width)
+
+
+@triton.jit
+def _per_head(
+    a, a_row, a_head, w, w_head, w_k, w_n, out, out_row, out_head, num_rows, depth, width, extra,
+    NUMBER: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """out[t, h, :width] = a[t, h, :depth] @ w[h]; then `extra` numbers of a copied behind them."""
+    head = tl.program_id(0).to(tl.int64)
+    m = (tl.program_id(2) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    a += head * a_head
+    w += head * w_head
+    out += head * out_head
+    y = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in range(0, depth, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        mask = (m < num_rows)[:, None] & (k < depth)[None, :]
+        x = tl.load(a + m[:, None] * a_row + k[None, :], mask=mask, other=0.0).to(NUMBER)
+        mask = (k < depth)[:, None] & (n < width)[None, :]
+        b = tl.load(w + k[:, None] * w_k + n[None, :] * w_n, mask=mask, other=0.0).to(NUMBER)
+        y = tl.dot(x, b, y, input_precision="ieee")
+    tl.store(out + m[:, None] * out_row + n[None, :], y, mask=(m < num_rows)[:, None] & (n < width)[None, :])
+    if tl.program_id(1) == 0:
+        mask = (m < num_rows)[:, None] & (n < extra)[None, :]
+        x = tl.load(a + m[:, None] * a_row + depth + n[None, :], mask=mask, other=0.0)
+        tl.store(out + m[:, None] * out_row + width + n[None, :], x, mask=mask)
+
+
+def add_norm(
+    x: Tensor, adds: tuple[Tensor, ...], weight: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x [T, width] plus up to two others, float32 (x itself without any), and its RMS norm times weight of `dtype`
+    (the first again where weight is None)."""
+    width = x.shape[1]
+    total = torch.empty(x.shape, dtype=torch.float32, device=x.device) if adds else x
+    normed = total if weight is None else torch.empty(x.shape, dtype=dtype, device=x.device)
+    padded = (*adds, x, x)[:2]
+    _add_norm[(len(x),)](
+        x, *padded, x if weight is None else weight, total, normed, width, x.stride(0), eps,
+        ADDS=len(adds), WIDTH=triton.next_power_of_2(width), NORM=weight is not None,
+        num_warps=8 if width > 2048 else 4,
+    )  # fmt: skip
+    return total, normed
+
+
+def rope_append(
+    q: Tensor,
+    kv_a: Tensor,
+    weight: Tensor,
+    eps: float,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pool: Tensor,
+    *,
+    num_heads: int,
+    head_dim: int,
+    is_half_split: bool,
+) -> None:
+    """Rotates the last numbers of q's heads IN PLACE and writes [norm(c_kv) | rotated k_rope] to the rows' slots.
+
+    q [T, H * head_dim], kv_a [T, kv_lora + rope], positions int32 [T], slots int64 [T] (-1: none), cos and sin
+    float32 [all positions, rope / 2], pool [slots, kv_lora + rope] of one layer.
+    """
+    rope = 2 * cos.shape[1]
+    latent = pool.shape[1]
+    _rope_append[(len(q),)](
+        q, q.stride(0), num_heads, head_dim, kv_a, kv_a.stride(0), weight, eps, latent - rope, positions, slots, cos,
+        sin, pool, latent,
+        ROPE=rope, FIRST=1 if is_half_split else 2, SECOND=rope // 2 if is_half_split else 1,
+        HEADS=triton.next_power_of_2(num_heads), PAIRS=triton.next_power_of_2(rope // 2),
+        LORA=triton.next_power_of_2(latent - rope),
+    )  # fmt: skip
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    *,
+    per_row: int,
+    num_groups: int,
+    groups_kept: int,
+    is_sigmoid: bool,
+    is_top2: bool,
+    is_normed: bool,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Expert ids int32 [T, k], the lowest where two are equal, and weights float32 [T, k] of logits float32 [T, E]."""
+    num_rows, num_experts = logits.shape
+    ids = torch.empty(num_rows, per_row, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(num_rows, per_row, dtype=torch.float32, device=logits.device)
+    per_group = num_experts // num_groups
+    _route[(num_rows,)](
+        logits, logits if bias is None else bias, ids, weights, num_experts, per_group, num_groups, groups_kept,
+        per_row, factor,
+        SIGMOID=is_sigmoid, BIAS=bias is not None, TOP2=is_top2, NORM=is_normed,
+        GROUPS=triton.next_power_of_2(num_groups), EACH=triton.next_power_of_2(per_group),
+        PLACES=triton.next_power_of_2(per_row), num_warps=1,
+    )  # fmt: skip
+    return ids, weights
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [T, width] each with any row stride."""
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    width = 1024
+    _swiglu[(len(gate), triton.cdiv(gate.shape[1], width))](
+        gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), WIDTH=width
+    )
+    return out
+
+
+def per_head(a: Tensor, w: Tensor, out: Tensor, *, depth: int, width: int, extra: int = 0) -> None:
+    """out[t, h, :width] = a[t, h, :depth] @ w[h] for a [T, H, ..], w [H, depth, width] with any strides, out [T, H, ..];
+    out[t, h, width : width + extra] = a[t, h, depth : depth + extra]."""
+    rows = min(64, max(16, triton.next_power_of_2(len(a))))
+    block = max(64, triton.next_power_of_2(extra))
+    _per_head[(a.shape[1], triton.cdiv(width, block), triton.cdiv(len(a), rows))](
+        a, a.stride(0), a.stride(1), w, w.stride(0), w.stride(1), w.stride(2), out, out.stride(0), out.stride(1),
+        len(a), depth, width, extra,
+        NUMBER={torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[a.dtype],
+        ROWS=rows, WIDTH=block, DEPTH=64,
+    )  # fmt: skip

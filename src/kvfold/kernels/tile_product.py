@@ -1,0 +1,240 @@
+"""Products of many rows: tiles on the matrix units, weights decoded into the tile or, for long prompts, into scratch first.
+
+Experts run as groups: the (row, expert) pairs sorted by expert, cut in tiles of one expert each. How many tiles there are
+stays on the device; the grid is what there can be at most, and a program without a tile ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvfold.kernels.block_weights import weight
+from kvfold.kernels.matrix import Matrix
+from kvfold.kernels.row_product import silu
+
+FEATURES = 64  # output features of a tile
+DEPTH = 64  # weights of a row in one pass
+FEW_ROWS, MANY_ROWS = 16, 128  # rows of a tile: matrix units want 16 at least
+
+
+@triton.jit
+def _weight_tile(raw, scale, row, col, rows, cols, row_bytes, scale_cols, TYPE: tl.constexpr, NUMBER: tl.constexpr):
+    """[DEPTH, FEATURES] of the compute type: a tile of the transposed matrix."""
+    inside = (row < rows)[None, :] & (col < cols)[:, None]
+    w = weight(raw, scale, row[None, :].to(tl.int64), col[:, None], inside, row_bytes, scale_cols, TYPE)
+    return w.to(NUMBER)
+
+
+@triton.jit
+def _experts(
+    a, a_stride, w0, scale0, w1, scale1, out, pairs, starts, tiles, rows, cols, bytes0, bytes1, scale_rows, scale_cols,
+    first_expert, last_expert,
+    PER_ROW: tl.constexpr, TWO: tl.constexpr, TYPE0: tl.constexpr, TYPE1: tl.constexpr, NUMBER: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """out[pair] = w0 a, or silu(w0 a) * (w1 a); the row of `a` is pair // PER_ROW."""
+    tile = tl.program_id(1)
+    expert = tl.load(tiles + tile * 2)
+    if (expert < first_expert) | (expert >= last_expert):
+        return
+    m = tl.load(tiles + tile * 2 + 1) + tl.arange(0, ROWS)
+    is_row = m < tl.load(starts + expert + 1)
+    pair = tl.load(pairs + m, mask=is_row, other=0).to(tl.int64)
+    part = (expert - first_expert).to(tl.int64)
+    w0 += part * rows * bytes0
+    w1 += part * rows * bytes1
+    scale0 += part * scale_rows * scale_cols
+    scale1 += part * scale_rows * scale_cols
+    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    y0 = tl.zeros([ROWS, FEATURES], tl.float32)
+    y1 = tl.zeros([ROWS, FEATURES], tl.float32)
+    a_row = a + (pair // PER_ROW)[:, None] * a_stride
+    for first in range(0, cols, DEPTH):
+        col = first + tl.arange(0, DEPTH)
+        x = tl.load(a_row + col[None, :], mask=is_row[:, None] & (col < cols)[None, :], other=0.0).to(NUMBER)
+        w = _weight_tile(w0, scale0, feature, col, rows, cols, bytes0, scale_cols, TYPE0, NUMBER)
+        y0 = tl.dot(x, w, y0, input_precision="ieee")
+        if TWO:
+            w = _weight_tile(w1, scale1, feature, col, rows, cols, bytes1, scale_cols, TYPE1, NUMBER)
+            y1 = tl.dot(x, w, y1, input_precision="ieee")
+    if TWO:
+        y0 = silu(y0) * y1
+    inside = is_row[:, None] & (feature < rows)[None, :]
+    tl.store(out + pair[:, None] * rows + feature[None, :], y0, mask=inside)
+
+
+@triton.jit
+def _linear(
+    x, x_stride, raw, scale, out, out_stride, num_rows, rows, cols, row_bytes, scale_cols,
+    TYPE: tl.constexpr, NUMBER: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    m = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    y = tl.zeros([ROWS, FEATURES], tl.float32)
+    is_row = m < num_rows
+    for first in range(0, cols, DEPTH):
+        col = first + tl.arange(0, DEPTH)
+        mask = is_row[:, None] & (col < cols)[None, :]
+        a = tl.load(x + m[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(NUMBER)
+        w = _weight_tile(raw, scale, feature, col, rows, cols, row_bytes, scale_cols, TYPE, NUMBER)
+        y = tl.dot(a, w, y, input_precision="ieee")
+    inside = is_row[:, None] & (feature < rows)[None, :]
+    tl.store(out + m[:, None] * out_stride + feature[None, :], y, mask=inside)
+
+
+@triton.jit
+def _decode(
+    raw, scale, out, rows, cols, row_bytes, scale_rows, scale_cols,
+    TYPE: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * WEIGHTS + tl.arange(0, WEIGHTS)
+    part = tl.program_id(2).to(tl.int64)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    raw += part * rows * row_bytes
+    scale += part * scale_rows * scale_cols
+    w = weight(raw, scale, row[:, None].to(tl.int64), col[None, :], inside, row_bytes, scale_cols, TYPE)
+    tl.store(out + (part * rows + row[:, None]) * cols + col[None, :], w, mask=inside)
+
+
+@triton.jit
+def _embed(ids, raw, scale, out, cols, row_bytes, scale_cols, TYPE: tl.constexpr, WEIGHTS: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * WEIGHTS + tl.arange(0, WEIGHTS)
+    row = tl.load(ids + t).to(tl.int64)
+    w = weight(raw, scale, row, col, col < cols, row_bytes, scale_cols, TYPE)
+    tl.store(out + t * cols + col, w, mask=col < cols)
+
+
+@triton.jit
+def _weighted_sum(y, weights, out, cols, PER_ROW: tl.constexpr, WIDTH: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
+    for choice in range(PER_ROW):
+        pair = t * PER_ROW + choice
+        part = tl.load(y + pair * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        total += tl.load(weights + pair) * part
+    tl.store(out + t * cols + col, total, mask=col < cols)
+
+
+_NUMBERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _rows_of_tile(rows: int) -> int:
+    return FEW_ROWS if rows <= FEW_ROWS else min(MANY_ROWS, triton.next_power_of_2(rows))
+
+
+def linear(x: Tensor, w: Matrix, out: Tensor) -> None:
+    """out [T, rows] = x [T, cols] @ w^T in x's type, each weight decoded once for every tile of rows."""
+    rows = _rows_of_tile(len(x))
+    _linear[(triton.cdiv(w.rows, FEATURES), triton.cdiv(len(x), rows))](
+        x, x.stride(0), w.raw, w.scale_or_raw, out, out.stride(0), len(x), w.rows, w.cols, w.row_bytes, w.scale_cols,
+        TYPE=w.type, NUMBER=_NUMBERS[x.dtype], ROWS=rows, FEATURES=FEATURES, DEPTH=DEPTH,
+    )  # fmt: skip
+
+
+def decode(w: Matrix, dtype: torch.dtype) -> Tensor:
+    """[parts * rows, cols], every weight rounded once to dtype."""
+    out = torch.empty(w.parts * w.rows, w.cols, dtype=dtype, device=w.raw.device)
+    rows, weights = 8, 256
+    _decode[(triton.cdiv(w.rows, rows), triton.cdiv(w.cols, weights), w.parts)](
+        w.raw, w.scale_or_raw, out, w.rows, w.cols, w.row_bytes, w.scale_rows, w.scale_cols,
+        TYPE=w.type, ROWS=rows, WEIGHTS=weights,
+    )  # fmt: skip
+    return out
+
+
+def embed(ids: Tensor, w: Matrix) -> Tensor:
+    """Rows `ids` int32 [T] of the table: float32 [T, cols]."""
+    out = torch.empty(len(ids), w.cols, dtype=torch.float32, device=ids.device)
+    _embed[(len(ids), triton.cdiv(w.cols, 1024))](
+        ids, w.raw, w.scale_or_raw, out, w.cols, w.row_bytes, w.scale_cols, TYPE=w.type, WEIGHTS=1024
+    )
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """(row, choice) pairs by expert.
+
+    pairs:  int32 [P]        pair numbers, row * k + choice, sorted by expert
+    starts: int32 [E + 1]    the pairs of expert e are pairs[starts[e] : starts[e + 1]]
+    tiles:  int32 [N, 2]     (expert, first place in pairs) of every tile; (E, ..) where there is none
+    rows:   pairs of a tile
+    """
+
+    pairs: Tensor
+    starts: Tensor
+    tiles: Tensor
+    rows: int
+
+
+def group_by_expert(ids: Tensor, num_experts: int) -> Groups:
+    """ids int32 [T, k]. Nothing of it comes to the host."""
+    num_pairs = ids.numel()
+    rows = _rows_of_tile(max(1, num_pairs // num_experts))
+    experts, pairs = ids.flatten().sort(stable=True)
+    numbers = torch.arange(num_experts + 1, dtype=experts.dtype, device=ids.device)
+    starts = torch.searchsorted(experts, numbers).to(torch.int32)
+    tiles_before = torch.zeros(num_experts + 1, dtype=torch.int32, device=ids.device)
+    counts = starts[1:] - starts[:-1]
+    torch.cumsum((counts + rows - 1) // rows, 0, out=tiles_before[1:])
+    most = num_pairs // rows + min(num_experts, num_pairs)
+    tile = torch.arange(most, dtype=torch.int32, device=ids.device)
+    expert = torch.searchsorted(tiles_before[1:], tile, right=True, out_int32=True)
+    known = expert.clamp(max=num_experts - 1).long()
+    first = starts[known] + (tile - tiles_before[known]) * rows
+    return Groups(pairs.to(torch.int32), starts, torch.stack([expert, first], 1).contiguous(), rows)
+
+
+def _run_experts(
+    a: Tensor, per_row: int, w: Matrix, other: Matrix | None, groups: Groups, out: Tensor, first: int, last: int
+) -> None:
+    second = w if other is None else other
+    _experts[(triton.cdiv(w.rows, FEATURES), len(groups.tiles))](
+        a, a.stride(0), w.raw, w.scale_or_raw, second.raw, second.scale_or_raw, out, groups.pairs, groups.starts,
+        groups.tiles, w.rows, w.cols, w.row_bytes, second.row_bytes, w.scale_rows, w.scale_cols, first, last,
+        PER_ROW=per_row, TWO=other is not None, TYPE0=w.type, TYPE1=second.type, NUMBER=_NUMBERS[a.dtype],
+        ROWS=groups.rows, FEATURES=FEATURES, DEPTH=DEPTH,
+    )  # fmt: skip
+
+
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, gate: Matrix, up: Matrix, down: Matrix, out: Tensor, scratch_bytes: int
+) -> None:
+    """out [T, rows of down] = sum of weights [T, k] times down(silu(gate x) * up x) over the experts ids int32 [T, k].
+
+    Weights that are not of x's type are decoded in the tiles while a tile has few rows, else beforehand, as many
+    experts at a time as fit scratch_bytes (one at least).
+    """
+    groups = group_by_expert(ids, gate.parts)
+    hidden = torch.empty(ids.numel(), gate.rows, dtype=x.dtype, device=x.device)
+    y = torch.empty(ids.numel(), down.rows, dtype=x.dtype, device=x.device)
+    size = gate.parts
+    if groups.rows > FEW_ROWS:
+        each = x.element_size() * sum(w.rows * w.cols for w in (gate, up, down) if not w.is_plain(x.dtype))
+        size = gate.parts if each == 0 else max(1, min(gate.parts, scratch_bytes // each))
+    for first in range(0, gate.parts, size):
+        last = min(first + size, gate.parts)
+        parts = [w.part(first, last) for w in (gate, up, down)]
+        if groups.rows > FEW_ROWS:
+            parts = [_plain(w, x.dtype) for w in parts]
+        _run_experts(x, ids.shape[1], parts[0], parts[1], groups, hidden, first, last)
+        _run_experts(hidden, 1, parts[2], None, groups, y, first, last)
+    _weighted_sum[(len(x), triton.cdiv(down.rows, 1024))](
+        y, weights, out, down.rows, PER_ROW=ids.shape[1], WIDTH=1024
+    )
+
+
+def _plain(w: Matrix, dtype: torch.dtype) -> Matrix:
+    """The same matrix in numbers of this type."""
+    if w.is_plain(dtype):
+        return w
+    name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    return Matrix(name, w.rows, w.cols, decode(w, dtype).view(torch.uint8), None, w.parts)

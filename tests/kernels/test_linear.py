@@ -1,0 +1,129 @@
+"""Products with blocks, and experts, against quant/decode.py: through the launchers that the cuda backend calls."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvfold.kernels import row_product, tile_product
+from kvfold.kernels.block_weights import TYPES
+from kvfold.kernels.matrix import Matrix
+from kvfold.quant.decode import decode
+from kvfold.quant.types import by_name
+
+RNG = np.random.default_rng
+
+
+def blocks(name: str, rows: int, cols: int, parts: int = 1, seed: int = 0) -> np.ndarray:
+    """Random bytes whose float16 scales are tame: [parts * rows, row_bytes]."""
+    type = by_name(name)
+    rng = RNG(seed)
+    if name in ("F32", "F16", "BF16"):
+        values = rng.standard_normal((parts * rows, cols)).astype(np.float32)
+        if name == "BF16":
+            return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(parts * rows, -1)
+        return values.astype(np.float32 if name == "F32" else np.float16).view(np.uint8)
+    raw = rng.integers(0, 256, (parts * rows, cols // type.block_elements, type.block_bytes), dtype=np.uint8)
+    if name == "F8_E4M3":
+        return (raw & 0xBF).reshape(parts * rows, -1)  # below 2
+    scale = {"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q4_1": [0, 2]}
+    for at in scale.get(name, [0, 2] if name == "Q5_1" else [0]):
+        d = (rng.standard_normal(raw.shape[:2]) / 64).astype(np.float16)
+        raw[:, :, at : at + 2] = d[..., None].view(np.uint8)
+    return raw.reshape(parts * rows, -1)
+
+
+def matrix(
+    name: str, rows: int, cols: int, device: str, parts: int = 1, seed: int = 0
+) -> tuple[Matrix, np.ndarray]:
+    """On the device, and decoded: float32 [parts, rows, cols]."""
+    raw = blocks(name, rows, cols, parts, seed)
+    dense = decode(by_name(name), raw).reshape(parts, rows, cols)
+    scale = None
+    if name == "F8_E4M3":
+        values = RNG(seed).uniform(0.5, 2, (parts, -(-rows // 128), -(-cols // 128))).astype(np.float32)
+        dense = dense * values.repeat(128, 1)[:, :rows].repeat(128, 2)[:, :, :cols]
+        scale = torch.from_numpy(values).to(device)
+    return Matrix(name, rows, cols, torch.from_numpy(raw).to(device), scale, parts), dense
+
+
+def same(actual: torch.Tensor, expected: np.ndarray, relative: float) -> None:
+    got = actual.float().cpu().numpy()
+    assert np.isfinite(got).all()
+    worst = np.abs(got - expected).max()
+    assert worst <= relative * np.abs(expected).max(), f"off by {worst:.3g}, largest {np.abs(expected).max():.3g}"
+
+
+ON_CPU = sorted(TYPES - {"BF16"})
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_decoding_is_the_definition(name: str, device: str) -> None:
+    w, dense = matrix(name, 5, 512, device)
+    got = tile_product.decode(w, torch.float32)
+    same(got, dense[0], 1e-6)
+    ids = torch.tensor([4, 0, 4], dtype=torch.int32, device=device)
+    same(tile_product.embed(ids, w), dense[0][[4, 0, 4]], 1e-6)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_few_rows_times_blocks(name: str, device: str) -> None:
+    """A row count that no tile divides, and a width that one pass does not hold."""
+    rows, cols = 5, 1280
+    w, dense = matrix(name, rows, cols, device, seed=3)
+    x = RNG(1).standard_normal((2, cols + 8)).astype(np.float32)
+    x_device = torch.from_numpy(x).to(device)[:, :cols]
+    for product in (row_product.linear, tile_product.linear):
+        out = torch.full((2, rows + 2), torch.nan, device=device)
+        product(x_device, w, out)
+        same(out[:, :rows], x[:, :cols] @ dense[0].T, 1e-5)
+        assert out[:, rows:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "name", "down_name", "hidden", "width"),
+    [
+        (1, "Q6_K", "IQ4_NL", 256, 32),
+        (3, "F16", "F16", 40, 24),
+        (1, "F8_E4M3", "F8_E4M3", 136, 130),
+        (70, "Q4_0", "Q8_0", 64, 32),
+    ],
+)
+def test_experts_are_the_weighted_sum(
+    num_rows: int, name: str, down_name: str, hidden: int, width: int, device: str
+) -> None:
+    num_experts, k, out_rows = 5, 2, 9
+    gate, gate_dense = matrix(name, width, hidden, device, num_experts, 1)
+    up, up_dense = matrix(name, width, hidden, device, num_experts, 2)
+    down, down_dense = matrix(down_name, out_rows, width, device, num_experts, 3)
+    rng = RNG(5)
+    x = (rng.standard_normal((num_rows, hidden)) / 16).astype(np.float32)
+    # nobody chooses the last expert
+    ids = np.stack([rng.choice(num_experts - 1, k, replace=False) for _ in range(num_rows)]).astype(np.int32)
+    weights = rng.uniform(0.1, 1, (num_rows, k)).astype(np.float32)
+    expected = np.zeros((num_rows, out_rows), np.float64)
+    for t in range(num_rows):
+        for choice in range(k):
+            e = ids[t, choice]
+            g = np.clip(gate_dense[e].astype(np.float64) @ x[t], -80, None)
+            h = g / (1 + np.exp(-g)) * (up_dense[e] @ x[t])
+            expected[t] += weights[t, choice] * (down_dense[e] @ h)
+    on = [torch.from_numpy(a).to(device) for a in (x, ids, weights)]
+    out = torch.full((num_rows, out_rows), torch.nan, device=device)
+    tile_product.experts(*on, gate, up, down, out, scratch_bytes=2 * 4 * (2 * hidden + out_rows) * width)
+    same(out, expected, 2e-5)
+    if num_rows < 9:
+        out.fill_(torch.nan)
+        pairs = row_product.gate_up(on[0], gate, up, on[1], torch.float32)
+        row_product.down(pairs, down, on[1], on[2], out)
+        same(out, expected, 2e-5)
+
+
+def test_gate_and_up_of_one_network(device: str) -> None:
+    gate, gate_dense = matrix("Q5_K", 6, 256, device, seed=1)
+    up, up_dense = matrix("Q4_K", 6, 256, device, seed=2)
+    x = (RNG(5).standard_normal((2, 256)) / 16).astype(np.float32)
+    g, u = x @ gate_dense[0].T, x @ up_dense[0].T
+    got = row_product.gate_up(torch.from_numpy(x).to(device), gate, up, None, torch.float32)
+    same(got, g / (1 + np.exp(-g)) * u, 2e-5)

@@ -1,0 +1,36 @@
+"""A model on the cuda backend, with its cache full of NaN and its pages scrambled. Without a GPU the kernels run in
+Triton's interpreter, which TRITON_INTERPRET=1 must ask for before they are imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kit.harness import Harness
+
+
+def cuda_harness(
+    path: Path, *, dtype: torch.dtype = torch.float32, captures: bool = True, **settings: Any
+) -> Harness:
+    from kvfold.backends.cuda import CudaBackend
+    from kvfold.backends.cuda_weights import upload
+
+    harness = Harness(path, **settings)
+    loaded = harness.loaded
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    backend = CudaBackend(
+        loaded.model,
+        upload(loaded.model, loaded.checkpoint.tensors, device, dtype),
+        loaded.cache,
+        device=device,
+        dtype=dtype,
+        workspace_bytes=loaded.settings.workspace_bytes,
+        captures=captures,
+    )
+    for pool in backend.pools:
+        pool.fill_(torch.nan)
+    harness.loaded = dataclasses.replace(loaded, backend=backend)
+    return harness
