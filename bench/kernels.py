@@ -2,6 +2,7 @@
 
     python bench/kernels.py dot  [--types IQ4_NL,Q6_K] [--threads 2] [--isa avx512]
     python bench/kernels.py tile [--types IQ4_NL] [--rows 48,512] [--shapes 1408x2048]
+    python bench/kernels.py prompt [--types IQ4_NL] [--rows 512,2048,8192] [--heads 16] [--layout kv_b]
 
 Each round times every ceiling and every kernel once, so that a noisy neighbour hits all of them; a share is the median of a
 round's ratios. Weights are random, in 2 MiB pages, and larger than the caches.
@@ -20,6 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold import _native
+from kvfold.backends.native import _segment
+from kvfold.config import MlaConfig
+from kvfold.mla.absorb import KvUp
+from kvfold.model.program import Recorder, Value, record
 from kvfold.quant.types import BlockType, by_name
 
 Bytes = NDArray[np.uint8]
@@ -82,6 +87,100 @@ def all_of(kernels: _native.Kernels, t: BlockType, weights: Bytes, x: Floats, ou
         kernels.linear(t.id, matrix, x, out)
 
 
+class Prompt:
+    """append_latent and attend_expanded of one layer, recorded by themselves. V2-Lite: 16 heads of 128 + 64 and 128,
+    512 latents."""
+
+    num_segments = 2
+
+    def __init__(self, t: BlockType, rows: int, args: argparse.Namespace) -> None:
+        self.mla = mla = MlaConfig(args.heads, 128, 64, 128, 512, None, 0.1)
+        self.config = argparse.Namespace(hidden_size=mla.num_heads * mla.qk_head_dim + mla.latent_dim)
+        self.up = KvUp(kv_b="kv_b") if args.layout == "kv_b" else KvUp(k_b="k_b", v_b="v_b")
+        nope, v, lora = mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank
+        shapes = {"kv_b": (nope + v, lora)} if self.up.kv_b else {"k_b": (lora, nope), "v_b": (v, lora)}
+        raws = {name: huge_weights(t, mla.num_heads * n, k) for name, (n, k) in shapes.items()}
+        x = np.random.default_rng(1).standard_normal((rows, self.config.hidden_size), np.float32)
+        sizes = {"table": rows} | {name: len(raw) for name, raw in raws.items()}
+        recorded = record(self, sizes)  # type: ignore[arg-type]
+        stored = {"table": (0, rows, x.shape[1], [(x.view(np.uint8), None)])} | {
+            name: (t.id, len(raw), shapes[name][1], [(raw, None)]) for name, raw in raws.items()
+        }
+        self.rows, self.pages = rows, -(-rows // 64)
+        cache = np.empty((1, self.pages, 64, mla.latent_dim), np.float32)
+        self.program = _native.Program(
+            [_segment(s) for s in recorded.segments],
+            [(name, *stored[name]) for name in recorded.weight_names],
+            0,
+            [cache],
+            args.threads,
+            args.workspace << 20,
+            args.dtype == "int8",
+        )
+
+    def segment_name(self, index: int) -> str:
+        return ("embed", "attend")[index]
+
+    def run_segment(self, ops: Recorder, index: int, x: Value | None) -> Value | None:
+        if index == 0:
+            return ops.embed("embed", "table")
+        assert x is not None
+        mla, width, end = self.mla, x.width - self.mla.latent_dim, x.width - self.mla.qk_rope_head_dim
+        ops.append_latent("append", 0, ops.columns(x, width, end), ops.columns(x, end, x.width))
+        q = ops.columns(x, 0, width)
+        o_latent = ops.attend_latent("latent", 0, ops.fold_q("fold", q, self.up, mla), mla)  # of no rows
+        into = ops.unfold_v("unfold", o_latent, self.up, mla)
+        out = ops.attend_expanded("attend", 0, q, self.up, mla, into=into)
+        ops.output("out", ops.take_outputs("take", out))
+        return None
+
+    def seconds(self, clock: Clock, count: int) -> float:
+        """Of the last `count` rows over all keys."""
+        at = np.arange(self.rows - count, self.rows)
+        run = _native.StepRun(
+            self.program,
+            token_ids=at.astype(np.int32),
+            slots=at.astype(np.int64),
+            row_starts=np.asarray([0, count], np.int32),
+            kv_lens=np.asarray([self.rows], np.int32),
+            page_starts=np.asarray([0, self.pages], np.int32),
+            pages=np.arange(self.pages, dtype=np.int32),
+            segments=np.asarray([[2, 1, 0, 1]], np.int32),
+            output_rows=np.asarray([0], np.int32),
+            cos=np.zeros((count, 0), np.float32),
+            sin=np.zeros((count, 0), np.float32),
+            outputs=[np.empty((1, self.mla.num_heads * self.mla.v_head_dim), np.float32)],
+        )
+        run.run(1)
+        return clock(partial(run.run, 2))
+
+
+def bench_prompt(clock: Clock, args: argparse.Namespace) -> None:
+    meter = _native.Meter([], args.threads)
+    print(f"prompts, {args.heads} heads, {args.layout}, {args.threads} threads, {args.dtype}, {_native.isa()}")
+    print(
+        "| type | rows | expand GMAC/s | share of int8 | attend useful GMAC/s | share of bf16 | both ms |\n|---|---|---|---|---|---|---|"
+    )
+    for name in args.types.split(","):
+        for rows in args.rows or [512, 2048, 8192]:
+            prompt = Prompt(by_name(name), rows, args)
+            prompt.seconds(clock, rows)  # fills the cache
+            expands, attends, int8, bf16 = [], [], [], []
+            for _ in range(args.repeat):
+                int8.append(meter.multiply_adds("int8", 0.05)[1] / 1e9)
+                expands.append(prompt.seconds(clock, 1))  # one row: all of the expansion, next to no attention
+                bf16.append(meter.multiply_adds("bf16", 0.05)[1] / 1e9)
+                attends.append(prompt.seconds(clock, rows) - expands[-1])
+            heads = args.heads
+            expand, attend = rows * heads * 256 * 512 / 1e9, rows * (rows + 1) / 2 * heads * 320 / 1e9
+            share = statistics.median(expand / s / c for s, c in zip(expands, int8, strict=True))
+            share_bf16 = statistics.median(attend / s / c for s, c in zip(attends, bf16, strict=True))
+            print(
+                f"| {name} | {rows} | {expand / statistics.median(expands):.0f} | {share:.0%} | {attend / statistics.median(attends):.0f} | {share_bf16:.0%} | {1e3 * (statistics.median(expands) + statistics.median(attends)):.1f} |",
+                flush=True,
+            )
+
+
 def shapes_of(text: str) -> Iterator[tuple[int, int]]:
     for shape in text.split(","):
         n, k = shape.split("x")
@@ -118,7 +217,7 @@ def bench_tile(kernels: _native.Kernels, clock: Clock, args: argparse.Namespace)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("form", choices=["dot", "tile"])
+    parser.add_argument("form", choices=["dot", "tile", "prompt"])
     parser.add_argument("--types", default="IQ4_NL,Q4_0,Q4_K,Q6_K,Q8_0,F16,BF16,F32")
     parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], help="rows of x")
     parser.add_argument("--cols", type=int, default=2048, help="of row dots")
@@ -130,10 +229,17 @@ def main() -> None:
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread beside a busy neighbour"
     )
     parser.add_argument("--isa", default="auto")
+    parser.add_argument("--heads", type=int, default=16, help="of prompts")
+    parser.add_argument("--layout", choices=["kv_b", "k_b"], default="kv_b", help="of prompts' up-projections")
+    parser.add_argument("--workspace", type=int, default=64, help="MiB, of prompts")
+    parser.add_argument("--dtype", choices=["int8", "float32"], default="int8", help="of prompts")
     args = parser.parse_args()
     _native.force_isa(args.isa)
+    clock = Clock(args.clock == "cpu")
+    if args.form == "prompt":
+        return bench_prompt(clock, args)
     kernels = _native.Kernels(args.threads)
-    (bench_dot if args.form == "dot" else bench_tile)(kernels, Clock(args.clock == "cpu"), args)
+    (bench_dot if args.form == "dot" else bench_tile)(kernels, clock, args)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ int64_t checked_workspace(int64_t bytes, int threads, const ProgramFacts& facts)
 
 Machine split_workspace(ThreadTeam& team, float* workspace, int64_t floats, const ProgramFacts& facts) {
   const int64_t member_floats = whole_lines(facts.member_floats), all = team.size() * member_floats;
-  return {team, workspace, member_floats, workspace + all, floats - all};
+  return {team, workspace, member_floats, workspace + all, floats - all, facts.rounds};
 }
 
 Matrix matrix(const Value& value, const Segment& segment, const std::vector<float*>& buffers) {

@@ -65,7 +65,8 @@ class ProgramChecker {
   }
 
  private:
-  void check_weight(const Weight& weight) const {
+  void check_weight(const Weight& weight) {
+    facts_.rounds |= weight.kernels != nullptr;
     expect(weight.type != nullptr && !weight.parts.empty() && weight.part_rows > 0 && weight.cols > 0,
            weight.name, "no rows, no columns or no decoder");
     expect_equal(weight.name, "columns modulo the block of its type", 0,
@@ -290,7 +291,7 @@ class ProgramChecker {
         expect_outputs(op, {{kRows, d.heads * d.v}});
         check_cache(op, {d.latent()}, op.ints[5]);
         expect_scale(op);
-        need(attend_expanded_floats(kv_up(op, d)), 0);
+        need(attend_expanded_floats(d, kv_up(op, d), facts_.rounds), 0);
         break;
       }
       case OpKind::kAppendFull: {
@@ -299,7 +300,8 @@ class ProgramChecker {
         expect_inputs(op, {{kRows, d.kv_lora}, {kRows, d.rope}});
         expect_outputs(op, {});
         check_cache(op, {d.heads * d.qk(), d.heads * d.v}, op.ints[5]);
-        need(append_full_floats(d, kv_up(op, d)), 0);
+        const KvUp up = kv_up(op, d);
+        need(append_full_floats(d, up, facts_.rounds), append_full_shared_floats(d, facts_.rounds));
         break;
       }
       case OpKind::kAttendFull: {
@@ -309,7 +311,7 @@ class ProgramChecker {
         expect_outputs(op, {{kRows, d.heads * d.v}});
         check_cache(op, {d.heads * d.qk(), d.heads * d.v}, op.ints[5]);
         expect_scale(op);
-        need(attend_full_floats(d), 0);
+        need(attend_full_floats(d, facts_.rounds), 0);
         break;
       }
       case OpKind::kSwiglu:

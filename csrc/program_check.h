@@ -19,6 +19,7 @@ struct ProgramFacts {
   int64_t num_pairs = 0;  // of every rope op
   int64_t vocab_size = 0;
   std::vector<OutputSpec> outputs;
+  bool rounds = false;        // weights have kernels that round activations
   int64_t member_floats = 0;  // scratch of one member
   int64_t shared_floats = 0;  // least shared space, before any step is known
 };

@@ -22,7 +22,8 @@
 #include "kernels/quant_set.h"
 
 namespace kvfold {
-const InstructionSet& avx2_set() { return make_set<Avx2>(); }
+extern const PairKernels avx2_pairs;  // pairs_avx2.cpp
+const InstructionSet& avx2_set() { return make_set<Avx2>(avx2_pairs); }
 }  // namespace kvfold
 #pragma GCC pop_options
 #endif

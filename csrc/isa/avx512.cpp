@@ -23,7 +23,8 @@
 #include "kernels/quant_set.h"
 
 namespace kvfold {
-const InstructionSet& avx512_set() { return make_set<Avx512>(); }
+extern const PairKernels avx512_pairs;  // pairs_avx512.cpp
+const InstructionSet& avx512_set() { return make_set<Avx512>(avx512_pairs); }
 }  // namespace kvfold
 #pragma GCC pop_options
 #endif

@@ -3,5 +3,6 @@
 #include "kernels/quant_set.h"
 
 namespace kvfold {
-const InstructionSet& generic_set() { return make_set<Generic>(); }
+extern const PairKernels generic_pairs;  // pairs_generic.cpp
+const InstructionSet& generic_set() { return make_set<Generic>(generic_pairs); }
 }  // namespace kvfold

@@ -1,9 +1,10 @@
-// The decompressed path: keys and values expanded from latents into the workspace, then dropped.
+// The decompressed path in float32: keys and values expanded from latents into the workspace, then dropped.
 
 #include "kernels/attention.h"
 
 #include <algorithm>
 
+#include "kernels/attend_rounded.h"
 #include "kernels/attention_tiles.h"
 
 namespace kvfold {
@@ -179,10 +180,15 @@ void check_expanded_fits(const Machine& machine, const MlaDims& dims, int64_t ro
   expanded_tiles(machine.shared_floats, dims, rows, keys, fused);
 }
 
-int64_t attend_expanded_floats(const KvUp& up) { return std::max(up_panel_floats(up), kScoreFloats); }
+int64_t attend_expanded_floats(const MlaDims& dims, const KvUp& up, bool rounds) {
+  return rounds ? attend_expanded_rounded_floats(dims, up) : std::max(up_panel_floats(up), kScoreFloats);
+}
 
 void attend_expanded(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up,
                      float scale, const CacheArray& cache, int64_t layer, Matrix q, Matrix out) {
+  if (machine.rounds) {
+    return attend_expanded_rounded(machine, step, dims, up, scale, cache, layer, q, out);
+  }
   const PathRange& range = step.range(Path::kDecompressed);
   for (int32_t sequence = range.first_sequence; sequence < range.last_sequence; sequence++) {
     const int64_t first_row = step.row_starts[sequence], rows = step.row_starts[sequence + 1] - first_row;

@@ -1,19 +1,24 @@
-// mla=0: attention over a cache of full keys and values.
+// mla=0 in float32: attention over a cache of full keys and values.
 
 #include "kernels/attention.h"
 
 #include <algorithm>
 
+#include "kernels/attend_rounded.h"
 #include "kernels/attention_tiles.h"
 
 namespace kvfold {
 
-int64_t attend_full_floats(const MlaDims& dims) {
+int64_t attend_full_floats(const MlaDims& dims, bool rounds) {
+  if (rounds) return attend_full_rounded_floats(dims);
   return kScoreFloats + kStateFloats + kPageTokens * (dims.qk() + dims.v);
 }
 
 void attend_full(const Machine& machine, const Step& step, const MlaDims& dims, float scale,
                  const CacheArray& k_cache, const CacheArray& v_cache, int64_t layer, Matrix q, Matrix out) {
+  if (machine.rounds) {
+    return attend_full_rounded(machine, step, dims, scale, k_cache, v_cache, layer, q, out);
+  }
   const PathRange& range = step.range(Path::kStandard);
   for (int32_t sequence = range.first_sequence; sequence < range.last_sequence; sequence++) {
     const int64_t first_row = step.row_starts[sequence], rows = step.row_starts[sequence + 1] - first_row;

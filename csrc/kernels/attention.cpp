@@ -1,5 +1,6 @@
 #include "kernels/attention.h"
 
+#include "kernels/attend_rounded.h"
 #include "kernels/attention_tiles.h"
 
 namespace kvfold {
@@ -10,7 +11,9 @@ void check_attention_fits(const Machine& machine, const Step& step, const MlaDim
     for (int32_t sequence = range.first_sequence; sequence < range.last_sequence; sequence++) {
       const int64_t rows = step.row_starts[sequence + 1] - step.row_starts[sequence];
       const int64_t keys = step.kv_lens[sequence];
-      if (path == Path::kDecompressed) {
+      if (machine.rounds && path != Path::kAbsorbed) {
+        check_rounded_fits(machine, dims, path, rows, keys, range.fused);
+      } else if (path == Path::kDecompressed) {
         check_expanded_fits(machine, dims, rows, keys, range.fused);
       } else if (!range.fused && stored_floats(machine) < keys) {
         refuse_workspace("attention with fa=0", keys * machine.team.size(), machine.shared_floats);

@@ -30,8 +30,8 @@ void attend_full(const Machine& machine, const Step& step, const MlaDims& dims, 
 
 // What each needs of a member's scratch.
 int64_t attend_latent_floats(const MlaDims& dims);
-int64_t attend_expanded_floats(const KvUp& up);
-int64_t attend_full_floats(const MlaDims& dims);
+int64_t attend_expanded_floats(const MlaDims& dims, const KvUp& up, bool rounds);
+int64_t attend_full_floats(const MlaDims& dims, bool rounds);
 
 // Throws WorkspaceTooSmall where a step's longest sequence does not fit the shared space.
 void check_attention_fits(const Machine& machine, const Step& step, const MlaDims& dims);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/rounded_expand.h"
 #include "kernels/tile.h"
 
 namespace kvfold {
@@ -18,8 +19,13 @@ constexpr int64_t kTokenBlock = 128;
 
 int64_t up_panel_floats(const KvUp& up) { return std::max(panel_floats(up.uk()), panel_floats(up.uv())); }
 
-int64_t append_full_floats(const MlaDims& dims, const KvUp& up) {
-  return up_panel_floats(up) + kTokenBlock * (dims.qk() + dims.v);
+int64_t append_full_floats(const MlaDims& dims, const KvUp& up, bool rounds) {
+  return rounds ? whole_lines(expand_rounded_floats(dims, up)) + kLatentKeys * (dims.qk() + dims.v)
+                : up_panel_floats(up) + kTokenBlock * (dims.qk() + dims.v);
+}
+
+int64_t append_full_shared_floats(const MlaDims& dims, bool rounds) {
+  return rounds ? rounded_latent_floats(dims, kLatentKeys) : 0;
 }
 
 void expand(const MlaDims& dims, const KvUp& up, int64_t head, const Latents& latents, int64_t n,
@@ -44,8 +50,53 @@ void expand(const MlaDims& dims, const KvUp& up, int64_t head, const Latents& la
   });
 }
 
+namespace {
+
+// The same with rounded latents, for as many rows at a time as the shared space holds.
+void append_full_rounded(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up,
+                         Matrix c_kv, Matrix k_rope, const CacheArray& k_cache, const CacheArray& v_cache,
+                         int64_t layer) {
+  const int64_t rows = step.num_rows();
+  int64_t window = (rows + kLatentKeys - 1) / kLatentKeys * kLatentKeys;
+  while (rounded_latent_floats(dims, window) > machine.shared_floats) window -= kLatentKeys;
+  const RoundedLatents latents{dims, up, machine.shared, window};
+  for (int64_t start = 0; start < rows; start += window) {
+    const int64_t count = std::min(window, rows - start);
+    const int64_t blocks = (count + kLatentKeys - 1) / kLatentKeys;
+    const auto block_rows = [&](int64_t block) { return std::min(kLatentKeys, count - block * kLatentKeys); };
+    machine.team.for_each(blocks, [&](int64_t block, int) {
+      const int64_t first = block * kLatentKeys;
+      latents.round(c_kv.row(start + first), c_kv.stride, first, block_rows(block));
+    });
+    machine.team.for_each(dims.heads * blocks, [&](int64_t unit, int member) {
+      const int64_t head = unit / blocks, first = unit % blocks * kLatentKeys, n = block_rows(unit % blocks);
+      float* k = machine.of(member) + whole_lines(expand_rounded_floats(dims, up));
+      float* v = k + n * dims.qk();
+      const auto into = [&](float* rows_of, int64_t width) {
+        return [=](int64_t, int64_t keys, int64_t at, int64_t columns, const float* y, int64_t stride) {
+          for (int64_t i = 0; i < keys; i++) {
+            std::memcpy(rows_of + i * width + at, y + i * stride, columns * 4);
+          }
+        };
+      };
+      expand_rounded(latents, head, first, n, machine.of(member), into(k, dims.qk()), into(v, dims.v));
+      for (int64_t i = 0; i < n; i++) {
+        std::memcpy(k + i * dims.qk() + dims.nope, k_rope.row(start + first + i), dims.rope * 4);
+        const int64_t slot = step.slots[start + first + i];
+        write_slot(k_cache, layer, slot, k + i * dims.qk(), head * dims.qk(), dims.qk());
+        write_slot(v_cache, layer, slot, v + i * dims.v, head * dims.v, dims.v);
+      }
+    });
+  }
+}
+
+}  // namespace
+
 void append_full(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up, Matrix c_kv,
                  Matrix k_rope, const CacheArray& k_cache, const CacheArray& v_cache, int64_t layer) {
+  if (machine.rounds) {
+    return append_full_rounded(machine, step, dims, up, c_kv, k_rope, k_cache, v_cache, layer);
+  }
   const int64_t rows = step.num_rows(), blocks = (rows + kTokenBlock - 1) / kTokenBlock;
   machine.team.for_each(dims.heads * blocks, [&](int64_t unit, int member) {
     const int64_t head = unit / blocks, first = unit % blocks * kTokenBlock;

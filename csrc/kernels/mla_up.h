@@ -61,6 +61,7 @@ void append_full(const Machine& machine, const Step& step, const MlaDims& dims, 
                  Matrix k_rope, const CacheArray& k_cache, const CacheArray& v_cache, int64_t layer);
 
 int64_t up_panel_floats(const KvUp& up);
-int64_t append_full_floats(const MlaDims& dims, const KvUp& up);
+int64_t append_full_floats(const MlaDims& dims, const KvUp& up, bool rounds);
+int64_t append_full_shared_floats(const MlaDims& dims, bool rounds);
 
 }  // namespace kvfold

@@ -33,7 +33,7 @@ constexpr MatrixKernels numbers() {
 }
 
 template <class S>
-const InstructionSet& make_set() {
+const InstructionSet& make_set(const PairKernels& pairs) {
   static constexpr MatrixKernels kernels[] = {
       numbers<S, F32Weights>(),          numbers<S, F16Weights>(),         numbers<S, Bf16Weights>(),
       quantized<S, blocks::Q4_0>(2),     quantized<S, blocks::Q4_1>(3),    quantized<S, blocks::Q5_0>(6),
@@ -47,8 +47,9 @@ const InstructionSet& make_set() {
       quantized<S, blocks::NVFP4>(40),   quantized<S, blocks::Q1_0>(41),   quantized<S, blocks::Q2_0>(42),
       quantized<S, blocks::Q6_0>(133),
   };
-  static constexpr InstructionSet set = {S::kName, kernels, sizeof kernels / sizeof kernels[0],
-                                         Rowwise<S>::swiglu, Rowwise<S>::add_scaled};
+  static const InstructionSet set = {
+      S::kName, kernels, sizeof kernels / sizeof kernels[0], Rowwise<S>::swiglu, Rowwise<S>::add_scaled,
+      &pairs};
   return set;
 }
 

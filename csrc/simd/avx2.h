@@ -138,6 +138,32 @@ struct Avx2 {
       out[i] = static_cast<uint16_t>((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
   }
+  // Attention on bfloat16. 4 sums, a panel's vector and a row's word in two halves each: 8 of 16 registers; a
+  // second vector would not fit.
+  static constexpr int kPairRows = 4;
+  static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+  static float largest(Floats v) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  }
+  static Ints nearest_bf16(Floats v) {  // as the high half of a float32, the low half zero; NaN stays NaN
+    const Ints bits = _mm256_castps_si256(v);
+    const Ints odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const Ints nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const Ints is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const Ints quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    return _mm256_and_si256(_mm256_blendv_epi8(nearest, quiet, is_nan), _mm256_set1_epi32(-65536));
+  }
+  static Ints bf16_pairs(Floats low, Floats high) {
+    return _mm256_or_si256(_mm256_srli_epi32(nearest_bf16(low), 16), nearest_bf16(high));
+  }
+  static Floats store_bf16(uint16_t* p, Floats v) {
+    const Ints nearest = nearest_bf16(v), low = _mm256_srli_epi32(nearest, 16);
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+    return _mm256_castsi256_ps(nearest);
+  }
   static Floats load_half(const uint8_t* p) { return _mm256_cvtph_ps(load16(p)); }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static void prefetch_second_level(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

@@ -169,6 +169,27 @@ struct Generic {
       out[i] = static_cast<uint16_t>((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
   }
+  // Attention on bfloat16: kernels/pair_tile.h.
+  static constexpr int kPairRows = 2;  // of a register tile
+  static Floats sub(Floats a, Floats b) {
+    return make<Floats>([&](int i) { return a.lane[i] - b.lane[i]; });
+  }
+  static float largest(Floats v) { return *std::max_element(v.lane, v.lane + kLanes); }
+  static Ints bf16_pairs(Floats low, Floats high) {  // a number of each in a lane
+    uint16_t a[kLanes], b[kLanes];
+    to_bf16(low.lane, a, kLanes);
+    to_bf16(high.lane, b, kLanes);
+    return make<Ints>([&](int i) { return static_cast<int32_t>(a[i] | static_cast<uint32_t>(b[i]) << 16); });
+  }
+  static Floats store_bf16(uint16_t* p, Floats v) {  // returns what was stored
+    to_bf16(v.lane, p, kLanes);
+    return make<Floats>([&](int i) {
+      const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+      float value;
+      std::memcpy(&value, &bits, 4);
+      return value;
+    });
+  }
   static Floats load_half(const uint8_t* p) {
     return make<Floats>([=](int i) { return blocks::half_at(p + 2 * i); });
   }

@@ -233,7 +233,7 @@ def assert_op_by_op(path: Path, chunks: list[int], **settings: Any) -> set[str]:
     return judged
 
 
-ROUND_INSIDE = ("experts",)
+ROUND_INSIDE = ("experts", "attend_expanded", "attend_full")
 
 
 @pytest.mark.parametrize(("type", "mla"), [("IQ4_NL", "1"), ("Q6_K", "2"), ("BF16", "0")])

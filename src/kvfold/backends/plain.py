@@ -38,7 +38,8 @@ class PlainBackend:
     """dtype: float32, or bfloat16 (products of bf16 values; norms, softmax, routing and sums over experts in float32).
 
     rounds_activations: with float32, linear layers and experts round what they multiply weights by as
-    quant/activations.py says: what native computes in dtype int8, op by op to 1e-5 of a row.
+    quant/activations.py says, and attention over keys and values is on bfloat16 as quant/attention.py says: what native
+    computes in dtype int8, op by op to 1e-5 of a row.
     tap: called with the name and the value of every op's result; it may overwrite the value, as a comparison does that
     replays another engine's expert ids where a router is undecided.
     """
@@ -132,6 +133,24 @@ class _Online:
         return self.values / self.total
 
 
+class _OnlineRounded(_Online):
+    """quant/attention.py: scores in powers of two, a whole maximum, weights as bfloat16."""
+
+    def absorb(self, scores: Tensor, values: Tensor) -> None:
+        exponent = torch.maximum(self.maximum, scores.amax(-1, keepdim=True).ceil())
+        weights = torch.exp2(scores - exponent)
+        weights = weights.masked_fill(weights < 2.0**-126, 0).bfloat16().float()
+        shrink = torch.exp2(self.maximum - exponent)
+        self.total = self.total * shrink + weights.sum(-1, keepdim=True)
+        self.values = self.values * shrink + weights @ values
+        self.maximum = exponent
+
+
+def _bf16(x: Tensor) -> Tensor:
+    """The nearest bfloat16 values, as float32."""
+    return x.bfloat16().float()
+
+
 class PlainOps:
     """The ops of one step, computed eagerly. Implements model.ops.Ops[Tensor]."""
 
@@ -197,9 +216,13 @@ class PlainOps:
             return x
         return torch.from_numpy(rounded(x.numpy(), rounding_for(type)).astype(np.float32))
 
-    def linear(self, name: str, x: Tensor, weight: str) -> Tensor:
+    def _type(self, weight: str | None) -> BlockType:
+        assert weight is not None
         tensor = self._backend.weights[weight]
-        x = self._rounded(x, (tensor[0] if isinstance(tensor, tuple) else tensor).type)
+        return (tensor[0] if isinstance(tensor, tuple) else tensor).type
+
+    def linear(self, name: str, x: Tensor, weight: str) -> Tensor:
+        x = self._rounded(x, self._type(weight))
         return self._done(name, x @ self._matrix(weight).to(self._dtype).T)
 
     def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -309,7 +332,7 @@ class PlainOps:
         self._write(0, layer, self._done(name, torch.cat([c_kv, k_rope], dim=-1)))
 
     def append_full(self, name: str, layer: int, c_kv: Tensor, k_rope: Tensor, kv_up: KvUp, mla: MlaConfig) -> None:
-        k, v = self._expand(c_kv, k_rope, *self._up(kv_up, mla))
+        k, v = self._expand(c_kv, k_rope, *self._up(kv_up, mla), kv_up)
         self._write(0, layer, self._done(f"{name}.k", k.transpose(0, 1).flatten(1)))
         self._write(1, layer, self._done(f"{name}.v", v.transpose(0, 1).flatten(1)))
 
@@ -361,12 +384,12 @@ class PlainOps:
                 ) -> tuple[Tensor, Tensor]:
                     latents = self._keys(0, layer, sequence, start, stop)
                     c_kv, k_rope = latents[:, : mla.kv_lora_rank], latents[:, mla.kv_lora_rank :]
-                    return self._expand(c_kv, k_rope, w_uk[heads], w_uv[heads])
+                    return self._expand(c_kv, k_rope, w_uk[heads], w_uv[heads], kv_up)
 
                 width = (heads.stop - heads.start) * (mla.qk_head_dim + mla.v_head_dim)
                 columns = slice(heads.start * mla.v_head_dim, heads.stop * mla.v_head_dim)
                 into[rows, columns] = self._attend(
-                    per_head[heads], expanded, sequence, mla.softmax_scale, fused, width
+                    per_head[heads], expanded, sequence, mla.softmax_scale, fused, width, in_bf16=True
                 )
         return self._done(name, into)
 
@@ -393,16 +416,21 @@ class PlainOps:
 
                 width = size * (mla.qk_head_dim + mla.v_head_dim)
                 out[rows, v_columns] = self._attend(
-                    per_head[heads], cached, sequence, mla.softmax_scale, fused, width
+                    per_head[heads], cached, sequence, mla.softmax_scale, fused, width, in_bf16=True
                 )
         return self._done(name, out)
 
-    @staticmethod
-    def _expand(c_kv: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
+    def _expand(
+        self, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, kv_up: KvUp
+    ) -> tuple[Tensor, Tensor]:
         """Latents to K [H, L, nope + rope] and V [H, L, v]; the rope part is shared by all heads."""
-        k_nope = torch.einsum("lc,hnc->hln", c_kv, w_uk)
+        rounded = self._rounded(c_kv, self._type(kv_up.kv_b or kv_up.v_b))
+        if self._backend.rounds_activations and kv_up.k_b is not None:
+            k_nope = torch.einsum("lc,hnc->hln", _bf16(c_kv), _bf16(w_uk))
+        else:
+            k_nope = torch.einsum("lc,hnc->hln", rounded, w_uk)
         k = torch.cat([k_nope, k_rope[None].expand(len(w_uk), -1, -1)], dim=-1)
-        return k, torch.einsum("lc,hvc->hlv", c_kv, w_uv)
+        return k, torch.einsum("lc,hvc->hlv", rounded, w_uv)
 
     def _attend(
         self,
@@ -412,8 +440,17 @@ class PlainOps:
         scale: float,
         fused: bool,
         key_width: int,  # numbers that keys_values holds per key
+        in_bf16: bool = False,  # where activations are rounded
     ) -> Tensor:
         """Causal attention of a sequence's last R tokens, tile by tile: [R, H * v]."""
+        rounds = in_bf16 and self._backend.rounds_activations
+        if rounds:
+            q, exact, scale = _bf16(q), keys_values, scale * math.log2(math.e)
+
+            def keys_values(start: int, stop: int) -> tuple[Tensor, Tensor]:
+                k, v = exact(start, stop)
+                return _bf16(k), _bf16(v)
+
         num_heads, num_rows, _ = q.shape
         num_keys = int(self._step.kv_lens[sequence])
         first_row = num_keys - num_rows
@@ -428,8 +465,13 @@ class PlainOps:
             k, v = keys_values(0, num_keys)
             parts = []
             for rows in self._row_tiles(num_rows, num_heads * num_keys):
-                weights = scores(rows, k, 0).softmax(-1).to(v.dtype)
-                parts.append((weights @ v).float())
+                if rounds:
+                    whole = _OnlineRounded.empty(num_heads, rows.stop - rows.start, v.shape[-1])
+                    whole.absorb(scores(rows, k, 0), v)
+                    parts.append(whole.result())
+                else:
+                    weights = scores(rows, k, 0).softmax(-1).to(v.dtype)
+                    parts.append((weights @ v).float())
             return torch.cat(parts, dim=1).transpose(0, 1).flatten(1).to(self._dtype)
 
         key_tile = self._tile(self._backend.workspace_bytes // 2, key_width, PAGE_TOKENS, 8 * PAGE_TOKENS)
@@ -441,7 +483,8 @@ class PlainOps:
             for i, rows in enumerate(row_tiles):
                 if tile.start > first_row + rows.stop - 1:
                     continue  # every key of this tile lies in the future of every row
-                online = state[i] or _Online.empty(num_heads, rows.stop - rows.start, v.shape[-1])
+                kind = _OnlineRounded if rounds else _Online
+                online = state[i] or kind.empty(num_heads, rows.stop - rows.start, v.shape[-1])
                 online.absorb(scores(rows, k, tile.start), v)
                 state[i] = online
         results = [online.result() for online in state if online is not None]

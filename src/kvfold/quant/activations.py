@@ -75,7 +75,7 @@ def rounded(x: Floats, rounding: Rounding) -> NDArray[np.float64]:
     if rounding is Rounding.NONE:
         return x.astype(np.float64)
     if rounding is Rounding.BF16:
-        return _to_bf16(x).astype(np.float64)
+        return to_bf16(x).astype(np.float64)
     codes, scales = quantize(x)
     return codes.astype(np.float64) * scales.astype(np.float64).repeat(BLOCK, axis=-1)
 
@@ -87,7 +87,7 @@ def product(x: Floats, weight: QuantTensor) -> NDArray[np.float64]:
         return rounded(x, rounding_for(weight.type)) @ wide.T
 
 
-def _to_bf16(x: Floats) -> Floats:
+def to_bf16(x: Floats) -> Floats:
     """To the nearest bfloat16, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     nearest = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)

@@ -1,0 +1,517 @@
+#include "kernels/attend_rounded.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/attention_tiles.h"
+#include "kernels/rounded_expand.h"
+
+namespace kvfold {
+namespace {
+
+// A unit of attention: 96 rows of a head over a tile of keys. A panel comes from the second-level cache or
+// beyond once for 8 groups; 96 rows by 1024 keys of 192 + 128 are 31 M multiply-adds, 0.3 ms.
+constexpr int64_t kUnitRows = 8 * kGroupRows;
+// A unit of expansion decodes 256 * 512 weights for this many keys.
+constexpr int64_t kUnitKeys = 2 * kLatentKeys;
+constexpr int64_t kMostTileKeys = 1024, kLeastTileKeys = 256;
+
+// The numbers of a head as panels hold them.
+struct HeadShape {
+  int64_t heads, nope, rope, v;
+
+  int64_t nope_pairs() const { return pairs_of(nope); }
+  int64_t rope_pairs() const { return pairs_of(rope); }
+  int64_t pairs() const { return nope_pairs() + rope_pairs(); }
+  int64_t width() const { return panels_of(v) * kPanelLanes; }
+  int64_t head_words() const { return nope_pairs() + width() / 2; }  // a key of a head
+  int64_t qk() const { return nope + rope; }
+};
+HeadShape latent_shape(const MlaDims& dims) { return {dims.heads, dims.nope, dims.rope, dims.v}; }
+HeadShape full_shape(const MlaDims& dims) { return {dims.heads, dims.qk(), 0, dims.v}; }
+
+// How many heads and keys of a sequence stand expanded at a time, and how many rows' scores are stored.
+struct TileSizes {
+  int64_t heads, keys;  // keys: whole blocks
+  int64_t rows;         // all, where fused
+  int64_t stride;       // of stored scores
+};
+
+int64_t latent_floats(const MlaDims& dims, Path path, int64_t keys) {
+  return path == Path::kDecompressed ? rounded_latent_floats(dims, keys) : 0;
+}
+
+TileSizes tile_sizes(const Machine& machine, const MlaDims& dims, Path path, int64_t rows, int64_t num_keys,
+                     bool fused) {
+  const HeadShape shape = path == Path::kDecompressed ? latent_shape(dims) : full_shape(dims);
+  const int64_t all_keys = ceil_div(num_keys, kBlockKeys) * kBlockKeys;
+  const int64_t budget = fused ? machine.shared_floats : machine.shared_floats / 2;
+  const int64_t state_floats = 2 * rows;
+  const auto fixed = [&](int64_t keys) {  // and what rounding up to whole lines costs
+    return latent_floats(dims, path, keys) + keys * shape.rope_pairs() + 5 * kLineFloats;
+  };
+  const auto heads_for = [&](int64_t keys) {
+    return std::min(shape.heads, (budget - fixed(keys)) / (keys * shape.head_words() + state_floats));
+  };
+  TileSizes tiles{0, std::min(all_keys, kMostTileKeys), rows, 0};
+  // All heads at once round latents once; fewer keys then cost little.
+  while (tiles.keys > kLeastTileKeys && heads_for(tiles.keys) < shape.heads) tiles.keys -= kBlockKeys;
+  if (heads_for(tiles.keys) < 1) tiles.keys = kBlockKeys;
+  tiles.heads = heads_for(tiles.keys);
+  const char* op = path == Path::kDecompressed ? "attend_expanded" : "attend_full";
+  if (tiles.heads < 1) {
+    const int64_t least = fixed(tiles.keys) + tiles.keys * shape.head_words() + state_floats;
+    refuse_workspace(op, fused ? least : 2 * least, machine.shared_floats);
+  }
+  if (!fused) {
+    tiles.stride = all_keys;
+    const int64_t stored = machine.shared_floats - budget, rows_of_all = stored / all_keys;
+    if (rows_of_all < 1)
+      refuse_workspace(std::string(op) + " with fa=0", 2 * all_keys, machine.shared_floats);
+    tiles.heads = std::min(tiles.heads, rows_of_all);
+    tiles.rows = std::min(rows, rows_of_all / tiles.heads);
+  }
+  return tiles;
+}
+
+// A tile of keys in the shared space.
+struct KeyTile {
+  HeadShape shape;
+  int64_t keys;    // that it has room for
+  uint32_t* nope;  // [heads, panels of keys, nope_pairs, lanes]
+  uint32_t* rope;  // [panels of keys, rope_pairs, lanes]
+  uint32_t* v;     // [heads, panels of columns, pairs of keys, lanes]
+
+  uint32_t* nope_of(int64_t h, int64_t key) const {
+    return nope + (h * keys + key) * shape.nope_pairs();  // key at a panel
+  }
+  int64_t v_stride() const { return keys / 2 * kPanelLanes; }
+  uint32_t* v_of(int64_t h, int64_t key) const {  // key even
+    return v + h * panels_of(shape.v) * v_stride() + key / 2 * kPanelLanes;
+  }
+  KeyPanels panels(int64_t h) const { return {nope_of(h, 0), shape.nope_pairs(), rope, shape.rope_pairs()}; }
+
+  // Numbers [at, at + columns) of keys [key, key + n) of a head; `at` and `key` at panels.
+  void put_k(int64_t h, int64_t key, int64_t n, int64_t at, int64_t columns, const float* y,
+             int64_t stride) const {
+    for (int64_t i = 0; i < n; i += kPanelLanes) {
+      isa().pairs->pack_keys(y + i * stride, stride, std::min(kPanelLanes, n - i), columns,
+                             nope_of(h, key + i) + at / 2 * kPanelLanes);
+    }
+  }
+  void put_v(int64_t h, int64_t key, int64_t n, int64_t at, int64_t columns, const float* y,
+             int64_t stride) const {
+    isa().pairs->pack_values(y, stride, n, columns, v_of(h, key) + at / kPanelLanes * v_stride());
+  }
+};
+
+// Keys and values of a sequence out of its latents.
+struct LatentSource {
+  const Machine& machine;
+  const int32_t* pages;
+  const CacheArray& cache;
+  int64_t layer;
+  RoundedLatents latents;
+  int64_t rounded = -1;  // first key of what stands in `latents`
+
+  void fill(const KeyTile& tile, int64_t head, int64_t heads, int64_t first, int64_t n) {
+    const MlaDims& dims = latents.dims;
+    if (rounded != first) {
+      machine.team.for_each(ceil_div(n, kLatentKeys), [&](int64_t unit, int member) {
+        const int64_t key = unit * kLatentKeys, keys = std::min(kLatentKeys, n - key);
+        float* rows = machine.of(member);
+        for_blocks(key, key + keys, [&](int64_t at, int64_t count) {
+          copy_page(cache, layer, pages[(first + at) / kPageTokens], count, 0, dims.latent(),
+                    rows + (at - key) * dims.latent(), dims.latent());
+        });
+        latents.round(rows, dims.latent(), key, keys);
+        for (int64_t i = 0; i < keys; i += kPanelLanes) {
+          isa().pairs->pack_keys(rows + i * dims.latent() + dims.kv_lora, dims.latent(),
+                                 std::min(kPanelLanes, keys - i), dims.rope,
+                                 tile.rope + (key + i) * tile.shape.rope_pairs());
+        }
+      });
+      rounded = first;
+    }
+    const int64_t blocks = ceil_div(n, kUnitKeys);
+    machine.team.for_each(heads * blocks, [&](int64_t unit, int member) {
+      const int64_t h = unit / blocks, key = unit % blocks * kUnitKeys;
+      expand_rounded(
+          latents, head + h, key, std::min(kUnitKeys, n - key), machine.of(member),
+          [&](auto... piece) { tile.put_k(h, piece...); }, [&](auto... piece) { tile.put_v(h, piece...); });
+    });
+  }
+};
+
+// Out of a cache of keys and values.
+struct FullSource {
+  const Machine& machine;
+  const int32_t* pages;
+  const CacheArray &k_cache, &v_cache;
+  int64_t layer;
+
+  // Keys of one page, to `key` of head h of the tile.
+  void fill_page(const KeyTile& tile, int64_t h, int64_t head, int64_t key, int32_t page, int64_t n,
+                 float* scratch) const {
+    const int64_t qk = tile.shape.nope, v = tile.shape.v;
+    const Keys k_rows = read_page(k_cache, layer, page, n, head * qk, qk, scratch);
+    tile.put_k(h, key, n, 0, qk, k_rows.data, k_rows.stride);
+    const Keys v_rows = read_page(v_cache, layer, page, n, head * v, v, scratch);
+    for (int64_t at = 0; at < v; at += kPanelLanes) {
+      tile.put_v(h, key, n, at, std::min(kPanelLanes, v - at), v_rows.data + at, v_rows.stride);
+    }
+  }
+
+  void fill(const KeyTile& tile, int64_t head, int64_t heads, int64_t first, int64_t n) {
+    const int64_t blocks = ceil_div(n, kPageTokens);
+    machine.team.for_each(heads * blocks, [&](int64_t unit, int member) {
+      const int64_t h = unit / blocks, key = unit % blocks * kPageTokens;
+      fill_page(tile, h, head + h, key, pages[(first + key) / kPageTokens], std::min(kPageTokens, n - key),
+                machine.of(member));
+    });
+  }
+};
+
+// What a member computes a unit of rows in.
+struct UnitMemory {
+  uint32_t* q;        // [groups, pairs, kGroupRows]
+  float* values;      // [kUnitRows, width]
+  float* scores;      // [kGroupRows, kBlockKeys]
+  uint16_t* weights;  // the same
+
+  static int64_t floats(const HeadShape& shape) {
+    return kUnitRows * (shape.pairs() + shape.width()) + kGroupRows * kBlockKeys * 3 / 2;
+  }
+  UnitMemory(const HeadShape& shape, float* memory)
+      : q(reinterpret_cast<uint32_t*>(memory)),
+        values(memory + kUnitRows * shape.pairs()),
+        scores(values + kUnitRows * shape.width()),
+        weights(reinterpret_cast<uint16_t*>(scores + kGroupRows * kBlockKeys)) {}
+};
+
+struct Rows {
+  const Step& step;
+  const HeadShape shape;
+  const float scale_log2e;
+  const Matrix q, out;
+  const int64_t first_row;  // of the sequence
+
+  int64_t seen(int64_t row) const { return step.visible[first_row + row]; }
+
+  void pack(int64_t head, int64_t row, int64_t count, uint32_t* to) const {
+    for (int64_t i = 0; i < count; i += kGroupRows, to += shape.pairs() * kGroupRows) {
+      const float* from = q.row(first_row + row + i) + head * shape.qk();
+      const int64_t rows = std::min(kGroupRows, count - i);
+      isa().pairs->pack_rows(from, q.stride, rows, shape.nope, to);
+      isa().pairs->pack_rows(from + shape.nope, q.stride, rows, shape.rope,
+                             to + shape.nope_pairs() * kGroupRows);
+    }
+  }
+  float* out_of(int64_t head, int64_t row) const { return out.row(first_row + row) + head * shape.v; }
+
+  // A group of rows over one block of keys that stands at `key` of head h of the tile; row i sees the first
+  // `seen` + i of it.
+  void meet(const KeyTile& tile, int64_t h, int64_t key, int64_t keys, const uint32_t* q_group, int64_t rows,
+            int64_t seen, Softmax* states, float* values, const UnitMemory& memory) const {
+    const PairKernels& pairs = *isa().pairs;
+    pairs.scores(q_group, rows, tile.panels(h).from(key), keys, memory.scores, kBlockKeys);
+    pairs.raise(memory.scores, kBlockKeys, rows, seen, keys, scale_log2e, states, values, shape.width());
+    pairs.weigh(memory.scores, kBlockKeys, rows, seen, keys, scale_log2e, states, memory.weights);
+    pairs.add_values(memory.weights, rows, keys, tile.v_of(h, key), tile.v_stride(), panels_of(shape.v),
+                     values);
+  }
+};
+
+template <class Source>
+struct RoundedAttention {
+  const Machine& machine;
+  const Rows& all;
+  Source& source;
+  const TileSizes tiles;
+  const KeyTile tile;
+  Softmax* states;  // [tiles.heads, tiles.rows]
+  float* stored;    // unfused: scores [tiles.heads, tiles.rows, tiles.stride]
+  int64_t rows, num_keys;
+  int64_t standing = -1, standing_head = -1;  // which keys the tile holds
+
+  int64_t fill(int64_t head, int64_t heads, int64_t first) {
+    const int64_t n = std::min(tiles.keys, num_keys - first);
+    if (standing != first || standing_head != head) source.fill(tile, head, heads, first, n);
+    standing = first, standing_head = head;
+    return n;
+  }
+
+  // Calls use(h, row, count, member) for units of rows [from, to) that see key `first`, head by head: what a
+  // head has in a tile stays in the second-level cache.
+  template <class Use>
+  void for_units(int64_t heads, int64_t from, int64_t to, int64_t first, const Use& use) const {
+    const int64_t blind = std::max<int64_t>(0, first + 1 - all.seen(from));  // rows before them see less
+    if (blind >= to - from) return;
+    const int64_t start = from + blind / kUnitRows * kUnitRows;
+    const int64_t count = ceil_div(to - start, kUnitRows);
+    machine.team.for_each(heads * count, [&](int64_t unit, int member) {
+      const int64_t row = start + (count - 1 - unit % count) * kUnitRows;
+      use(unit / count, row, std::min(kUnitRows, to - row), member);
+    });
+  }
+
+  // Calls use(group, its rows, key, keys, seen) for the groups of a unit and the blocks of the tile they see:
+  // key within the tile, `keys` of which the last row sees.
+  template <class Use>
+  void for_seen(int64_t row, int64_t count, int64_t first, int64_t n, const Use& use) const {
+    for (int64_t key = 0; key < n; key += kBlockKeys) {
+      for (int64_t i = 0; i < count; i += kGroupRows) {
+        const int64_t group = std::min(kGroupRows, count - i), seen = all.seen(row + i) - first - key;
+        const int64_t keys = std::min({kBlockKeys, n - key, seen + group - 1});
+        if (keys > 0) use(i, group, key, keys, seen);
+      }
+    }
+  }
+
+  void load(int64_t head, int64_t row, int64_t count, float* values) const {
+    for (int64_t i = 0; i < count; i++) {
+      std::memcpy(values + i * all.shape.width(), all.out_of(head, row + i), all.shape.v * 4);
+    }
+  }
+  // Sums of weighted values, or where no keys are to come their mean.
+  void store(int64_t head, int64_t row, int64_t count, const float* values, const Softmax* state,
+             bool last) const {
+    for (int64_t i = 0; i < count; i++) {
+      float* to = all.out_of(head, row + i);
+      std::memcpy(to, values + i * all.shape.width(), all.shape.v * 4);
+      if (!last) continue;
+      for (int64_t c = 0; c < all.shape.v; c++) to[c] /= state[i].sum;
+    }
+  }
+
+  // Adds what rows [from, to) see of tile `first`. meet(...): one group and one block.
+  template <class Meet>
+  void attend_tile(int64_t head, int64_t heads, int64_t from, int64_t to, int64_t first, int64_t n,
+                   const Meet& meet) const {
+    for_units(heads, from, to, first, [&](int64_t h, int64_t row, int64_t count, int member) {
+      const UnitMemory memory(all.shape, machine.of(member));
+      Softmax* state = states + h * tiles.rows + row - from;
+      std::memset(memory.values, 0, count * all.shape.width() * 4);
+      if (first == 0) {
+        std::fill_n(state, count, Softmax{});
+      } else {
+        load(head + h, row, count, memory.values);
+      }
+      meet(h, row, count, state, memory);
+      store(head + h, row, count, memory.values, state, first + n >= all.seen(row + count - 1));
+    });
+  }
+
+  void attend_fused(int64_t head, int64_t heads) {
+    for (int64_t first = 0; first < num_keys; first += tiles.keys) {
+      const int64_t n = fill(head, heads, first);
+      attend_tile(head, heads, 0, rows, first, n,
+                  [&](int64_t h, int64_t row, int64_t count, Softmax* state, const UnitMemory& memory) {
+                    all.pack(head + h, row, count, memory.q);
+                    for_seen(row, count, first, n,
+                             [&](int64_t i, int64_t group, int64_t key, int64_t keys, int64_t seen) {
+                               all.meet(tile, h, key, keys, memory.q + i * all.shape.pairs(), group, seen,
+                                        state + i, memory.values + i * all.shape.width(), memory);
+                             });
+                  });
+    }
+  }
+
+  // fa=0: all scores of some rows first, then their largest, then weights and values.
+  void attend_stored(int64_t head, int64_t heads) {
+    const PairKernels& pairs = *isa().pairs;
+    for (int64_t from = 0; from < rows; from += tiles.rows) {
+      const int64_t to = std::min(rows, from + tiles.rows);
+      const auto scores = [&](int64_t h, int64_t row, int64_t key) {
+        return stored + (h * tiles.rows + row - from) * tiles.stride + key;
+      };
+      for (int64_t first = 0; first < num_keys; first += tiles.keys) {
+        const int64_t n = fill(head, heads, first);
+        for_units(heads, from, to, first, [&](int64_t h, int64_t row, int64_t count, int member) {
+          const UnitMemory memory(all.shape, machine.of(member));
+          all.pack(head + h, row, count, memory.q);
+          for_seen(row, count, first, n, [&](int64_t i, int64_t group, int64_t key, int64_t keys, int64_t) {
+            pairs.scores(memory.q + i * all.shape.pairs(), group, tile.panels(h).from(key), keys,
+                         scores(h, row + i, first + key), tiles.stride);
+          });
+        });
+      }
+      for (int64_t first = 0; first < num_keys; first += tiles.keys) {
+        const int64_t n = fill(head, heads, first);
+        attend_tile(head, heads, from, to, first, n,
+                    [&](int64_t h, int64_t row, int64_t count, Softmax* state, const UnitMemory& memory) {
+                      if (first == 0) {
+                        pairs.raise(scores(h, row, 0), tiles.stride, count, all.seen(row), num_keys,
+                                    all.scale_log2e, state, memory.values, 0);
+                      }
+                      for_seen(row, count, first, n,
+                               [&](int64_t i, int64_t group, int64_t key, int64_t keys, int64_t seen) {
+                                 pairs.weigh(scores(h, row + i, first + key), tiles.stride, group, seen, keys,
+                                             all.scale_log2e, state + i, memory.weights);
+                                 pairs.add_values(memory.weights, group, keys, tile.v_of(h, key),
+                                                  tile.v_stride(), panels_of(all.shape.v),
+                                                  memory.values + i * all.shape.width());
+                               });
+                    });
+      }
+    }
+  }
+
+  void attend(bool fused) {
+    for (int64_t head = 0; head < all.shape.heads; head += tiles.heads) {
+      const int64_t heads = std::min(tiles.heads, all.shape.heads - head);
+      fused ? attend_fused(head, heads) : attend_stored(head, heads);
+    }
+  }
+};
+
+// The parts of the shared space.
+struct SharedParts {
+  float* at;
+  float* take(int64_t floats) {
+    float* part = at;
+    at += whole_lines(floats);
+    return part;
+  }
+  uint32_t* words(int64_t n) { return reinterpret_cast<uint32_t*>(take(n)); }
+};
+
+KeyTile key_tile(const HeadShape& shape, int64_t heads, int64_t keys, SharedParts& parts) {
+  uint32_t* nope = parts.words(heads * keys * shape.nope_pairs());
+  uint32_t* rope = parts.words(keys * shape.rope_pairs());
+  return {shape, keys, nope, rope, parts.words(heads * keys * shape.width() / 2)};
+}
+
+template <class Source>
+void attend_sequence(const Machine& machine, const Rows& all, Source& source, const TileSizes& tiles,
+                     SharedParts& parts, int64_t rows, int64_t num_keys, bool fused) {
+  const KeyTile tile = key_tile(all.shape, tiles.heads, tiles.keys, parts);
+  auto* states = reinterpret_cast<Softmax*>(parts.take(2 * tiles.heads * tiles.rows));
+  RoundedAttention<Source> attention{machine, all, source, tiles, tile, states, parts.at, rows, num_keys};
+  attention.attend(fused);
+}
+
+float scale_log2e(float scale) { return scale * 1.44269504f; }
+
+}  // namespace
+
+void check_rounded_fits(const Machine& machine, const MlaDims& dims, Path path, int64_t rows, int64_t keys,
+                        bool fused) {
+  tile_sizes(machine, dims, path, rows, keys, fused);
+}
+
+int64_t attend_expanded_rounded_floats(const MlaDims& dims, const KvUp& up) {
+  return std::max(
+      {expand_rounded_floats(dims, up), kLatentKeys * dims.latent(), UnitMemory::floats(latent_shape(dims))});
+}
+
+void attend_expanded_rounded(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up,
+                             float scale, const CacheArray& cache, int64_t layer, Matrix q, Matrix out) {
+  const PathRange& range = step.range(Path::kDecompressed);
+  for (int32_t sequence = range.first_sequence; sequence < range.last_sequence; sequence++) {
+    const int64_t first_row = step.row_starts[sequence], rows = step.row_starts[sequence + 1] - first_row;
+    const int64_t num_keys = step.kv_lens[sequence];
+    const TileSizes tiles = tile_sizes(machine, dims, Path::kDecompressed, rows, num_keys, range.fused);
+    SharedParts parts{machine.shared};
+    float* latents = parts.take(rounded_latent_floats(dims, tiles.keys));
+    LatentSource source{machine, step.page_list(sequence), cache, layer, {dims, up, latents, tiles.keys}};
+    const Rows all{step, latent_shape(dims), scale_log2e(scale), q, out, first_row};
+    attend_sequence(machine, all, source, tiles, parts, rows, num_keys, range.fused);
+  }
+}
+
+namespace {
+
+// Few rows over many keys: runs of keys, each with a softmax of its own, joined in order. A function of the
+// keys alone.
+int64_t run_keys(int64_t num_keys) {
+  constexpr int64_t kMostRuns = 64;
+  return std::max(2 * kBlockKeys, ceil_div(ceil_div(num_keys, kMostRuns), kBlockKeys) * kBlockKeys);
+}
+
+struct RunsOfKeys {
+  const Machine& machine;
+  const Rows& all;
+  const FullSource& source;
+  int64_t rows, num_keys;
+
+  int64_t num_runs() const { return ceil_div(num_keys, run_keys(num_keys)); }
+  int64_t partial_floats() const { return whole_lines(rows * (2 + all.shape.width())); }
+  int64_t shared_floats() const { return all.shape.heads * num_runs() * partial_floats(); }
+
+  static int64_t member_floats(const HeadShape& shape) {
+    return UnitMemory::floats(shape) + kBlockKeys * shape.head_words() +
+           kPageTokens * std::max(shape.nope, shape.v) + 3 * kLineFloats;
+  }
+
+  void attend() const {
+    const int64_t runs = num_runs(), width = all.shape.width();
+    const auto partial = [&](int64_t head, int64_t run) {
+      return machine.shared + (head * runs + run) * partial_floats();
+    };
+    machine.team.for_each(all.shape.heads * runs, [&](int64_t unit, int member) {
+      const int64_t head = unit / runs, run = unit % runs;
+      const int64_t first = run * run_keys(num_keys), last = std::min(num_keys, first + run_keys(num_keys));
+      const UnitMemory memory(all.shape, machine.of(member));
+      SharedParts parts{machine.of(member) + whole_lines(UnitMemory::floats(all.shape))};
+      const KeyTile tile = key_tile(all.shape, 1, kBlockKeys, parts);
+      auto* states = reinterpret_cast<Softmax*>(partial(head, run));
+      float* values = partial(head, run) + 2 * rows;
+      std::fill_n(states, rows, Softmax{});
+      std::memset(values, 0, rows * width * 4);
+      all.pack(head, 0, rows, memory.q);
+      for (int64_t key = first; key < last; key += kBlockKeys) {
+        const int64_t seen = all.seen(0) - key, keys = std::min({kBlockKeys, last - key, seen + rows - 1});
+        for_blocks(key, key + keys, [&](int64_t at, int64_t n) {
+          source.fill_page(tile, 0, head, at - key, source.pages[at / kPageTokens], n, parts.at);
+        });
+        all.meet(tile, 0, 0, keys, memory.q, rows, seen, states, values, memory);
+      }
+    });
+    machine.team.for_each(all.shape.heads, [&](int64_t head, int) {
+      for (int64_t i = 0; i < rows; i++) {
+        const auto state = [&](int64_t run) { return reinterpret_cast<Softmax*>(partial(head, run))[i]; };
+        float exponent = state(0).exponent, sum = 0.0f;
+        for (int64_t run = 1; run < runs; run++) exponent = std::max(exponent, state(run).exponent);
+        float* to = all.out_of(head, i);
+        std::memset(to, 0, all.shape.v * 4);
+        for (int64_t run = 0; run < runs; run++) {
+          const float share = std::exp2(state(run).exponent - exponent);
+          sum += state(run).sum * share;
+          const float* from = partial(head, run) + 2 * rows + i * width;
+          for (int64_t c = 0; c < all.shape.v; c++) to[c] += from[c] * share;
+        }
+        for (int64_t c = 0; c < all.shape.v; c++) to[c] /= sum;
+      }
+    });
+  }
+};
+
+}  // namespace
+
+int64_t attend_full_rounded_floats(const MlaDims& dims) {
+  return RunsOfKeys::member_floats(full_shape(dims));
+}
+
+void attend_full_rounded(const Machine& machine, const Step& step, const MlaDims& dims, float scale,
+                         const CacheArray& k_cache, const CacheArray& v_cache, int64_t layer, Matrix q,
+                         Matrix out) {
+  const PathRange& range = step.range(Path::kStandard);
+  for (int32_t sequence = range.first_sequence; sequence < range.last_sequence; sequence++) {
+    const int64_t first_row = step.row_starts[sequence], rows = step.row_starts[sequence + 1] - first_row;
+    const int64_t num_keys = step.kv_lens[sequence];
+    FullSource source{machine, step.page_list(sequence), k_cache, v_cache, layer};
+    const Rows all{step, full_shape(dims), scale_log2e(scale), q, out, first_row};
+    const RunsOfKeys runs{machine, all, source, rows, num_keys};
+    if (range.fused && rows <= kGroupRows && runs.shared_floats() <= machine.shared_floats) {
+      runs.attend();
+      continue;
+    }
+    const TileSizes tiles = tile_sizes(machine, dims, Path::kStandard, rows, num_keys, range.fused);
+    SharedParts parts{machine.shared};
+    attend_sequence(machine, all, source, tiles, parts, rows, num_keys, range.fused);
+  }
+}
+
+}  // namespace kvfold

@@ -1,0 +1,74 @@
+// Attention on bfloat16: its tiles, and the functions that an instruction set has for them.
+//
+// A word is two bfloat16 that a product adds up at once. Panels and groups have the same shape on every
+// instruction set, so what a workspace holds does not depend on which one runs.
+//
+//   rows    groups of kGroupRows rows         [pairs of dim][kGroupRows]      what is multiplied: queries
+//   keys    panels of kPanelLanes keys        [pairs of dim][kPanelLanes]     what it is multiplied by: keys
+//   values  panels of kPanelLanes columns     [pairs of keys][kPanelLanes]    or any matrix by its columns
+//
+// A sequence's keys meet in blocks of kBlockKeys that start at multiples of it, so that a row's bits depend
+// on its own keys alone. The softmax is defined in quant/attention.py: its maximum is a whole exponent, so
+// that a weight's rounding to bfloat16 does not depend on when it was computed.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+namespace kvfold {
+
+constexpr int64_t kPanelLanes = 32;
+constexpr int64_t kGroupRows = 12;
+// The weighted values of a group are read and written once a block: 2 of 66 accesses a lane.
+constexpr int64_t kBlockKeys = 128;
+
+inline int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
+inline int64_t panels_of(int64_t n) { return (n + kPanelLanes - 1) / kPanelLanes; }
+
+// A row over the keys it has met.
+struct Softmax {
+  float exponent = -std::numeric_limits<float>::infinity();  // whole
+  float sum = 0.0f;                                          // of 2^(score - exponent) as bfloat16
+};
+
+// Keys in two parts, the second shared by all heads.
+struct KeyPanels {
+  const uint32_t* nope;
+  int64_t nope_pairs;
+  const uint32_t* rope;
+  int64_t rope_pairs;
+
+  KeyPanels from(int64_t key) const {
+    const int64_t lanes = key / kPanelLanes * kPanelLanes;
+    return {nope + nope_pairs * lanes, nope_pairs, rope + rope_pairs * lanes, rope_pairs};
+  }
+};
+
+struct PairKernels {
+  // Numbers to words, rounded to nearest even. Odd dimensions and keys are filled up with zeros.
+  void (*pack_rows)(const float* x, int64_t stride, int64_t rows, int64_t dim, uint32_t* to);  // one group
+  void (*pack_keys)(const float* x, int64_t stride, int64_t keys, int64_t dim,
+                    uint32_t* to);  // up to kPanelLanes keys
+  void (*pack_values)(const float* x, int64_t stride, int64_t keys, int64_t columns,
+                      uint32_t* to);  // up to kPanelLanes columns
+
+  // scores[i * stride + j]: row i of a group times key j, for whole panels of keys.
+  void (*scores)(const uint32_t* q, int64_t rows, KeyPanels k, int64_t keys, float* scores, int64_t stride);
+
+  // Of rows of which row i sees the first clamp(seen + i, 0, keys) scores; those after it are overwritten.
+  //
+  // raise: exponents that no score of the block passes. Where one rises, the sum and the `width` weighted
+  // values of the row follow.
+  void (*raise)(float* scores, int64_t stride, int64_t rows, int64_t seen, int64_t keys, float scale_log2e,
+                Softmax* states, float* values, int64_t width);
+  // weigh: weights[i * kBlockKeys + j] = 2^(score * scale_log2e - exponent) as bfloat16, 0 for keys up to
+  // the next even one that a row does not see; adds them up.
+  void (*weigh)(float* scores, int64_t stride, int64_t rows, int64_t seen, int64_t keys, float scale_log2e,
+                Softmax* states, uint16_t* weights);
+  // values[i * panels * kPanelLanes + c] += sum of weights of row i times column c. Panels of v are v_stride
+  // words apart.
+  void (*add_values)(const uint16_t* weights, int64_t rows, int64_t keys, const uint32_t* v, int64_t v_stride,
+                     int64_t panels, float* values);
+};
+
+}  // namespace kvfold
