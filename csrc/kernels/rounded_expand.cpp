@@ -71,7 +71,8 @@ void HeadRows::multiply(const float* panel, int64_t n, const uint8_t* x, int64_t
   for (int64_t i = 0; i < n; i += kernels->tile_rows) {
     kernels->tile(
         reinterpret_cast<const uint8_t*>(panel) + i / kernels->tile_rows * kernels->panel_bytes(weight.cols),
-        std::min<int64_t>(kernels->tile_rows, n - i), weight.cols, x, keys, y + i, kPanelLanes, nullptr, 0);
+        std::min<int64_t>(kernels->tile_rows, n - i), weight.cols, x, kernels->tile_bytes(weight.cols), keys,
+        nullptr, 0, y + i, kPanelLanes, nullptr, 0);
   }
 }
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from backends.test_native_ops import Bench, hand_over
 from kit.harness import Harness
 from kit.tiny_models import tiny_model, write_gguf
 from kvfold import _native
+from kvfold.cache.latent import CacheType, decode, encode
 from kvfold.config import MlaConfig
 from kvfold.errors import SettingError
 from kvfold.mla.absorb import KvUp
@@ -30,6 +30,8 @@ Array = NDArray[np.float32]
 ODD = MlaConfig(5, 24, 12, 20, 96, None, 0.3)
 ODDER = MlaConfig(3, 7, 5, 33, 32, None, 0.4)
 RELEASED = MlaConfig(2, 128, 64, 128, 512, None, 0.1147)
+BLOCKS = MlaConfig(5, 32, 32, 32, 96, None, 0.3)
+CACHES = [cache.value for cache in CacheType]
 LENGTHS = (1, 17, 300)
 
 
@@ -41,6 +43,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
+
+
+def cached(x: Array, cache_type: str) -> Array:
+    return decode(encode(x, CacheType(cache_type)), CacheType(cache_type))
 
 
 class Layer:
@@ -87,9 +93,8 @@ class Layer:
     def definition(self, cache_type: str = "f32") -> NDArray[np.float64]:
         """[T, H * v]. A cache of keys and values rounds them first."""
         out = np.empty((sum(self.lengths), self.mla.num_heads * self.mla.v_head_dim))
-        dtype = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[cache_type]
         for head in range(self.mla.num_heads):
-            k, v = (x.astype(dtype).astype(np.float32) for x in self.keys(head))
+            k, v = (cached(x, cache_type) for x in self.keys(head))
             start = 0
             for length in self.lengths:
                 rows = slice(start, start + length)
@@ -181,12 +186,15 @@ def test_weights_in_large_blocks(type: str) -> None:
     assert_follows(layer.run(2, True), layer.definition(), type)
 
 
-@pytest.mark.parametrize("cache", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_cache_of_keys_and_values(fused: bool, cache: str) -> None:
-    layer = Layer(ODD, "kv_b", "Q8_0")
-    got = layer.run(0, fused, cache_type=("f32", "f16", "bf16").index(cache))
-    assert_follows(got, layer.definition(cache), cache)
+@pytest.mark.parametrize("path", [0, 2])
+def test_cache_types(path: int, fused: bool, cache: str) -> None:
+    layer = Layer(BLOCKS, "kv_b", "Q8_0")
+    got = layer.run(path, fused, cache_type=CACHES.index(cache))
+    if path == 2:
+        layer.c_kv, layer.k_rope = cached(layer.c_kv, cache), cached(layer.k_rope, cache)
+    assert_follows(got, layer.definition(cache if path == 0 else "f32"), cache)
 
 
 @pytest.mark.parametrize("path", [0, 2])
