@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,13 @@ import kvfold.load
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold.errors import ModelFileError, SettingError
 from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
-from kvfold.formats.file_map import FileMap
+from kvfold.formats.file_map import FileMap, map_file
 from kvfold.formats.tensor_names import KvLayout
 from kvfold.load import Loaded, Settings, load
 from kvfold.quant.tensor import QuantTensor
 from kvfold.weight_memory import CHUNK_BYTES, HUGE_PAGE_BYTES, PAGE_BYTES, copied, huge_page_bytes, read_ahead
 
 SETTINGS: dict[str, Any] = {"backend": "native", "cache_type": "f32", "threads": 2, "n_ctx": 64}
-U8 = np.dtype(np.uint8)
 
 
 def loaded(model: Path | Checkpoint, **settings: Any) -> Loaded:
@@ -190,8 +190,7 @@ def test_other_words_are_refused() -> None:
 def random_map(path: Path, nbytes: int) -> FileMap:
     path.write_bytes(np.random.default_rng(nbytes).bytes(nbytes))
     with path.open("rb") as file:
-        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), U8)
-        return FileMap(path, data, (os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino))
+        return map_file(path, file)
 
 
 def bytes_of(map: FileMap, start: int, stop: int) -> QuantTensor:
@@ -270,3 +269,41 @@ def test_reading_ahead_touches_every_byte_range_once(tmp_path: Path) -> None:
     reports: list[tuple[int, int]] = []
     read_ahead(checkpoint.tensors, lambda *report: reports.append(report))
     assert reports[0] == (0, checkpoint.nbytes) and reports[-1] == (checkpoint.nbytes, checkpoint.nbytes)
+
+
+# --- a file that is shortened while it is mapped -----------------------------------------------------------------------
+
+TRUNCATED = """
+import os, signal, sys
+from pathlib import Path
+from kvfold import LLM
+if sys.argv[2] == "handled":
+    import faulthandler
+    faulthandler.enable()
+llm = LLM(sys.argv[1], mmap="on", backend="native", n_ctx=64, threads=2)
+if sys.argv[2] == "elsewhere":
+    import mmap
+    Path(sys.argv[1] + "x").write_bytes(bytes(8192))
+    with open(sys.argv[1] + "x", "rb") as file:
+        other = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    os.truncate(sys.argv[1] + "x", 0)
+    print(other[5000])
+elif sys.argv[2] != "gone":
+    os.truncate(sys.argv[1], 4096)
+    llm.logits([1, 2, 3])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SIGBUS is what Linux answers with")
+@pytest.mark.parametrize(("case", "code"), [("weights", 1), ("handled", 1), ("elsewhere", -7), ("gone", 0)])
+def test_a_file_truncated_under_its_map_is_named_and_nothing_else_is(tmp_path: Path, case: str, code: int) -> None:
+    path = written("gguf-k_b", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", TRUNCATED, path, case], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    if code == 1:
+        assert done.stderr.startswith(f"kvfold: {path}: byte "), done.stderr
+        assert done.stderr.count("\n") == 1 and "shortened the file" in done.stderr
+    else:
+        assert "kvfold" not in done.stderr

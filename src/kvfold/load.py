@@ -20,9 +20,10 @@ from kvfold.errors import SettingError
 from kvfold.formats.checkpoint import Checkpoint, open_checkpoint
 from kvfold.formats.hub import resolve
 from kvfold.formats.tensor_names import KvLayout
+from kvfold.machine import available_memory_bytes, physical_cores
 from kvfold.mla.plan import ARITHMETIC, Fa, MachineProfile, Mla, MlaPlan, choose, parse_fa, parse_mla
 from kvfold.model.deepseek import DeepseekModel
-from kvfold.weight_memory import WeightCopy, copied, read_ahead
+from kvfold.weight_memory import WeightCopy, copied, guarded, read_ahead
 
 Progress = Callable[[int, int], None]
 """(bytes read, bytes in all)."""
@@ -139,25 +140,6 @@ def plan_for(
     )
 
 
-def physical_cores() -> int:
-    """Cores this process may use, hyper-threads counted once where the kernel tells."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
-    return max(1, len(cores))
-
-
-def available_memory_bytes() -> int | None:
-    """MemAvailable, or None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
 def embedded_model() -> Path:
     """The storyteller that ships with the package."""
     return Path(str(files("kvfold"))) / "embedded" / "storyteller.gguf"
@@ -219,11 +201,10 @@ def load(
     network = DeepseekModel(
         config, splits_kv_b=checkpoint.kv_layout is KvLayout.K_B_V_B, standard=settings.mla is Mla.STANDARD
     )
-    cache_bytes = cache.num_pages * PAGE_TOKENS * layout.bytes_per_token
     if candidate.free_bytes is not None:
         placed = _Placed(checkpoint, None, f"in the memory of {settings.device.replace('auto', 'cuda')}")
     else:
-        placed = _place_weights(checkpoint, settings, cache_bytes + settings.workspace_bytes, progress)
+        placed = _place_weights(checkpoint, settings, cache.nbytes + settings.workspace_bytes, progress)
     checkpoint = placed.checkpoint
     machine = Machine(settings.dtype, settings.device, settings.threads, settings.workspace_bytes, progress)
     backend = candidate.build(network, checkpoint.tensors, cache, machine)
@@ -234,7 +215,7 @@ def load(
         choice,
         backend,
         cache,
-        PagePool(cache.num_pages),
+        PagePool(cache.num_pages, cache.give_back),
         n_ctx,
         checkpoint.info + placed.info + notes,
         placed.copy,
@@ -278,6 +259,7 @@ def _place_weights(
             f"mmap=off: the weights cannot be copied into memory, {sizes}. Use mmap=auto, a smaller context "
             f"(n_ctx), or a smaller type of the model."
         )
+    guarded(checkpoint.maps)
     if free is None or checkpoint.nbytes <= free:
         read_ahead(checkpoint.tensors, progress)  # more than that would push its own pages out
     if settings.mmap == "on":

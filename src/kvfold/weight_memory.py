@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import time
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvfold import _native
 from kvfold.errors import ModelFileError
 from kvfold.formats.file_map import FileMap
 from kvfold.quant.tensor import QuantTensor
@@ -120,6 +122,19 @@ def read_ahead(weights: Weights, progress: Progress | None = None) -> None:
             chunk[::PAGE_BYTES].max(initial=0)
             done += chunk.nbytes
             report(done, total)
+
+
+def guarded(maps: Iterable[FileMap]) -> None:
+    """Weights are read through these maps from now on: should a file be shortened meanwhile, the process ends with a
+    sentence that names it (csrc/file_guard.h), until the map goes."""
+    for map in maps:
+        address, memory = _address(map.data), map.memory
+        if memory not in _guarded and _native.guard_file(address, map.data.nbytes, str(map.path)):
+            _guarded.add(memory)
+            weakref.finalize(memory, _native.release_file, address)
+
+
+_guarded: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 def huge_page_bytes(array: NDArray[np.uint8]) -> int | None:

@@ -28,8 +28,7 @@ class Harness:
         for array in self.loaded.cache.arrays:
             array.fill({"uint16": 0x7FC0, "uint8": 0xFF}.get(array.dtype.name, np.nan))  # q8_0: every scale is NaN
         pool = self.loaded.pool
-        pages = pool.take(pool.num_free)
-        pool.give_back([pages[i] for i in np.random.default_rng(seed).permutation(len(pages))])
+        pool._cold = np.random.default_rng(seed).permutation(pool.num_pages).tolist()
 
     def tap(self, watch: Callable[[str, Any], None] | None) -> None:
         """plain only: hand every op's name and value to `watch`."""

@@ -10,7 +10,7 @@ q8_0 holds 32 numbers of a row as a float16 scale and 32 signed bytes, 34 bytes 
 `encode` and `decode` are the definition of every number format; csrc/kernels/cache_rows.cpp is equal bit for bit.
 
 Page p, slot s of a sequence's page list is token p * PAGE_TOKENS + s. Memory is reserved as address space and
-committed by the kernel page by page when first written.
+committed by the system when first written (cache/address_space.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from kvfold.cache.address_space import HUGE_PAGE_BYTES, AddressSpace
 from kvfold.config import MlaConfig, ModelConfig
 from kvfold.errors import SettingError
 
@@ -149,16 +151,50 @@ class PagedCache:
     def __init__(self, layout: CacheLayout, num_pages: int) -> None:
         self.layout = layout
         self.num_pages = num_pages
+        self._page_bytes = [PAGE_TOKENS * layout.cache_type.row_bytes(dim) for dim in layout.row_dims]
 
     @cached_property
     def arrays(self) -> tuple[NDArray[np.generic], ...]:
-        """`arrays[i]` is [num_layers, num_pages, PAGE_TOKENS, columns(row_dims[i])]; reserved when first asked for. A
-        backend with memory of its own never does."""
-        layout = self.layout
-        return tuple(
-            np.empty(
-                (layout.num_layers, self.num_pages, PAGE_TOKENS, layout.cache_type.columns(dim)),
+        """`arrays[i]` is [num_layers, num_pages, PAGE_TOKENS, columns(row_dims[i])]; address space, reserved when first
+        asked for, whose memory is committed as rows are written. A backend with memory of its own never asks.
+
+        Raises MemoryError where there is no address space.
+        """
+        return tuple(space.array for space in self._spaces)
+
+    @cached_property
+    def _spaces(self) -> list[AddressSpace]:
+        layout, pages = self.layout, self.num_pages
+        return [
+            AddressSpace(
+                (layout.num_layers, pages, PAGE_TOKENS, layout.cache_type.columns(dim)),
                 layout.cache_type.storage,
+                huge=pages * page_bytes >= HUGE_PAGE_BYTES,  # a layer fills one
             )
-            for dim in layout.row_dims
-        )
+            for dim, page_bytes in zip(layout.row_dims, self._page_bytes, strict=True)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """When every row is written."""
+        return self.num_pages * PAGE_TOKENS * self.layout.bytes_per_token
+
+    def give_back(self, pages: list[int]) -> None:
+        """Nobody needs the rows of these pages: their memory goes back to the system, but what lies in a 2 MiB page
+        with rows of others."""
+        if "arrays" not in vars(self):
+            return
+        runs = _runs(sorted(pages))
+        for space, page_bytes in zip(self._spaces, self._page_bytes, strict=True):
+            layers = range(0, self.layout.num_layers * self.num_pages, self.num_pages)
+            space.give_back(
+                ((layer + first) * page_bytes, (layer + last) * page_bytes)
+                for layer in layers
+                for first, last in runs
+            )
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as [first, last) ranges."""
+    cuts = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1), len(numbers)]
+    return [(numbers[i], numbers[j - 1] + 1) for i, j in pairwise(cuts) if j > i]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.errors import OutOfPages
+
+WARM_PAGES = 32
+"""Free pages that keep their memory: 2,048 tokens."""
 
 
 def pages_for(num_tokens: int) -> int:
@@ -14,28 +18,39 @@ def pages_for(num_tokens: int) -> int:
 
 
 class PagePool:
-    """A stack of free page numbers."""
+    """The free pages: warm ones, which were used and still have memory, are taken before cold ones.
 
-    def __init__(self, num_pages: int) -> None:
+    give_back_memory: called with all cold pages when some warm ones have become cold. Measured on 1.2 GB, 512 pages of
+    V2-Lite in f16: 3 ms to give back, 0.1 s to commit again, or 2.6 s on a virtual machine whose host took it. Computing
+    their 32,768 tokens takes minutes; WARM_PAGES save short requests even that.
+    """
+
+    def __init__(self, num_pages: int, give_back_memory: Callable[[list[int]], None] = lambda pages: None) -> None:
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._give_back_memory = give_back_memory
+        self._cold = list(range(num_pages - 1, -1, -1))
+        self._warm: list[int] = []
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._warm) + len(self._cold)
 
     def take(self, count: int) -> list[int]:
         """`count` pages, or OutOfPages and none taken."""
-        if count > len(self._free):
+        if count > self.num_free:
             raise OutOfPages(
-                f"The cache needs {count} more pages of {PAGE_TOKENS} tokens and has {len(self._free)} free of "
+                f"The cache needs {count} more pages of {PAGE_TOKENS} tokens and has {self.num_free} free of "
                 f"{self.num_pages}: shorten the request, end another, or load with a larger n_ctx."
             )
-        return [self._free.pop() for _ in range(count)]
+        return [(self._warm or self._cold).pop() for _ in range(count)]
 
     def give_back(self, pages: list[int]) -> None:
-        self._free.extend(pages)
-        assert len(self._free) <= self.num_pages, "a page was given back twice"
+        self._warm.extend(reversed(pages))  # taken again in the same order
+        assert self.num_free <= self.num_pages, "a page was given back twice"
+        if len(self._warm) >= 2 * WARM_PAGES:
+            self._cold = sorted([*self._cold, *self._warm[:-WARM_PAGES]], reverse=True)
+            self._warm = self._warm[-WARM_PAGES:]
+            self._give_back_memory(self._cold)
 
 
 @dataclass

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class FileMap:
-    """data:  uint8 [file size at open], read-only; the map lives as long as a view of it
-    inode: (device, inode), which a file put in its place under the same name does not have
+    """memory: the map, which lives as long as a view of it
+    data:   uint8 [file size at open], read-only: a view of all of it
+    inode:  (device, inode), which a file put in its place under the same name does not have
     """
 
     path: Path
+    memory: mmap.mmap
     data: NDArray[np.uint8]
     inode: tuple[int, int]
 
@@ -26,5 +28,5 @@ class FileMap:
 def map_file(path: Path, file: BinaryIO) -> FileMap:
     """An open file that is not empty. Raises OSError."""
     status = os.fstat(file.fileno())
-    data = np.frombuffer(mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_READ), np.uint8)
-    return FileMap(path, data, (status.st_dev, status.st_ino))
+    memory = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_READ)
+    return FileMap(path, memory, np.frombuffer(memory, np.uint8), (status.st_dev, status.st_ino))
