@@ -4,11 +4,13 @@
 void bind_decode(nanobind::module_& m);
 void bind_kernels(nanobind::module_& m);
 void bind_measure(nanobind::module_& m);
+void bind_memory(nanobind::module_& m);
 void bind_program(nanobind::module_& m);
 
 NB_MODULE(_native, m) {
   bind_decode(m);
   bind_kernels(m);
   bind_measure(m);
+  bind_memory(m);
   bind_program(m);
 }

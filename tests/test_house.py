@@ -59,7 +59,7 @@ MAY_IMPORT = {
         "errors",
     ),
     "bench": (
-        *("load", "engine.batch", "formats", "mla.plan", "cache", "quant.tensor", "config", "errors"),
+        *("load", "machine", "engine.batch", "formats", "mla.plan", "cache", "quant.tensor", "config", "errors"),
         *("_native", "__version__"),
     ),
     "cli": ("llm", "load", "explain", "bench", "formats", "engine.sampler", "config", "errors", "__version__"),

@@ -20,13 +20,13 @@ from kvfold.formats.safetensors import HfTensor
 from kvfold.formats.tensor_names import KvLayout
 from kvfold.load import (
     Settings,
-    available_memory_bytes,
     cache_layout,
     default_context,
     embedded_model,
     needs_of,
     plan_for,
 )
+from kvfold.machine import available_memory_bytes
 from kvfold.mla.plan import Mla, crossover_rows, multiply_adds
 from kvfold.mla.plan import Path as AttentionPath
 from kvfold.model.deepseek import DeepseekModel

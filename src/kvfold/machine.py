@@ -48,10 +48,10 @@ def _rooms(own: Path, groups: Path) -> Iterator[int | None]:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             files = ("memory.max", "memory.current", "active_file", "inactive_file")
-            roots = (groups, groups / "unified")
+            roots = [groups, groups / "unified"]
         elif "memory" in controllers.split(","):
             files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_active_file", "total_inactive_file")
-            roots = (groups / "memory",)
+            roots = [groups / "memory"]
         else:
             continue
         # Inside a container the path may be the host's, of which only the root is mounted.

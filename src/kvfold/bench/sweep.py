@@ -17,7 +17,8 @@ from kvfold.bench.opponent import Opponent
 from kvfold.errors import SettingError
 from kvfold.formats.checkpoint import Checkpoint
 from kvfold.formats.synthetic import named_shape, synthetic_checkpoint, weight_bytes
-from kvfold.load import Loaded, Progress, Settings, available_memory_bytes, load
+from kvfold.load import Loaded, Progress, Settings, load
+from kvfold.machine import available_memory_bytes
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
 MOST_COUNTS = 10_000  # in one list: longer ones are a slip
