@@ -2,6 +2,7 @@
 
     python bench/kernels.py dot  [--types IQ4_NL,Q6_K] [--threads 2] [--isa avx512]
     python bench/kernels.py tile [--types IQ4_NL] [--rows 48,512] [--shapes 1408x2048]
+    python bench/kernels.py absorbed [--types IQ4_NL] [--layout kv_b] [--cache f16,q8_0] [--depths 1024,4096,8192] [--rows 1]
     python bench/kernels.py prompt [--types IQ4_NL] [--rows 512,2048,8192] [--heads 16] [--layout kv_b]
 
 Each round times every ceiling and every kernel once, so that a noisy neighbour hits all of them; a share is the median of a
@@ -16,12 +17,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvfold import _native
 from kvfold.backends.native import _segment
+from kvfold.cache.latent import PAGE_TOKENS, CacheType, encode
 from kvfold.config import MlaConfig
 from kvfold.mla.absorb import KvUp
 from kvfold.model.program import Recorder, Value, record
@@ -181,6 +184,102 @@ def bench_prompt(clock: Clock, args: argparse.Namespace) -> None:
             )
 
 
+class Absorbed:
+    """fold_q, attend_latent and unfold_v of all layers, each with weights and cached rows of its own, so that nothing
+    stays near the core from one token to the next but what would."""
+
+    num_segments = 2
+
+    def __init__(self, t: BlockType, cache_type: CacheType, depth: int, args: argparse.Namespace) -> None:
+        self.mla = mla = MlaConfig(args.heads, 128, 64, 128, 512, None, 0.1)
+        self.config = argparse.Namespace(hidden_size=mla.num_heads * mla.qk_head_dim)
+        self.layers, self.depth = args.layers, depth
+        nope, v, lora = mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank
+        shapes = {"kv_b": (nope + v, lora)} if args.layout == "kv_b" else {"k_b": (lora, nope), "v_b": (v, lora)}
+        most = max(args.rows or [1])
+        x = np.random.default_rng(1).standard_normal((most, self.config.hidden_size), np.float32)
+        stored = {"table": (0, most, x.shape[1], [(x.view(np.uint8), None)])}
+        for name, (n, k) in shapes.items():
+            raw = huge_weights(t, self.layers * mla.num_heads * n, k).reshape(self.layers, mla.num_heads * n, -1)
+            stored |= {f"{i}.{name}": (t.id, len(raw[i]), k, [(raw[i], None)]) for i in range(self.layers)}
+        self.ups = [KvUp(**{name: f"{i}.{name}" for name in shapes}) for i in range(self.layers)]
+        recorded = record(self, {name: rows for name, (_, rows, _, _) in stored.items()})  # type: ignore[arg-type]
+        self.pages = -(-depth // PAGE_TOKENS)
+        page = np.random.default_rng(2).standard_normal((PAGE_TOKENS, mla.latent_dim), np.float32)
+        shape = (self.layers, self.pages, PAGE_TOKENS, cache_type.columns(mla.latent_dim))
+        cache = np.empty(shape, cache_type.storage)
+        cache[:] = encode(page, cache_type)
+        self.program = _native.Program(
+            [_segment(s) for s in recorded.segments],
+            [(name, *stored[name]) for name in recorded.weight_names],
+            list(CacheType).index(cache_type),
+            [cache.view(np.uint16) if cache_type is CacheType.F16 else cache],
+            args.threads,
+            args.workspace << 20,
+            args.dtype == "int8",
+        )
+
+    def segment_name(self, index: int) -> str:
+        return ("embed", "attend")[index]
+
+    def run_segment(self, ops: Recorder, index: int, x: Value | None) -> Value | None:
+        if index == 0:
+            return ops.embed("embed", "table")
+        assert x is not None
+        for layer, up in enumerate(self.ups):
+            o_latent = ops.attend_latent("attend", layer, ops.fold_q("fold", x, up, self.mla), self.mla)
+            out = ops.unfold_v("unfold", o_latent, up, self.mla)
+        ops.output("out", ops.take_outputs("take", out))
+        return None
+
+    def seconds(self, clock: Clock, count: int, depth: int) -> float:
+        """Of `count` sequences of one row each, all over the same `depth` cached rows."""
+        ones = np.ones(count, np.int32)
+        pages = -(-depth // PAGE_TOKENS)
+        run = _native.StepRun(
+            self.program,
+            token_ids=np.arange(count, dtype=np.int32),
+            slots=np.arange(count, dtype=np.int64),
+            row_starts=np.arange(count + 1, dtype=np.int32),
+            kv_lens=depth * ones,
+            page_starts=pages * np.arange(count + 1, dtype=np.int32),
+            pages=np.tile(np.arange(pages, dtype=np.int32), count),
+            segments=np.asarray([[1, 1, 0, count]], np.int32),
+            output_rows=np.asarray([0], np.int32),
+            cos=np.zeros((count, 0), np.float32),
+            sin=np.zeros((count, 0), np.float32),
+            outputs=[np.empty((1, self.mla.num_heads * self.mla.v_head_dim), np.float32)],
+        )
+        run.run(1)
+        return clock(partial(run.run, 2))
+
+
+def bench_absorbed(clock: Clock, args: argparse.Namespace) -> None:
+    meter = _native.Meter([], args.threads)
+    print(
+        f"absorbed, {args.heads} heads, {args.layers} layers, {args.layout}, {args.threads} threads, {args.dtype}, {_native.isa()}"
+    )
+    print(
+        "| type | cache | rows | depth | fold and unfold ms | attend ms | GMAC/s | share of bf16 |\n|---|---|---|---|---|---|---|---|"
+    )
+    for name, cache in product(args.types.split(","), args.cache.split(",")):
+        depths = [int(depth) for depth in args.depths.split(",")]
+        rig = Absorbed(by_name(name), CacheType(cache), max(depths), args)
+        for rows, depth in product(args.rows or [1], depths):
+            folds, attends, bf16 = [], [], []
+            rig.seconds(clock, rows, depth)
+            for _ in range(args.repeat):
+                bf16.append(meter.multiply_adds("bf16", 0.05)[1] / 1e9)
+                folds.append(rig.seconds(clock, rows, 1))  # one key is next to no attention
+                attends.append(rig.seconds(clock, rows, depth) - folds[-1])
+            work = rows * depth * args.heads * args.layers * (576 + 512) / 1e9
+            share = statistics.median(work / s / c for s, c in zip(attends, bf16, strict=True))
+            print(
+                f"| {name} | {cache} | {rows} | {depth} | {1e3 * statistics.median(folds):.2f} | {1e3 * statistics.median(attends):.2f} | {work / statistics.median(attends):.0f} | {share:.0%} |",
+                flush=True,
+            )
+
+
 def shapes_of(text: str) -> Iterator[tuple[int, int]]:
     for shape in text.split(","):
         n, k = shape.split("x")
@@ -217,7 +316,7 @@ def bench_tile(kernels: _native.Kernels, clock: Clock, args: argparse.Namespace)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("form", choices=["dot", "tile", "prompt"])
+    parser.add_argument("form", choices=["dot", "tile", "absorbed", "prompt"])
     parser.add_argument("--types", default="IQ4_NL,Q4_0,Q4_K,Q6_K,Q8_0,F16,BF16,F32")
     parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], help="rows of x")
     parser.add_argument("--cols", type=int, default=2048, help="of row dots")
@@ -229,15 +328,20 @@ def main() -> None:
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread beside a busy neighbour"
     )
     parser.add_argument("--isa", default="auto")
-    parser.add_argument("--heads", type=int, default=16, help="of prompts")
-    parser.add_argument("--layout", choices=["kv_b", "k_b"], default="kv_b", help="of prompts' up-projections")
-    parser.add_argument("--workspace", type=int, default=64, help="MiB, of prompts")
-    parser.add_argument("--dtype", choices=["int8", "float32"], default="int8", help="of prompts")
+    parser.add_argument("--heads", type=int, default=16, help="of attention")
+    parser.add_argument("--layout", choices=["kv_b", "k_b"], default="kv_b", help="of attention's up-projections")
+    parser.add_argument("--layers", type=int, default=27, help="of the absorbed path")
+    parser.add_argument("--cache", default="f16,q8_0", help="types, of the absorbed path")
+    parser.add_argument("--depths", default="1024,4096,8192", help="cached rows, of the absorbed path")
+    parser.add_argument("--workspace", type=int, default=64, help="MiB, of attention")
+    parser.add_argument("--dtype", choices=["int8", "float32"], default="int8", help="of attention")
     args = parser.parse_args()
     _native.force_isa(args.isa)
     clock = Clock(args.clock == "cpu")
     if args.form == "prompt":
         return bench_prompt(clock, args)
+    if args.form == "absorbed":
+        return bench_absorbed(clock, args)
     kernels = _native.Kernels(args.threads)
     (bench_dot if args.form == "dot" else bench_tile)(kernels, clock, args)
 

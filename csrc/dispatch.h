@@ -15,7 +15,8 @@
 
 namespace kvfold {
 
-struct PairKernels;  // kernels/pair_kernels.h
+struct PairKernels;    // kernels/pair_kernels.h
+struct LatentKernels;  // kernels/latent_kernels.h
 
 // What becomes of activations that meet a type: src/kvfold/quant/activations.py, `Rounding`.
 enum class Rounding { kInt8, kBf16, kNone };
@@ -63,7 +64,8 @@ struct InstructionSet {
   void (*swiglu)(const float* gate, const float* up, float* out, int64_t n);  // silu(gate) * up
   void (*add_scaled)(const float* x, float factor, float* y, int64_t n);      // y += factor * x
 
-  const PairKernels* pairs;  // attention on bfloat16
+  const PairKernels* pairs;     // attention on bfloat16
+  const LatentKernels* latent;  // attention over latents
 
   // nullptr where the type has none: it is decoded to float32 (kernels/weights.h).
   const MatrixKernels* find(int type) const;

@@ -263,7 +263,7 @@ class ProgramChecker {
         const MlaDims d = dims(op);
         expect_inputs(op, {{kRows, d.heads * d.qk()}});
         expect_outputs(op, {{kAbsorbed, d.heads * d.latent()}});
-        need(up_panel_floats(kv_up(op, d)), 0);
+        need(fold_floats(kv_up(op, d)), 0);
         break;
       }
       case OpKind::kAttendLatent: {
@@ -273,7 +273,7 @@ class ProgramChecker {
         expect_outputs(op, {{kAbsorbed, d.heads * d.kv_lora}});
         check_cache(op, {d.latent()}, op.ints[5]);
         expect_scale(op);
-        need(attend_latent_floats(d), 0);
+        need(attend_latent_floats(d, facts_.rounds), 0);
         break;
       }
       case OpKind::kUnfoldV: {
@@ -281,7 +281,7 @@ class ProgramChecker {
         const MlaDims d = dims(op);
         expect_inputs(op, {{kAbsorbed, d.heads * d.kv_lora}});
         expect_outputs(op, {{kRows, d.heads * d.v}});
-        need(up_panel_floats(kv_up(op, d)), 0);
+        need(fold_floats(kv_up(op, d)), 0);
         break;
       }
       case OpKind::kAttendExpanded: {

@@ -22,8 +22,9 @@
 #include "kernels/quant_set.h"
 
 namespace kvfold {
-extern const PairKernels avx2_pairs;  // pairs_avx2.cpp
-const InstructionSet& avx2_set() { return make_set<Avx2>(avx2_pairs); }
+extern const PairKernels avx2_pairs;     // pairs_avx2.cpp
+extern const LatentKernels avx2_latent;  // latent_avx2.cpp
+const InstructionSet& avx2_set() { return make_set<Avx2>(avx2_pairs, avx2_latent); }
 }  // namespace kvfold
 #pragma GCC pop_options
 #endif

@@ -23,8 +23,9 @@
 #include "kernels/quant_set.h"
 
 namespace kvfold {
-extern const PairKernels avx512_pairs;  // pairs_avx512.cpp
-const InstructionSet& avx512_set() { return make_set<Avx512>(avx512_pairs); }
+extern const PairKernels avx512_pairs;     // pairs_avx512.cpp
+extern const LatentKernels avx512_latent;  // latent_avx512.cpp
+const InstructionSet& avx512_set() { return make_set<Avx512>(avx512_pairs, avx512_latent); }
 }  // namespace kvfold
 #pragma GCC pop_options
 #endif

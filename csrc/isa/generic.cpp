@@ -3,6 +3,7 @@
 #include "kernels/quant_set.h"
 
 namespace kvfold {
-extern const PairKernels generic_pairs;  // pairs_generic.cpp
-const InstructionSet& generic_set() { return make_set<Generic>(generic_pairs); }
+extern const PairKernels generic_pairs;     // pairs_generic.cpp
+extern const LatentKernels generic_latent;  // latent_generic.cpp
+const InstructionSet& generic_set() { return make_set<Generic>(generic_pairs, generic_latent); }
 }  // namespace kvfold

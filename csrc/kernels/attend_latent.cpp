@@ -4,18 +4,11 @@
 
 #include <algorithm>
 
+#include "kernels/attend_latent_rounded.h"
 #include "kernels/attention_tiles.h"
 
 namespace kvfold {
 namespace {
-
-// A row's pages go in runs of this many, each with a softmax of its own; a function of the row's keys alone.
-// 256 keys, or as many as keep the runs at 64: a unit is then at least 256 * 16 heads * 1088 = 4.5 M
-// multiply-adds. More keys may be fewer runs: 256 pages are 64 runs of 4, 257 are 52 of 5.
-int64_t run_keys(int64_t visible) {
-  constexpr int64_t kMinPages = 4, kMaxRuns = 64;
-  return std::max(kMinPages, ceil_div(ceil_div(visible, kPageTokens), kMaxRuns)) * kPageTokens;
-}
 
 struct LatentOp {
   const Machine& machine;
@@ -100,7 +93,8 @@ void append_latent(const Machine& machine, const Step& step, Matrix c_kv, Matrix
   });
 }
 
-int64_t attend_latent_floats(const MlaDims& dims) {
+int64_t attend_latent_floats(const MlaDims& dims, bool rounds) {
+  if (rounds) return attend_latent_rounded_floats(dims);
   return kScoreFloats + kPageTokens * dims.latent() + kTileQueries * dims.kv_lora + 2 * kStateFloats;
 }
 
@@ -109,6 +103,7 @@ void attend_latent(const Machine& machine, const Step& step, const MlaDims& dims
   const PathRange& range = step.range(Path::kAbsorbed);
   const int64_t rows = range.num_rows();
   if (rows == 0) return;
+  if (machine.rounds) return attend_latent_rounded(machine, step, dims, scale, cache, layer, q, out);
   const LatentOp op{machine, step, dims, scale, cache, layer, q, out, range.first_row};
   int64_t longest = 0, runs = 0;
   for (int64_t i = 0; i < rows; i++) {

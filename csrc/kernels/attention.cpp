@@ -2,6 +2,7 @@
 
 #include "kernels/attend_rounded.h"
 #include "kernels/attention_tiles.h"
+#include "kernels/latent_kernels.h"
 
 namespace kvfold {
 
@@ -15,8 +16,12 @@ void check_attention_fits(const Machine& machine, const Step& step, const MlaDim
         check_rounded_fits(machine, dims, path, rows, keys, range.fused);
       } else if (path == Path::kDecompressed) {
         check_expanded_fits(machine, dims, rows, keys, range.fused);
-      } else if (!range.fused && stored_floats(machine) < keys) {
-        refuse_workspace("attention with fa=0", keys * machine.team.size(), machine.shared_floats);
+      } else {
+        // Scores of a head, or of a tile of heads that share a vector.
+        const int64_t stored = keys * (machine.rounds && path == Path::kAbsorbed ? kHeadLanes : 1);
+        if (!range.fused && stored_floats(machine) < stored) {
+          refuse_workspace("attention with fa=0", stored * machine.team.size(), machine.shared_floats);
+        }
       }
     }
   }

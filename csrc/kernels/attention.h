@@ -29,7 +29,7 @@ void attend_full(const Machine& machine, const Step& step, const MlaDims& dims, 
                  const CacheArray& k_cache, const CacheArray& v_cache, int64_t layer, Matrix q, Matrix out);
 
 // What each needs of a member's scratch.
-int64_t attend_latent_floats(const MlaDims& dims);
+int64_t attend_latent_floats(const MlaDims& dims, bool rounds);
 int64_t attend_expanded_floats(const MlaDims& dims, const KvUp& up, bool rounds);
 int64_t attend_full_floats(const MlaDims& dims, bool rounds);
 

@@ -15,6 +15,14 @@ constexpr int64_t kStateFloats = kTileQueries * sizeof(SoftmaxState) / sizeof(fl
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A row's pages go in runs of this many, each with a softmax of its own; a function of the row's keys alone.
+// 256 keys, or as many as keep the runs at 64: a unit is then at least 256 * 16 heads * 1088 = 4.5 M
+// multiply-adds. More keys may be fewer runs: 256 pages are 64 runs of 4, 257 are 52 of 5.
+inline int64_t run_keys(int64_t visible) {
+  constexpr int64_t kMinPages = 4, kMaxRuns = 64;
+  return std::max(kMinPages, ceil_div(ceil_div(visible, kPageTokens), kMaxRuns)) * kPageTokens;
+}
+
 inline SoftmaxState* states_at(float* memory) { return reinterpret_cast<SoftmaxState*>(memory); }
 
 // Calls use(first_key, keys) for the pages' blocks of [first, last), `first` at a page.

@@ -36,12 +36,12 @@ struct KvUp {
 };
 
 // Rows of the absorbed range: q [T, H * qk] -> out [rows of the range, H * latent], per head [W_UK^T q_nope |
-// q_rope]. Scratch: a panel of uk().
+// q_rope]. Scratch: fold_floats.
 void fold_q(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up, Matrix q,
             Matrix out);
 
-// o [rows of the absorbed range, H * kv_lora] -> those rows of out [T, H * v], per head W_UV o. Scratch: a
-// panel of uv().
+// o [rows of the absorbed range, H * kv_lora] -> those rows of out [T, H * v], per head W_UV o. Scratch:
+// fold_floats.
 void unfold_v(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up, Matrix o,
               Matrix out);
 
@@ -60,6 +60,7 @@ void expand(const MlaDims& dims, const KvUp& up, int64_t head, const Latents& la
 void append_full(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up, Matrix c_kv,
                  Matrix k_rope, const CacheArray& k_cache, const CacheArray& v_cache, int64_t layer);
 
+int64_t fold_floats(const KvUp& up);
 int64_t up_panel_floats(const KvUp& up);
 int64_t append_full_floats(const MlaDims& dims, const KvUp& up, bool rounds);
 int64_t append_full_shared_floats(const MlaDims& dims, bool rounds);

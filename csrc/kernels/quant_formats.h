@@ -38,6 +38,14 @@ struct Fast {
   static constexpr int place(int piece) { return piece; }
 };
 
+// Vector code from a row to float32; row is null where a set has none.
+struct F16Numbers;
+struct Bf16Numbers;
+template <class S, class T>
+struct FastDecode {
+  static constexpr void (*row)(const uint8_t* row, int64_t k, float* out) = nullptr;
+};
+
 template <class S, class T>
 inline TakeApart best_take_apart() {
   if constexpr (Fast<S, T>::kTakeApart) {

@@ -33,7 +33,7 @@ constexpr MatrixKernels numbers() {
 }
 
 template <class S>
-const InstructionSet& make_set(const PairKernels& pairs) {
+const InstructionSet& make_set(const PairKernels& pairs, const LatentKernels& latent) {
   static constexpr MatrixKernels kernels[] = {
       numbers<S, F32Weights>(),          numbers<S, F16Weights>(),         numbers<S, Bf16Weights>(),
       quantized<S, blocks::Q4_0>(2),     quantized<S, blocks::Q4_1>(3),    quantized<S, blocks::Q5_0>(6),
@@ -49,7 +49,7 @@ const InstructionSet& make_set(const PairKernels& pairs) {
   };
   static const InstructionSet set = {
       S::kName, kernels, sizeof kernels / sizeof kernels[0], Rowwise<S>::swiglu, Rowwise<S>::add_scaled,
-      &pairs};
+      &pairs,   &latent};
   return set;
 }
 

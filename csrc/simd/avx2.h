@@ -168,6 +168,24 @@ struct Avx2 {
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static void prefetch_second_level(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
+  // Attention over latents.
+  static constexpr int kLatentKeys = 4, kLatentCodeKeys = 4, kLatentColumns = 4;
+  static Floats load_bytes(const int8_t* p) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+  }
+  static Ints interleave(const uint16_t* low, const uint16_t* high) {
+    const __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));
+    const __m256i b = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(high)));
+    return _mm256_or_si256(a, _mm256_slli_epi32(b, 16));
+  }
+  static void q8_heads(const uint8_t* row, int64_t num_blocks, float* scales, int32_t* starts) {
+    for (int64_t b = 0; b < num_blocks; b++) {
+      scales[b] = _cvtsh_ss(blocks::load16(row + 34 * b));
+      starts[b] = 0;
+    }
+  }
+
   static Floats low_half(Ints v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
   static Floats high_half(Ints v) {
     return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(-65536)));
@@ -327,6 +345,27 @@ template <>
 struct Fast<Avx2, blocks::Q4_K> : Fast256<blocks::Q4_K> {};
 template <>
 struct Fast<Avx2, blocks::Q6_K> : Fast256<blocks::Q6_K> {};
+
+template <class T>
+struct Decode32 {
+  static void row(const uint8_t* p, int64_t k, float* out) {
+    for (const float* end = out + k; out < end; out += 32, p += sizeof(T)) {
+      alignas(32) int8_t codes[32];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(codes), Codes32<T>::codes(p));
+      const __m256 scale = _mm256_set1_ps(Fast32<T>::scale(p)),
+                   zero = _mm256_set1_ps(Parts<T>::kWide ? 0 : 8);
+      for (int i = 0; i < 32; i += 8) {
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(scale, _mm256_sub_ps(Avx2::load_bytes(codes + i), zero)));
+      }
+    }
+  }
+};
+template <>
+struct FastDecode<Avx2, blocks::Q4_0> : Decode32<blocks::Q4_0> {};
+template <>
+struct FastDecode<Avx2, blocks::IQ4_NL> : Decode32<blocks::IQ4_NL> {};
+template <>
+struct FastDecode<Avx2, blocks::Q8_0> : Decode32<blocks::Q8_0> {};
 
 }  // namespace
 }  // namespace kvfold

@@ -128,8 +128,11 @@ struct Avx512 {
   static float largest(Floats v) { return _mm512_reduce_max_ps(v); }
   static __m256i halves(Floats v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
   static Ints bf16_pairs(Floats low, Floats high) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(halves(low)),
-                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves(high)), 16));
+    const __m512i apart = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // low ones at 0 .. 15, high ones at 16 .. 31
+    return _mm512_permutexvar_epi16(
+        _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16)), apart);
   }
   static Floats store_bf16(uint16_t* p, Floats v) {
     const __m256i rounded = halves(v);
@@ -140,6 +143,43 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+  // Attention over latents. Addresses of 8 keys are a base and multiples of four strides.
+  static constexpr int kLatentKeys = 8, kLatentCodeKeys = 16, kLatentColumns = 16;
+  static Floats load_bytes(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(reinterpret_cast<const uint8_t*>(p))));
+  }
+  static Ints interleave(const uint16_t* low, const uint16_t* high) {
+    const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+    const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
+    return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+  }
+  // Sums of 32 codes plus 128 each, as four words of a half.
+  static __m256i eights(const uint8_t* codes) {
+    const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    return _mm256_sad_epu8(_mm256_xor_si256(c, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+  }
+  static void q8_heads(const uint8_t* row, int64_t num_blocks, float* scales, int32_t* starts) {
+    int64_t b = 0;
+    for (; b + 4 <= num_blocks; b += 4, row += 4 * 34) {
+      const __m256i low = _mm256_or_si256(eights(row + 2), _mm256_slli_epi64(eights(row + 36), 32));
+      const __m256i high = _mm256_or_si256(eights(row + 70), _mm256_slli_epi64(eights(row + 104), 32));
+      const __m256i two =
+          _mm256_add_epi32(_mm256_unpacklo_epi64(low, high), _mm256_unpackhi_epi64(low, high));
+      const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
+      const __m128i start = _mm_sub_epi32(_mm_set1_epi32(128 * 128 * 32), _mm_slli_epi32(sums, 7));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(starts + b), start);
+      const __m128i halves = _mm_setr_epi16(blocks::load16(row), blocks::load16(row + 34),
+                                            blocks::load16(row + 68), blocks::load16(row + 102), 0, 0, 0, 0);
+      _mm_storeu_ps(scales + b, _mm_cvtph_ps(halves));
+    }
+    for (; b < num_blocks; b++, row += 34) {
+      const __m256i four = eights(row + 2);
+      const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+      starts[b] = 128 * 128 * 32 - 128 * _mm_cvtsi128_si32(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two)));
+      scales[b] = _cvtsh_ss(blocks::load16(row));
+    }
+  }
   static void prefetch_second_level(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   static __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
@@ -594,6 +634,116 @@ struct Fast<Avx512, blocks::Q6_K> {
         }
       }
     }
+  }
+};
+
+// Rows to float32. A permutation looks at the low four bits of an index, so nibbles need no masking.
+template <class T>
+struct DecodeNibbles;  // levels()
+
+template <>
+struct DecodeNibbles<blocks::Q4_0> {
+  static __m512 levels() { return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7); }
+};
+template <>
+struct DecodeNibbles<blocks::IQ4_NL> {
+  static __m512 levels() {
+    return _mm512_setr_ps(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+  }
+};
+
+template <class T>
+struct Decode18 {
+  static void row(const uint8_t* p, int64_t k, float* out) {
+    const __m512 levels = DecodeNibbles<T>::levels();
+    for (const float* end = out + k; out < end; out += 32, p += 18) {
+      const __m512i packed = _mm512_cvtepu8_epi32(Avx512::load16(p + 2));
+      const __m512 d = Avx512::half(p);
+      _mm512_storeu_ps(out, _mm512_mul_ps(d, _mm512_permutexvar_ps(packed, levels)));
+      const __m512i high = _mm512_srli_epi32(packed, 4);
+      _mm512_storeu_ps(out + 16, _mm512_mul_ps(d, _mm512_permutexvar_ps(high, levels)));
+    }
+  }
+};
+template <>
+struct FastDecode<Avx512, blocks::Q4_0> : Decode18<blocks::Q4_0> {};
+template <>
+struct FastDecode<Avx512, blocks::IQ4_NL> : Decode18<blocks::IQ4_NL> {};
+
+template <>
+struct FastDecode<Avx512, blocks::Q8_0> {
+  static void row(const uint8_t* p, int64_t k, float* out) {
+    for (const float* end = out + k; out < end; out += 32, p += 34) {
+      const __m512 d = Avx512::half(p);
+      const auto* codes = reinterpret_cast<const int8_t*>(p + 2);
+      _mm512_storeu_ps(out, _mm512_mul_ps(d, Avx512::load_bytes(codes)));
+      _mm512_storeu_ps(out + 16, _mm512_mul_ps(d, Avx512::load_bytes(codes + 16)));
+    }
+  }
+};
+
+template <>
+struct FastDecode<Avx512, blocks::Q4_K> {
+  static void row(const uint8_t* p, int64_t k, float* out) {
+    const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (const float* end = out + k; out < end; p += sizeof(blocks::Q4_K)) {
+      alignas(64) float both[16];
+      _mm512_store_ps(both, Fast<Avx512, blocks::Q4_K>::scales(p));
+      for (int pair = 0; pair < 4; pair++, out += 64) {
+        for (int half = 0; half < 2; half++) {
+          const __m512i packed = _mm512_cvtepu8_epi32(Avx512::load16(p + 16 + 32 * pair + 16 * half));
+          const auto value = [&](__m512i codes, int run) {  // scale * code is exact
+            return _mm512_fmsub_ps(_mm512_set1_ps(both[run]), _mm512_permutexvar_ps(codes, levels),
+                                   _mm512_set1_ps(both[8 + run]));
+          };
+          _mm512_storeu_ps(out + 16 * half, value(packed, 2 * pair));
+          _mm512_storeu_ps(out + 32 + 16 * half, value(_mm512_srli_epi32(packed, 4), 2 * pair + 1));
+        }
+      }
+    }
+  }
+};
+
+template <>
+struct FastDecode<Avx512, blocks::Q6_K> {
+  static void row(const uint8_t* p, int64_t k, float* out) {
+    using F = Fast<Avx512, blocks::Q6_K>;
+    const __m512i nibble = _mm512_set1_epi32(15), top = _mm512_set1_epi32(0x30);
+    for (const float* end = out + k; out < end; out += 256, p += sizeof(blocks::Q6_K)) {
+      alignas(64) float scales[16];
+      _mm512_store_ps(scales, F::scales(p));
+      for (int run = 0; run < 16; run++) {  // as blocks::Q6_K::decode
+        const __m512i low = _mm512_cvtepu8_epi32(Avx512::load16(p + run / 8 * 64 + run % 4 * 16));
+        const __m512i high = _mm512_cvtepu8_epi32(Avx512::load16(p + 128 + run / 8 * 32 + run % 2 * 16));
+        const __m512i four =
+            _mm512_and_si512(_mm512_srl_epi32(low, _mm_cvtsi32_si128(run % 8 / 4 * 4)), nibble);
+        const __m512i two = _mm512_and_si512(
+            _mm512_srl_epi32(_mm512_slli_epi32(high, 4), _mm_cvtsi32_si128(run % 8 / 2 * 2)), top);
+        const __m512i code = _mm512_sub_epi32(_mm512_or_si512(four, two), _mm512_set1_epi32(32));
+        _mm512_storeu_ps(out + 16 * run,
+                         _mm512_mul_ps(_mm512_set1_ps(scales[run]), _mm512_cvtepi32_ps(code)));
+      }
+    }
+  }
+};
+
+template <>
+struct FastDecode<Avx512, F16Numbers> {
+  static void row(const uint8_t* p, int64_t k, float* out) {
+    int64_t i = 0;
+    for (; i + 16 <= k; i += 16) _mm512_storeu_ps(out + i, Avx512::load_half(p + 2 * i));
+    for (; i < k; i++) out[i] = blocks::half_at(p + 2 * i);
+  }
+};
+template <>
+struct FastDecode<Avx512, Bf16Numbers> {
+  static void row(const uint8_t* p, int64_t k, float* out) {
+    int64_t i = 0;
+    for (; i + 16 <= k; i += 16) {
+      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2 * i));
+      _mm512_storeu_ps(out + i, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
+    }
+    for (; i < k; i++) out[i] = blocks::as_float(static_cast<uint32_t>(blocks::load16(p + 2 * i)) << 16);
   }
 };
 

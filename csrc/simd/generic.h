@@ -194,6 +194,24 @@ struct Generic {
     return make<Floats>([=](int i) { return blocks::half_at(p + 2 * i); });
   }
   static void prefetch(const void* p) { __builtin_prefetch(p); }
+
+  // Attention over latents: kernels/latent_tile.h.
+  static constexpr int kLatentKeys = 2, kLatentCodeKeys = 2,
+                       kLatentColumns = 2;  // of register tiles with a vector of heads each
+  static Floats load_bytes(const int8_t* p) {
+    return make<Floats>([=](int i) { return static_cast<float>(p[i]); });
+  }
+  static Ints interleave(const uint16_t* low, const uint16_t* high) {  // a number of each in a lane
+    return make<Ints>(
+        [=](int i) { return static_cast<int32_t>(low[i] | static_cast<uint32_t>(high[i]) << 16); });
+  }
+  // The float16 scales of q8_0 blocks, and where sums of their codes times codes plus kWideZero start.
+  static void q8_heads(const uint8_t* row, int64_t num_blocks, float* scales, int32_t* starts) {
+    for (int64_t b = 0; b < num_blocks; b++) {
+      scales[b] = blocks::half_at(row + 34 * b);
+      starts[b] = 0;
+    }
+  }
   static void prefetch_second_level(const void* p) { __builtin_prefetch(p, 0, 2); }
 };
 

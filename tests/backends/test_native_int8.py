@@ -233,12 +233,16 @@ def assert_op_by_op(path: Path, chunks: list[int], **settings: Any) -> set[str]:
     return judged
 
 
-ROUND_INSIDE = ("experts", "attend_expanded", "attend_full")
+ROUND_INSIDE = ("experts", "unfold_v", "attend_expanded", "attend_full")
 
 
-@pytest.mark.parametrize(("type", "mla"), [("IQ4_NL", "1"), ("Q6_K", "2"), ("BF16", "0")])
-def test_every_op_is_plains(type: str, mla: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("type", "mla", "cache_type"),
+    [("IQ4_NL", "1", "q8_0"), ("Q8_0", "1", "f16"), ("Q6_K", "2", "f32"), ("BF16", "0", "f32")],
+)
+def test_every_op_is_plains(type: str, mla: str, cache_type: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    synthesize(wide_model(), path, type=type)
-    judged = assert_op_by_op(path, [66, 1], mla=mla)
+    config = ModelConfig.from_hf(tiny_model("v3", **WIDE, qk_rope_head_dim=32).config)
+    synthesize(config, path, type=type, legacy_kv_b=type == "IQ4_NL")
+    judged = assert_op_by_op(path, [66, 1], mla=mla, cache_type=cache_type)
     assert judged >= {"q_a", "kv_a", "kv_a_norm", "q_rope", "k_rope", "attn_output", "route"}, judged

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold import _native
-from kvfold.cache.latent import PAGE_TOKENS, PagedCache, decode, encode
+from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache, decode, encode
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, RopeConfig, Scoring
 from kvfold.errors import Cancelled
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
@@ -26,7 +26,7 @@ from kvfold.mla.plan import Path
 from kvfold.mla.rope import cos_sin, pair_columns
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.step import Step
-from kvfold.quant.activations import experts_round, rounded, rounding_for
+from kvfold.quant.activations import Rounding, experts_round, rounded, rounding_for
 from kvfold.quant.tensor import QuantTensor
 from kvfold.quant.types import BlockType
 
@@ -38,7 +38,7 @@ class PlainBackend:
     """dtype: float32, or bfloat16 (products of bf16 values; norms, softmax, routing and sums over experts in float32).
 
     rounds_activations: with float32, linear layers and experts round what they multiply weights by as
-    quant/activations.py says, and attention over keys and values is on bfloat16 as quant/attention.py says: what native
+    quant/activations.py says, and attention is on bfloat16 as quant/attention.py says: what native
     computes in dtype int8, op by op to 1e-5 of a row.
     tap: called with the name and the value of every op's result; it may overwrite the value, as a comparison does that
     replays another engine's expert ids where a router is undecided.
@@ -149,6 +149,11 @@ class _OnlineRounded(_Online):
 def _bf16(x: Tensor) -> Tensor:
     """The nearest bfloat16 values, as float32."""
     return x.bfloat16().float()
+
+
+def _in_codes(x: Tensor) -> Tensor:
+    """As quant/activations.py rounds activations to 8 bits."""
+    return torch.from_numpy(rounded(x.numpy(), Rounding.INT8).astype(np.float32))
 
 
 class PlainOps:
@@ -344,7 +349,10 @@ class PlainOps:
         if rows is not None:
             w_uk, _ = self._up(kv_up, mla)
             per_head = q[rows].view(-1, mla.num_heads, mla.qk_head_dim)
-            folded = torch.einsum("rhn,hnc->rhc", per_head[..., : mla.qk_nope_head_dim], w_uk)
+            q_nope = per_head[..., : mla.qk_nope_head_dim]
+            if kv_up.k_b is not None:  # columns of kv_b have no scale in common to round for
+                q_nope = self._rounded(q_nope, self._type(kv_up.k_b))
+            folded = torch.einsum("rhn,hnc->rhc", q_nope, w_uk)
             out[rows] = torch.cat([folded, per_head[..., mla.qk_nope_head_dim :]], dim=-1).flatten(1)
         return self._done(name, out)
 
@@ -357,7 +365,10 @@ class PlainOps:
                 return keys, keys[..., : mla.kv_lora_rank]
 
             q = q_latent[rows].view(-1, mla.num_heads, mla.latent_dim).transpose(0, 1)
-            out[rows] = self._attend(q, latents, sequence, mla.softmax_scale, fused, mla.latent_dim)
+            in_codes = self._backend.cache.layout.cache_type is CacheType.Q8_0
+            out[rows] = self._attend(
+                q, latents, sequence, mla.softmax_scale, fused, mla.latent_dim, in_codes=in_codes
+            )
         return self._done(name, out)
 
     def unfold_v(self, name: str, o_latent: Tensor, kv_up: KvUp, mla: MlaConfig) -> Tensor:
@@ -366,6 +377,7 @@ class PlainOps:
         if rows is not None:
             _, w_uv = self._up(kv_up, mla)
             per_head = o_latent[rows].view(-1, mla.num_heads, mla.kv_lora_rank)
+            per_head = self._rounded(per_head, self._type(kv_up.kv_b or kv_up.v_b))
             out[rows] = torch.einsum("rhc,hvc->rhv", per_head, w_uv).flatten(1)
         return self._done(name, out)
 
@@ -389,7 +401,7 @@ class PlainOps:
                 width = (heads.stop - heads.start) * (mla.qk_head_dim + mla.v_head_dim)
                 columns = slice(heads.start * mla.v_head_dim, heads.stop * mla.v_head_dim)
                 into[rows, columns] = self._attend(
-                    per_head[heads], expanded, sequence, mla.softmax_scale, fused, width, in_bf16=True
+                    per_head[heads], expanded, sequence, mla.softmax_scale, fused, width
                 )
         return self._done(name, into)
 
@@ -416,7 +428,7 @@ class PlainOps:
 
                 width = size * (mla.qk_head_dim + mla.v_head_dim)
                 out[rows, v_columns] = self._attend(
-                    per_head[heads], cached, sequence, mla.softmax_scale, fused, width, in_bf16=True
+                    per_head[heads], cached, sequence, mla.softmax_scale, fused, width
                 )
         return self._done(name, out)
 
@@ -440,16 +452,17 @@ class PlainOps:
         scale: float,
         fused: bool,
         key_width: int,  # numbers that keys_values holds per key
-        in_bf16: bool = False,  # where activations are rounded
+        in_codes: bool = False,  # keys come out of a q8_0 cache, which scores use as it is
     ) -> Tensor:
         """Causal attention of a sequence's last R tokens, tile by tile: [R, H * v]."""
-        rounds = in_bf16 and self._backend.rounds_activations
+        rounds = self._backend.rounds_activations
         if rounds:
-            q, exact, scale = _bf16(q), keys_values, scale * math.log2(math.e)
+            exact, scale = keys_values, scale * math.log2(math.e)
+            q = _in_codes(q) if in_codes else _bf16(q)
 
             def keys_values(start: int, stop: int) -> tuple[Tensor, Tensor]:
                 k, v = exact(start, stop)
-                return _bf16(k), _bf16(v)
+                return k if in_codes else _bf16(k), _bf16(v)
 
         num_heads, num_rows, _ = q.shape
         num_keys = int(self._step.kv_lens[sequence])

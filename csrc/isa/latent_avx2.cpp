@@ -1,0 +1,30 @@
+// Attention over latents with AVX2. A file of its own, so that it compiles beside avx2.cpp.
+#include "dispatch.h"
+
+#ifdef KVFOLD_X86_SETS
+// GCC 12 finds "uninitialized" values inside its own intrinsics.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "kernels/latent_kernels.h"  // before the target region, as quant_types.h
+#include "kernels/quant_types.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#include "simd/avx2.h"
+
+#include "kernels/latent_tile.h"
+
+namespace kvfold {
+extern const LatentKernels avx2_latent = LatentTile<Avx2>::kernels();
+}  // namespace kvfold
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,73 @@
+// Attention over latents where products round: its tiles, and the functions that an instruction set has for
+// them. quant/attention.py is the definition.
+//
+// A tile is kHeadLanes heads of one row times up to a page of keys. Heads are the lanes of a vector and keys
+// are read four bytes at a time into every lane: a cached row is used as it lies in memory, nothing is turned
+// around but pairs of values, and the softmax of a head stays in its lane.
+//
+//   queries   [pairs of latent][kHeadLanes]  words: two bfloat16 that a product adds up at once
+//             or, for a q8_0 cache, a record for each 32 numbers: codes [8][kHeadLanes] words of four,
+//             scales [kHeadLanes]
+//   keys      [keys][stride]                 bfloat16, or q8_0 in the cache itself
+//   values    [columns / 16][pairs of keys of a page][16]   words
+//   weighted  [columns][kHeadLanes]          float32 sums of weights times values
+//
+// Shapes are the same on every instruction set, so what a workspace holds does not depend on which one runs.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "kernels/cache_rows.h"
+
+namespace kvfold {
+
+constexpr int64_t kHeadLanes = 16;
+constexpr int64_t kValueColumns = 16;  // of a block of values
+constexpr int64_t kPagePairs = kPageTokens / 2;
+
+// The heads of a tile over the keys they have met.
+struct LatentState {
+  alignas(64) float exponent[kHeadLanes];  // whole; minus infinity before the first key
+  float sum[kHeadLanes];                   // of 2^(score - exponent) as bfloat16
+};
+
+// `k` weights of a row to float32, as kernels/decode.h has them.
+using DecodeWeights = void (*)(const uint8_t* row, int64_t k, float* out);
+
+struct LatentKernels {
+  // Queries of up to kHeadLanes heads, `stride` apart; absent heads are zeros.
+  void (*pack_pairs)(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to);
+  void (*pack_codes)(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to);
+
+  // Cached rows of any type but q8_0 to bfloat16 rows of `stride` numbers, of which the first `count` are
+  // written, and a zero after an odd count.
+  void (*widen)(CacheType type, const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t count,
+                uint16_t* to, int64_t stride);
+  // Values out of bfloat16 rows and out of q8_0 rows. Whole blocks of kValueColumns are read; after an odd
+  // number of keys come zeros.
+  void (*pair_values)(const uint16_t* rows, int64_t stride, int64_t keys, int64_t columns, uint32_t* to);
+  void (*pair_codes)(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t columns, uint32_t* to);
+
+  // scores [keys][kHeadLanes].
+  void (*score_pairs)(const uint32_t* q, int64_t pairs, const uint16_t* rows, int64_t stride, int64_t keys,
+                      float* scores);
+  void (*score_codes)(const uint32_t* q, int64_t blocks, const uint8_t* rows, int64_t row_bytes, int64_t keys,
+                      float* scores);
+
+  // Exponents that no score of the tile passes by 1; where one rises, sum and weighted values follow.
+  void (*raise)(const float* scores, int64_t keys, float scale_log2e, LatentState* state, float* weighted,
+                int64_t columns);
+  // words [pairs of keys][kHeadLanes] of 2^(score * scale_log2e - exponent), added up in state.
+  void (*weigh)(const float* scores, int64_t keys, float scale_log2e, LatentState* state, uint32_t* words);
+  void (*add_values)(const uint32_t* words, int64_t keys, const uint32_t* values, int64_t columns,
+                     float* weighted);
+  // Joins the softmax over other keys.
+  void (*merge)(const LatentState& other, const float* other_weighted, LatentState* state, float* weighted,
+                int64_t columns);
+
+  // For what is folded by columns. nullptr where the set has nothing faster than decode.h.
+  DecodeWeights (*decode)(int32_t type);
+};
+
+}  // namespace kvfold

@@ -1,0 +1,342 @@
+// The algorithms of latent_kernels.h once, over the vocabulary of an instruction set. Included last by
+// isa/latent_*.cpp.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/exp2.h"
+#include "kernels/latent_kernels.h"
+#include "kernels/quant_formats.h"
+
+#define KVFOLD_UNROLLED_LATENT _Pragma("GCC unroll 16")
+
+namespace kvfold {
+namespace {
+
+template <class S>
+inline DecodeWeights fast_decode(int32_t type) {
+  switch (type) {
+    case 1:
+      return FastDecode<S, F16Numbers>::row;
+    case 2:
+      return FastDecode<S, blocks::Q4_0>::row;
+    case 8:
+      return FastDecode<S, blocks::Q8_0>::row;
+    case 12:
+      return FastDecode<S, blocks::Q4_K>::row;
+    case 14:
+      return FastDecode<S, blocks::Q6_K>::row;
+    case 20:
+      return FastDecode<S, blocks::IQ4_NL>::row;
+    case 30:
+      return FastDecode<S, Bf16Numbers>::row;
+    default:
+      return nullptr;
+  }
+}
+
+template <class S>
+struct LatentTile {
+  using Floats = typename S::Floats;
+  using Ints = typename S::Ints;
+  static constexpr int kParts = kHeadLanes / S::kLanes;  // vectors of a row of lanes
+  static constexpr int kKeys = S::kLatentKeys, kCodeKeys = S::kLatentCodeKeys,
+                       kColumns = S::kLatentColumns;  // of a register tile
+  static_assert(kHeadLanes % S::kLanes == 0 && kValueColumns % kColumns == 0);
+  static constexpr int64_t kRecord = 9 * kHeadLanes;  // words of 32 numbers of a query in codes
+
+  // Numbers of a query that are rounded at a time: 64 bytes.
+  static constexpr int64_t kChunk = 32;
+
+  static void pack_pairs(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to) {
+    std::memset(to, 0, (latent + 1) / 2 * kHeadLanes * 4);
+    for (int64_t head = 0; head < heads; head++) {
+      uint32_t* word = to + head;
+      for (int64_t at = 0; at < latent; at += kChunk) {
+        const int64_t n = std::min(kChunk, latent - at);
+        uint16_t halves[kChunk] = {};
+        S::to_bf16(q + head * stride + at, halves, n);
+        uint32_t words[kChunk / 2];
+        std::memcpy(words, halves, sizeof words);
+        for (int64_t i = 0; i < (n + 1) / 2; i++, word += kHeadLanes) *word = words[i];
+      }
+    }
+  }
+
+  static void pack_codes(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to) {
+    std::memset(to, 0, latent / kQ8Block * kRecord * 4);
+    for (int64_t head = 0; head < heads; head++) {
+      uint32_t* word = to + head;
+      for (int64_t at = 0; at < latent; at += kQ8Block, word += kRecord) {
+        int8_t codes[kQ8Block];
+        int32_t halves[2];
+        const float scale = S::quantize(q + head * stride + at, codes, halves);
+        for (int8_t& code : codes) code = static_cast<int8_t>(code + S::kWideZero);
+        uint32_t words[8];
+        std::memcpy(words, codes, sizeof words);
+        for (int i = 0; i < 8; i++) word[i * kHeadLanes] = words[i];
+        std::memcpy(word + 8 * kHeadLanes, &scale, 4);
+      }
+    }
+  }
+
+  static void widen(CacheType type, const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t count,
+                    uint16_t* to, int64_t stride) {
+    for (int64_t key = 0; key < keys; key++, rows += row_bytes, to += stride) {
+      if (type == CacheType::kF32) {
+        S::to_bf16(reinterpret_cast<const float*>(rows), to, count);
+      } else if (type == CacheType::kBF16) {
+        std::memcpy(to, rows, count * 2);
+      } else {
+        int64_t at = 0;
+        for (; at + S::kLanes <= count; at += S::kLanes) S::store_bf16(to + at, S::load_half(rows + 2 * at));
+        if (at < count) {
+          uint8_t last[2 * S::kLanes] = {};
+          uint16_t halves[S::kLanes];
+          std::memcpy(last, rows + 2 * at, 2 * (count - at));
+          S::store_bf16(halves, S::load_half(last));
+          std::memcpy(to + at, halves, 2 * (count - at));
+        }
+      }
+      if (count % 2 != 0) to[count] = 0;
+    }
+  }
+
+  static void pair_values(const uint16_t* rows, int64_t stride, int64_t keys, int64_t columns, uint32_t* to) {
+    static constexpr uint16_t zeros[kValueColumns] = {};
+    for (int64_t c = 0; c < columns; c += kValueColumns, rows += kValueColumns) {
+      uint32_t* block = to + c * kPagePairs;
+      for (int64_t key = 0; key < keys; key += 2, block += kValueColumns) {
+        const uint16_t* even = rows + key * stride;
+        const uint16_t* odd = key + 1 < keys ? even + stride : zeros;
+        for (int64_t i = 0; i < kValueColumns; i += S::kLanes) {
+          S::store_codes(block + i, S::interleave(even + i, odd + i));
+        }
+      }
+    }
+  }
+
+  static void pair_codes(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t columns,
+                         uint32_t* to) {
+    constexpr int64_t kHeads = 32;
+    float scales[kPageTokens][kHeads];
+    int32_t starts[kHeads];
+    const int64_t num_blocks = columns / kQ8Block;
+    for (int64_t at = 0; at < num_blocks; at += kHeads) {
+      const int64_t heads = std::min(kHeads, num_blocks - at);
+      for (int64_t key = 0; key < keys; key++) {
+        S::q8_heads(rows + key * row_bytes + at * kQ8Bytes, heads, scales[key], starts);
+      }
+      for (int64_t b = 0; b < heads; b++) {
+        for (int64_t half = 0; half < kQ8Block; half += kValueColumns) {
+          const uint8_t* codes = rows + (at + b) * kQ8Bytes + 2 + half;
+          uint32_t* block = to + ((at + b) * kQ8Block + half) * kPagePairs;
+          const auto values = [&](int64_t key, int64_t i) {
+            const auto* from = reinterpret_cast<const int8_t*>(codes + key * row_bytes + i);
+            return S::mul(S::load_bytes(from), S::set(scales[key][b]));
+          };
+          for (int64_t key = 0; key < keys; key += 2, block += kValueColumns) {
+            for (int64_t i = 0; i < kValueColumns; i += S::kLanes) {
+              const auto odd = key + 1 < keys ? values(key + 1, i) : S::zero();
+              S::store_codes(block + i, S::bf16_pairs(values(key, i), odd));
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // use(first key, integral_constant of keys) for all keys, kKeys at a time.
+  template <int most, class Use>
+  static void use_count(int64_t first, int64_t count, const Use& use) {
+    if (count >= most) {
+      use(first, std::integral_constant<int, most>{});
+    } else if constexpr (most > 1) {
+      use_count<most - 1>(first, count, use);
+    }
+  }
+
+  static void score_pairs(const uint32_t* q, int64_t pairs, const uint16_t* rows, int64_t stride,
+                          int64_t keys, float* scores) {
+    for (int64_t first = 0; first < keys; first += kKeys) {
+      use_count<kKeys>(first, keys - first, [&](int64_t key, auto count) {
+        constexpr int n = decltype(count)::value;
+        Floats sum[n][kParts];
+        KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
+          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) sum[j][p] = S::zero();
+        }
+        const auto* k = reinterpret_cast<const uint8_t*>(rows + key * stride);
+        const int64_t row = 2 * stride;
+        const uint32_t* words = q;
+        for (int64_t i = 0; i < pairs; i++, k += 4, words += kHeadLanes) {
+          Ints query[kParts];
+          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+            query[p] = S::load_codes(words + p * S::kLanes);
+          }
+          KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
+            const auto x = S::four_codes(k + j * row);
+            KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+              sum[j][p] = S::dot_bf16(sum[j][p], query[p], x);
+            }
+          }
+        }
+        KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
+          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+            S::store(scores + (key + j) * kHeadLanes + p * S::kLanes, sum[j][p]);
+          }
+        }
+      });
+    }
+  }
+
+  static void score_codes(const uint32_t* q, int64_t num_blocks, const uint8_t* rows, int64_t row_bytes,
+                          int64_t keys, float* scores) {
+    // A key's scales, and the starts of its integer sums, for as many blocks as stay in the nearest cache.
+    constexpr int64_t kHeads = 32;
+    float scales[kCodeKeys][kHeads];
+    int32_t starts[kCodeKeys][kHeads];
+    for (int64_t first = 0; first < keys; first += kCodeKeys) {
+      use_count<kCodeKeys>(first, keys - first, [&](int64_t key, auto count) {
+        constexpr int n = decltype(count)::value;
+        float* to = scores + key * kHeadLanes;
+        for (int64_t at = 0; at < num_blocks; at += kHeads) {
+          const int64_t heads = std::min(kHeads, num_blocks - at);
+          const uint8_t* k = rows + key * row_bytes + at * kQ8Bytes;
+          for (int j = 0; j < n; j++) S::q8_heads(k + j * row_bytes, heads, scales[j], starts[j]);
+          for (int p = 0; p < kParts; p++) {
+            const int64_t lane = p * S::kLanes;
+            Floats out[n];
+            KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
+              out[j] = at == 0 ? S::zero() : S::load(to + j * kHeadLanes + lane);
+            }
+            const uint32_t* record = q + at * kRecord + lane;
+            const uint8_t* codes = k + 2;
+            for (int64_t b = 0; b < heads; b++, record += kRecord, codes += kQ8Bytes) {
+              Ints sum[n];
+              KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) sum[j] = S::set_ints(starts[j][b]);
+              KVFOLD_UNROLLED_LATENT for (int i = 0; i < 8; i++) {
+                const Ints query = S::load_codes(record + i * kHeadLanes);
+                KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
+                  sum[j] = S::template dot<true>(sum[j], query, S::four_codes(codes + j * row_bytes + 4 * i));
+                }
+              }
+              const auto scale = S::load(reinterpret_cast<const float*>(record + 8 * kHeadLanes));
+              KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
+                out[j] = S::fma(S::mul(S::to_floats(sum[j]), scale), S::set(scales[j][b]), out[j]);
+              }
+            }
+            KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
+              S::store(to + j * kHeadLanes + lane, out[j]);
+            }
+          }
+        }
+      });
+    }
+  }
+
+  static void scale_columns(float* weighted, int64_t columns, int part, Floats factor) {
+    for (int64_t c = 0; c < columns; c++) {
+      float* at = weighted + c * kHeadLanes + part * S::kLanes;
+      S::store(at, S::mul(S::load(at), factor));
+    }
+  }
+
+  static bool is_one(Floats factor) {
+    float lanes[S::kLanes];
+    S::store(lanes, factor);
+    return std::all_of(lanes, lanes + S::kLanes, [](float x) { return x == 1.0f; });
+  }
+
+  static void raise(const float* scores, int64_t keys, float scale_log2e, LatentState* state, float* weighted,
+                    int64_t columns) {
+    const auto factor = S::set(scale_log2e), half = S::set(0.5f);
+    for (int p = 0; p < kParts; p++) {
+      auto most = S::load(scores + p * S::kLanes);
+      for (int64_t j = 1; j < keys; j++) {
+        most = S::max(S::load(scores + j * kHeadLanes + p * S::kLanes), most);
+      }
+      float* exponent = state->exponent + p * S::kLanes;
+      const auto before = S::load(exponent);
+      // A whole number that is at least most * factor - 1/2: any does, see quant/attention.py.
+      const auto now = S::max(S::round(S::fma(most, factor, half)), before);
+      const auto shrink = exp2<S>(S::sub(before, now));
+      S::store(exponent, now);
+      if (is_one(shrink)) continue;
+      float* sum = state->sum + p * S::kLanes;
+      S::store(sum, S::mul(S::load(sum), shrink));
+      scale_columns(weighted, columns, p, shrink);
+    }
+  }
+
+  static void weigh(const float* scores, int64_t keys, float scale_log2e, LatentState* state,
+                    uint32_t* words) {
+    const auto factor = S::set(scale_log2e);
+    const Ints ones = S::set_ints(0x3f803f80);
+    for (int p = 0; p < kParts; p++) {
+      const auto minus = S::mul(S::load(state->exponent + p * S::kLanes), S::set(-1.0f));
+      float* sum = state->sum + p * S::kLanes;
+      auto added = S::zero();
+      for (int64_t key = 0; key < keys; key += 2) {
+        const float* at = scores + key * kHeadLanes + p * S::kLanes;
+        const auto even = exp2<S>(S::fma(S::load(at), factor, minus));
+        const auto odd =
+            key + 1 < keys ? exp2<S>(S::fma(S::load(at + kHeadLanes), factor, minus)) : S::zero();
+        const Ints pair = S::bf16_pairs(even, odd);
+        S::store_codes(words + key / 2 * kHeadLanes + p * S::kLanes, pair);
+        added = S::dot_bf16(added, pair, ones);
+      }
+      S::store(sum, S::add(S::load(sum), added));
+    }
+  }
+
+  static void add_values(const uint32_t* words, int64_t keys, const uint32_t* values, int64_t columns,
+                         float* weighted) {
+    const int64_t pairs = (keys + 1) / 2;
+    for (int64_t c = 0; c < columns; c += kColumns) {
+      const uint32_t* block = values + c / kValueColumns * kValueColumns * kPagePairs + c % kValueColumns;
+      for (int p = 0; p < kParts; p++) {
+        float* out = weighted + c * kHeadLanes + p * S::kLanes;
+        Floats sum[kColumns];
+        KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) sum[i] = S::load(out + i * kHeadLanes);
+        const uint32_t* weights = words + p * S::kLanes;
+        const uint32_t* v = block;
+        for (int64_t j = 0; j < pairs; j++, weights += kHeadLanes, v += kValueColumns) {
+          const Ints w = S::load_codes(weights);
+          KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
+            sum[i] = S::dot_bf16(sum[i], w, S::four_codes(v + i));
+          }
+        }
+        KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) S::store(out + i * kHeadLanes, sum[i]);
+      }
+    }
+  }
+
+  static void merge(const LatentState& other, const float* other_weighted, LatentState* state,
+                    float* weighted, int64_t columns) {
+    for (int p = 0; p < kParts; p++) {
+      const int64_t lane = p * S::kLanes;
+      const auto a = S::load(state->exponent + lane), b = S::load(other.exponent + lane);
+      const auto now = S::max(a, b);
+      const auto shrink_a = exp2<S>(S::sub(a, now)), shrink_b = exp2<S>(S::sub(b, now));
+      S::store(state->exponent + lane, now);
+      S::store(state->sum + lane,
+               S::fma(S::load(other.sum + lane), shrink_b, S::mul(S::load(state->sum + lane), shrink_a)));
+      for (int64_t c = 0; c < columns; c++) {
+        float* at = weighted + c * kHeadLanes + lane;
+        const auto theirs = S::load(other_weighted + c * kHeadLanes + lane);
+        S::store(at, S::fma(theirs, shrink_b, S::mul(S::load(at), shrink_a)));
+      }
+    }
+  }
+
+  static constexpr LatentKernels kernels() {
+    return {pack_pairs,  pack_codes, widen, pair_values, pair_codes, score_pairs,
+            score_codes, raise,      weigh, add_values,  merge,      fast_decode<S>};
+  }
+};
+
+}  // namespace
+}  // namespace kvfold
