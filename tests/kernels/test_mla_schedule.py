@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvfold.kernels.mla_decode import DecodeWorkspace, schedule_decode
-from kvfold.kernels.mla_schedule import MIN_TILES, SEQUENCE_COST, TILE_TOKENS
+from kvfold.kernels.mla_schedule import EVEN_SHARE, MIN_TILES, SEQUENCE_COST, TILE_TOKENS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -69,10 +69,23 @@ def test_every_tile_is_dealt_once_and_found_again(kv_lens: list[int], num_parts:
         assert [p for _, _, p in held] == list(range(held[0][2], held[0][2] + len(held)))
 
 
+@pytest.mark.parametrize(
+    ("batch", "keys", "num_parts", "each"), [(64, 4096, 132, 2), (64, 4096, 66, 1), (128, 900, 66, 1)]
+)
+def test_equal_lengths_are_cut_into_equal_pieces_or_not_at_all(
+    batch: int, keys: int, num_parts: int, each: int
+) -> None:
+    starts, splits = schedule([keys] * batch, num_parts)
+    assert [count for _, count in splits] == [each] * batch
+    sizes = {sum(hi - lo for _, lo, hi in part) for part in stretches([keys] * batch, starts)} - {0}
+    assert len(sizes) == 1, f"parts of {sizes} tiles"
+
+
 @pytest.mark.parametrize("kv_lens", [[65536], [8128] * 16, [1, 30_000, 64, 64, 9000], [4097] * 128])
 def test_no_part_works_longer_than_its_share(kv_lens: list[int]) -> None:
     starts, _ = schedule(kv_lens, 132)
     total = sum(math.ceil(n / TILE_TOKENS) + SEQUENCE_COST for n in kv_lens)
     used = min(132, math.ceil(sum(math.ceil(n / TILE_TOKENS) for n in kv_lens) / MIN_TILES))
     longest = max(sum(hi - lo for _, lo, hi in part) for part in stretches(kv_lens, starts))
-    assert longest <= math.ceil(total / used)
+    idle = EVEN_SHARE / (EVEN_SHARE - 1)
+    assert longest <= math.ceil(total / used * idle)

@@ -4,7 +4,8 @@ Owns the launches of one decode attention and their buffers. A tile of 64 latent
 serves twice: 576 numbers as keys, the first 512 of them as values. Which part of the grid reads which tiles is
 mla_schedule.py's; a sequence that several parts read is merged by its log-sum-exps in a second launch.
 
-The kernel of this file is plain Triton: right on any GPU from sm_80 on and in Triton's CPU interpreter.
+The kernel of this file is plain Triton: right on any GPU from sm_80 on and in Triton's CPU interpreter, and the judge of
+the Hopper kernels in mla_decode_gluon.py, which `mla_decode` takes where they apply.
 
 Every exponential is a power of two: scores carry scale * log2(e), and log-sum-exps are in base 2.
 """
@@ -12,17 +13,28 @@ Every exponential is a power of two: scores carry scale * log2(e), and log-sum-e
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvfold.kernels.mla_schedule import BATCH_BLOCK, MIN_TILES, SEQUENCE_COST, TILE_TOKENS, schedule_kernel
+from kvfold.kernels.mla_schedule import (
+    BATCH_BLOCK,
+    EVEN_SHARE,
+    MIN_TILES,
+    SEQUENCE_COST,
+    TILE_TOKENS,
+    schedule_kernel,
+)
+
+Form = Literal["triton", "gluon"]
 
 LOG2_E = math.log2(math.e)
 NO_SCORE = tl.constexpr(-1e30)  # a running maximum before any key: finite, so that differences stay numbers
 
+COMBINE_PROGRAMS = 1056  # 8 on each of 132 multiprocessors: one wave
 INTERPRETER_PARTS = 5  # parts without a GPU: few programs, and splits at odd places
 
 
@@ -43,7 +55,7 @@ class DecodeWorkspace:
         self.num_heads = num_heads
         self.kv_lora = kv_lora
         rows = rows_per_sequence * num_heads
-        self.row_block = min(max(triton.next_power_of_2(rows), 8), 64)
+        self.row_block = min(max(triton.next_power_of_2(rows), 16), 64)
         if num_parts is None:
             num_parts = INTERPRETER_PARTS
             if device.type == "cuda":
@@ -66,6 +78,7 @@ def schedule_decode(kv_lens: torch.Tensor, workspace: DecodeWorkspace) -> None:
         workspace.batch,
         workspace.num_parts,
         SEQUENCE_COST=SEQUENCE_COST,
+        EVEN_SHARE=EVEN_SHARE,
         MIN_TILES=MIN_TILES,
         BATCH_BLOCK=BATCH_BLOCK,
         PART_BLOCK=triton.next_power_of_2(workspace.num_parts + 1),
@@ -84,15 +97,33 @@ def mla_decode(
     *,
     scale: float,
     kv_lora: int,
+    form: Form | None = None,
 ) -> None:
     """Softmax attention of every query row over its sequence's latents: [B * s_q, H, kv_lora] into `out`.
 
     Queries and the weights of values are rounded to the type of `out`; cached rows are converted to it; sums are
-    float32. A row that sees no key (kv_len 0: padding) gets zeros.
+    float32. A row that sees no key (kv_len 0: padding) gets zeros. `form` forces a kernel.
     """
-    pdl = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
-    _launch_triton(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, pdl)
-    _combine(out, workspace, pdl)
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+    if form is None:
+        form = "gluon" if hopper and _gluon_serves(q, pool, out, kv_lora) else "triton"
+    launch = _launch_triton
+    if form == "gluon":
+        from kvfold.kernels.mla_decode_gluon import launch  # names of Triton's experimental room, which move
+    launch(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, hopper)
+    _combine(out, workspace, hopper)
+
+
+def _gluon_serves(q: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, kv_lora: int) -> bool:
+    """16-bit queries, latents and output of one type, 512 + 64 numbers, all contiguous."""
+    return (
+        (kv_lora, pool.shape[-1]) == (512, 576)
+        and q.dtype == pool.dtype == out.dtype
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.is_contiguous()
+        and pool.is_contiguous()
+        and out.is_contiguous()
+    )
 
 
 def _launch_triton(
@@ -129,19 +160,27 @@ def _launch_triton(
         PDL=pdl,
         num_warps=8 if block_rows > 32 else 4,
         num_stages=1,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
 def _combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool) -> None:
+    """Merges the partials of the sequences that were cut: 4096 numbers are under way in each program at once.
+
+    Nothing here waits long but for memory, so a program loads several partials of few rows together: as many as an even
+    batch has per sequence. A large batch has few or none, and programs that take several rows, since most end at once.
+    """
     rows = workspace.rows_per_sequence * workspace.num_heads
-    # A small batch has many partials of few rows: a program a row and 128 columns, 16 partials under way at once. A large
-    # one has two or three a sequence, and often none: fewer programs that end at once.
-    small = out.is_cuda and workspace.batch * rows <= 1024
-    block_splits, block_rows, block_columns = (16, 1, 128) if small else (2, 8, 256)
-    grid = (workspace.batch, triton.cdiv(rows, block_rows), triton.cdiv(workspace.kv_lora, block_columns))
+    likely_splits = workspace.num_parts // workspace.batch + 1
+    block_splits = min(max(triton.next_power_of_2(likely_splits), 4), 64)
+    block_columns = min(triton.next_power_of_2(workspace.kv_lora), 4096 // block_splits)
+    block_rows = max(4096 // (block_splits * block_columns), 1)
+    column_blocks = triton.cdiv(workspace.kv_lora, block_columns)
+    turns = max(workspace.batch * triton.cdiv(rows, block_rows) * column_blocks // COMBINE_PROGRAMS, 1)
+    grid = (workspace.batch, triton.cdiv(rows, block_rows * turns), column_blocks)
     options = {"launch_pdl": True} if pdl else {}
     _combine_kernel[grid](
-        workspace.splits, workspace.partial, workspace.partial_lse, out, rows, out.stride(0), out.stride(1),
+        workspace.splits, workspace.partial, workspace.partial_lse, out, rows, out.stride(0), out.stride(1), turns,
         S_Q=workspace.rows_per_sequence,
         HEADS=workspace.num_heads,
         KV_LORA=workspace.kv_lora,
@@ -168,6 +207,8 @@ def _decode_kernel(
     TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row block, part): the part's tiles of every sequence it crosses, for BLOCK_ROWS (row, head) pairs."""
+    if PDL:
+        gdc_wait()
     part = tl.program_id(1)
     first_sequence = tl.load(part_starts + 2 * part)
     first_tile = tl.load(part_starts + 2 * part + 1)
@@ -206,8 +247,9 @@ def _decode_kernel(
             in_length = (start + key < kv_len)[:, None]  # unused slots may hold NaN: a zero weight would keep it
             c_kv = tl.load(latent_row + lora[None, :], mask=in_length & (lora < KV_LORA)[None, :], other=0)
             k_rope = tl.load(latent_row + KV_LORA + rope[None, :], mask=in_length & (rope < ROPE)[None, :], other=0)
-            c_kv = c_kv.to(tl.float32).to(dtype)
-            k_rope = k_rope.to(tl.float32).to(dtype)
+            if c_kv.dtype != dtype:
+                c_kv = c_kv.to(tl.float32).to(dtype)
+                k_rope = k_rope.to(tl.float32).to(dtype)
 
             score = tl.dot(q_lora, tl.trans(c_kv), input_precision="ieee")
             score = tl.dot(q_rope, tl.trans(k_rope), score, input_precision="ieee")
@@ -237,11 +279,11 @@ def _decode_kernel(
 
 @triton.jit
 def _combine_kernel(
-    splits, partial, partial_lse, out, rows, out_stride, out_head_stride,
+    splits, partial, partial_lse, out, rows, out_stride, out_head_stride, turns,
     S_Q: tl.constexpr, HEADS: tl.constexpr, KV_LORA: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, BLOCK_ROWS rows, columns): merges the partial results of a sequence that was split."""
+    """Program (sequence, `turns` blocks of rows, columns): merges the partial results of a sequence that was cut."""
     sequence = tl.program_id(0)
     first_part = tl.load(splits + 2 * sequence)
     num_splits = tl.load(splits + 2 * sequence + 1)
@@ -249,25 +291,25 @@ def _combine_kernel(
         gdc_wait()
     if num_splits > 1:
         lane = tl.arange(0, BLOCK_SPLITS)[:, None, None]
-        r = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :, None]
         column = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, None, :]
-        highest = tl.full([1, BLOCK_ROWS, 1], NO_SCORE, tl.float32)
-        for start in range(0, num_splits, BLOCK_SPLITS):
-            split = start + lane
-            slot_row = (2 * (first_part + split) + (split == 0).to(tl.int32)).to(tl.int64) * rows + r
-            lse = tl.load(partial_lse + slot_row, mask=(split < num_splits) & (r < rows), other=float("-inf"))
-            highest = tl.maximum(highest, tl.max(lse, 0, keep_dims=True))
-        weight = tl.zeros([1, BLOCK_ROWS, 1], tl.float32)
-        values = tl.zeros([1, BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-        for start in range(0, num_splits, BLOCK_SPLITS):
-            split = start + lane
-            slot_row = (2 * (first_part + split) + (split == 0).to(tl.int32)).to(tl.int64) * rows + r
-            real = (split < num_splits) & (r < rows)
-            share = tl.exp2(tl.load(partial_lse + slot_row, mask=real, other=float("-inf")) - highest)
-            weight += tl.sum(share, 0, keep_dims=True)
-            part = tl.load(partial + slot_row * KV_LORA + column, mask=real & (column < KV_LORA), other=0)
-            values += tl.sum(part * share, 0, keep_dims=True)
-        values = values / tl.where(weight > 0, weight, 1.0)
-        row = sequence.to(tl.int64) * S_Q + r // HEADS
-        out_row = out + row * out_stride + (r % HEADS) * out_head_stride
-        tl.store(out_row + column, values.to(out.dtype.element_ty), mask=(r < rows) & (column < KV_LORA))
+        for turn in range(0, turns):
+            r = (tl.program_id(1) * turns + turn) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :, None]
+            highest = tl.full([1, BLOCK_ROWS, 1], NO_SCORE, tl.float32)
+            weight = tl.zeros([1, BLOCK_ROWS, 1], tl.float32)
+            values = tl.zeros([1, BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+            for start in range(0, num_splits, BLOCK_SPLITS):
+                split = start + lane
+                slot_row = (2 * (first_part + split) + (split == 0).to(tl.int32)).to(tl.int64) * rows + r
+                real = (split < num_splits) & (r < rows)
+                lse = tl.load(partial_lse + slot_row, mask=real, other=float("-inf"))
+                part = tl.load(partial + slot_row * KV_LORA + column, mask=real & (column < KV_LORA), other=0)
+                higher = tl.maximum(highest, tl.max(lse, 0, keep_dims=True))
+                share = tl.exp2(lse - higher)
+                shrink = tl.exp2(highest - higher)
+                weight = weight * shrink + tl.sum(share, 0, keep_dims=True)
+                values = values * shrink + tl.sum(part * share, 0, keep_dims=True)
+                highest = higher
+            values = values / tl.where(weight > 0, weight, 1.0)
+            row = sequence.to(tl.int64) * S_Q + r // HEADS
+            out_row = out + row * out_stride + (r % HEADS) * out_head_stride
+            tl.store(out_row + column, values.to(out.dtype.element_ty), mask=(r < rows) & (column < KV_LORA))

@@ -4,7 +4,8 @@ A sequence of L keys is ceil(L / 64) tiles. Laid end to end, each sequence with 
 front (loading its queries, writing its result), the tiles of a batch form one line. Part p of P takes the stretch from
 W p // P to W (p + 1) // P of that line, whatever sequences it crosses, so no part has over one tile more than another:
 no context length is worse than its neighbours, and a ragged batch is as even as a uniform one. Short steps take fewer
-parts, since a part under MIN_TILES tiles costs more to merge than it saves.
+parts, since a part under MIN_TILES tiles costs more to merge than it saves. Where all lengths are equal, a part takes
+whole sequences or one piece of one, and a few parts stay idle: cuts cost more than that.
 
 A part may cut a sequence at both of its ends and nowhere else. So it has two slots for partial results: slot 2p for the
 sequence it continues, slot 2p + 1 for the one it begins and does not finish. What it holds whole it writes as the result.
@@ -18,6 +19,7 @@ import triton.language as tl
 
 TILE_TOKENS = 64  # a page
 SEQUENCE_COST = 2  # in tiles: queries read, result written
+EVEN_SHARE = 16  # equal lengths are not cut across parts if fewer than one part in 16 stays idle for it
 MIN_TILES = 2  # the fewest tiles worth a part of their own
 
 BATCH_BLOCK = 32  # sequences the schedule kernel sums at a time
@@ -31,6 +33,7 @@ def schedule_kernel(
     batch,
     num_parts,
     SEQUENCE_COST: tl.constexpr,
+    EVEN_SHARE: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BATCH_BLOCK: tl.constexpr,
     PART_BLOCK: tl.constexpr,
@@ -38,14 +41,28 @@ def schedule_kernel(
     """One program: a batch is at most some hundred lengths."""
     lane = tl.arange(0, BATCH_BLOCK)
     part = tl.arange(0, PART_BLOCK)
-    tiles_before = 0
+    num_tiles = 0
+    longest = 0
+    for start in range(0, batch, BATCH_BLOCK):
+        b = start + lane
+        tiles = (tl.load(kv_lens + b, mask=b < batch, other=0) + 63) // 64
+        num_tiles += tl.sum(tiles, 0)
+        longest = tl.maximum(longest, tl.max(tiles, 0))
+
+    # Equal lengths: whole sequences a part, or equal pieces of one sequence, if that leaves few parts idle.
+    each = (batch + num_parts - 1) // num_parts
+    even = tl.where(each > 1, batch // each, num_parts // batch * batch)
+    fits = (
+        (num_tiles == longest * batch) & (even * EVEN_SHARE >= num_parts * (EVEN_SHARE - 1)) & (batch % each == 0)
+    )
+    used = tl.where(fits, even, num_parts)
+    fixed_cost = tl.where(fits, 0, SEQUENCE_COST)
+    used = tl.maximum(tl.minimum(used, (num_tiles + MIN_TILES - 1) // MIN_TILES), 1)
     total = 0
     for start in range(0, batch, BATCH_BLOCK):
         b = start + lane
         tiles = (tl.load(kv_lens + b, mask=b < batch, other=0) + 63) // 64
-        tiles_before += tl.sum(tiles, 0)
-        total += tl.sum(tl.where(tiles > 0, tiles + SEQUENCE_COST, 0), 0)
-    used = tl.maximum(tl.minimum(num_parts, tl.cdiv(tiles_before, MIN_TILES)), 1)
+        total += tl.sum(tl.where(tiles > 0, tiles + fixed_cost, 0), 0)
 
     # Where part p begins on the line, and how many sequences end at or before that point.
     cut = tl.where(part < used, part.to(tl.int64) * total // used, total).to(tl.int32)
@@ -55,15 +72,15 @@ def schedule_kernel(
     for start in range(0, batch, BATCH_BLOCK):
         b = start + lane
         tiles = (tl.load(kv_lens + b, mask=b < batch, other=0) + 63) // 64
-        cost = tl.where(tiles > 0, tiles + SEQUENCE_COST, 0)
+        cost = tl.where(tiles > 0, tiles + fixed_cost, 0)
         end = begin + tl.cumsum(cost, 0)
         first = end - cost
         inside = (first[None, :] <= cut[:, None]) & (cut[:, None] < end[None, :])
         sequence += tl.sum(((end[None, :] <= cut[:, None]) & (b < batch)[None, :]).to(tl.int32), 1)
-        tile += tl.sum(tl.where(inside, tl.maximum(cut[:, None] - first[None, :] - SEQUENCE_COST, 0), 0), 1)
+        tile += tl.sum(tl.where(inside, tl.maximum(cut[:, None] - first[None, :] - fixed_cost, 0), 0), 1)
 
-        # Tile t of a sequence lies at first + SEQUENCE_COST + t; position y lies in part ((y + 1) used - 1) // total.
-        zeroth = (first + SEQUENCE_COST).to(tl.int64)
+        # Tile t of a sequence lies at first + fixed_cost + t; position y lies in part ((y + 1) used - 1) // total.
+        zeroth = (first + fixed_cost).to(tl.int64)
         safe_total = tl.maximum(total, 1)
         first_part = ((zeroth + 1) * used - 1) // safe_total
         last_part = ((zeroth + tiles) * used - 1) // safe_total

@@ -1,0 +1,425 @@
+"""MLA decode on a GPU: first right, then how fast beside the card's limits and a peer.
+
+    PYTHONPATH=src python bench/gpu_mla.py check many            # against float64; few, many, triton or prefill
+    PYTHONPATH=src python bench/gpu_mla.py sweep --out sweep.json        # batch 1, every length from 1k to 64k
+    PYTHONPATH=src python bench/gpu_mla.py prefill --out prefill.json
+    PYTHONPATH=src python bench/gpu_mla.py time --heads 16 --out rows.json [--peer FOLDER]
+
+Times are CUDA events around the replay of a graph of at least 20 launches, the median of 5 replays. Every launch reads
+other pages, in random order, of a pool of random rows, so that none comes from the 60 MB of L2: the inputs rotate over
+at least 320 MB. Counted bytes: latents, queries, results. Counted multiply-adds: (576 + 512) per row, head and visible
+key. The schedule (once a step for all layers) is not timed, in ours as in the peer. `--peer` is a folder with a built
+`flash_peer` extension that exports FlashMLA's dense_decode_fwd; every row then carries the peer's time, taken in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kvfold.kernels import mla_decode as decode
+from kvfold.kernels import mla_prefill as prefill
+
+LATENT, KV_LORA, PAGE = 576, 512, 64
+L2_BYTES = 320e6
+DEVICE = "cuda"
+SCALE = 1 / math.sqrt(192)
+
+
+class Batch:
+    """Queries, page lists and lengths for one decode step over a shared pool, `turns` times with other pages."""
+
+    def __init__(
+        self, pool: torch.Tensor, heads: int, kv_lens: list[int], s_q: int, turns: int | None = None
+    ) -> None:
+        self.pool, self.heads, self.kv_lens, self.s_q = pool, heads, kv_lens, s_q
+        batch = len(kv_lens)
+        counts = [math.ceil(n / PAGE) for n in kv_lens]
+        if turns is None:
+            turns = max(1, math.ceil(L2_BYTES / (sum(kv_lens) * LATENT * 2)))
+        turns = min(turns, pool.shape[0] // max(sum(counts), 1)) or 1
+        pages = torch.randperm(pool.shape[0], device=DEVICE, dtype=torch.int32)
+        self.pages = [pages[t * sum(counts) : (t + 1) * sum(counts)] for t in range(turns)]
+        starts = [sum(counts[:i]) for i in range(batch + 1)]
+        self.page_starts = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+        self.lengths = torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE)
+        self.q = [torch.randn(batch * s_q, heads, LATENT, device=DEVICE).to(pool.dtype) for _ in range(turns)]
+        self.out = torch.full((batch * s_q, heads, KV_LORA), float("nan"), device=DEVICE, dtype=pool.dtype)
+        self.workspace = decode.DecodeWorkspace(batch, s_q, heads, KV_LORA, DEVICE)
+        # FlashMLA's table: one padded row of pages a sequence
+        width = max(counts)
+        self.tables = []
+        for chosen in self.pages:
+            table = torch.zeros(batch, width, dtype=torch.int32, device=DEVICE)
+            for i in range(batch):
+                table[i, : counts[i]] = chosen[starts[i] : starts[i + 1]]
+            self.tables.append(table)
+
+    def launches(self, form: decode.Form | None) -> list[Callable[[], None]]:
+        decode.schedule_decode(self.lengths, self.workspace)
+
+        def one(turn: int) -> Callable[[], None]:
+            def call() -> None:
+                decode.mla_decode(
+                    self.q[turn], self.pool, self.pages[turn], self.page_starts, self.lengths, self.out,
+                    self.workspace, scale=SCALE, kv_lora=KV_LORA, form=form,
+                )  # fmt: skip
+
+            return call
+
+        return [one(t) for t in range(len(self.pages))]
+
+    def peer_launches(self, peer: Any) -> list[Callable[[], None]]:
+        cache = self.pool.view(-1, PAGE, 1, LATENT)
+        metadata = splits = None
+        calls = []
+        for turn, table in enumerate(self.tables):
+            q = self.q[turn].view(len(self.kv_lens), self.s_q, self.heads, LATENT)
+
+            def call(q: torch.Tensor = q, table: torch.Tensor = table) -> None:
+                nonlocal metadata, splits
+                _, _, metadata, splits = peer.dense_decode_fwd(
+                    q, cache, KV_LORA, self.lengths, table, SCALE, True, metadata, splits
+                )
+
+            calls.append(call)
+        return calls
+
+    @property
+    def num_bytes(self) -> int:
+        rows = len(self.kv_lens) * self.s_q * self.heads
+        return sum(self.kv_lens) * LATENT * 2 + rows * (LATENT + KV_LORA) * 2
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.s_q * self.heads * sum(self.kv_lens) * (LATENT + KV_LORA)
+
+    def expected(self) -> torch.Tensor:
+        """Turn 0 in float64, sequence after sequence."""
+        rows = []
+        start = 0
+        for b, length in enumerate(self.kv_lens):
+            count = math.ceil(length / PAGE)
+            keys = self.pool[self.pages[0][start : start + count].long()].flatten(0, 1)[:length].double()
+            start += count
+            for i in range(self.s_q):
+                seen = keys[: max(length - self.s_q + 1 + i, 0)]
+                weights = torch.softmax(self.q[0][b * self.s_q + i].double() @ seen.T * SCALE, -1)
+                rows.append(weights @ seen[:, :KV_LORA])
+        return torch.stack(rows)
+
+
+def timed(calls: list[Callable[[], None]], replays: int = 5) -> float:
+    """Microseconds of one call."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    stream.synchronize()
+    launches = calls * math.ceil(20 / len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in launches:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(launches))
+    return statistics.median(times)
+
+
+def random_pool(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    pool = torch.empty(math.ceil(num_tokens / PAGE), PAGE, LATENT, dtype=dtype, device=DEVICE)
+    for piece in pool.split(1 << 14):
+        piece.normal_()
+    return pool
+
+
+CASES: dict[str, list[tuple[int, list[int], int]]] = {  # heads, lengths, s_q
+    "few": [
+        (16, [1, 63, 64, 65, 4097], 1), (16, [8192], 1), (16, [65536, 100, 0, 3000], 1), (5, [1, 65, 129], 1),
+        (16, [4097, 1, 63, 130, 777], 2), (8, [65, 1000], 4), (16, [1000 + 61 * i for i in range(150)], 1), (1, [5], 1),
+    ],
+    "many": [
+        (128, [1, 63, 64, 65, 4097], 1), (128, [8192], 1), (128, [65536, 100, 0, 3000], 1), (40, [65, 1000, 129], 1),
+        (128, [4097, 1, 63, 130, 777], 2), (64, [129], 1), (128, [1000 + 61 * i for i in range(150)], 1),
+        (16, [65, 4000], 4),
+    ],
+}  # fmt: skip
+
+
+def check(kind: str) -> bool:
+    """Every case against float64: outputs and partials poisoned, unused slots and pages NaN. Twelve runs each."""
+    form: decode.Form = "triton" if kind == "triton" else "gluon"
+    fine = True
+    for dtype, tolerance in ((torch.bfloat16, 4e-3), (torch.float16, 1e-3)):
+        cases = CASES["few"][:5] + CASES["many"][:5] if kind == "triton" else CASES[kind]
+        for heads, kv_lens, s_q in cases:
+            pool = random_pool(sum(kv_lens) + 64 * (len(kv_lens) + 20), dtype)
+            batch = Batch(pool, heads, kv_lens, s_q, turns=1)
+            used = torch.zeros(pool.shape[0], PAGE, dtype=torch.bool, device=DEVICE)
+            start = 0
+            for length in kv_lens:
+                count = math.ceil(length / PAGE)
+                rows = torch.arange(count * PAGE, device=DEVICE).view(count, PAGE) < length
+                used[batch.pages[0][start : start + count].long()] = rows
+                start += count
+            pool[~used] = float("nan")
+            expected = batch.expected()
+            errors = []
+            for _ in range(12):
+                batch.out.fill_(float("nan"))
+                batch.workspace.partial.fill_(float("nan"))
+                batch.workspace.partial_lse.fill_(float("nan"))
+                batch.launches(form)[0]()
+                out = batch.out.double()
+                row_error = (out - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-3)
+                errors.append(row_error.nan_to_num(nan=9.0).max().item())
+            good = max(errors) < 4 * tolerance
+            fine &= good
+            shown = kv_lens if len(kv_lens) < 8 else f"{len(kv_lens)} lengths"
+            print(
+                f"{'ok ' if good else 'BAD'} {form} {str(dtype)[6:]} heads {heads} s_q {s_q} lens {shown}: worst row "
+                f"{min(errors):.2e} .. {max(errors):.2e}",
+                flush=True,
+            )
+    return fine
+
+
+@triton.jit
+def _sum_kernel(x, out, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK * 16 + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(16):
+        total += tl.load(x + at + i * BLOCK)
+    tl.store(out + tl.program_id(0), tl.sum(total, 0))
+
+
+def check_prefill() -> bool:
+    """Rows over cached prefixes, in one run of keys and in two merged ones, against float64."""
+    fine = True
+    for rows, cached, heads in ((300, 0, 16), (64, 1000, 5), (1, 4097, 16), (1030, 65, 128)):
+        q, k_nope, k_rope, v = prefill_inputs(rows, rows + cached, heads)
+        keys = rows + cached
+        k = torch.cat([k_nope, k_rope.expand(-1, heads, -1)], -1).double()
+        score = torch.einsum("rhd,khd->hrk", q.double(), k) * SCALE
+        sees = cached + torch.arange(rows, device=DEVICE)[:, None]
+        weights = score.masked_fill(torch.arange(keys, device=DEVICE)[None] > sees, float("-inf")).softmax(-1)
+        expected = torch.einsum("hrk,khv->rhv", weights, v.double())
+        for bounds in ((0, keys), (0, keys // 3, keys)):
+            out = torch.full((rows, heads, 128), float("nan"), device=DEVICE, dtype=torch.float32)
+            lse = torch.full((heads, rows), float("nan"), device=DEVICE)
+            for first, last in itertools.pairwise(bounds):
+                prefill.mla_prefill(
+                    q, k_nope[first:last], k_rope[first:last], v[first:last], out, lse, scale=SCALE,
+                    first_row=cached, first_key=first, merge=first > 0,
+                )  # fmt: skip
+            row_error = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+            worst = row_error.nan_to_num(nan=9.0).max().item()
+            fine &= worst < 1.6e-2
+            print(
+                f"{'ok ' if worst < 1.6e-2 else 'BAD'} prefill {rows}+{cached} h{heads} {bounds}: {worst:.2e}",
+                flush=True,
+            )
+    return fine
+
+
+def prefill_inputs(rows: int, keys: int, heads: int) -> tuple[torch.Tensor, ...]:
+    """q, k_nope, k_rope, v in bf16; k_nope and v side by side as expansion leaves them."""
+    q = torch.randn(rows, heads, 192, device=DEVICE, dtype=torch.bfloat16)
+    expanded = torch.randn(keys, heads, 256, device=DEVICE, dtype=torch.bfloat16)
+    k_rope = torch.randn(keys, 1, 64, device=DEVICE, dtype=torch.bfloat16)
+    return q, expanded[..., :128], k_rope, expanded[..., 128:]
+
+
+def time_prefill(blocks: list[tuple[int, int, int, int]]) -> list[dict[str, Any]]:
+    """Causal prompts without a prefix beside cuDNN's attention on the same numbers, best of `blocks`."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    rows = []
+    for heads, length in ((16, 4096), (16, 8192), (16, 16384), (128, 4096), (128, 8192)):
+        turns = [prefill_inputs(length, length, heads) for _ in range(2)]
+        out = torch.empty(length, heads, 128, device=DEVICE, dtype=torch.bfloat16)
+        lse = torch.empty(heads, length, device=DEVICE)
+        flops = heads * length * length * 320
+
+        def calls(
+            turns: list[tuple[torch.Tensor, ...]] = turns, out: torch.Tensor = out, lse: torch.Tensor = lse
+        ) -> Any:
+            return [
+                lambda t=turn: prefill.mla_prefill(
+                    *t, out, lse, scale=SCALE, first_row=0, first_key=0, merge=False
+                )
+                for turn in turns
+            ]  # fmt: skip
+
+        best: tuple[float, Any] = (math.inf, None)
+        for chosen in blocks:
+            prefill.HOPPER_BLOCKS = chosen
+            try:
+                best = min(best, (timed(calls(), 3), chosen))
+            except Exception as error:
+                print("prefill", chosen, repr(error)[:200], flush=True)
+        row = {
+            "kernel": "mla_prefill", "heads": heads, "batch": 1, "keys": length, "s_q": length, "us": round(best[0], 1),
+            "tflops": round(flops / best[0] / 1e6, 1), "blocks": best[1],
+        }  # fmt: skip
+        try:
+            q, k_nope, k_rope, v = turns[0]
+            k = torch.cat([k_nope, k_rope.expand(-1, heads, -1)], -1)
+            full = [x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, v)]
+            attention = functools.partial(
+                torch.nn.functional.scaled_dot_product_attention, *full, is_causal=True, scale=SCALE
+            )
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                peer_us = timed([attention], 3)
+            row.update(peer="cuDNN SDPA", peer_us=round(peer_us, 1), ratio=round(peer_us / best[0], 3))
+        except Exception as error:
+            print("cuDNN", repr(error)[:200], flush=True)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def sweep_keys(heads: int, form: decode.Form | None) -> list[tuple[int, float]]:
+    """Batch 1 at every length from 1k to 64k in steps of 64, one captured graph: only lengths and schedule change.
+
+    Short lengths come from L2 here, as the pages are the first ones of 8 lists.
+    """
+    batch = Batch(random_pool(8 * 65536 + 640), heads, [65536], 1, turns=8)
+    calls = batch.launches(form)
+    for call in calls[:2]:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls * 5:
+            call()
+    points = []
+    for keys in range(1024, 65536 + 1, 64):
+        batch.lengths.fill_(keys)
+        decode.schedule_decode(batch.lengths, batch.workspace)
+        times = []
+        for _ in range(3):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / 40)
+        points.append((keys, round(statistics.median(times), 2)))
+    return points
+
+
+def limits() -> dict[str, float]:
+    """Read-only bandwidth over 4 GiB (GB/s) and cuBLAS's rate at 8192^3 in bf16 (TF)."""
+    x = torch.randn(1 << 30, device=DEVICE)
+    programs = x.numel() // (16 * 2048)
+    out = torch.empty(programs, device=DEVICE)
+    read_us = timed([lambda: _sum_kernel[(programs,)](x, out, BLOCK=2048, num_warps=8)])
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    c = torch.empty_like(a)
+    matmul_us = timed([lambda: torch.mm(a, b, out=c)])
+    return {"read_gbps": 4 * (1 << 30) / read_us / 1e3, "cublas_tflops": 2 * 8192**3 / matmul_us / 1e6}
+
+
+def measure(batch: Batch, label: str, keys: int, form: decode.Form | None, peer: Any) -> dict[str, Any]:
+    ours = timed(batch.launches(form))
+    row: dict[str, Any] = {
+        "kernel": label, "heads": batch.heads, "batch": len(batch.kv_lens), "keys": keys, "s_q": batch.s_q,
+        "us": round(ours, 2), "gbps": round(batch.num_bytes / ours / 1e3), "tflops": round(batch.flops / ours / 1e6, 1),
+    }  # fmt: skip
+    if peer is not None:
+        theirs = timed(batch.peer_launches(peer))
+        ours = min(ours, timed(batch.launches(form)))
+        row.update(us=round(ours, 2), peer="FlashMLA", peer_us=round(theirs, 2), ratio=round(theirs / ours, 3))
+    print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check").add_argument("kind", choices=["few", "many", "triton", "prefill"])
+    for name in ("prefill", "sweep"):
+        commands.add_parser(name).add_argument("--out", type=Path, required=True)
+    timing = commands.add_parser("time")
+    timing.add_argument("--heads", type=int, nargs="+", default=[16, 128])
+    timing.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64, 128])
+    timing.add_argument("--keys", type=int, nargs="+", default=[1024, 4096, 8192, 16384, 32768, 65536])
+    timing.add_argument("--s-q", type=int, nargs="+", default=[1])
+    timing.add_argument("--form", choices=["triton", "gluon"])
+    timing.add_argument("--ragged", action="store_true", help="lengths from 1 to twice --keys in one batch")
+    timing.add_argument("--max-tokens", type=int, default=1 << 22, help="shapes with more tokens are left out")
+    timing.add_argument("--peer", type=Path)
+    timing.add_argument("--limits", action="store_true")
+    timing.add_argument("--seconds", type=float, default=600, help="no shape is begun after this many")
+    timing.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    begun = time.monotonic()
+    torch.manual_seed(0)
+    if args.command == "check":
+        fine = check_prefill() if args.kind == "prefill" else check(args.kind)
+        return 0 if fine else 1
+    if args.command == "prefill":
+        rows = time_prefill([(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 3)])
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        return 0
+    if args.command == "sweep":
+        points = {heads: sweep_keys(heads, None) for heads in (16, 128)}
+        args.out.write_text(json.dumps(points) + "\n")
+        for heads, found in points.items():
+            print(heads, found[:: len(found) // 24], flush=True)
+        return 0
+    peer = None
+    if args.peer is not None:
+        sys.path.insert(0, str(args.peer))
+        import flash_peer as peer
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "rows": []}
+    report["machine"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    if args.limits:
+        report["limits"] = limits()
+        print(report["limits"], flush=True)
+    shapes = [
+        (heads, s_q, batch, keys)
+        for heads in args.heads
+        for s_q in args.s_q
+        for batch in args.batches
+        for keys in args.keys
+        if batch * keys <= args.max_tokens
+    ]
+    most = max(batch * (keys + 64) * (2 if args.ragged else 1) for _, _, batch, keys in shapes)
+    pool = random_pool(max(most, int(L2_BYTES / LATENT)))
+    for heads, s_q, size, keys in shapes:
+        if time.monotonic() - begun > args.seconds:
+            break
+        kv_lens = [keys] * size
+        if args.ragged:
+            kv_lens = [1 + int(x) for x in torch.rand(size) * (2 * keys - 1)]
+        batch = Batch(pool, heads, kv_lens, s_q)
+        label = f"mla_decode {args.form or 'auto'}{' ragged' if args.ragged else ''}"
+        report["rows"].append(measure(batch, label, keys, args.form, peer))
+        if args.out is not None:
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,603 @@
+"""MLA decode for Hopper in Gluon: latents come by TMA, both products run on wgmma, heads share every tile.
+
+Owns two kernels with the contract of mla_decode.py for 16-bit latents of 512 + 64, and nothing else: the schedule, the
+buffers and the merge are the same, so the plain-Triton kernel is their judge.
+
+`_few_rows_kernel`, up to 32 (row, head) pairs a sequence: S^T = K Q^T and O^T = V^T P^T. The pairs are wgmma's N, which
+may be as small as 8, and not its M, which is 64: with 16 heads M would be three quarters padding. One warp loads, one
+warpgroup computes, and reading the cache is what bounds it.
+
+`_many_rows_kernel`, blocks of 64 pairs: arithmetic bounds it, so two warpgroups share the work on two tiles at a time.
+Each computes the scores and softmax of its own tile and one half (256 columns) of the output over both tiles; while one
+is at its exponentials the other keeps the tensor cores busy. The scheme is the one FlashMLA's authors call seesaw
+scheduling (their blog post of 2025-04-22). No warp is given to loading: whoever last reads a piece of a tile orders the
+next one into its place, so nothing waits for a loader's turn and each thread may have 255 registers.
+
+    tile 0   kL0 [64, 0:256]   last read by warpgroup 0     kR0 [64, 256:512] + rope   by warpgroup 1
+    tile 1   kL1 + rope        by warpgroup 0               kR1                        by warpgroup 1
+
+The rope part of a tile is read once, for its scores; its 8 KB then carry the tile's weights P to the other warpgroup.
+
+Unused slots of a sequence's last page may hold anything, NaN included. Their scores are masked, and their rows are
+zeroed in shared memory before they serve as values, since zero times NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+if TYPE_CHECKING:
+    from kvfold.kernels.mla_decode import DecodeWorkspace
+
+KV_LORA = 512
+LATENT = 576
+CHUNKS = gl.constexpr(4)  # of 64 columns: half a tile arrives with a barrier each, so that scores begin early
+NO_SCORE = gl.constexpr(-1e30)
+
+# Triton after 3.6 renamed it.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+cta_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
+
+@gluon.jit
+def _stretch(part_starts, kv_lens, part, step):
+    """(sequence, kv_len, first tile, end tile, number of tiles) of the step-th sequence of a part."""
+    first_sequence = gl.load(part_starts + 2 * part)
+    sequence = first_sequence + step
+    kv_len = gl.load(kv_lens + sequence)
+    num_tiles = (kv_len + 63) // 64
+    lo = gl.where(step == 0, gl.load(part_starts + 2 * part + 1), 0)
+    hi = gl.where(sequence == gl.load(part_starts + 2 * part + 2), gl.load(part_starts + 2 * part + 3), num_tiles)
+    return sequence, kv_len, lo, hi, num_tiles
+
+
+@gluon.jit
+def _num_stretches(part_starts, part):
+    end_partial = (gl.load(part_starts + 2 * part + 3) > 0).to(gl.int32)
+    return gl.load(part_starts + 2 * part + 2) + end_partial - gl.load(part_starts + 2 * part)
+
+
+@gluon.jit
+def _zero_rows(piece, first_unused, num_columns: gl.constexpr):
+    """Zeroes rows from first_unused on in a [64, columns] piece of a tile, before the tensor cores read it as values."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    for c in gl.static_range(num_columns // 64):
+        columns = piece.slice(c * 64, 64, dim=1)
+        values = columns.load(layout)
+        columns.store(gl.where((row < first_unused)[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+    cta_barrier()
+
+
+@gluon.jit
+def _store_rows(
+    values, m, weight, half, out, partial, partial_lse, part, sequence, row0, rows, whole, lo,
+    M_LAYOUT: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Writes the normalized [64, 256] half of the result, as the result itself or as a partial with its lse."""
+    row = row0 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    column = half * 256 + gl.arange(0, 256, gl.SliceLayout(0, LAYOUT))
+    some = weight > 0
+    share = gl.where(some, 1.0 / gl.where(some, weight, 1.0), 0.0)
+    values = values * gl.convert_layout(share, gl.SliceLayout(1, LAYOUT))[:, None]
+    kept = (row < rows)[:, None]
+    if whole:
+        out_row = sequence.to(gl.int64) * rows + row
+        gl.store(out + out_row[:, None] * 512 + column[None, :], values.to(out.dtype.element_ty), mask=kept)
+    else:
+        slot_row = (2 * part + (lo == 0).to(gl.int32)).to(gl.int64) * rows + row
+        gl.store(partial + slot_row[:, None] * 512 + column[None, :], values, mask=kept)
+        if half == 0:
+            m_row = row0 + gl.arange(0, 64, M_LAYOUT)
+            m_slot = (2 * part + (lo == 0).to(gl.int32)).to(gl.int64) * rows + m_row
+            lse = gl.where(some, m + gl.log2(gl.where(some, weight, 1.0)), float("-inf"))
+            gl.store(partial_lse + m_slot, lse, mask=m_row < rows)
+
+
+@gluon.jit
+def _following(part_starts, kv_lens, page_starts, part, step, count, sequence):
+    """(are there keys, place of the first page, of the second) of the sequence after this one in the part."""
+    has = step + 1 < count
+    kv_len = gl.load(kv_lens + sequence + 1, mask=has, other=0)
+    at = gl.load(page_starts + sequence + 1, mask=has, other=0)
+    ends_here = sequence + 1 == gl.load(part_starts + 2 * part + 2)
+    hi = gl.where(ends_here, gl.load(part_starts + 2 * part + 3), (kv_len + 63) // 64)
+    return (kv_len > 0).to(gl.int32), at, at + gl.where(hi > 1, 1, 0)
+
+
+@gluon.jit
+def _next_pages(pages, start, lo, hi, j, num_pairs, follows, following0, following1):
+    """Pages of the two tiles after pair j, of this sequence or of the part's next, and whether there are any."""
+    inside = j + 1 < num_pairs
+    there = gl.where(inside, 1, follows)
+    at0 = gl.where(inside, start + lo + 2 * j + 2, following0)
+    at1 = gl.where(inside, start + gl.minimum(lo + 2 * j + 3, hi - 1), following1)
+    page0 = gl.load(pages + at0, mask=there > 0, other=0)
+    page1 = gl.load(pages + at1, mask=there > 0, other=0)
+    return page0, page1, there
+
+
+@gluon.jit
+def _order_queries(q_desc, q_rope_desc, qb, qL, qR, qr, row):
+    mbarrier.expect(qb.index(0), 73728)
+    tma_load(q_desc, [row, 0], qb.index(0), qL)
+    tma_load(q_desc, [row, 256], qb.index(0), qR)
+    tma_load(q_rope_desc, [row, 512], qb.index(0), qr)
+
+
+@gluon.jit
+def _order_half(k_desc, page, column0, bars, piece, rope, there, ROPE: gl.constexpr):
+    """Orders one half of a tile, 256 columns, in chunks with a barrier each, and with ROPE the rope part."""
+    for c in gl.static_range(CHUNKS):
+        bar = bars.index(c)
+        if ROPE and c == CHUNKS - 1:
+            mbarrier.expect(bar, 16384, pred=there > 0)
+        else:
+            mbarrier.expect(bar, 8192, pred=there > 0)
+        tma_load(k_desc, [page * 64, column0 + c * 64], bar, piece.slice(c * 64, 64, dim=1), pred=there > 0)
+        if ROPE and c == CHUNKS - 1:
+            tma_load(k_desc, [page * 64, 512], bar, rope, pred=there > 0)
+
+
+@gluon.jit
+def _scores_of_half(q_half, k_half, bars, phase, s):
+    """s + q_half k_half^T, begun chunk by chunk as they arrive; not waited for."""
+    for c in gl.static_range(CHUNKS):
+        mbarrier.wait(bars.index(c), phase)
+        q_part = q_half.slice(c * 64, 64, dim=1)
+        k_part = k_half.slice(c * 64, 64, dim=1)
+        s = warpgroup_mma(q_part, k_part.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _masked(score, first_key, key, end, sees, S_Q: gl.constexpr):
+    """Scores of one tile with the keys beyond its stretch, or beyond what a row may see, at minus infinity."""
+    position = first_key + key
+    score = gl.where((position < end)[None, :], score, float("-inf"))
+    if S_Q > 1:
+        score = gl.where(position[None, :] < sees[:, None], score, float("-inf"))
+    return score
+
+
+@gluon.jit
+def _left_warpgroup(
+    q_desc, q_rope_desc, k_desc, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse,
+    scale_log2, rows, qL, qR, qr, kL, kR, kr, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0,
+    S_Q: gl.constexpr, HEADS: gl.constexpr,
+):  # fmt: skip
+    SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    AL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
+    DL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=AL, k_width=2)
+    VL: gl.constexpr = gl.SliceLayout(1, SL)
+    WL: gl.constexpr = gl.SliceLayout(1, AL)
+    key = gl.arange(0, 64, gl.SliceLayout(0, SL))
+    token = (row0 + gl.arange(0, 64, VL)) // HEADS
+    dtype: gl.constexpr = out.dtype.element_ty
+    count = _num_stretches(part_starts, part)
+    it = 0  # pairs so far: parity of the tile barriers
+    told = 0  # exchanges of maxima and weights so far
+    asked = 0  # loads of queries so far
+    ordered = 0  # the first pair and the queries of the coming sequence are under way
+    for step in range(0, count):
+        sequence, kv_len, lo, hi, num_tiles = _stretch(part_starts, kv_lens, part, step)
+        num_pairs = (hi - lo + 1) // 2
+        end = gl.minimum(kv_len, hi * 64)
+        sees = kv_len - S_Q + 1 + token
+        free_keys = gl.minimum(end, kv_len - S_Q + 1)  # keys up to here need no mask
+        start = gl.load(page_starts + sequence)
+        follows, following0, following1 = _following(part_starts, kv_lens, page_starts, part, step, count, sequence)
+        m = gl.full([64], NO_SCORE, gl.float32, VL)
+        weight = gl.full([64], 0.0, gl.float32, VL)
+        acc = gl.zeros([64, 256], gl.float32, AL)
+        if num_pairs > 0:
+            if ordered == 0:
+                page0 = gl.load(pages + start + lo)
+                page1 = gl.load(pages + start + gl.minimum(lo + 1, hi - 1))
+                _order_queries(q_desc, q_rope_desc, qb, qL, qR, qr, sequence * rows + row0)
+                _order_half(k_desc, page0, 0, fL0, kL.index(0), kr.index(0), 1, False)
+                _order_half(k_desc, page1, 0, fL1, kL.index(1), kr.index(1), 1, True)
+            mbarrier.wait(qb.index(0), asked & 1)
+            asked += 1
+        for j in range(0, num_pairs):
+            page0, page1, there = _next_pages(pages, start, lo, hi, j, num_pairs, follows, following0, following1)
+            first_key = (lo + 2 * j) * 64
+            phase = it & 1
+            s = gl.zeros([64, 64], gl.float32, SL)
+            s = _scores_of_half(qL, kL.index(0), fL0, phase, s)
+            s = _scores_of_half(qR, kR.index(0), fR0, phase, s)
+            s = warpgroup_mma(qr, kr.index(0).permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma_wait(0, (s,))
+            s = s * scale_log2
+            if first_key + 64 > free_keys:
+                s = _masked(s, first_key, key, end, sees, S_Q)
+            mx0 = gl.maximum(m, gl.max(s, 1))
+            M0.store(mx0)
+            cta_barrier()
+            mbarrier.arrive(mb.index(0), count=1)
+            p = gl.exp2(s - mx0[:, None])
+            a0 = gl.exp2(m - mx0)
+            weight = weight * a0 + gl.sum(p, 1)
+            acc = acc * gl.convert_layout(a0, WL)[:, None]
+            if first_key + 64 > end:
+                _zero_rows(kL.index(0), end - first_key, 256)
+            pb = gl.convert_layout(p.to(dtype), DL)
+            acc = warpgroup_mma(pb, kL.index(0), acc, is_async=True)
+            mbarrier.wait(mb.index(1), told & 1)
+            told += 1
+            mx1 = M1.load(VL)
+            a1 = gl.exp2(mx0 - mx1)
+            kr.index(0).store((p * a1[:, None]).to(dtype))
+            fence_async_shared()
+            cta_barrier()
+            mbarrier.arrive(mb.index(2), count=1)
+            acc, pb = warpgroup_mma_wait(0, (acc, pb))
+            cta_barrier()
+            _order_half(k_desc, page0, 0, fL0, kL.index(0), kr.index(0), there, False)
+            acc = acc * gl.convert_layout(a1, WL)[:, None]
+            weight = weight * a1
+            m = mx1
+            mbarrier.wait(mb.index(3), phase)
+            if first_key + 128 > end:
+                _zero_rows(kL.index(1), end - first_key - 64, 256)
+            acc = warpgroup_mma(kr.index(1), kL.index(1), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, (acc,))
+            cta_barrier()
+            _order_half(k_desc, page1, 0, fL1, kL.index(1), kr.index(1), there, True)
+            ordered = there
+            it += 1
+        if num_pairs > 0:
+            M0.store(weight)
+            cta_barrier()
+            mbarrier.arrive(mb.index(0), count=1)
+            mbarrier.wait(mb.index(1), told & 1)
+            told += 1
+            weight = weight + M1.load(VL)
+            if ordered > 0:
+                _order_queries(q_desc, q_rope_desc, qb, qL, qR, qr, (sequence + 1) * rows + row0)
+        else:
+            ordered = 0
+        whole = (lo == 0) & (hi == num_tiles)
+        _store_rows(acc, m, weight, 0, out, partial, partial_lse, part, sequence, row0, rows, whole, lo, VL, AL)
+
+
+@gluon.jit
+def _right_warpgroup(
+    q_desc, q_rope_desc, k_desc, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse,
+    scale_log2, rows, qL, qR, qr, kL, kR, kr, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0,
+    S_Q: gl.constexpr, HEADS: gl.constexpr,
+):  # fmt: skip
+    SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    AL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
+    DL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=AL, k_width=2)
+    VL: gl.constexpr = gl.SliceLayout(1, SL)
+    WL: gl.constexpr = gl.SliceLayout(1, AL)
+    key = gl.arange(0, 64, gl.SliceLayout(0, SL))
+    token = (row0 + gl.arange(0, 64, VL)) // HEADS
+    dtype: gl.constexpr = out.dtype.element_ty
+    count = _num_stretches(part_starts, part)
+    it = 0
+    told = 0
+    asked = 0
+    ordered = 0
+    for step in range(0, count):
+        sequence, kv_len, lo, hi, num_tiles = _stretch(part_starts, kv_lens, part, step)
+        num_pairs = (hi - lo + 1) // 2
+        end = gl.minimum(kv_len, hi * 64)
+        sees = kv_len - S_Q + 1 + token
+        free_keys = gl.minimum(end, kv_len - S_Q + 1)
+        start = gl.load(page_starts + sequence)
+        follows, following0, following1 = _following(part_starts, kv_lens, page_starts, part, step, count, sequence)
+        m = gl.full([64], NO_SCORE, gl.float32, VL)
+        weight = gl.full([64], 0.0, gl.float32, VL)
+        acc = gl.zeros([64, 256], gl.float32, AL)
+        if num_pairs > 0:
+            if ordered == 0:
+                page0 = gl.load(pages + start + lo)
+                page1 = gl.load(pages + start + gl.minimum(lo + 1, hi - 1))
+                _order_half(k_desc, page1, 256, fR1, kR.index(1), kr.index(1), 1, False)
+                _order_half(k_desc, page0, 256, fR0, kR.index(0), kr.index(0), 1, True)
+            mbarrier.wait(qb.index(0), asked & 1)
+            asked += 1
+        for j in range(0, num_pairs):
+            page0, page1, there = _next_pages(pages, start, lo, hi, j, num_pairs, follows, following0, following1)
+            first_key = (lo + 2 * j) * 64
+            phase = it & 1
+            s = gl.zeros([64, 64], gl.float32, SL)
+            s = _scores_of_half(qR, kR.index(1), fR1, phase, s)
+            s = _scores_of_half(qL, kL.index(1), fL1, phase, s)
+            s = warpgroup_mma(qr, kr.index(1).permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma_wait(0, (s,))
+            s = s * scale_log2
+            if first_key + 128 > free_keys:
+                s = _masked(s, first_key + 64, key, end, sees, S_Q)
+            mx = gl.max(s, 1)
+            mbarrier.wait(mb.index(0), told & 1)
+            told += 1
+            mx1 = gl.maximum(M0.load(VL), mx)
+            M1.store(mx1)
+            cta_barrier()
+            mbarrier.arrive(mb.index(1), count=1)
+            p = gl.exp2(s - mx1[:, None])
+            a = gl.exp2(m - mx1)
+            weight = weight * a + gl.sum(p, 1)
+            m = mx1
+            pq = p.to(dtype)
+            kr.index(1).store(pq)
+            fence_async_shared()
+            cta_barrier()
+            mbarrier.arrive(mb.index(3), count=1)
+            acc = acc * gl.convert_layout(a, WL)[:, None]
+            if first_key + 128 > end:
+                _zero_rows(kR.index(1), end - first_key - 64, 256)
+            pb = gl.convert_layout(pq, DL)
+            acc = warpgroup_mma(pb, kR.index(1), acc, is_async=True)
+            mbarrier.wait(mb.index(2), phase)
+            if first_key + 64 > end:
+                _zero_rows(kR.index(0), end - first_key, 256)
+            acc = warpgroup_mma(kr.index(0), kR.index(0), acc, is_async=True)
+            acc, pb = warpgroup_mma_wait(1, (acc, pb))
+            cta_barrier()
+            _order_half(k_desc, page1, 256, fR1, kR.index(1), kr.index(1), there, False)
+            acc = warpgroup_mma_wait(0, (acc,))
+            cta_barrier()
+            _order_half(k_desc, page0, 256, fR0, kR.index(0), kr.index(0), there, True)
+            ordered = there
+            it += 1
+        if num_pairs > 0:
+            mbarrier.wait(mb.index(0), told & 1)
+            told += 1
+            theirs = M0.load(VL)
+            M1.store(weight)
+            cta_barrier()
+            mbarrier.arrive(mb.index(1), count=1)
+            weight = weight + theirs
+        else:
+            ordered = 0
+        whole = (lo == 0) & (hi == num_tiles)
+        _store_rows(acc, m, weight, 1, out, partial, partial_lse, part, sequence, row0, rows, whole, lo, VL, AL)
+
+
+@gluon.jit
+def _many_rows_kernel(
+    q_desc, q_rope_desc,  # boxes [64, 256] and [64, 64] over [B * rows, 576]
+    k_desc,  # boxes [64, 64] over the pool as [num_pages * 64, 576]
+    pages, page_starts, kv_lens, part_starts, out, partial, partial_lse, scale_log2, rows,
+    S_Q: gl.constexpr, HEADS: gl.constexpr, WORKER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Program (block of 64 rows, part)."""
+    row0 = gl.program_id(0) * 64
+    part = gl.program_id(1)
+    dtype: gl.constexpr = out.dtype.element_ty
+    TL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    ML: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    BL: gl.constexpr = mbarrier.MBarrierLayout()
+    kL = gl.allocate_shared_memory(dtype, [2, 64, 256], TL)
+    kR = gl.allocate_shared_memory(dtype, [2, 64, 256], TL)
+    kr = gl.allocate_shared_memory(dtype, [2, 64, 64], TL)
+    qL = gl.allocate_shared_memory(dtype, [64, 256], TL)
+    qR = gl.allocate_shared_memory(dtype, [64, 256], TL)
+    qr = gl.allocate_shared_memory(dtype, [64, 64], TL)
+    M0 = gl.allocate_shared_memory(gl.float32, [64], ML)
+    M1 = gl.allocate_shared_memory(gl.float32, [64], ML)
+    fL0 = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], BL)
+    fL1 = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], BL)
+    fR0 = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], BL)
+    fR1 = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], BL)
+    mb = gl.allocate_shared_memory(gl.int64, [4, 1], BL)
+    qb = gl.allocate_shared_memory(gl.int64, [1, 1], BL)
+    for i in gl.static_range(CHUNKS):
+        mbarrier.init(fL0.index(i), count=1)
+        mbarrier.init(fL1.index(i), count=1)
+        mbarrier.init(fR0.index(i), count=1)
+        mbarrier.init(fR1.index(i), count=1)
+    for i in gl.static_range(4):
+        mbarrier.init(mb.index(i), count=1)
+    mbarrier.init(qb.index(0), count=1)
+    fence_async_shared()
+    if PDL:
+        gdc_wait()
+    gl.warp_specialize(
+        [
+            (_left_warpgroup, (
+                q_desc, q_rope_desc, k_desc, pages, page_starts, kv_lens, part_starts,
+                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL, kR, kr, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0,
+                S_Q, HEADS,
+            )),
+            (_right_warpgroup, (
+                q_desc, q_rope_desc, k_desc, pages, page_starts, kv_lens, part_starts,
+                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL, kR, kr, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0,
+                S_Q, HEADS,
+            )),
+        ],
+        [4],
+        [WORKER_REGISTERS],
+    )  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+
+
+@gluon.jit
+def _few_rows_loader(
+    k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, part, kn, kr, full, empty, STAGES: gl.constexpr
+):
+    """One warp: every tile of the part, in order, into a ring of STAGES."""
+    it = 0
+    for step in range(0, _num_stretches(part_starts, part)):
+        sequence, _, lo, hi, _ = _stretch(part_starts, kv_lens, part, step)
+        page_list = pages + gl.load(page_starts + sequence)
+        for i in range(lo, hi):
+            page = gl.load(page_list + i)
+            stage = it % STAGES
+            mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), 73728)
+            tma_load(k_desc, [page * 64, 0], full.index(stage), kn.index(stage))
+            tma_load(k_rope_desc, [page * 64, 512], full.index(stage), kr.index(stage))
+            it += 1
+
+
+@gluon.jit
+def _few_rows_worker(
+    q, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse, scale_log2, rows, part,
+    qn, qr, kn, kr, ps, full, empty,
+    S_Q: gl.constexpr, HEADS: gl.constexpr, BLOCK_ROWS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: scores [64 keys, rows], softmax down the keys, values [512, rows]."""
+    SL: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_ROWS, 16]
+    )
+    RL: gl.constexpr = gl.SliceLayout(0, SL)
+    QL: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    QR: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    dtype: gl.constexpr = out.dtype.element_ty
+    key = gl.arange(0, 64, gl.SliceLayout(1, SL))
+    row = gl.arange(0, BLOCK_ROWS, RL)
+    row_l = gl.arange(0, BLOCK_ROWS, gl.SliceLayout(1, QL))
+    row_r = gl.arange(0, BLOCK_ROWS, gl.SliceLayout(1, QR))
+    at_l = row_l[:, None] * 576 + gl.arange(0, 512, gl.SliceLayout(0, QL))[None, :]
+    at_r = row_r[:, None] * 576 + 512 + gl.arange(0, 64, gl.SliceLayout(0, QR))[None, :]
+    it = 0
+    for step in range(0, _num_stretches(part_starts, part)):
+        sequence, kv_len, lo, hi, num_tiles = _stretch(part_starts, kv_lens, part, step)
+        end = gl.minimum(kv_len, hi * 64)
+        sees = kv_len - S_Q + 1 + row // HEADS
+        free_keys = gl.minimum(end, kv_len - S_Q + 1)
+        first_q = q + sequence.to(gl.int64) * rows * 576
+        q_lora = gl.load(first_q + at_l, mask=(row_l < rows)[:, None], other=0)
+        q_rope = gl.load(first_q + at_r, mask=(row_r < rows)[:, None], other=0)
+        cta_barrier()  # every warp is done with the queries before
+        qn.store(q_lora)
+        qr.store(q_rope)
+        fence_async_shared()
+        cta_barrier()
+        m = gl.full([BLOCK_ROWS], NO_SCORE, gl.float32, RL)
+        weight = gl.zeros([64, BLOCK_ROWS], gl.float32, SL)  # per thread; summed once a sequence
+        acc = gl.zeros([512, BLOCK_ROWS], gl.float32, SL)
+        for i in range(lo, hi):
+            stage = it % STAGES
+            mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+            s = gl.zeros([64, BLOCK_ROWS], gl.float32, SL)
+            s = warpgroup_mma(kn.index(stage), qn.permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma(kr.index(stage), qr.permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma_wait(0, (s,))
+            s = s * scale_log2
+            if i * 64 + 64 > free_keys:
+                s = gl.where((i * 64 + key < end)[:, None], s, float("-inf"))
+                if S_Q > 1:
+                    s = gl.where((i * 64 + key)[:, None] < sees[None, :], s, float("-inf"))
+            higher = gl.maximum(m, gl.max(s, 0))
+            p = gl.exp2(s - higher[None, :])
+            shrink = gl.exp2(m - higher)
+            m = higher
+            weight = weight * shrink[None, :] + p
+            ps.store(p.to(dtype))
+            if i * 64 + 64 > end:
+                _zero_rows(kn.index(stage), end - i * 64, 512)
+            fence_async_shared()
+            cta_barrier()
+            acc = acc * shrink[None, :]
+            acc = warpgroup_mma(kn.index(stage).permute((1, 0)), ps, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, (acc,))
+            cta_barrier()
+            mbarrier.arrive(empty.index(stage), count=1)
+            it += 1
+        total = gl.sum(weight, 0)
+        some = total > 0
+        acc = acc * gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0)[None, :]
+        d = gl.arange(0, 512, gl.SliceLayout(1, SL))
+        kept = (row < rows)[None, :] & (d < 512)[:, None]
+        if (lo == 0) & (hi == num_tiles):
+            out_row = sequence.to(gl.int64) * rows + row
+            gl.store(out + out_row[None, :] * 512 + d[:, None], acc.to(dtype), mask=kept)
+        else:
+            slot_row = (2 * part + (lo == 0).to(gl.int32)).to(gl.int64) * rows + row
+            gl.store(partial + slot_row[None, :] * 512 + d[:, None], acc, mask=kept)
+            lse = gl.where(some, m + gl.log2(gl.where(some, total, 1.0)), float("-inf"))
+            gl.store(partial_lse + slot_row, lse, mask=row < rows)
+
+
+@gluon.jit
+def _few_rows_kernel(
+    q,  # [B * rows, 576]
+    k_desc, k_rope_desc,  # boxes [64, 512] and [64, 64] over the pool as [num_pages * 64, 576]
+    pages, page_starts, kv_lens, part_starts, out, partial, partial_lse, scale_log2, rows,
+    S_Q: gl.constexpr, HEADS: gl.constexpr, BLOCK_ROWS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Program (0, part)."""
+    part = gl.program_id(1)
+    dtype: gl.constexpr = out.dtype.element_ty
+    STAGES: gl.constexpr = 2  # of 73,728 B
+    TL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    PL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=BLOCK_ROWS * 2, element_bitwidth=16, rank=2)
+    BL: gl.constexpr = mbarrier.MBarrierLayout()
+    kn = gl.allocate_shared_memory(dtype, [STAGES, 64, 512], TL)
+    kr = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], TL)
+    qn = gl.allocate_shared_memory(dtype, [BLOCK_ROWS, 512], TL)
+    qr = gl.allocate_shared_memory(dtype, [BLOCK_ROWS, 64], TL)
+    ps = gl.allocate_shared_memory(dtype, [64, BLOCK_ROWS], PL)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    if PDL:
+        gdc_wait()
+    gl.warp_specialize(
+        [
+            (_few_rows_worker, (
+                q, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse, scale_log2, rows, part,
+                qn, qr, kn, kr, ps, full, empty, S_Q, HEADS, BLOCK_ROWS, STAGES,
+            )),
+            (_few_rows_loader, (
+                k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, part, kn, kr, full, empty, STAGES,
+            )),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+
+
+def launch(
+    q: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, page_starts: torch.Tensor, kv_lens: torch.Tensor,
+    out: torch.Tensor, workspace: DecodeWorkspace, scale_log2: float, pdl: bool,
+) -> None:  # fmt: skip
+    """Writes `out` for sequences one part holds whole, and the workspace's partials for the others."""
+    rows = workspace.rows_per_sequence * workspace.num_heads
+    element = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([64, 64], element)
+    tokens = pool.view(-1, LATENT)
+    k_rope = TensorDescriptor.from_tensor(tokens, [64, 64], layout)
+    common = (pages, page_starts, kv_lens, workspace.part_starts, out, workspace.partial, workspace.partial_lse)
+    sizes = {"S_Q": workspace.rows_per_sequence, "HEADS": workspace.num_heads, "PDL": pdl, "num_warps": 4}
+    if pdl:
+        sizes["launch_pdl"] = True
+    if workspace.row_block <= 32:
+        k_lora = TensorDescriptor.from_tensor(tokens, [64, KV_LORA], layout)
+        _few_rows_kernel[(1, workspace.num_parts)](
+            q, k_lora, k_rope, *common, scale_log2, rows, BLOCK_ROWS=workspace.row_block, **sizes
+        )
+        return
+    flat_q = q.view(-1, LATENT)
+    _many_rows_kernel[(triton.cdiv(rows, 64), workspace.num_parts)](
+        TensorDescriptor.from_tensor(flat_q, [64, 256], layout),
+        TensorDescriptor.from_tensor(flat_q, [64, 64], layout),
+        k_rope, *common, scale_log2, rows, WORKER_REGISTERS=256, **sizes,
+    )  # fmt: skip

@@ -1,0 +1,74 @@
+"""Compiles a Hopper kernel for sm_90a where there is no GPU and prints what it needs, as JSON.
+
+A process of its own, because Triton decides between its interpreter and its compiler when it is first imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from kvfold.kernels import mla_decode_gluon
+
+COMMON = {
+    **{name: "*i32" for name in ("pages", "page_starts", "kv_lens", "part_starts")},
+    **{name: "*bf16" for name in ("q", "pool", "out")},
+    **{name: "*fp32" for name in ("partial", "partial_lse")},
+    "scale_log2": "fp32",
+    "rows": "i32",
+}
+
+
+def box(rows: int, columns: int) -> str:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
+
+
+def main(kind: str) -> None:
+    sizes = {"S_Q": 1, "PDL": True}
+    if kind == "few":
+        kernel = mla_decode_gluon._few_rows_kernel
+        boxes = {"k_desc": box(64, 512), "k_rope_desc": box(64, 64)}
+        sizes |= {"HEADS": 16, "BLOCK_ROWS": 16}
+    else:
+        kernel = mla_decode_gluon._many_rows_kernel
+        boxes = {"q_desc": box(64, 256), **{f"{name}_desc": box(64, 64) for name in ("q_rope", "k")}}
+        sizes |= {"HEADS": 128, "WORKER_REGISTERS": 256}
+    types = COMMON | boxes
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")
+    }
+    source = GluonASTSource(
+        kernel, signature, {(names.index(name),): value for name, value in sizes.items()}, aligned
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", str(file), "-o", str(file.with_suffix(".cubin"))]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = {
+        "shared_bytes": compiled.metadata.shared,
+        "registers": int(re.search(r"Used (\d+) registers", listing)[1]),
+        "spill_bytes": int(re.search(r"(\d+) bytes spill stores", listing)[1]),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "serialized": "wgmma.mma_async instructions are serialized" in listing,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,43 @@
+"""The Hopper kernels compile for sm_90a without a GPU, fit a multiprocessor, and keep their sums in registers.
+
+What they compute is checked on the card: `bench/gpu_mla.py check few|many`, against float64.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOPPER_SHARED_BYTES = 232_448  # what one block may have
+
+
+def compiled(kind: str) -> dict[str, int]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_gluon.py")
+    done = subprocess.run(
+        [sys.executable, str(script), kind], capture_output=True, text=True, env=environment, check=False
+    )
+    if "No module named 'triton.experimental.gluon" in done.stderr:
+        pytest.skip("this Triton has no Gluon for Hopper: 3.6 or later is needed")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_the_kernel_for_few_rows_spills_nothing() -> None:
+    found = compiled("few")
+    assert found["shared_bytes"] <= HOPPER_SHARED_BYTES
+    assert found["wgmma"] >= 36 + 32, found  # 576 / 16 for the scores, 8 * 4 for the values
+    assert found["spill_bytes"] == 0 and not found["serialized"], found
+
+
+@pytest.mark.full
+def test_the_kernel_for_many_rows_fits() -> None:
+    """A few addresses a sequence are spilled, none of the 128 sums a thread."""
+    found = compiled("many")
+    assert found["shared_bytes"] <= HOPPER_SHARED_BYTES
+    assert found["wgmma"] >= 2 * (36 + 8), found
+    assert found["spill_bytes"] < 400 and not found["serialized"], found
