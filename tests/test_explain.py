@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
-from kvfold.explain import inspect_file, phase, plan_report, step_buffer_bytes, weight_group
+from kvfold.explain import inspect_file, phase, plan_report, weight_group
 from kvfold.formats.checkpoint import open_checkpoint
 from kvfold.formats.synthetic import SHAPES, shape_with_layers, synthesize
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
@@ -16,6 +16,7 @@ from kvfold.load import Settings
 from kvfold.mla.plan import Path as AttentionPath
 from kvfold.mla.plan import choose, multiply_adds
 from kvfold.model.program import Buffer, Domain, OpRecord, Program, Segment, Value
+from kvfold.prompt_window import step_buffer_bytes
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,11 @@ MAY_IMPORT = {
     "kernels": (),
     "backends": ("model", "mla", "cache", "quant", "config", "errors", "kernels", "_native"),
     "machine": ("_native",),
+    "prompt_window": ("model.program", "mla.plan", "cache.latent"),
     "weight_memory": ("formats.file_map", "quant.tensor", "errors", "_native"),
     "load": (
         "machine",
+        "prompt_window",
         "weight_memory",
         "backends",
         "formats",
@@ -49,6 +51,7 @@ MAY_IMPORT = {
     "explain": (
         "load",
         "machine",
+        "prompt_window",
         "backends.choose",
         "formats",
         "model",

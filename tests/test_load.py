@@ -19,11 +19,18 @@ from kvfold.errors import ModelFileError, SettingError
 from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
 from kvfold.formats.file_map import FileMap, map_file
 from kvfold.formats.tensor_names import KvLayout
-from kvfold.load import Loaded, Settings, load
+from kvfold.load import Loaded, Settings, load, program_of
+from kvfold.prompt_window import step_buffer_bytes
 from kvfold.quant.tensor import QuantTensor
 from kvfold.weight_memory import CHUNK_BYTES, HUGE_PAGE_BYTES, PAGE_BYTES, copied, huge_page_bytes, read_ahead
 
-SETTINGS: dict[str, Any] = {"backend": "native", "cache_type": "f32", "threads": 2, "n_ctx": 64}
+SETTINGS: dict[str, Any] = {
+    "backend": "native",
+    "cache_type": "f32",
+    "threads": 2,
+    "n_ctx": 64,
+    "workspace_bytes": 16 << 20,
+}
 
 
 def loaded(model: Path | Checkpoint, **settings: Any) -> Loaded:
@@ -131,7 +138,9 @@ def test_a_second_load_of_a_copy_copies_nothing(tmp_path: Path) -> None:
 def needed_bytes(model: Loaded) -> int:
     layout = model.cache.layout
     cache = model.cache.num_pages * 64 * layout.bytes_per_token
-    return model.checkpoint.nbytes + cache + model.settings.workspace_bytes
+    path = model.plan(model.window_rows, 0, True).path
+    values = step_buffer_bytes(program_of(model.checkpoint, model.settings), path, model.window_rows)
+    return model.checkpoint.nbytes + cache + model.settings.workspace_bytes + values
 
 
 def test_auto_copies_what_fits_and_maps_what_is_a_byte_too_large(

@@ -17,7 +17,6 @@ from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint, ope
 from kvfold.formats.gguf import GgufFile, GgufTensor, StringArray
 from kvfold.formats.hub import resolve
 from kvfold.formats.safetensors import HfTensor
-from kvfold.formats.tensor_names import KvLayout
 from kvfold.load import (
     Settings,
     cache_layout,
@@ -25,12 +24,14 @@ from kvfold.load import (
     embedded_model,
     needs_of,
     plan_for,
+    program_of,
+    prompt_window,
 )
 from kvfold.machine import available_memory_bytes
-from kvfold.mla.plan import Mla, crossover_rows, multiply_adds
 from kvfold.mla.plan import Path as AttentionPath
-from kvfold.model.deepseek import DeepseekModel
-from kvfold.model.program import Domain, Program, record
+from kvfold.mla.plan import crossover_rows, multiply_adds
+from kvfold.model.program import Program
+from kvfold.prompt_window import step_buffer_bytes
 from kvfold.quant.types import BlockType
 
 LISTED_ITEMS = 8  # of a metadata array; longer ones are described
@@ -290,10 +291,14 @@ class PlanReport:
     info: tuple[str, ...]
 
 
-def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int) -> PlanReport:
-    """Memory, backend and attention of a model under these settings, without loading it."""
+def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int | None) -> PlanReport:
+    """Memory, backend and attention of a model under these settings, without loading it. batch_rows: prompt rows in a
+    step; None: what memory allows."""
     config = checkpoint.config
     n_ctx = settings.n_ctx or default_context(config, cache_layout(config, settings))
+    program = program_of(checkpoint, settings)
+    if batch_rows is None:
+        batch_rows = prompt_window(program, checkpoint, settings, n_ctx, available_memory_bytes())
     prompt = min(PROMPT_ROWS, n_ctx)
     half = n_ctx // 2
     kinds = (
@@ -307,7 +312,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int) 
         config=config,
         n_ctx=n_ctx,
         batch_rows=batch_rows,
-        memory=memory_of(checkpoint, settings, n_ctx, batch_rows),
+        memory=memory_of(program, checkpoint, settings, n_ctx, batch_rows),
         phases=tuple(
             phase(name, config, settings, new, cached, is_prompt=is_prompt, batch_rows=batch_rows)
             for name, new, cached, is_prompt in kinds
@@ -320,7 +325,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int) 
     )
 
 
-def memory_of(checkpoint: Checkpoint, settings: Settings, n_ctx: int, batch_rows: int) -> Memory:
+def memory_of(program: Program, checkpoint: Checkpoint, settings: Settings, n_ctx: int, batch_rows: int) -> Memory:
     config = checkpoint.config
     sizes = dict.fromkeys(_GROUPS, 0)
     for name, tensor in checkpoint.tensors.items():
@@ -332,45 +337,18 @@ def memory_of(checkpoint: Checkpoint, settings: Settings, n_ctx: int, batch_rows
         full_cache_bytes=n_ctx * CacheLayout.standard(config, settings.cache_type).bytes_per_token,
         cache_bytes=n_ctx * cache_layout(config, settings).bytes_per_token,
         workspace_bytes=settings.workspace_bytes,
-        buffer_bytes=_buffer_bytes(checkpoint, settings, n_ctx, batch_rows),
+        buffer_bytes=_buffer_bytes(program, config, settings, n_ctx, batch_rows),
         free_bytes=available_memory_bytes(),
     )
 
 
-def _buffer_bytes(checkpoint: Checkpoint, settings: Settings, n_ctx: int, batch_rows: int) -> int:
+def _buffer_bytes(program: Program, config: ModelConfig, settings: Settings, n_ctx: int, batch_rows: int) -> int:
     """The largest step of a prompt that fills the context."""
-    config = checkpoint.config
     most_rows: dict[AttentionPath, int] = {}
     for rows, cached in _windows(n_ctx, 0, batch_rows):
         path = plan_for(config, settings, rows, cached, True).path
         most_rows[path] = max(rows, most_rows.get(path, 0))
-    model = DeepseekModel(
-        config, splits_kv_b=checkpoint.kv_layout is KvLayout.K_B_V_B, standard=settings.mla is Mla.STANDARD
-    )
-    widths = {name: sum(part.rows for part in matrices(tensor)) for name, tensor in checkpoint.tensors.items()}
-    program = record(model, widths)
     return max(step_buffer_bytes(program, path, rows) for path, rows in most_rows.items())
-
-
-def step_buffer_bytes(program: Program, path: AttentionPath, rows: int) -> int:
-    """Bytes of what a step of `rows` rows on one path holds at its fullest op: the buffers alive there, the hidden rows
-    of this segment and the next, and what the head hands over for one output row."""
-    num_rows = {
-        Domain.ROWS: rows,
-        Domain.OUTPUTS: 1,
-        Domain.ABSORBED: rows if path is AttentionPath.ABSORBED else 0,
-    }
-    fullest = 0
-    for segment in program.segments:
-        x_out = segment.x_out.buffer if segment.x_out else 0
-        elsewhere = {0, x_out, *(value.buffer for _, value in segment.outputs)}
-        buffers = [buffer for index, buffer in enumerate(segment.buffers) if index not in elsewhere]
-        for op in range(len(segment.ops)):
-            alive = (b.width * num_rows[b.domain] for b in buffers if b.first <= op <= b.last)
-            fullest = max(fullest, sum(alive))
-    hidden = rows * program.segments[0].buffers[0].width
-    outputs = sum(value.width for segment in program.segments for _, value in segment.outputs)
-    return 4 * (fullest + 2 * hidden + outputs)
 
 
 _GROUPS = (

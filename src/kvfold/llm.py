@@ -27,13 +27,12 @@ from kvfold.engine.request import Request
 from kvfold.engine.runner import Runner
 from kvfold.engine.sampler import Sampler, SamplingParams
 from kvfold.errors import OutOfPages, SettingError
-from kvfold.load import DEFAULT_WORKSPACE_BYTES, Loaded, Progress, Settings, load
+from kvfold.load import Loaded, Progress, Settings, load
 from kvfold.text.chat_template import ChatTemplate
 from kvfold.text.reasoning import Split, ThoughtSplitter, opens_thought
 from kvfold.text.streaming import DetokenizeStream
 from kvfold.text.tokenizer import Tokenizer
 
-DEFAULT_BATCH_ROWS = 2048
 ROLES = ("system", "user", "assistant")
 
 Prompt = str | Sequence[int]
@@ -84,7 +83,8 @@ class LLM:
     backend:    "auto", "cuda", "native" or "plain"
     device:     "cpu", "cuda" or "cuda:N"; "auto" is the first GPU where it can run the model, else the CPU
     n_ctx:      tokens the cache holds, all concurrent requests together; None: the model's context, or what fits
-    batch_rows: prompt rows in one step
+    batch_rows: prompt rows in one step; None: the whole prompt, or as many as memory allows
+    workspace_bytes: scratch memory of a step; None: from the free memory, 64 to 256 MiB
     mmap:       "auto" copies weights that fit into memory, on 2 MiB pages, and leaves others in the map of their file;
                 "on" leaves all there; "off" copies, or raises
     progress:   called with (bytes read, bytes in all) while weights are read
@@ -104,12 +104,12 @@ class LLM:
         device: str = "auto",
         threads: int | None = None,
         n_ctx: int | None = None,
-        batch_rows: int = DEFAULT_BATCH_ROWS,
-        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        batch_rows: int | None = None,
+        workspace_bytes: int | None = None,
         mmap: str = "auto",
         progress: Progress | None = None,
     ) -> None:
-        if batch_rows < 1:
+        if batch_rows is not None and batch_rows < 1:
             raise SettingError(f"batch_rows={batch_rows}: at least 1.")
         settings = Settings.parse(
             mla=mla,
@@ -125,12 +125,13 @@ class LLM:
         )
         self.loaded: Loaded = load(model, settings, progress=progress)
         self.tokenizer = Tokenizer.from_vocabulary(self.loaded.checkpoint.vocabulary)
+        self.batch_rows: int = batch_rows or self.loaded.window_rows
         self._runner = Runner(
             self.loaded.backend,
             self.loaded.pool,
             self.loaded.plan,
             num_segments=self.loaded.model.num_segments,
-            max_prompt_rows=batch_rows,
+            max_prompt_rows=self.batch_rows,
         )
 
     @property

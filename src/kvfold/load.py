@@ -17,20 +17,29 @@ from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache,
 from kvfold.cache.pages import PagePool, pages_for
 from kvfold.config import ModelConfig
 from kvfold.errors import SettingError
-from kvfold.formats.checkpoint import Checkpoint, open_checkpoint
+from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
 from kvfold.formats.hub import resolve
 from kvfold.formats.tensor_names import KvLayout
 from kvfold.machine import available_memory_bytes, physical_cores
 from kvfold.mla.plan import ARITHMETIC, Fa, MachineProfile, Mla, MlaPlan, choose, parse_fa, parse_mla
+from kvfold.mla.plan import Path as AttentionPath
 from kvfold.model.deepseek import DeepseekModel
+from kvfold.model.program import Program, record
+from kvfold.prompt_window import (
+    LEAST_WINDOW_ROWS,
+    default_workspace_bytes,
+    step_buffer_bytes,
+    window_rows,
+)
 from kvfold.weight_memory import WeightCopy, copied, guarded, read_ahead
 
 Progress = Callable[[int, int], None]
 """(bytes read, bytes in all)."""
 
-DEFAULT_WORKSPACE_BYTES = 256 << 20
 MMAP = ("auto", "on", "off")
 """auto: copy the weights into memory if they fit, else leave them mapped; on: leave them mapped; off: copy, or refuse."""
+# A GPU's step keeps its values in the GPU's memory, of which the cache has what is left.
+GPU_WINDOW_ROWS = 2048
 # Threads that copy the weights at least: a disk wants several reads at a time, however many threads compute.
 MIN_READERS = 4
 
@@ -62,11 +71,11 @@ class Settings:
         device: str = "auto",
         threads: int | None = None,
         n_ctx: int | None = None,
-        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        workspace_bytes: int | None = None,
         mmap: str = "auto",
     ) -> Settings:
         """Raises SettingError (PlanError) with the allowed values. cache_type "auto" is bf16 where a GPU would compute,
-        f16 elsewhere."""
+        f16 elsewhere; workspace_bytes None follows from the free memory (prompt_window.py)."""
         if dtype not in DTYPES:
             raise SettingError(f"dtype={dtype}: allowed are {', '.join(DTYPES)}.")
         gpu.check_device(device)
@@ -76,6 +85,8 @@ class Settings:
             raise SettingError(f"threads={threads}: allowed are 1 to 1024.")
         if n_ctx is not None and n_ctx < 1:
             raise SettingError(f"n_ctx={n_ctx}: at least 1 token.")
+        if workspace_bytes is None:
+            workspace_bytes = default_workspace_bytes(available_memory_bytes())
         if workspace_bytes < 1 << 20:
             raise SettingError(f"workspace={workspace_bytes} bytes: at least 1 MiB.")
         if mmap not in MMAP:
@@ -101,6 +112,7 @@ class Loaded:
     info:         one line per finding a user should know
     weight_copy:  what copying the weights took; None where nothing was copied
     weight_place: where the weights lie, and why, in a few words
+    window_rows:  prompt rows that one step takes, by the memory there was
     """
 
     checkpoint: Checkpoint
@@ -114,6 +126,7 @@ class Loaded:
     info: tuple[str, ...]
     weight_copy: WeightCopy | None
     weight_place: str
+    window_rows: int
 
     def plan(self, new_rows: int, cached_rows: int, is_prompt: bool) -> MlaPlan:
         profile = self.choice.candidate.profile
@@ -198,13 +211,16 @@ def load(
     if n_ctx > config.max_position:
         notes = (f"n_ctx={n_ctx} is beyond the {config.max_position} tokens the model was made for.",)
     cache = PagedCache(layout, pages_for(n_ctx))
-    network = DeepseekModel(
-        config, splits_kv_b=checkpoint.kv_layout is KvLayout.K_B_V_B, standard=settings.mla is Mla.STANDARD
-    )
+    network = _network(checkpoint, settings)
     if candidate.free_bytes is not None:
+        window = GPU_WINDOW_ROWS
         placed = _Placed(checkpoint, None, f"in the memory of {settings.device.replace('auto', 'cuda')}")
     else:
-        placed = _place_weights(checkpoint, settings, cache.nbytes + settings.workspace_bytes, progress)
+        program = program_of(checkpoint, settings)
+        window = prompt_window(program, checkpoint, settings, n_ctx, available_memory_bytes())
+        buffer_bytes = step_buffer_bytes(program, _prompt_path(checkpoint, settings), window)
+        other_bytes = cache.nbytes + settings.workspace_bytes + buffer_bytes
+        placed = _place_weights(checkpoint, settings, other_bytes, progress)
     checkpoint = placed.checkpoint
     machine = Machine(settings.dtype, settings.device, settings.threads, settings.workspace_bytes, progress)
     backend = candidate.build(network, checkpoint.tensors, cache, machine)
@@ -220,7 +236,35 @@ def load(
         checkpoint.info + placed.info + notes,
         placed.copy,
         placed.place,
+        window,
     )
+
+
+def program_of(checkpoint: Checkpoint, settings: Settings) -> Program:
+    """The model as recorded: what its steps keep between their ops."""
+    widths = {name: sum(part.rows for part in matrices(tensor)) for name, tensor in checkpoint.tensors.items()}
+    return record(_network(checkpoint, settings), widths)
+
+
+def prompt_window(
+    program: Program, checkpoint: Checkpoint, settings: Settings, n_ctx: int, free_bytes: int | None
+) -> int:
+    """Prompt rows of one step that memory has room for beside weights, cache and workspace."""
+    if free_bytes is not None:
+        weight_bytes = checkpoint.nbytes if checkpoint.maps else 0  # in memory already
+        cache_bytes = n_ctx * cache_layout(checkpoint.config, settings).bytes_per_token
+        free_bytes = max(0, free_bytes - weight_bytes - cache_bytes - settings.workspace_bytes)
+    return window_rows(program, _prompt_path(checkpoint, settings), left_bytes=free_bytes, n_ctx=n_ctx)
+
+
+def _prompt_path(checkpoint: Checkpoint, settings: Settings) -> AttentionPath:
+    """Of a long prompt."""
+    return plan_for(checkpoint.config, settings, LEAST_WINDOW_ROWS, 0, True).path
+
+
+def _network(checkpoint: Checkpoint, settings: Settings) -> DeepseekModel:
+    splits_kv_b = checkpoint.kv_layout is KvLayout.K_B_V_B
+    return DeepseekModel(checkpoint.config, splits_kv_b=splits_kv_b, standard=settings.mla is Mla.STANDARD)
 
 
 @dataclass(frozen=True)
@@ -236,7 +280,7 @@ def _place_weights(
 ) -> _Placed:
     """Copies the weights, or leaves them in their maps and reads them ahead.
 
-    other_bytes: what else the model needs, cache and workspace.
+    other_bytes: what else the model needs: cache, workspace, the values of a step.
     """
     if not checkpoint.maps:
         if settings.mmap == "on":
@@ -244,7 +288,7 @@ def _place_weights(
         return _Placed(checkpoint, None, "in memory already")
     free = available_memory_bytes()
     needed = checkpoint.nbytes + other_bytes
-    sizes = f"weights, cache and workspace take {needed / 1e9:.3g} GB"
+    sizes = f"weights, cache and a step take {needed / 1e9:.3g} GB"
     if free is not None:
         sizes += f" and {free / 1e9:.3g} GB of memory are available"
     # where the system does not tell, a user may know

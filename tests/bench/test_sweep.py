@@ -141,8 +141,8 @@ def test_every_combination_of_settings_is_a_row_of_its_own(checkpoint: Checkpoin
 
 
 def test_settings_are_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(SettingError, match="cache_type=q8_0: allowed are"):
-        results(None, [Case(1, 0, 0)], cache_type=["f16", "q8_0"])  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="cache_type=q3: allowed are"):
+        results(None, [Case(1, 0, 0)], cache_type=["f16", "q3"])  # type: ignore[arg-type]
 
 
 def test_percentiles_are_those_of_all_times() -> None:

@@ -14,12 +14,10 @@ import typer
 from kit.command_line import Kvfold
 from kvfold.cli.later import LATER_FLAGS, LATER_VERBS
 from kvfold.cli.main import app
-from kvfold.cli.options import DEFAULT_BATCH_ROWS, DEFAULT_WORKSPACE_BYTES, parse_limit, parse_size
+from kvfold.cli.options import parse_limit, parse_size
 from kvfold.cli.run import run
 from kvfold.engine.sampler import SamplingParams
-from kvfold.llm import DEFAULT_BATCH_ROWS as LLM_BATCH_ROWS
 from kvfold.llm import LLM
-from kvfold.load import DEFAULT_WORKSPACE_BYTES as LOAD_WORKSPACE_BYTES
 
 VERBS = ("run", "chat", "inspect", "plan", "bench", "synth")
 
@@ -77,7 +75,7 @@ def test_help_shows_defaults_and_variables(kvfold: Kvfold) -> None:
     for shown in (
         "KVFOLD_CTX_SIZE",
         "KVFOLD_TEMP; default: 0.8",
-        "KVFOLD_WORKSPACE; default: (256M)",
+        "KVFOLD_WORKSPACE; default: (1/32 of the free memory, 64M to 256M)",
         "-ctk",
         "-mla",
     ):
@@ -89,9 +87,8 @@ def test_defaults_are_the_engines() -> None:
     for field in fields(SamplingParams):
         if field.name in ours and field.name != "stop":
             assert ours[field.name] == field.default, field.name
-    assert DEFAULT_BATCH_ROWS == LLM_BATCH_ROWS
-    assert DEFAULT_WORKSPACE_BYTES == LOAD_WORKSPACE_BYTES
     engine = {name: p.default for name, p in inspect.signature(LLM).parameters.items()}
+    assert ours["batch_size"] == engine["batch_rows"] and ours["workspace"] == engine["workspace_bytes"]
     for name in ("mla", "fa", "dtype", "cache_type", "backend", "device", "threads"):
         assert ours[name] == engine[name], name
 
@@ -184,7 +181,7 @@ def test_a_wrong_command_line_is_exit_code_2(kvfold: Kvfold, arguments: list[str
         (["run", "--top-p", "2", "text"], "kvfold: top_p is 2.0; allowed: "),
         (["run", "-mla", "4", "text"], "kvfold: mla=4: allowed are auto, 0, 1, 2, 3."),
         (["run", "--device", "cuda:999", "text"], "kvfold: No backend can run this model: cuda: "),
-        (["plan", "-ctk", "q8_0"], "kvfold: cache_type=q8_0: allowed are f32, f16, bf16."),
+        (["plan", "-ctk", "q3"], "kvfold: cache_type=q3: allowed are f32, f16, bf16, q8_0."),
         (["synth", "llama", "x.gguf"], "kvfold: llama: there is no such shape"),
     ],
 )

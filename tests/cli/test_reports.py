@@ -96,7 +96,12 @@ def test_plan_says_what_a_setting_changes(kvfold: Kvfold, tiny_gguf: Path) -> No
         report = json.loads(kvfold("plan", tiny_gguf, "-c", "3000", "--json", *arguments).out)
         return [phase["steps"] for phase in report["phases"]]
 
-    assert phases("-mla", "1") == [[["absorbed", 1]], [["absorbed", 1]], [["absorbed", 2]], [["absorbed", 1]]]
+    assert phases("-mla", "1", "-b", "2048") == [
+        [["absorbed", 1]],
+        [["absorbed", 1]],
+        [["absorbed", 2]],
+        [["absorbed", 1]],
+    ]
     assert phases("-mla", "2", "-b", "1K")[2] == [["decompressed", 3]]
     assert phases("-mla", "0")[3] == [["standard", 1]]
 

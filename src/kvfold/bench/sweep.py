@@ -82,10 +82,11 @@ def made_in_memory(
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings that a row of the table was measured with. batch_rows: prompt rows in one step."""
+    """Settings that a row of the table was measured with. batch_rows: prompt rows in one step; None, before the model
+    is loaded: what memory allows."""
 
     settings: Settings
-    batch_rows: int
+    batch_rows: int | None
 
 
 def variants(
@@ -95,10 +96,10 @@ def variants(
     fa: list[str],
     cache_type: list[str],
     threads: list[int | None],
-    batch_rows: list[int],
+    batch_rows: list[int] | list[None],
     dtype: str,
     backend: str,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
 ) -> list[Variant]:
     """Every combination, with room for the cases. Raises SettingError for any that cannot be."""
     return [
@@ -180,7 +181,9 @@ def _measure(
     seed: int,
     notice: Notice,
 ) -> Iterator[Result]:
-    rig = Rig(loaded, cases, batch_rows=variant.batch_rows, seed=seed)
+    rows = variant.batch_rows or loaded.window_rows
+    variant = replace(variant, batch_rows=rows)
+    rig = Rig(loaded, cases, batch_rows=rows, seed=seed)
     samples: dict[Case, list[Sample]] = {case: [] for case in cases}
     discarded: dict[Case, list[Discarded]] = {case: [] for case in cases}
     theirs: dict[Case, list[float]] = {case: [] for case in cases}

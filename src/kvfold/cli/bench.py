@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvfold.cli.options import (
-    DEFAULT_BATCH_ROWS,
-    DEFAULT_WORKSPACE_BYTES,
     Backend,
     Dtype,
     ModelArgument,
@@ -116,7 +114,7 @@ def bench(
             "-b",
             metavar="LIST",
             envvar="KVFOLD_BATCH_SIZE",
-            show_default=str(DEFAULT_BATCH_ROWS),
+            show_default="what memory allows",
             help="Prompt rows in one step.",
         ),
     ] = None,
@@ -157,7 +155,7 @@ def bench(
     ] = None,
     dtype: Dtype = "auto",
     backend: Backend = "auto",
-    workspace: Workspace = DEFAULT_WORKSPACE_BYTES,
+    workspace: Workspace = None,
     opponent: Annotated[
         str | None,
         typer.Option(
@@ -200,7 +198,7 @@ def bench(
         fa=[parse_fa_option(item) for item in items(fa, "auto")],
         cache_type=items(cache_type, "f16"),
         threads=list(counts(threads, 0)) if threads else [None],
-        batch_rows=[parse_count(item) for item in items(batch_size, str(DEFAULT_BATCH_ROWS))],
+        batch_rows=[parse_count(item) for item in items(batch_size, "")] if batch_size else [None],
         dtype=dtype,
         backend=backend,
         workspace_bytes=workspace,

@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvfold.cli.options import (
-    DEFAULT_BATCH_ROWS,
-    DEFAULT_WORKSPACE_BYTES,
     Backend,
     BatchRows,
     CacheTypeOption,
@@ -121,8 +119,8 @@ def chat(
     backend: Backend = "auto",
     device: Device = "auto",
     threads: Threads = None,
-    batch_size: BatchRows = DEFAULT_BATCH_ROWS,
-    workspace: Workspace = DEFAULT_WORKSPACE_BYTES,
+    batch_size: BatchRows = None,
+    workspace: Workspace = None,
     mmap: Mmap = "auto",
     new_tokens: NewTokens = DEFAULT_NEW_TOKENS,
     temperature: Temperature = 0.8,

@@ -11,8 +11,6 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_BATCH_ROWS = 2048
-DEFAULT_WORKSPACE_BYTES = 256 << 20
 FA_FLAGS = ("--fa", "-fa", "--flash-attn")
 
 _SIZE = re.compile(r"(\d+)([KMG]?)", re.IGNORECASE)
@@ -100,13 +98,14 @@ Threads = Annotated[
     ),
 ]
 BatchRows = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--batch-size",
         "-b",
         metavar="SIZE",
         parser=parse_count,
         envvar="KVFOLD_BATCH_SIZE",
+        show_default="the whole prompt, or what fits a quarter of the free memory, at most 2 GiB",
         help="Prompt rows in one step.",
     ),
 ]
@@ -171,13 +170,13 @@ Device = Annotated[
     ),
 ]
 Workspace = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--workspace",
         metavar="BYTES",
         parser=parse_size,
         envvar="KVFOLD_WORKSPACE",
-        show_default="256M",
+        show_default="1/32 of the free memory, 64M to 256M",
         help="Scratch memory of one step: bounds the expanded keys and the stored scores.",
     ),
 ]

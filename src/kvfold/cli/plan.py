@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvfold.cli.options import (
-    DEFAULT_BATCH_ROWS,
-    DEFAULT_WORKSPACE_BYTES,
     Backend,
     BatchRows,
     CacheTypeOption,
@@ -40,8 +38,8 @@ def plan(
     backend: Backend = "auto",
     device: Device = "auto",
     threads: Threads = None,
-    batch_size: BatchRows = DEFAULT_BATCH_ROWS,
-    workspace: Workspace = DEFAULT_WORKSPACE_BYTES,
+    batch_size: BatchRows = None,
+    workspace: Workspace = None,
     json: Json = False,
 ) -> None:
     """Says what a model takes and which attention path its work takes.

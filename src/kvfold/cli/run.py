@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvfold.cli.options import (
-    DEFAULT_BATCH_ROWS,
-    DEFAULT_WORKSPACE_BYTES,
     Backend,
     BatchRows,
     CacheTypeOption,
@@ -90,8 +88,8 @@ def run(
     backend: Backend = "auto",
     device: Device = "auto",
     threads: Threads = None,
-    batch_size: BatchRows = DEFAULT_BATCH_ROWS,
-    workspace: Workspace = DEFAULT_WORKSPACE_BYTES,
+    batch_size: BatchRows = None,
+    workspace: Workspace = None,
     mmap: Mmap = "auto",
     new_tokens: NewTokens = DEFAULT_NEW_TOKENS,
     temperature: Temperature = 0.8,
@@ -180,7 +178,7 @@ def run(
     if not from_stdin and not json:
         show_prompt(text)
     was_interrupted = _write(stream, to_stdout=not json)
-    phases = _phases(llm, stream.stats, batch_size)
+    phases = _phases(llm, stream.stats)
     if json:
         _print_json(llm, stream, phases, sampler.seed)
     if verbose:
@@ -274,7 +272,7 @@ def _write(stream: Stream, *, to_stdout: bool) -> bool:
     return was_interrupted
 
 
-def _phases(llm: LLM, stats: Stats, batch_rows: int) -> dict[str, Phase]:
+def _phases(llm: LLM, stats: Stats) -> dict[str, Phase]:
     """The plan of what was run: the prompt, and the last generated token."""
     from kvfold.explain import phase
 
@@ -283,7 +281,7 @@ def _phases(llm: LLM, stats: Stats, batch_rows: int) -> dict[str, Phase]:
     config, settings = loaded.model.config, loaded.settings
     kinds = {"prompt": (stats.prompt_tokens, 0, True), "generation": (1, depth, False)}
     return {
-        name: phase(name, config, settings, rows, cached, is_prompt=is_prompt, batch_rows=batch_rows)
+        name: phase(name, config, settings, rows, cached, is_prompt=is_prompt, batch_rows=llm.batch_rows)
         for name, (rows, cached, is_prompt) in kinds.items()
     }
 
