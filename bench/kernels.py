@@ -95,6 +95,7 @@ class Prompt:
     512 latents."""
 
     num_segments = 2
+    layers = 4  # the memory of a step is new to the first one, as in a model
 
     def __init__(self, t: BlockType, rows: int, args: argparse.Namespace) -> None:
         self.mla = mla = MlaConfig(args.heads, 128, 64, 128, 512, None, 0.1)
@@ -133,12 +134,14 @@ class Prompt:
         q = ops.columns(x, 0, width)
         o_latent = ops.attend_latent("latent", 0, ops.fold_q("fold", q, self.up, mla), mla)  # of no rows
         into = ops.unfold_v("unfold", o_latent, self.up, mla)
-        out = ops.attend_expanded("attend", 0, q, self.up, mla, into=into)
+        out = into
+        for layer in range(self.layers):
+            out = ops.attend_expanded(f"attend.{layer}", 0, q, self.up, mla, into=out)
         ops.output("out", ops.take_outputs("take", out))
         return None
 
     def seconds(self, clock: Clock, count: int) -> float:
-        """Of the last `count` rows over all keys."""
+        """Of the last `count` rows over all keys, a layer."""
         at = np.arange(self.rows - count, self.rows)
         run = _native.StepRun(
             self.program,
@@ -155,7 +158,7 @@ class Prompt:
             outputs=[np.empty((1, self.mla.num_heads * self.mla.v_head_dim), np.float32)],
         )
         run.run(1)
-        return clock(partial(run.run, 2))
+        return clock(partial(run.run, 2)) / self.layers
 
 
 def bench_prompt(clock: Clock, args: argparse.Namespace) -> None:

@@ -125,9 +125,13 @@ struct PairTile {
         float* row = scores + i * stride;
         hide_rest(row, n);
         const auto minus = S::set(-states[i].exponent);
-        auto sum = S::zero();
         for (; j < n; j += S::kLanes) {
-          sum = S::add(S::store_bf16(to + j, exp2<S>(S::fma(S::load(row + j), factor, minus))), sum);
+          S::store_bf16(to + j, exp2<S>(S::fma(S::load(row + j), factor, minus)));
+        }
+        for (; j % (2 * S::kLanes) != 0; j++) to[j] = 0;
+        auto sum = S::zero();
+        for (int64_t at = 0; at < j; at += 2 * S::kLanes) {
+          sum = S::dot_bf16(sum, S::load_codes(to + at), S::set_ints(0x3f803f80));  // times pairs of 1
         }
         states[i].sum += S::sum(sum);
       }

@@ -158,11 +158,10 @@ struct Avx2 {
   static Ints bf16_pairs(Floats low, Floats high) {
     return _mm256_or_si256(_mm256_srli_epi32(nearest_bf16(low), 16), nearest_bf16(high));
   }
-  static Floats store_bf16(uint16_t* p, Floats v) {
-    const Ints nearest = nearest_bf16(v), low = _mm256_srli_epi32(nearest, 16);
+  static void store_bf16(uint16_t* p, Floats v) {
+    const Ints low = _mm256_srli_epi32(nearest_bf16(v), 16);
     const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
-    return _mm256_castsi256_ps(nearest);
   }
   static Floats load_half(const uint8_t* p) { return _mm256_cvtph_ps(load16(p)); }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -134,10 +134,8 @@ struct Avx512 {
     return _mm512_permutexvar_epi16(
         _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16)), apart);
   }
-  static Floats store_bf16(uint16_t* p, Floats v) {
-    const __m256i rounded = halves(v);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+  static void store_bf16(uint16_t* p, Floats v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves(v));
   }
   static Floats load_half(const uint8_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

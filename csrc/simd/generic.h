@@ -181,15 +181,7 @@ struct Generic {
     to_bf16(high.lane, b, kLanes);
     return make<Ints>([&](int i) { return static_cast<int32_t>(a[i] | static_cast<uint32_t>(b[i]) << 16); });
   }
-  static Floats store_bf16(uint16_t* p, Floats v) {  // returns what was stored
-    to_bf16(v.lane, p, kLanes);
-    return make<Floats>([&](int i) {
-      const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
-      float value;
-      std::memcpy(&value, &bits, 4);
-      return value;
-    });
-  }
+  static void store_bf16(uint16_t* p, Floats v) { to_bf16(v.lane, p, kLanes); }
   static Floats load_half(const uint8_t* p) {
     return make<Floats>([=](int i) { return blocks::half_at(p + 2 * i); });
   }
