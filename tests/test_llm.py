@@ -121,6 +121,17 @@ def test_seed_repeats_a_text_and_another_seed_does_not(llm: LLM) -> None:
     assert text(1) != text(2)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 5])
+def test_progress_of_a_prompt_grows_to_all_of_it_and_ends_with_the_first_token(llm: LLM, max_tokens: int) -> None:
+    reports: list[tuple[int, int]] = []
+    ids = list(range(1, 201))
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    list(llm.stream(ids, params, progress=lambda *report: reports.append(report)))
+    assert [total for _, total in reports] == [200] * len(reports)
+    assert sorted(reports) == reports and reports[-1] == (200, 200)
+    assert [done for done, _ in reports].count(200) <= 1 + (len(reports) > 1)
+
+
 def test_closing_a_stream_gives_its_pages_back(llm: LLM) -> None:
     stream = llm.stream("Once", GREEDY)
     next(stream)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import kvfold.load
+import kvfold.weight_memory
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold.errors import ModelFileError, SettingError
 from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
@@ -273,11 +274,18 @@ def test_the_copy_begins_on_a_huge_page_and_their_count_is_that_of_the_system(tm
     assert huge_page_bytes(map.data) == 0, "a file map has none"
 
 
-def test_reading_ahead_touches_every_byte_range_once(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(written("gguf-k_b", tmp_path))
-    reports: list[tuple[int, int]] = []
-    read_ahead(checkpoint.tensors, lambda *report: reports.append(report))
-    assert reports[0] == (0, checkpoint.nbytes) and reports[-1] == (checkpoint.nbytes, checkpoint.nbytes)
+def test_reading_ahead_asks_for_every_byte_of_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = open_checkpoint(written("gguf-split", tmp_path)).maps
+    assert len(maps) == 3
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: asked.append((start, size)))
+    monkeypatch.setattr(kvfold.weight_memory, "_READ_AHEAD_BYTES", 50_000)
+    maps[1].path.unlink()  # what cannot be opened any more is left to whoever reads it
+    read_ahead(maps).join()
+    expected = [(0, 0)]  # _reopened: sequential reads
+    for map in (maps[0], maps[2]):
+        expected += [(start, 50_000) for start in range(0, map.data.nbytes, 50_000)]
+    assert [one for one in asked if one != (0, 0)] == expected[1:]
 
 
 # --- a file that is shortened while it is mapped -----------------------------------------------------------------------

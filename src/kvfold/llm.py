@@ -153,14 +153,22 @@ class LLM:
         return [stream.output for stream in opened]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, session: Session | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        session: Session | None = None,
+        progress: Progress | None = None,
     ) -> Stream:
         """Completes one prompt: iterate for pieces of text; `.output` holds the whole after the last piece.
+
+        progress: called with (prompt tokens computed, in all) between slices of the prompt's layers, every 0.1 s or
+        after a layer.
 
         A session keeps its cache between calls: a prompt that begins like the last one is computed from where it
         differs.
         """
-        return Stream(self, self._prompt_ids(prompt), params or SamplingParams(), session)
+        return Stream(self, self._prompt_ids(prompt), params or SamplingParams(), session, progress)
 
     def chat(
         self,
@@ -191,13 +199,15 @@ class LLM:
         *,
         session: Session | None = None,
         thinking: bool | None = None,
+        progress: Progress | None = None,
     ) -> ChatStream:
-        """As `chat`, while it is generated: iterate for (thought, answer), of which one is usually empty."""
+        """As `chat`, while it is generated: iterate for (thought, answer), of which one is usually empty. `progress` as
+        in `stream`."""
         prompt = self.chat_prompt(messages, thinking=thinking)
         inside = opens_thought(self.tokenizer.decode(prompt, skip_special=False))
         if session is not None:
             prompt = self._as_cached(prompt, session.token_ids)
-        stream = self.stream(prompt, params, session=session)
+        stream = self.stream(prompt, params, session=session, progress=progress)
         return ChatStream(stream, inside=inside, lead=self._answer_lead)
 
     def chat_prompt(self, messages: Sequence[Message], *, thinking: bool | None = None) -> list[int]:
@@ -303,8 +313,14 @@ class Stream(Iterator[str]):
     """
 
     def __init__(
-        self, llm: LLM, prompt_ids: list[int], params: SamplingParams, session: Session | None = None
+        self,
+        llm: LLM,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        session: Session | None = None,
+        progress: Progress | None = None,
     ) -> None:
+        self._progress = progress
         self._runner = llm._runner
         self._reader = _Reader(llm.tokenizer.stream(stop=params.stop))
         self._num_read = 0
@@ -328,7 +344,7 @@ class Stream(Iterator[str]):
                 if piece:
                     return piece
             if request.finish_reason is None:
-                self._runner.advance(request, len(request.token_ids))
+                self._runner.advance(request, len(request.token_ids), self._report)
             elif request.error is not None:
                 raise request.error
             elif not self._is_finished:
@@ -336,6 +352,11 @@ class Stream(Iterator[str]):
                 reader.finish()
             else:
                 raise StopIteration
+
+    def _report(self) -> None:
+        if self._progress is not None and len(self._request.token_ids) <= 1:
+            done = int(self._runner.prompt_rows_done(self._request))
+            self._progress(done, len(self._request.prompt_ids))
 
     def __enter__(self) -> Stream:
         return self

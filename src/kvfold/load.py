@@ -278,7 +278,7 @@ class _Placed:
 def _place_weights(
     checkpoint: Checkpoint, settings: Settings, other_bytes: int, progress: Progress | None
 ) -> _Placed:
-    """Copies the weights, or leaves them in their maps and reads them ahead.
+    """Copies the weights, or leaves them in their maps and has them read ahead.
 
     other_bytes: what else the model needs: cache, workspace, the values of a step.
     """
@@ -305,7 +305,7 @@ def _place_weights(
         )
     guarded(checkpoint.maps)
     if free is None or checkpoint.nbytes <= free:
-        read_ahead(checkpoint.tensors, progress)  # more than that would push its own pages out
+        read_ahead(checkpoint.maps)  # more than that would push its own pages out
     if settings.mmap == "on":
         return _Placed(checkpoint, None, "mapped: requested")
     if free is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvfold.cli import terminal
-from kvfold.cli.terminal import ByteProgress, human_bytes, plain, print_table, report
+from kvfold.cli.terminal import ByteProgress, TokenProgress, human_bytes, plain, print_table, report
 
 
 class Terminal(io.StringIO):
@@ -43,10 +43,26 @@ def test_a_bar_on_a_terminal_has_rate_and_time_left(monkeypatch: pytest.MonkeyPa
     with ByteProgress("reading") as progress:
         for done in range(0, 101, 10):
             progress(done << 20, 100 << 20)
-            assert progress._bar is not None
-            progress._bar.refresh()
+            if done == 100:
+                assert progress._bar is None, "what is printed next has the line to itself"
+            else:
+                assert progress._bar is not None
+                progress._bar.refresh()
     text = screen.getvalue()
     assert "reading" in text and "MiB" in text and "/s" in text and "0:00:" in text
+
+
+def test_a_prompt_is_counted_in_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(terminal, "BAR_AFTER_SECONDS", 0.0)
+    monkeypatch.setenv("COLUMNS", "120")
+    with TokenProgress("prompt") as progress:
+        progress(5000, 32000)
+        assert progress._bar is not None
+        progress._bar.refresh()
+    text = screen.getvalue()
+    assert "prompt" in text and "5000/32000" in text and "tokens" in text and "B/s" not in text
 
 
 def test_a_quick_read_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:

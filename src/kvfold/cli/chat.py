@@ -51,7 +51,7 @@ from kvfold.cli.options import (
     Workspace,
 )
 from kvfold.cli.run import closing_line, show_choices
-from kvfold.cli.terminal import ByteProgress, error, human_bytes, note, plain, print_json
+from kvfold.cli.terminal import ByteProgress, TokenProgress, error, human_bytes, note, plain, print_json
 from kvfold.errors import KvfoldError, OutOfPages, SettingError
 
 if TYPE_CHECKING:
@@ -298,8 +298,11 @@ class Conversation:
         asked = [*self.messages, {"role": "user", "content": text}]
         sampler = Sampler(self.params, self.llm.vocab_size, self.llm.tokenizer.eos_ids)
         params = replace(self.params, seed=sampler.seed)
+        progress = TokenProgress("prompt")
         try:
-            stream = self.llm.chat_stream(asked, params, session=self._session, thinking=self.thinking)
+            stream = self.llm.chat_stream(
+                asked, params, session=self._session, thinking=self.thinking, progress=progress
+            )
         except OutOfPages as failure:
             size = len(self.llm.chat_prompt(asked, thinking=self.thinking))
             raise OutOfPages(
@@ -307,7 +310,7 @@ class Conversation:
                 "remembered. The message was not sent: /reset starts a new conversation, /save FILE keeps this one "
                 "first, and -c SIZE remembers more."
             ) from failure
-        with closing(stream):
+        with progress, closing(stream):
             was_interrupted = _show(stream, as_json=self.as_json)
         output = stream.output
         if self.as_json:

@@ -42,7 +42,7 @@ from kvfold.cli.options import (
     Verbose,
     Workspace,
 )
-from kvfold.cli.terminal import ByteProgress, human_bytes, note, plain, print_json, show_prompt
+from kvfold.cli.terminal import ByteProgress, TokenProgress, human_bytes, note, plain, print_json, show_prompt
 from kvfold.errors import SettingError
 
 if TYPE_CHECKING:
@@ -174,10 +174,11 @@ def run(
         show_choices(llm, progress.seconds)
         note(f"sampler: {sampler.order}")
 
-    stream = llm.stream(text, params)
-    if not from_stdin and not json:
-        show_prompt(text)
-    was_interrupted = _write(stream, to_stdout=not json)
+    with TokenProgress("prompt") as prompt_progress:
+        stream = llm.stream(text, params, progress=prompt_progress)
+        if not from_stdin and not json:
+            show_prompt(text)
+        was_interrupted = _write(stream, to_stdout=not json)
     phases = _phases(llm, stream.stats)
     if json:
         _print_json(llm, stream, phases, sampler.seed)

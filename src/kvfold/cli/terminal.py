@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
+    from rich.progress import ProgressColumn
 
 # A bar that lives shorter than this only flickers.
 BAR_AFTER_SECONDS = 0.3
@@ -118,13 +119,15 @@ class ByteProgress(AbstractContextManager["ByteProgress"]):
         if sys.stderr.isatty():
             if self._bar is None and seconds >= BAR_AFTER_SECONDS and done < total:
                 self._bar = self._start_bar(total)
-            if self._bar is not None:
+            if self._bar is not None and done < total:
                 self._bar.update(self._bar.task_ids[0], completed=done)
+            elif self._bar is not None:
+                self._stop()  # what is printed next has the line to itself
         elif seconds - self._last_line >= LINE_EVERY_SECONDS and done < total:
             self._last_line = seconds
             rate = done / seconds
             left = f", {(total - done) / rate:.0f} s left" if rate else ""
-            note(f"{self._verb} {human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s{left}")
+            note(f"{self._verb} {self._amount(done)} of {self._amount(total)}, {self._amount(rate)}/s{left}")
 
     @property
     def seconds(self) -> float:
@@ -133,13 +136,12 @@ class ByteProgress(AbstractContextManager["ByteProgress"]):
 
     def _start_bar(self, total: int) -> Bar:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
         bar = Progress(
             "[progress.description]{task.description}",
             BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
+            *self._columns(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
@@ -151,5 +153,29 @@ class ByteProgress(AbstractContextManager["ByteProgress"]):
     def __exit__(
         self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
+
+    def _amount(self, count: float) -> str:
+        return human_bytes(count)
+
+    def _columns(self) -> tuple[ProgressColumn, ...]:
+        from rich.progress import DownloadColumn, TransferSpeedColumn
+
+        return DownloadColumn(binary_units=True), TransferSpeedColumn()
+
+
+class TokenProgress(ByteProgress):
+    """As ByteProgress, of prompt tokens: called with (tokens done, tokens in all)."""
+
+    def _amount(self, count: float) -> str:
+        return f"{count:,.0f} tokens"
+
+    def _columns(self) -> tuple[ProgressColumn, ...]:
+        from rich.progress import MofNCompleteColumn, TextColumn
+
+        return MofNCompleteColumn(), TextColumn("tokens")

@@ -136,6 +136,8 @@ class Runner:
 
     def prompt_rows_done(self, request: Request) -> float:
         """Of the prompt's tokens, those computed; of an open step, its layers' share. Any thread, at any time."""
+        if request.token_ids:
+            return len(request.prompt_ids)
         done = float(min(request.sequence.length, len(request.prompt_ids)))
         prompt = self._prompt
         if prompt is not None:
