@@ -35,6 +35,13 @@ struct LatentState {
 // `k` weights of a row to float32, as kernels/decode.h has them.
 using DecodeWeights = void (*)(const uint8_t* row, int64_t k, float* out);
 
+// Weight rows that are folded by columns at a time: 9 KiB of 512 weights in four bits.
+constexpr int64_t kColumnRows = 16;
+// out[c] += sum over kColumnRows rows j of x[j] times weight c of row j, in float32 and without a panel.
+// Meanwhile rows that start at `next` are brought near, wherever that is.
+using FoldColumns = void (*)(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
+                             const uint8_t* next);
+
 struct LatentKernels {
   // Queries of up to kHeadLanes heads, `stride` apart; absent heads are zeros.
   void (*pack_pairs)(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to);
@@ -68,6 +75,7 @@ struct LatentKernels {
 
   // For what is folded by columns. nullptr where the set has nothing faster than decode.h.
   DecodeWeights (*decode)(int32_t type);
+  FoldColumns (*fold)(int32_t type);
 };
 
 }  // namespace kvfold

@@ -39,6 +39,20 @@ inline DecodeWeights fast_decode(int32_t type) {
 }
 
 template <class S>
+inline FoldColumns fast_fold(int32_t type) {
+  switch (type) {
+    case 2:
+      return FastFold<S, blocks::Q4_0>::rows;
+    case 8:
+      return FastFold<S, blocks::Q8_0>::rows;
+    case 20:
+      return FastFold<S, blocks::IQ4_NL>::rows;
+    default:
+      return nullptr;
+  }
+}
+
+template <class S>
 struct LatentTile {
   using Floats = typename S::Floats;
   using Ints = typename S::Ints;
@@ -333,8 +347,8 @@ struct LatentTile {
   }
 
   static constexpr LatentKernels kernels() {
-    return {pack_pairs,  pack_codes, widen, pair_values, pair_codes, score_pairs,
-            score_codes, raise,      weigh, add_values,  merge,      fast_decode<S>};
+    return {pack_pairs, pack_codes, widen,      pair_values, pair_codes,     score_pairs, score_codes,
+            raise,      weigh,      add_values, merge,       fast_decode<S>, fast_fold<S>};
   }
 };
 

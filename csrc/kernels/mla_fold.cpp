@@ -22,9 +22,8 @@ namespace {
 constexpr int64_t kUnitRows = 64;
 // Rows of x that pass over a head's panels together: they stay in the second-level cache.
 constexpr int64_t kWindow = kFewRows;
-// Weight rows decoded at a time for columns: 32 KiB of 512. The sum of a column is folded at these rows,
-// whatever the number of rows of x.
-constexpr int64_t kColumnRows = 16;
+// Up to this many rows of x are folded without a panel: decoding again costs as much as the panel then saves.
+constexpr int64_t kMostFoldedRows = 4;
 // Columns that a member takes at a time where heads are too few: whole blocks of every type.
 constexpr int64_t kUnitColumns = 256;
 
@@ -108,6 +107,8 @@ template <typename Head>
 void multiply_by_columns(const Machine& machine, const Weight& weight, int64_t heads, int64_t n, int64_t rows,
                          int64_t ldx, int64_t ldy, const Head& head_at) {
   const DecodeWeights fast = isa().latent->decode(weight.type->id);
+  // Only where products round: in dtype float32 a row's bits do not depend on how many rows are beside it.
+  const FoldColumns fold = weight.kernels ? isa().latent->fold(weight.type->id) : nullptr;
   const int64_t k = weight.cols;
   const bool whole = fast == nullptr || weight.parts[0].scale != nullptr || k % kUnitColumns != 0;
   const int64_t cuts = whole ? 1 : pieces_of_head(machine.team, heads, k, kUnitColumns);
@@ -119,6 +120,19 @@ void multiply_by_columns(const Machine& machine, const Weight& weight, int64_t h
       const int64_t count = std::min(kColumnRows, n - j);
       const float* panel = machine.of(member);
       const uint8_t* raw = fast ? raw_rows(weight, head.first + j, count) : nullptr;
+      if (raw != nullptr && fold != nullptr && count == kColumnRows && rows <= kMostFoldedRows) {
+        // The rows this member is likely to fold next.
+        const int64_t other = unit / cuts + machine.team.size();
+        const int64_t next = j + 2 * count <= n ? head.first + j + count
+                             : other < heads    ? head_at(other).first
+                                                : head.first;
+        const uint8_t* next_raw = raw_rows(weight, next, count);
+        for (int64_t i = 0; i < rows; i++) {
+          fold(raw + weight.type->row_bytes(at), row_bytes, columns, head.x + i * ldx + j,
+               head.out + i * ldy + at, next_raw ? next_raw + weight.type->row_bytes(at) : raw);
+        }
+        continue;
+      }
       if (raw == nullptr) {
         panel = decode_panel(weight, head.first + j, count, machine.of(member));
       } else {

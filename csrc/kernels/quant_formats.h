@@ -42,6 +42,11 @@ struct Fast {
 struct F16Numbers;
 struct Bf16Numbers;
 template <class S, class T>
+struct FastFold {  // kernels/latent_kernels.h, FoldColumns
+  static constexpr void (*rows)(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
+                                const uint8_t* next) = nullptr;
+};
+template <class S, class T>
 struct FastDecode {
   static constexpr void (*row)(const uint8_t* row, int64_t k, float* out) = nullptr;
 };

@@ -680,6 +680,63 @@ struct FastDecode<Avx512, blocks::Q8_0> {
   }
 };
 
+// Two vectors of levels of a block of 32.
+template <class T>
+struct Levels32 {
+  static constexpr int64_t kBytes = sizeof(T);
+  static void two(const uint8_t* block, __m512 table, __m512* to) {
+    const __m512i packed = _mm512_cvtepu8_epi32(Avx512::load16(block + 2));
+    to[0] = _mm512_permutexvar_ps(packed, table);
+    to[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(packed, 4), table);
+  }
+  static __m512 table() { return DecodeNibbles<T>::levels(); }
+};
+template <>
+struct Levels32<blocks::Q8_0> {
+  static constexpr int64_t kBytes = sizeof(blocks::Q8_0);
+  static void two(const uint8_t* block, __m512, __m512* to) {
+    const auto* codes = reinterpret_cast<const int8_t*>(block + 2);
+    to[0] = Avx512::load_bytes(codes);
+    to[1] = Avx512::load_bytes(codes + 16);
+  }
+  static __m512 table() { return _mm512_setzero_ps(); }
+};
+
+template <class T>
+struct Fold32 {
+  using Levels = Levels32<T>;
+  static void rows(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
+                   const uint8_t* next) {
+    const int64_t lines = (16 * Levels::kBytes + 63) / 64;  // of 16 blocks
+    const __m512 table = Levels::table(), factors = _mm512_loadu_ps(x);
+    for (const float* end = out + k; out < end; out += 32, rows += Levels::kBytes) {
+      for (int64_t line = 0; line < lines; line++, next += 64) Avx512::prefetch(next);
+      alignas(32) uint16_t halves[16];
+      for (int64_t j = 0; j < 16; j++) halves[j] = blocks::load16(rows + j * row_bytes);
+      alignas(64) float scaled[16];
+      const __m512 scales = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves)));
+      _mm512_store_ps(scaled, _mm512_mul_ps(scales, factors));
+      __m512 sum[2][2] = {{_mm512_loadu_ps(out), _mm512_loadu_ps(out + 16)},
+                          {_mm512_setzero_ps(), _mm512_setzero_ps()}};
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < 16; j++) {
+        const uint8_t* block = rows + j * row_bytes;
+        __m512 levels[2];
+        Levels::two(block, table, levels);
+        const __m512 factor = _mm512_set1_ps(scaled[j]);
+        for (int v = 0; v < 2; v++) sum[j % 2][v] = _mm512_fmadd_ps(factor, levels[v], sum[j % 2][v]);
+      }
+      for (int v = 0; v < 2; v++) _mm512_storeu_ps(out + 16 * v, _mm512_add_ps(sum[0][v], sum[1][v]));
+    }
+  }
+};
+template <>
+struct FastFold<Avx512, blocks::Q4_0> : Fold32<blocks::Q4_0> {};
+template <>
+struct FastFold<Avx512, blocks::IQ4_NL> : Fold32<blocks::IQ4_NL> {};
+template <>
+struct FastFold<Avx512, blocks::Q8_0> : Fold32<blocks::Q8_0> {};
+
 template <>
 struct FastDecode<Avx512, blocks::Q4_K> {
   static void row(const uint8_t* p, int64_t k, float* out) {
