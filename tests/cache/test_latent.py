@@ -55,3 +55,10 @@ def test_a_width_without_whole_blocks_is_refused(mla: str, named: str, tmp_path:
     path = write_gguf(tiny_model("v2-lite", qk_rope_head_dim=16, kv_lora_rank=64), tmp_path / "m.gguf")
     with pytest.raises(SettingError, match=f"cache_type=q8_0: {named} of this model is .* multiple of 32"):
         Harness(path, mla=mla, cache_type="q8_0")
+
+
+@pytest.mark.parametrize("cache_type", list(CacheType))
+def test_no_rows_are_no_rows(cache_type: CacheType) -> None:
+    stored = encode(np.empty((0, 64, 96), np.float32), cache_type)
+    assert stored.shape == (0, 64, cache_type.columns(96))
+    assert decode(stored, cache_type).shape == (0, 64, 96)

@@ -71,7 +71,7 @@ def encode(values: Floats, cache_type: CacheType) -> NDArray[np.generic]:
         return values.astype(ml_dtypes.bfloat16).view(np.uint16)
     if cache_type is not CacheType.Q8_0:
         return values.astype(cache_type.storage)
-    blocks = np.ascontiguousarray(values).reshape(*values.shape[:-1], -1, Q8_BLOCK)
+    blocks = np.ascontiguousarray(values).reshape(*values.shape[:-1], values.shape[-1] // Q8_BLOCK, Q8_BLOCK)
     largest = np.abs(blocks).max(-1, keepdims=True)
     finite = np.isfinite(largest)
     used = finite & (largest >= _TINY)
@@ -83,7 +83,7 @@ def encode(values: Floats, cache_type: CacheType) -> NDArray[np.generic]:
     raw[..., :2] = half.view(np.uint8)
     # |exact| <= 127.00001: halves are exact in float32, and so are these sums
     raw[..., 2:] = (np.sign(exact) * np.floor(np.abs(exact) + np.float32(0.5))).astype(np.int8).view(np.uint8)
-    return raw.reshape(*values.shape[:-1], -1)
+    return raw.reshape(*values.shape[:-1], blocks.shape[-2] * _Q8_BYTES)
 
 
 def decode(stored: NDArray[np.generic], cache_type: CacheType) -> Floats:
@@ -93,10 +93,10 @@ def decode(stored: NDArray[np.generic], cache_type: CacheType) -> Floats:
         return widened
     if cache_type is not CacheType.Q8_0:
         return stored.astype(np.float32)
-    blocks = np.ascontiguousarray(stored).reshape(*stored.shape[:-1], -1, _Q8_BYTES)
+    blocks = np.ascontiguousarray(stored).reshape(*stored.shape[:-1], stored.shape[-1] // _Q8_BYTES, _Q8_BYTES)
     scale = blocks[..., :2].view("<f2").astype(np.float32)
     values: Floats = blocks[..., 2:].view(np.int8) * scale
-    return values.reshape(*stored.shape[:-1], -1)
+    return values.reshape(*stored.shape[:-1], blocks.shape[-2] * Q8_BLOCK)
 
 
 def parse_cache_type(value: str) -> CacheType:
