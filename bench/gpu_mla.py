@@ -5,11 +5,11 @@
     PYTHONPATH=src python bench/gpu_mla.py prefill --out prefill.json
     PYTHONPATH=src python bench/gpu_mla.py time --heads 16 --out rows.json [--peer FOLDER]
 
-Times are CUDA events around the replay of a graph of at least 20 launches, the median of 5 replays. Every launch reads
+Times are CUDA events around the replay of a graph of at least 20 launches, the median of 5 to 20 replays. Every launch reads
 other pages, in random order, of a pool of random rows, so that none comes from the 60 MB of L2: the inputs rotate over
 at least 320 MB. Counted bytes: latents, queries, results. Counted multiply-adds: (576 + 512) per row, head and visible
 key. The schedule (once a step for all layers) is not timed, in ours as in the peer. `--peer` is a folder with a built
-`flash_peer` extension that exports FlashMLA's dense_decode_fwd; every row then carries the peer's time, taken in turn.
+`flash_peer` extension that exports FlashMLA's dense_decode_fwd; every row then carries the peer's time, its replays and ours in turn.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class Batch:
         return torch.stack(rows)
 
 
-def timed(calls: list[Callable[[], None]], replays: int = 5) -> float:
-    """Microseconds of one call."""
+def captured(calls: list[Callable[[], None]]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of at least 20 of the calls in turn, replayed once, and how many there are."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -135,15 +135,24 @@ def timed(calls: list[Callable[[], None]], replays: int = 5) -> float:
         for call in launches:
             call()
     graph.replay()
-    times = []
-    for _ in range(replays):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(launches))
-    return statistics.median(times)
+    return graph, len(launches)
+
+
+def timed(*forms: list[Callable[[], None]], replays: int = 5, seconds: float = 0.3) -> list[float]:
+    """Microseconds of one call of each form. Their graphs are replayed in turn, `replays` times or as many more, up to
+    20, as fit in `seconds`; medians."""
+    graphs = [captured(calls) for calls in forms]
+    times: list[list[float]] = [[] for _ in forms]
+    begun = time.monotonic()
+    while len(times[0]) < replays or (len(times[0]) < 20 and time.monotonic() - begun < seconds):
+        for (graph, launches), found in zip(graphs, times, strict=True):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            found.append(begin.elapsed_time(end) * 1e3 / launches)
+    return [statistics.median(found) for found in times]
 
 
 def random_pool(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -224,19 +233,19 @@ def check_prefill() -> bool:
         sees = cached + torch.arange(rows, device=DEVICE)[:, None]
         weights = score.masked_fill(torch.arange(keys, device=DEVICE)[None] > sees, float("-inf")).softmax(-1)
         expected = torch.einsum("hrk,khv->rhv", weights, v.double())
-        for bounds in ((0, keys), (0, keys // 3, keys)):
+        for form, bounds in itertools.product(("gluon", "triton"), ((0, keys), (0, keys // 3, keys))):
             out = torch.full((rows, heads, 128), float("nan"), device=DEVICE, dtype=torch.float32)
             lse = torch.full((heads, rows), float("nan"), device=DEVICE)
             for first, last in itertools.pairwise(bounds):
                 prefill.mla_prefill(
                     q, k_nope[first:last], k_rope[first:last], v[first:last], out, lse, scale=SCALE,
-                    first_row=cached, first_key=first, merge=first > 0,
+                    first_row=cached, first_key=first, merge=first > 0, form=form,
                 )  # fmt: skip
             row_error = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
             worst = row_error.nan_to_num(nan=9.0).max().item()
             fine &= worst < 1.6e-2
             print(
-                f"{'ok ' if worst < 1.6e-2 else 'BAD'} prefill {rows}+{cached} h{heads} {bounds}: {worst:.2e}",
+                f"{'ok ' if worst < 1.6e-2 else 'BAD'} {form} prefill {rows}+{cached} h{heads} {bounds}: {worst:.2e}",
                 flush=True,
             )
     return fine
@@ -250,8 +259,8 @@ def prefill_inputs(rows: int, keys: int, heads: int) -> tuple[torch.Tensor, ...]
     return q, expanded[..., :128], k_rope, expanded[..., 128:]
 
 
-def time_prefill(blocks: list[tuple[int, int, int, int]]) -> list[dict[str, Any]]:
-    """Causal prompts without a prefix beside cuDNN's attention on the same numbers, best of `blocks`."""
+def time_prefill(form: prefill.Form | None = None) -> list[dict[str, Any]]:
+    """Causal prompts without a prefix beside cuDNN's attention on the same numbers."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     rows = []
@@ -266,34 +275,24 @@ def time_prefill(blocks: list[tuple[int, int, int, int]]) -> list[dict[str, Any]
         ) -> Any:
             return [
                 lambda t=turn: prefill.mla_prefill(
-                    *t, out, lse, scale=SCALE, first_row=0, first_key=0, merge=False
+                    *t, out, lse, scale=SCALE, first_row=0, first_key=0, merge=False, form=form
                 )
                 for turn in turns
             ]  # fmt: skip
 
-        best: tuple[float, Any] = (math.inf, None)
-        for chosen in blocks:
-            prefill.HOPPER_BLOCKS = chosen
-            try:
-                best = min(best, (timed(calls(), 3), chosen))
-            except Exception as error:
-                print("prefill", chosen, repr(error)[:200], flush=True)
+        q, k_nope, k_rope, v = turns[0]
+        k = torch.cat([k_nope, k_rope.expand(-1, heads, -1)], -1)
+        full = [x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, v)]
+        attention = functools.partial(
+            torch.nn.functional.scaled_dot_product_attention, *full, is_causal=True, scale=SCALE
+        )
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            us, peer_us = timed(calls(), [attention], seconds=0.2)
         row = {
-            "kernel": "mla_prefill", "heads": heads, "batch": 1, "keys": length, "s_q": length, "us": round(best[0], 1),
-            "tflops": round(flops / best[0] / 1e6, 1), "blocks": best[1],
+            "kernel": f"mla_prefill {form or 'auto'}", "heads": heads, "batch": 1, "keys": length, "s_q": length,
+            "us": round(us, 1), "tflops": round(flops / us / 1e6, 1), "peer": "cuDNN SDPA", "peer_us": round(peer_us, 1),
+            "ratio": round(peer_us / us, 3),
         }  # fmt: skip
-        try:
-            q, k_nope, k_rope, v = turns[0]
-            k = torch.cat([k_nope, k_rope.expand(-1, heads, -1)], -1)
-            full = [x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, v)]
-            attention = functools.partial(
-                torch.nn.functional.scaled_dot_product_attention, *full, is_causal=True, scale=SCALE
-            )
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                peer_us = timed([attention], 3)
-            row.update(peer="cuDNN SDPA", peer_us=round(peer_us, 1), ratio=round(peer_us / best[0], 3))
-        except Exception as error:
-            print("cuDNN", repr(error)[:200], flush=True)
         rows.append(row)
         print(row, flush=True)
     return rows
@@ -328,28 +327,30 @@ def sweep_keys(heads: int, form: decode.Form | None) -> list[tuple[int, float]]:
     return points
 
 
-def limits() -> dict[str, float]:
-    """Read-only bandwidth over 4 GiB (GB/s) and cuBLAS's rate at 8192^3 in bf16 (TF)."""
+def limits() -> dict[str, int]:
+    """The card's ceilings: read-only bandwidth over 4 GiB (GB/s), cuBLAS's rate at 8192^3 in bf16 (TF)."""
     x = torch.randn(1 << 30, device=DEVICE)
     programs = x.numel() // (16 * 2048)
     out = torch.empty(programs, device=DEVICE)
-    read_us = timed([lambda: _sum_kernel[(programs,)](x, out, BLOCK=2048, num_warps=8)])
+    (read_us,) = timed([lambda: _sum_kernel[(programs,)](x, out, BLOCK=2048, num_warps=8)])
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     c = torch.empty_like(a)
-    matmul_us = timed([lambda: torch.mm(a, b, out=c)])
-    return {"read_gbps": 4 * (1 << 30) / read_us / 1e3, "cublas_tflops": 2 * 8192**3 / matmul_us / 1e6}
+    (matmul_us,) = timed([lambda: torch.mm(a, b, out=c)])
+    return {
+        "read_gbps": round(4 * (1 << 30) / read_us / 1e3),
+        "cublas_tflops": round(2 * 8192**3 / matmul_us / 1e6),
+    }
 
 
 def measure(batch: Batch, label: str, keys: int, form: decode.Form | None, peer: Any) -> dict[str, Any]:
-    ours = timed(batch.launches(form))
+    forms = [batch.launches(form)] + ([batch.peer_launches(peer)] if peer is not None else [])
+    ours, *theirs = timed(*forms)
     row: dict[str, Any] = {
         "kernel": label, "heads": batch.heads, "batch": len(batch.kv_lens), "keys": keys, "s_q": batch.s_q,
         "us": round(ours, 2), "gbps": round(batch.num_bytes / ours / 1e3), "tflops": round(batch.flops / ours / 1e6, 1),
     }  # fmt: skip
-    if peer is not None:
-        theirs = timed(batch.peer_launches(peer))
-        ours = min(ours, timed(batch.launches(form)))
-        row.update(us=round(ours, 2), peer="FlashMLA", peer_us=round(theirs, 2), ratio=round(theirs / ours, 3))
+    if theirs:
+        row.update(peer="FlashMLA", peer_us=round(theirs[0], 2), ratio=round(theirs[0] / ours, 3))
     print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return row
 
@@ -358,9 +359,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check").add_argument("kind", choices=["few", "many", "triton", "prefill"])
-    for name in ("prefill", "sweep"):
-        commands.add_parser(name).add_argument("--out", type=Path, required=True)
-    timing = commands.add_parser("time")
+    sweep, prompts, timing = (commands.add_parser(name) for name in ("sweep", "prefill", "time"))
+    sweep.add_argument("--out", type=Path, required=True)
+    prompts.add_argument("--out", type=Path, required=True)
+    for parser_of_rows in (prompts, timing):
+        parser_of_rows.add_argument(
+            "--no-limits", action="store_true", help="do not measure the card's ceilings first"
+        )
     timing.add_argument("--heads", type=int, nargs="+", default=[16, 128])
     timing.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64, 128])
     timing.add_argument("--keys", type=int, nargs="+", default=[1024, 4096, 8192, 16384, 32768, 65536])
@@ -369,7 +374,6 @@ def main() -> int:
     timing.add_argument("--ragged", action="store_true", help="lengths from 1 to twice --keys in one batch")
     timing.add_argument("--max-tokens", type=int, default=1 << 22, help="shapes with more tokens are left out")
     timing.add_argument("--peer", type=Path)
-    timing.add_argument("--limits", action="store_true")
     timing.add_argument("--seconds", type=float, default=600, help="no shape is begun after this many")
     timing.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -378,25 +382,26 @@ def main() -> int:
     if args.command == "check":
         fine = check_prefill() if args.kind == "prefill" else check(args.kind)
         return 0 if fine else 1
-    if args.command == "prefill":
-        rows = time_prefill([(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 3)])
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
-        return 0
+    stamp: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}",
+        "command": " ".join(sys.argv),
+    }
     if args.command == "sweep":
-        points = {heads: sweep_keys(heads, None) for heads in (16, 128)}
-        args.out.write_text(json.dumps(points) + "\n")
-        for heads, found in points.items():
-            print(heads, found[:: len(found) // 24], flush=True)
+        found = [stamp | {"heads": heads, "keys_us": sweep_keys(heads, None)} for heads in (16, 128)]
+        args.out.write_text(json.dumps(found) + "\n")
+        return 0
+    if not args.no_limits:
+        stamp |= limits()
+        print(stamp, flush=True)
+    if args.command == "prefill":
+        args.out.write_text(json.dumps([stamp | row for row in time_prefill()], indent=1) + "\n")
         return 0
     peer = None
     if args.peer is not None:
         sys.path.insert(0, str(args.peer))
         import flash_peer as peer
-    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "rows": []}
-    report["machine"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    if args.limits:
-        report["limits"] = limits()
-        print(report["limits"], flush=True)
+    rows = []
     shapes = [
         (heads, s_q, batch, keys)
         for heads in args.heads
@@ -415,9 +420,9 @@ def main() -> int:
             kv_lens = [1 + int(x) for x in torch.rand(size) * (2 * keys - 1)]
         batch = Batch(pool, heads, kv_lens, s_q)
         label = f"mla_decode {args.form or 'auto'}{' ragged' if args.ragged else ''}"
-        report["rows"].append(measure(batch, label, keys, args.form, peer))
+        rows.append(stamp | measure(batch, label, keys, args.form, peer))
         if args.out is not None:
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
+            args.out.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 

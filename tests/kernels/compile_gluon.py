@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kvfold.kernels import mla_decode_gluon
+from kvfold.kernels import mla_decode_gluon, mla_prefill_gluon
 
 COMMON = {
     **{name: "*i32" for name in ("pages", "page_starts", "kv_lens", "part_starts")},
@@ -35,16 +35,26 @@ def box(rows: int, columns: int) -> str:
 
 
 def main(kind: str) -> None:
-    sizes = {"S_Q": 1, "PDL": True}
+    sizes: dict[str, object] = {}
+    types = dict(COMMON)
     if kind == "few":
         kernel = mla_decode_gluon._few_rows_kernel
-        boxes = {"k_desc": box(64, 512), "k_rope_desc": box(64, 64)}
-        sizes |= {"HEADS": 16, "BLOCK_ROWS": 16}
-    else:
+        types |= {"k_desc": box(64, 512), "k_rope_desc": box(64, 64)}
+        sizes = {"HEADS": 16, "BLOCK_ROWS": 16, "S_Q": 1, "PDL": True}
+    elif kind == "many":
         kernel = mla_decode_gluon._many_rows_kernel
-        boxes = {"q_desc": box(64, 256), **{f"{name}_desc": box(64, 64) for name in ("q_rope", "k")}}
-        sizes |= {"HEADS": 128, "WORKER_REGISTERS": 256}
-    types = COMMON | boxes
+        types |= {"q_desc": box(64, 256), **{f"{name}_desc": box(64, 64) for name in ("q_rope", "k")}}
+        sizes = {"HEADS": 128, "S_Q": 1, "PDL": True, "WORKER_REGISTERS": 256}
+    else:
+        kernel = mla_prefill_gluon._prefill_kernel
+        types |= {"q_desc": box(64, 128), "q_rope_desc": box(64, 64), "k_rope_desc": box(128, 64), "lse": "*fp32"}
+        types |= {f"{name}_desc": box(128, 128) for name in ("k", "v")}
+        types |= {
+            name: "i32"
+            for name in kernel.arg_names
+            if name.endswith("stride") or name in ("num_rows", "num_keys", "ahead")
+        }
+        sizes = {"HEADS_TOGETHER": 8, "MERGE": True}
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {

@@ -35,6 +35,14 @@ def test_the_kernel_for_few_rows_spills_nothing() -> None:
 
 
 @pytest.mark.full
+def test_the_prefill_kernel_spills_nothing() -> None:
+    found = compiled("prefill")
+    assert found["shared_bytes"] <= HOPPER_SHARED_BYTES
+    assert found["wgmma"] >= 2 * (12 + 8), found  # 192 / 16 for the scores, 128 / 16 for the values
+    assert found["spill_bytes"] == 0 and not found["serialized"], found
+
+
+@pytest.mark.full
 def test_the_kernel_for_many_rows_fits() -> None:
     """A few addresses a sequence are spilled, none of the 128 sums a thread."""
     found = compiled("many")

@@ -4,20 +4,25 @@ Owns one launch over one run of keys. The rope part of a key is shared by all he
 nope numbers: the score is the sum of two products. A long context comes as several runs of keys, each expanded into
 bounded scratch; `merge` folds a run into what earlier runs left, by log-sum-exp.
 
-Plain Triton: right on any GPU from sm_80 on and in Triton's CPU interpreter.
+The kernel of this file is plain Triton: right on any GPU from sm_80 on and in Triton's CPU interpreter, and the judge of
+the Hopper kernel in mla_prefill_gluon.py, which `mla_prefill` takes where it applies.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 
+Form = Literal["triton", "gluon"]
+
 LOG2_E = math.log2(math.e)
 # Rows, keys, warps, stages: 156 KB of shared memory and 186 registers a thread at 128 + 64 and 128 numbers a head.
 HOPPER_BLOCKS = (128, 64, 8, 3)
+L2_BYTES = 32 << 20  # of the 60 MB of an H200
 NO_SCORE = tl.constexpr(-1e30)  # a running maximum before any key: finite, so that differences stay numbers
 
 
@@ -33,16 +38,27 @@ def mla_prefill(
     first_row: int,
     first_key: int,
     merge: bool,
+    form: Form | None = None,
 ) -> None:
     """Row i attends to key j iff first_key + j <= first_row + i. With `merge`, `out` and `lse` hold the attention over
-    other keys and get that over both; a row that sees no key is zero with lse -inf, or stays as it was."""
+    other keys and get that over both; a row that sees no key is zero with lse -inf, or stays as it was. `form` forces a kernel."""
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+    if form is None:
+        form = "gluon" if hopper and _gluon_serves(q, k_nope, k_rope, v, out) else "triton"
+    if form == "gluon":
+        from kvfold.kernels.mla_prefill_gluon import launch  # names of Triton's experimental room, which move
+
+        launch(
+            q, k_nope, k_rope, v, out, lse, scale * LOG2_E, first_row - first_key, _heads_together(k_nope, v), merge
+        )
+        return
     num_rows, num_heads, qk_dim = q.shape
     num_keys, _, nope = k_nope.shape
     rope, v_dim = qk_dim - nope, v.shape[2]
     wide = q.element_size() == 4
     if wide:
         block_rows, block_keys, warps, stages = 32, 32, 4, 1
-    elif q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
+    elif hopper:
         block_rows, block_keys, warps, stages = HOPPER_BLOCKS
     else:
         block_rows, block_keys, warps, stages = 64, 32, 4, 2
@@ -51,11 +67,33 @@ def mla_prefill(
         q.stride(0), q.stride(1), k_nope.stride(0), k_nope.stride(1),
         k_rope.stride(0), k_rope.stride(1) if k_rope.shape[1] > 1 else 0, v.stride(0), v.stride(1),
         out.stride(0), out.stride(1), lse.stride(0),
-        HEADS=num_heads, NOPE=nope, ROPE=rope, V=v_dim,
+        HEADS_TOGETHER=_heads_together(k_nope, v), NOPE=nope, ROPE=rope, V=v_dim,
         BLOCK_NOPE=max(triton.next_power_of_2(nope), 16), BLOCK_ROPE=max(triton.next_power_of_2(rope), 16),
         BLOCK_V=max(triton.next_power_of_2(v_dim), 16), BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys, MERGE=merge,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+def _heads_together(k_nope: torch.Tensor, v: torch.Tensor) -> int:
+    """How many heads run at a time: as many as have keys and values of at most L2_BYTES, and divide all heads."""
+    num_keys, num_heads, nope = k_nope.shape
+    head_bytes = max(num_keys, 1) * (nope + v.shape[2]) * k_nope.element_size()
+    return max(n for n in range(1, num_heads + 1) if num_heads % n == 0 and (n == 1 or n * head_bytes <= L2_BYTES))
+
+
+def _gluon_serves(
+    q: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+) -> bool:
+    """16-bit inputs of one type, 128 + 64 and 128 numbers a head, in rows that TMA can address."""
+    inputs = (q, k_nope, k_rope, v)
+    return (
+        (q.shape[2], k_nope.shape[2], k_rope.shape[2], v.shape[2]) == (192, 128, 64, 128)
+        and k_nope.shape[0] > 0
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and all(x.dtype == q.dtype and x.data_ptr() % 16 == 0 and x.stride(2) == 1 for x in inputs)
+        and all(x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 for x in inputs)
+        and out.stride(2) == 1
+    )
 
 
 @triton.jit
@@ -110,13 +148,17 @@ def _prefill_kernel(
     q, k_nope, k_rope, v, out, lse, scale_log2, num_rows, num_keys, ahead,
     q_stride, q_head_stride, k_stride, k_head_stride, k_rope_stride, k_rope_head_stride, v_stride, v_head_stride,
     out_stride, out_head_stride, lse_stride,
-    HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
+    HEADS_TOGETHER: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
     BLOCK_NOPE: tl.constexpr, BLOCK_ROPE: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """Program (row block, head), the longest row blocks first. `ahead`: keys of this run before the first row's own."""
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
-    row0 = ((num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS - 1 - tl.program_id(0) // HEADS) * BLOCK_ROWS
+    """Program: HEADS_TOGETHER heads at a time, of them the longest row blocks first. `ahead`: keys of this run before
+    the first row's own."""
+    num_blocks = (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    place = tl.program_id(0) % (num_blocks * HEADS_TOGETHER)
+    head = tl.program_id(0) // (num_blocks * HEADS_TOGETHER) * HEADS_TOGETHER + place % HEADS_TOGETHER
+    head = head.to(tl.int64)
+    row0 = (num_blocks - 1 - place // HEADS_TOGETHER) * BLOCK_ROWS
     i = row0 + tl.arange(0, BLOCK_ROWS)
     nope = tl.arange(0, BLOCK_NOPE)
     rope = tl.arange(0, BLOCK_ROPE)

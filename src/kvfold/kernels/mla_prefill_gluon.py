@@ -1,0 +1,229 @@
+"""MLA prefill for Hopper in Gluon: 128 query rows a program, keys of 128 + 64 and values of 128 numbers by TMA.
+
+Owns one kernel with the contract of mla_prefill.py for 16-bit inputs, and nothing else; the plain-Triton kernel is its
+judge. Two warpgroups have 64 rows each and share every tile of 128 keys; one warp loads. A warpgroup issues the scores
+of tile j + 1, then the values of tile j, and takes its softmax while the tensor cores work on the latter.
+
+Shared memory: queries 48 KB, two stages of keys (128 * 192 * 2 B = 48 KB) and of values (32 KB): 208 KB of 227.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+NO_SCORE = gl.constexpr(-1e30)
+STAGES = gl.constexpr(2)
+
+# Triton after 3.6 renamed them.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+cta_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
+
+@gluon.jit
+def _loader(
+    q_desc, q_rope_desc, k_desc, k_rope_desc, v_desc, num_tiles, row0, q_column, k_column, k_rope_column, v_column,
+    qn, qr, kn, kr, vs, q_full, k_full, k_free, v_full, v_free,
+):  # fmt: skip
+    """One warp: the queries once, then keys and values of every tile."""
+    if num_tiles > 0:
+        for half in gl.static_range(2):
+            mbarrier.expect(q_full.index(half), 64 * 192 * 2)
+            tma_load(q_desc, [row0 + half * 64, q_column], q_full.index(half), qn.index(half))
+            tma_load(q_rope_desc, [row0 + half * 64, q_column + 128], q_full.index(half), qr.index(half))
+    for j in range(0, num_tiles):
+        stage = j % STAGES
+        turn = ((j // STAGES) & 1) ^ 1
+        mbarrier.wait(k_free.index(stage), turn)
+        mbarrier.expect(k_full.index(stage), 128 * 192 * 2)
+        tma_load(k_desc, [j * 128, k_column], k_full.index(stage), kn.index(stage))
+        tma_load(k_rope_desc, [j * 128, k_rope_column], k_full.index(stage), kr.index(stage))
+        mbarrier.wait(v_free.index(stage), turn)
+        mbarrier.expect(v_full.index(stage), 128 * 128 * 2)
+        tma_load(v_desc, [j * 128, v_column], v_full.index(stage), vs.index(stage))
+
+
+@gluon.jit
+def _scores(qn, qr, kn, kr, SL: gl.constexpr):
+    """Scores of 64 rows and one tile of 128 keys, not waited for."""
+    s = warpgroup_mma(qn, kn.permute((1, 0)), gl.zeros([64, 128], gl.float32, SL), is_async=True)
+    return warpgroup_mma(qr, kr.permute((1, 0)), s, is_async=True)
+
+
+@gluon.jit
+def _masked(s, scale_log2, first_key, first_hidden, sees, key):
+    """Scaled scores; minus infinity where a row does not see a key. Tiles before `first_hidden` need no mask."""
+    s = s * scale_log2
+    if first_key + 128 > first_hidden:
+        s = gl.where((first_key + key)[None, :] < sees[:, None], s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _worker(
+    half: gl.constexpr, num_tiles, row0, num_rows, num_keys, ahead, scale_log2, out, lse,
+    out_stride, qn, qr, kn, kr, vs, q_full, k_full, k_free, v_full, v_free, MERGE: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: 64 rows over all tiles, the running softmax in registers."""
+    SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    DL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SL, k_width=2)
+    VL: gl.constexpr = gl.SliceLayout(1, SL)
+    dtype: gl.constexpr = qn.dtype
+    key = gl.arange(0, 128, gl.SliceLayout(0, SL))
+    first_row = row0 + half * 64
+    i = first_row + gl.arange(0, 64, VL)
+    sees = gl.minimum(ahead + i + 1, num_keys)
+    first_hidden = gl.minimum(ahead + first_row + 1, num_keys)
+    my_qn = qn.index(half)
+    my_qr = qr.index(half)
+    m = gl.full([64], NO_SCORE, gl.float32, VL)
+    weight = gl.zeros([64], gl.float32, VL)
+    o = gl.zeros([64, 128], gl.float32, SL)
+    if num_tiles > 0:
+        mbarrier.wait(q_full.index(half), 0)
+        mbarrier.wait(k_full.index(0), 0)
+        s = _scores(my_qn, my_qr, kn.index(0), kr.index(0), SL)
+        s = warpgroup_mma_wait(0, (s,))
+        cta_barrier()
+        mbarrier.arrive(k_free.index(0), count=1)
+        s = _masked(s, scale_log2, 0, first_hidden, sees, key)
+        m = gl.maximum(m, gl.max(s, 1))
+        p = gl.exp2(s - m[:, None])
+        weight = gl.sum(p, 1)
+        pb = gl.convert_layout(p.to(dtype), DL)
+        for j in range(1, num_tiles):
+            stage = j % STAGES
+            before = (j - 1) % STAGES
+            mbarrier.wait(k_full.index(stage), (j // STAGES) & 1)
+            s = _scores(my_qn, my_qr, kn.index(stage), kr.index(stage), SL)
+            mbarrier.wait(v_full.index(before), ((j - 1) // STAGES) & 1)
+            o = warpgroup_mma(pb, vs.index(before), o, is_async=True)
+            s = warpgroup_mma_wait(1, (s,))
+            cta_barrier()
+            mbarrier.arrive(k_free.index(stage), count=1)
+            s = _masked(s, scale_log2, j * 128, first_hidden, sees, key)
+            higher = gl.maximum(m, gl.max(s, 1))
+            p = gl.exp2(s - higher[:, None])
+            shrink = gl.exp2(m - higher)
+            weight = weight * shrink + gl.sum(p, 1)
+            m = higher
+            o, pb = warpgroup_mma_wait(0, (o, pb))
+            cta_barrier()
+            mbarrier.arrive(v_free.index(before), count=1)
+            o = o * shrink[:, None]
+            pb = gl.convert_layout(p.to(dtype), DL)
+        last = (num_tiles - 1) % STAGES
+        mbarrier.wait(v_full.index(last), ((num_tiles - 1) // STAGES) & 1)
+        o = warpgroup_mma(pb, vs.index(last), o, is_async=True)
+        o, pb = warpgroup_mma_wait(0, (o, pb))
+
+    some = weight > 0
+    o = o * gl.where(some, 1.0 / gl.where(some, weight, 1.0), 0.0)[:, None]
+    own = gl.where(some, m + gl.log2(gl.where(some, weight, 1.0)), float("-inf"))
+    real = i < num_rows
+    column = gl.arange(0, 128, gl.SliceLayout(0, SL))
+    out_at = out + i.to(gl.int64)[:, None] * out_stride + column[None, :]
+    if MERGE:
+        old_lse = gl.load(lse + i, mask=real, other=float("-inf")) * 1.4426950408889634
+        top = gl.maximum(gl.maximum(old_lse, own), NO_SCORE)
+        old_share = gl.exp2(old_lse - top)
+        own_share = gl.exp2(own - top)
+        both = old_share + own_share
+        safe = gl.where(both > 0, both, 1.0)
+        old = gl.load(out_at, mask=real[:, None], other=0).to(gl.float32)
+        o = old * (old_share / safe)[:, None] + o * (own_share / safe)[:, None]
+        own = gl.where(both > 0, top + gl.log2(safe), float("-inf"))
+    gl.store(out_at, o.to(out.dtype.element_ty), mask=real[:, None])
+    gl.store(lse + i, own * 0.6931471805599453, mask=real)
+
+
+@gluon.jit
+def _prefill_kernel(
+    q_desc, q_rope_desc,  # boxes [64, 128] and [64, 64] over [R, all heads]
+    k_desc, k_rope_desc, v_desc,  # boxes [128, 128], [128, 64] and [128, 128] over [K, all heads]; zeros past the end
+    out, lse, scale_log2, num_rows, num_keys, ahead,
+    q_head_stride, k_head_stride, k_rope_head_stride, v_head_stride, out_stride, out_head_stride, lse_stride,
+    HEADS_TOGETHER: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """Program: HEADS_TOGETHER heads at a time, of them the longest row blocks first. `ahead`: keys of this run before
+    the first row's own."""
+    num_blocks = (num_rows + 127) // 128
+    place = gl.program_id(0) % (num_blocks * HEADS_TOGETHER)
+    head = gl.program_id(0) // (num_blocks * HEADS_TOGETHER) * HEADS_TOGETHER + place % HEADS_TOGETHER
+    row0 = (num_blocks - 1 - place // HEADS_TOGETHER) * 128
+    num_tiles = (gl.maximum(gl.minimum(ahead + row0 + 128, num_keys), 0) + 127) // 128
+    out += head.to(gl.int64) * out_head_stride
+    lse += head.to(gl.int64) * lse_stride
+    dtype: gl.constexpr = q_desc.dtype
+    TL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    BL: gl.constexpr = mbarrier.MBarrierLayout()
+    qn = gl.allocate_shared_memory(dtype, [2, 64, 128], TL)
+    qr = gl.allocate_shared_memory(dtype, [2, 64, 64], TL)
+    kn = gl.allocate_shared_memory(dtype, [STAGES, 128, 128], TL)
+    kr = gl.allocate_shared_memory(dtype, [STAGES, 128, 64], TL)
+    vs = gl.allocate_shared_memory(dtype, [STAGES, 128, 128], TL)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BL)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
+    for n in gl.static_range(2):
+        mbarrier.init(q_full.index(n), count=1)
+    for n in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(n), count=1)
+        mbarrier.init(v_full.index(n), count=1)
+        mbarrier.init(k_free.index(n), count=2)  # both warpgroups
+        mbarrier.init(v_free.index(n), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_worker, (
+                0, num_tiles, row0, num_rows, num_keys, ahead, scale_log2, out, lse, out_stride,
+                qn, qr, kn, kr, vs, q_full, k_full, k_free, v_full, v_free, MERGE,
+            )),
+            (_worker, (
+                1, num_tiles, row0, num_rows, num_keys, ahead, scale_log2, out, lse, out_stride,
+                qn, qr, kn, kr, vs, q_full, k_full, k_free, v_full, v_free, MERGE,
+            )),
+            (_loader, (
+                q_desc, q_rope_desc, k_desc, k_rope_desc, v_desc, num_tiles, row0,
+                head * q_head_stride, head * k_head_stride, head * k_rope_head_stride, head * v_head_stride,
+                qn, qr, kn, kr, vs, q_full, k_full, k_free, v_full, v_free,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def _flat(x: torch.Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+    """A box over x [rows, heads, numbers] as [rows, from the first head's first number to the last one's last]."""
+    width = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    return TensorDescriptor(x, [x.shape[0], width], [x.stride(0), 1], box, layout)
+
+
+def launch(
+    q: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    scale_log2: float, ahead: int, heads_together: int, merge: bool,
+) -> None:  # fmt: skip
+    num_rows, num_heads, _ = q.shape
+    element = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([64, 64], element)
+    _prefill_kernel[(triton.cdiv(num_rows, 128) * num_heads,)](
+        _flat(q, [64, 128], layout), _flat(q, [64, 64], layout),
+        _flat(k_nope, [128, 128], layout), _flat(k_rope, [128, 64], layout), _flat(v, [128, 128], layout),
+        out, lse, scale_log2, num_rows, k_nope.shape[0], ahead,
+        q.stride(1), k_nope.stride(1), k_rope.stride(1) if k_rope.shape[1] > 1 else 0, v.stride(1),
+        out.stride(0), out.stride(1), lse.stride(0),
+        HEADS_TOGETHER=heads_together, MERGE=merge, num_warps=4,
+    )  # fmt: skip
