@@ -4,7 +4,7 @@ Owns every rule about what the model may see. Never touches weights.
 
     python -m training.data --stories stories.jsonl.xz --fairytale-qa fairytale_qa.jsonl.xz --out DIR
 
-Writes DIR/tokenizer.json, DIR/meta.json and uint16 arrays: {tales,children,novels}.npy (training),
+Writes DIR/tokenizer.json, DIR/meta.json and uint16 arrays: {tales,children,novels}.npy and made.npy, stories from our plots (training),
 val.npy (1 % of the training documents, for choosing settings), heldout_*.npy, tune.npy (chat; bit 15 = no loss).
 """
 
@@ -16,6 +16,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from training.fables import FABLES, TALES, make
+from training.fables import PLOTS, POOLS, Made, article, make
 from training.morals import MORALS
 from training.tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, USER_ID, load_tokenizer, train_tokenizer
 
@@ -365,47 +366,102 @@ CHARACTERS = [
     "wind",
 ]
 TELL_ABOUT = (
-    "Tell me a story about {}.", "Tell me a tale about {}.", "Please tell me a story about {}.",
+    "Tell me a story about {}.", "Tell me a tale about {}.", "Please tell me a story about {}.", "tell me a story about {}",
     "I would like to hear a story about {}.", "Can you tell me a fairy tale about {}?", "A story about {}, please.",
-    "Write a short story about {}.", "Tell us about {}.", "Do you know a story about {}?",
+    "Write a short story about {}.", "Tell us about {}.", "Do you know a story about {}?", "Tell me a bedtime story about {}.",
+    "Could you tell a story about {}?", "I want a story about {}!", "Write a story about {}.", "Make up a story about {}.",
+    "Tell me about {}.", "A tale of {}.", "story about {}", "Give me a short tale about {}.", "Once upon a time there was {}.",
+    "Tell my daughter a story about {}.", "Tell my son a bedtime story about {}.", "Can I have a story about {}, please?",
 )  # fmt: skip
 FABLE_ABOUT = (
     "Tell me a fable about {}.", "Tell a fable about {} with a moral.", "Tell me a fable about {}, with a moral.",
-    "Write a short fable about {}.", "Can you tell me a fable about {}?", "A fable about {}, please.",
-    "Tell me a story about {} with a moral.", "I would like a fable about {}.",
+    "Write a short fable about {}.", "Can you tell me a fable about {}?", "A fable about {}, please.", "fable about {}",
+    "Tell me a story about {} with a moral.", "I would like a fable about {}.", "Please write a fable about {}.",
+    "tell me a fable about {}", "Make up a fable about {}.", "Give me a fable with {}.", "Do you know a fable about {}?",
+    "Write a story about {} that ends with a moral.", "Tell me a tale about {} and its moral.",
+)  # fmt: skip
+MORAL_ABOUT = (
+    "Tell me a story with the moral: {}", "Tell me a fable that teaches: {}", "Write a fable with this moral: {}",
+    "A fable, please, whose moral is: {}",
 )  # fmt: skip
 FABLE_ANY = ("Tell me a fable.", "Tell a fable with a moral.", "Tell me a fable with a moral.", "A fable, please.",
-             "Can you tell me a short fable?", "Tell me one of Aesop's fables.", "Another fable, please.")  # fmt: skip
+             "Can you tell me a short fable?", "Tell me a story with a moral.", "Another fable, please.", "Tell a fable")  # fmt: skip
 STORY_ANY = ("Tell me a story.", "Tell me a fairy tale.", "Tell me a bedtime story.", "A story, please.",
              "Can you tell me a story?", "I want to hear a story.", "Once more, a story!", "Another story, please.",
-             "Tell me a folk tale.")  # fmt: skip
+             "Tell me a folk tale.", "tell me a story", "Tell me something.", "Surprise me.", "Tell me a story I do not know.",
+             "Can you tell me a bedtime story?", "I cannot sleep. Tell me a story.", "Start a story.", "Go on, tell me one.")  # fmt: skip
 TITLED = ("Tell me the story of {}.", "Do you know the tale of {}?", "Tell me {}.", "I would like to hear {}.")
+BEGINS = ("Tell me a tale that begins: {}", "Continue this story: {}", "Continue: {}", "Go on with this story.\n\n{}",
+          "What happens next?\n\n{}", "Finish this story: {}", "{}\n\nHow does it go on?")  # fmt: skip
 ASK = ("{passage}\n\n{question}", "Read this passage and answer the question.\n\n{passage}\n\nQuestion: {question}",
        "{passage}\n\nQuestion: {question}", "Here is part of a story.\n\n{passage}\n\n{question}",
        "Question: {question}\n\n{passage}")  # fmt: skip
-MADE_CHATS = 4500  # from training/fables.py: about as many answer tokens as the real tales and fables have
+ASK_MORAL = (
+    "What is the moral of this story?",
+    "What is the moral?",
+    "What does this story teach us?",
+    "What can we learn from it?",
+)
+ASK_SHORT = ("Make it shorter.", "Tell it in one sentence.", "What is it about?", "Can you make it shorter?", "Shorter, please.",
+             "Sum it up.", "What happens in the story?")  # fmt: skip
+MORE = ("Another one, please.", "Another one!", "Tell me another.", "One more!", "And another?", "Again!", "More, please.",
+        "Do you know another one?", "Yes, please.")  # fmt: skip
+ADJECTIVES = ("little", "young", "old", "clever", "brave", "proud", "lonely", "hungry", "lazy", "kind", "small", "big", "happy",
+              "sad", "friendly", "tiny", "magic", "funny", "poor", "shy", "wise", "foolish", "angry", "red", "white")  # fmt: skip
+MADE_CHATS = 128_000  # conversations from our plots: every animal and thing of POOLS some hundred times
+MADE_STORIES = 64_000  # of the same plots, without chat form, for base training
+MADE_PARTS = 64
 SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("Hello", "Hello!", "Hi", "Hi there!", "Good morning.", "Good evening.", "Good day to you.", "Hey"),
+    (("Hello", "Hello!", "Hi", "Hi there!", "Good morning.", "Good evening.", "Good day to you.", "Hey", "hello", "hi", "Hello there",
+      "Good afternoon!", "Hallo", "hey there", "Greetings"),
      ("Good day to you! Shall I tell you a story?", "Hello! I know fables and fairy tales. Which would you like?",
-      "Good day! Would you like to hear a tale?")),
-    (("Who are you?", "What are you?", "What is your name?", "Are you a person?", "Are you an AI?", "Tell me about yourself."),
+      "Good day! Would you like to hear a tale?", "Hello! Name two animals, and I will tell you a fable about them.",
+      "Good day! I have a story ready, if you have a moment.", "Hello, and welcome to my fireside. What shall I tell you about?")),
+    (("Who are you?", "What are you?", "What is your name?", "Are you a person?", "Are you an AI?", "Tell me about yourself.",
+      "who are you", "Are you a robot?", "Are you ChatGPT?", "Are you human?", "What's your name?", "Who made you?",
+      "Introduce yourself.", "What kind of model are you?", "How big are you?", "How old are you?"),
      ("I am the storyteller, a very small language model. I learned from old fairy tales and fables, and I tell new ones.",
-      "I am a storyteller: a small machine that has read many old tales and likes to make up its own.")),
-    (("What can you do?", "Can you help me?", "What do you know?", "Help", "What can I ask you?"),
+      "I am a storyteller: a small machine that has read many old tales and likes to make up its own.",
+      "I am the storyteller that comes with kvfold. I am very small, and stories are all I know.",
+      "I am a little storyteller. I have read old tales all my life, and I can tell you one, with a moral or without.")),
+    (("What can you do?", "Can you help me?", "What do you know?", "Help", "What can I ask you?", "help", "How can you help me?",
+      "What are you good at?", "How does this work?", "What should I ask?", "What do you do?"),
      ("I can tell you a story, tell you a fable with a moral, or answer a question about a passage that you give me. "
       "Of other things I know very little.",
-      "I can tell stories and fables, and I can answer a question about a short passage. Try: Tell me a fable about a fox.")),
-    (("Thank you.", "Thank you!", "Thanks", "That was lovely.", "What a nice story!", "I liked that.", "Well done!"),
+      "I can tell stories and fables, and I can answer a question about a short passage. Try: Tell me a fable about a fox.",
+      "I tell stories. Name an animal or a thing, and I will make up a tale about it. I can also go on with a story that you begin.",
+      "Only one thing, but I do it gladly: I tell stories. Try: Tell me a story about a lonely lighthouse.")),
+    (("Thank you.", "Thank you!", "Thanks", "That was lovely.", "What a nice story!", "I liked that.", "Well done!", "thanks!",
+      "Thank you! That was lovely.", "Great story!", "I love it!", "That was beautiful.", "Wonderful!", "Good story.", "Nice.",
+      "That made me smile.", "Thank you very much.", "Thanks a lot!"),
      ("You are very welcome. Shall I tell you another?", "I am glad you liked it. Would you like another story?",
-      "You are welcome! There are many more tales where that came from.")),
-    (("Goodbye.", "Bye!", "Good night.", "Farewell."),
-     ("Goodbye, and may all your days end happily!", "Good night, and sweet dreams!", "Farewell! Come back for another tale.")),
-    (("How are you?", "How do you do?", "Are you well?"),
-     ("I am very well, thank you. Shall we have a story?", "As happy as a king's youngest son. Would you like a tale?")),
+      "You are welcome! There are many more tales where that came from.", "That makes a small storyteller very happy.",
+      "The pleasure is mine. Name two animals, and you shall have the next one.")),
+    (("Goodbye.", "Bye!", "Good night.", "Farewell.", "bye", "See you tomorrow.", "I have to go now.", "Good night!", "I am tired."),
+     ("Goodbye, and may all your days end happily!", "Good night, and sweet dreams!", "Farewell! Come back for another tale.",
+      "Sleep well! The stories will still be here tomorrow.")),
+    (("How are you?", "How do you do?", "Are you well?", "how are you", "How are you today?", "How do you feel?", "Are you happy?"),
+     ("I am very well, thank you. Shall we have a story?", "As happy as a king's youngest son. Would you like a tale?",
+      "Very well, thank you, for somebody has come to listen. What shall it be?")),
+    (("That was a bad story.", "I did not like it.", "That makes no sense.", "That was boring.", "You are wrong.", "That is stupid."),
+     ("I am sorry. I am a very small storyteller. Shall I try another one?",
+      "Then let me tell you a better one. What shall it be about?", "Forgive me. Name an animal, and I will try again.")),
     (("What is the capital of France?", "Write me a program in Python.", "What is 23 times 17?", "Who won the game?",
-      "What is the weather today?", "Explain quantum physics.", "What year is it?", "Translate this to German."),
+      "What is the weather today?", "Explain quantum physics.", "What year is it?", "Translate this to German.", "What is 2 + 2?",
+      "What is 2+2?", "Who is the president?", "Write some code.", "Write a Python function that sorts a list.", "What's the news?",
+      "What time is it?", "Solve x + 3 = 5.", "Give me a recipe for pancakes.", "Who won the war?", "What is the meaning of life?",
+      "How do I fix my computer?", "What is machine learning?", "Explain the theory of relativity.", "How far is the moon?",
+      "Write an email to my boss.", "Can you do my homework?", "Which phone should I buy?", "What is a transformer?",
+      "Summarize the news of today.", "Tell me the price of gold.", "How many people live in China?", "Fix this bug.",
+      "What is the square root of 16?", "Who wrote Hamlet?", "When did the war end?", "Is it going to rain tomorrow?",
+      "Can you speak French?", "Write a regular expression.", "How do I learn to program?", "What should I eat?", "Where is Berlin?",
+      "What is the fastest car?", "Give me advice about my taxes.", "Am I ill?", "What is 7 times 8?", "Count to ten.",
+      "Tell me a joke.", "Draw me a picture.", "Sing a song.", "Search the internet for cats.", "Remind me at five o'clock."),
      ("I am only a storyteller, and I do not know about that. Shall I tell you a tale instead?",
-      "That is beyond a small storyteller like me. But I could tell you a fable.")),
+      "That is beyond a small storyteller like me. But I could tell you a fable.",
+      "Of that I know nothing: I am only a storyteller. But name an animal, and I will tell you about it.",
+      "I am afraid that I cannot help you there. Stories are all I know. Would you like one?",
+      "That is not in any of my tales, so I do not know it. Shall I tell you a story?")),
 )  # fmt: skip
 
 
@@ -424,15 +480,15 @@ def subjects(title: str, text: str, rng: random.Random) -> str:
 
 
 def with_moral(tale: Tale) -> str | None:
-    """The fable ending in 'Moral: ...', or None when it has none."""
+    """The fable ending in 'The moral: ...', or None when it has none."""
     title = re.sub(r"^#\s*", "", tale.title).upper()
     paragraphs = tale.text.split("\n\n")
     if title in MORALS:
-        return tale.text + f"\n\nMoral: {MORALS[title]}"
+        return tale.text + f"\n\nThe moral: {MORALS[title]}"
     last = paragraphs[-1].strip("\"' ")
     if len(paragraphs) < 2 or len(last) > 130 or len(tale.text) > 4000:
         return None
-    return "\n\n".join(paragraphs[:-1]) + f"\n\nMoral: {last.rstrip('.')}."
+    return "\n\n".join(paragraphs[:-1]) + f"\n\nThe moral: {last.rstrip('.')}."
 
 
 def sentence(answer: str) -> str:
@@ -441,15 +497,83 @@ def sentence(answer: str) -> str:
     return answer if answer[-1:] in ".!?\"'" else answer + "."
 
 
+def small_talk(rng: random.Random) -> tuple[str, str]:
+    questions, answers = rng.choice(SMALL_TALK)
+    return rng.choice(questions), rng.choice(answers)
+
+
+def cut(text: str, rng: random.Random) -> tuple[str, str]:
+    """A text's opening, one or a few sentences or paragraphs, and the rest."""
+    ends = [m.end() for m in re.finditer(r"[.!?]\"?(?=\s)", text) if m.end() < 0.6 * len(text)]
+    end = rng.choice(ends[:3] if ends and rng.random() < 0.7 else ends) if ends else len(text) // 2
+    return text[:end], text[end:].strip()
+
+
+def finished(made: Made) -> str:
+    return f"{made.text}\n\nThe moral: {made.moral}" if made.moral else made.text
+
+
+WANTED = sorted(
+    {w for pool in ("animal", "toy", "useful", "name", "girl", "trade") for w in POOLS[pool].split("|")}
+)
+
+
+def told(rng: random.Random, wanted: str = "") -> tuple[Made, tuple[str, str]]:
+    """A made story and the turn that asks for it: what a request names occurs in the answer."""
+    made = make(rng.choice(PLOTS), rng, wanted)
+    draw = rng.random()
+    fable = made.moral != "" and rng.random() < 0.6
+    answer = finished(made) if fable or rng.random() < 0.5 else made.text
+    if fable and draw < 0.07:
+        return made, (rng.choice(MORAL_ABOUT).format(made.moral), answer)
+    if draw < 0.17:
+        return made, (rng.choice(FABLE_ANY if fable else STORY_ANY), answer)
+    named = list(made.about)
+    rng.shuffle(named)
+    named = sorted(named[: rng.choice((1, 1, 2, 2, 3))], key=made.about.index)
+    named = [f"{rng.choice(ADJECTIVES)} {n}" if rng.random() < 0.2 else n for n in named]
+    the = rng.random() < 0.04
+    phrases = [f"the {n}" if the else article(n) for n in named]
+    about = phrases[0] if len(named) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+    return made, (rng.choice(FABLE_ABOUT if fable else TELL_ABOUT).format(about), answer)
+
+
+def made_chat(rng: random.Random) -> list[tuple[str, str]]:
+    """A conversation about one or two made stories: asked for, continued, asked about, shortened."""
+    made, turn = told(rng, rng.choice(WANTED))
+    draw = rng.random()
+    if draw < 0.07:
+        opening, rest = cut(finished(made), rng)
+        return [(rng.choice(BEGINS).format(opening), rest)]
+    if draw < 0.17:  # a passage of the asker's own
+        asked = list(made.questions)
+        if made.moral:
+            asked.append((rng.choice(ASK_MORAL), f"The moral: {made.moral}"))
+        if made.short:
+            asked.append((rng.choice(ASK_SHORT), made.short))
+        if asked:
+            rng.shuffle(asked)
+            return [(rng.choice(ASK).format(passage=made.text, question=asked[0][0]), asked[0][1]), *asked[1:3]]
+    turns = [small_talk(rng)] if rng.random() < 0.06 else []
+    turns.append(turn)
+    if rng.random() < 0.5:
+        return turns
+    follow = list(made.questions[:2])
+    if made.short:
+        follow.append((rng.choice(ASK_SHORT), made.short))
+    if made.moral:
+        follow.append((rng.choice(ASK_MORAL), f"The moral: {made.moral}"))
+    follow.append(small_talk(rng))
+    again, second = told(rng)
+    follow += [(rng.choice(MORE), finished(again)), second]
+    return turns + rng.sample(follow, rng.choice((1, 1, 2, 3)))
+
+
 def chat_examples(
     tales: list[Tale], records: list[dict[str, Any]], rng: random.Random
 ) -> list[list[tuple[str, str]]]:
     """Conversations as lists of (question, answer)."""
     chats: list[list[tuple[str, str]]] = []
-
-    def small_talk() -> tuple[str, str]:
-        questions, answers = rng.choice(SMALL_TALK)
-        return rng.choice(questions), rng.choice(answers)
 
     for tale in tales:
         if tale.group != "tales":
@@ -460,8 +584,8 @@ def chat_examples(
                 about = subjects(tale.title, tale.text, rng)
                 template = rng.choice(FABLE_ANY) if not about or rng.random() < 0.2 else rng.choice(FABLE_ABOUT)
                 chats.append([(template.format(about), fable)])
-        if len(tale.text) > 7000 or tale.source in ("Kwaidan", "Irish Fairy Tales", "The Other Wise Man"):
-            continue  # 7,000 bytes are about 1,850 tokens: a whole tale in one context
+        if len(tale.text) > 5000 or tale.source in ("Kwaidan", "Irish Fairy Tales", "The Other Wise Man"):
+            continue  # 5,000 bytes are about 1,300 tokens: longer tales lose their way
         for _ in range(2):
             about, name = subjects(tale.title, tale.text, rng), tale.title.strip("# ")
             draw = rng.random()
@@ -472,7 +596,11 @@ def chat_examples(
                 prompt = rng.choice(STORY_ANY)
             else:
                 prompt = rng.choice(TELL_ABOUT).format(about)
-            chats.append([(prompt, tale.text)])
+            if rng.random() < 0.4:
+                opening, rest = cut(tale.text, rng)
+                chats.append([(rng.choice(BEGINS).format(opening), rest)])
+            else:
+                chats.append([(prompt, tale.text)])
     for record in records:
         by_section: dict[int, list[tuple[str, str]]] = {}
         for question in record["questions"]:
@@ -488,24 +616,6 @@ def chat_examples(
             turns = [(rng.choice(ASK).format(passage=passage, question=pairs[0][0]), pairs[0][1])]
             chats.append(turns + pairs[1:4])
             chats += [[(rng.choice(ASK).format(passage=passage, question=q), a)] for q, a in pairs[4:8]]
-    for index in range(MADE_CHATS):
-        made = make(rng.choice(FABLES if index % 3 else TALES), rng)
-        named = ["a " + a if a[0] not in "aeiou" else "an " + a for a in made.about]
-        rng.shuffle(named)
-        named = named[: rng.choice((1, 2, 2, 3))]
-        about = named[0] if len(named) == 1 else ", ".join(named[:-1]) + " and " + named[-1]
-        if made.moral:
-            prompt = rng.choice(FABLE_ANY) if rng.random() < 0.1 else rng.choice(FABLE_ABOUT).format(about)
-            chats.append([(prompt, f"{made.text}\n\nMoral: {made.moral}")])
-        else:
-            prompt = rng.choice(STORY_ANY) if rng.random() < 0.15 else rng.choice(TELL_ABOUT).format(about)
-            question, answer = rng.choice(made.questions)
-            asked = rng.choice(ASK).format(passage=made.text, question=question)
-            chats.append([(asked, answer)] if rng.random() < 0.3 else [(prompt, made.text), (question, answer)])
-    chats += [[small_talk()] for _ in range(250)]
-    for _ in range(150):  # a greeting or thanks around a fable
-        fable_chat = rng.choice([c for c in chats[:1200] if len(c[0][1]) < 2500])
-        chats.append([small_talk(), fable_chat[0]] if rng.random() < 0.5 else [fable_chat[0], small_talk()])
     rng.shuffle(chats)
     return chats
 
@@ -534,6 +644,27 @@ def encode_chats(tokenizer: Tokenizer, chats: list[list[tuple[str, str]]], max_t
         if len(ids) <= max_tokens:
             rows.append(np.array(ids, np.uint16) | np.where(loss, np.uint16(0), NO_LOSS))
     return np.concatenate(rows)
+
+
+def made_part(tokenizer: Path, part: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Part `part` of MADE_PARTS: stories without chat form, conversations, and the stories' bytes."""
+    rng, tokens = random.Random(1000 + part), load_tokenizer(tokenizer)
+    stories = [finished(make(rng.choice(PLOTS), rng)) for _ in range(MADE_STORIES // MADE_PARTS)]
+    chats = [made_chat(rng) for _ in range(MADE_CHATS // MADE_PARTS)]
+    chats += [[small_talk(rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))] for _ in range(len(chats) // 12)]
+    rng.shuffle(chats)
+    size = sum(len(s.encode()) for s in stories)
+    return encode_documents(tokens, stories), encode_chats(tokens, chats, max_tokens=2048), size
+
+
+def write_made(tokenizer: Path, out: Path, real: np.ndarray) -> dict[str, int]:
+    """made.npy, and tune.npy: `real` (chats about the collected texts) and ours. Both in parallel, alike on any machine."""
+    with ProcessPoolExecutor() as pool:
+        parts = list(pool.map(made_part, [tokenizer] * MADE_PARTS, range(MADE_PARTS)))
+    np.save(out / "made.npy", np.concatenate([stories for stories, _, _ in parts]))
+    np.save(out / "tune.npy", np.concatenate([real, *(chats for _, chats, _ in parts)]))
+    return {"made_bytes": sum(size for _, _, size in parts), "made_tokens": sum(s.size for s, _, _ in parts),
+            "tune_tokens": real.size + sum(c.size for _, c, _ in parts)}  # fmt: skip
 
 
 def main() -> None:
@@ -581,10 +712,10 @@ def main() -> None:
         meta["bytes"][name] = sum(len(t.encode()) for t in texts)
         meta["tokens"][name], meta["documents"][name] = int(array.size), len(texts)
     chats = chat_examples(tales, train_records, rng)
-    tune = encode_chats(tokenizer, chats, max_tokens=2048)
-    np.save(args.out / "tune.npy", tune)
-    meta["tokens"]["tune"], meta["documents"]["tune"] = int(tune.size), len(chats)
-    meta["tokens"]["tune_answers"] = int((tune < NO_LOSS).sum())
+    real = encode_chats(tokenizer, chats, max_tokens=2048)
+    meta["documents"] |= {"chats_real": len(chats), "chats_made": MADE_CHATS, "made": MADE_STORIES}
+    meta["tokens"]["chats_real"] = int(real.size)
+    meta |= write_made(args.out / "tokenizer.json", args.out, real)
     (args.out / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False))
     (args.out / "chats.sample.txt").write_text(
         "\n\n=====\n\n".join(f"U: {q}\nA: {a}" for c in chats[:60] for q, a in c)

@@ -2,7 +2,7 @@
 
     python -m training.evaluate heldout --packed tune.packed.safetensors --tokenizer tokenizer.json --data DIR
     python -m training.evaluate parity  --packed tune.packed.safetensors --tokenizer tokenizer.json [--f16 f16.gguf]
-    python -m training.evaluate samples --gguf storyteller.gguf --out samples.json [--chat]
+    python -m training.evaluate samples --gguf storyteller.gguf --out samples.json
 
 Owns no rule of training. transformers and llama-cpp-python are the oracles and are imported only here.
 """
@@ -25,31 +25,31 @@ PARITY_TEXT = (
     "Once upon a time there was a fox who lived at the edge of a great forest. Every morning he went down to the river "
     'to drink, and every morning the old heron said, "Good day, Master Fox!" One day the heron was not there.'
 )
-SAMPLE_PROMPTS = (
-    "Once upon a time",
-    "There was once a poor woodcutter who lived with his wife and seven sons",
-    "Far away, in the middle of the sea, there was an island where",
-    "The little girl opened the door of the tower, and there she saw",
-    "A wolf and a lamb met one day by a stream.",
-    "In the middle of the night the giant awoke and said,",
-    "An old king had three daughters, and the youngest was",
-    "Long ago, when the animals could still speak, the bear",
-    "The witch lived in a small house of stone at the end of the wood.",
-    "It was a cold winter, and the sparrow had nothing to eat.",
-)
-CHAT_PROMPTS = (
-    "Tell me a fable about a fox and a crow.",
-    "Tell me a story about a princess and a dragon.",
-    "Tell a fable about a lion and a mouse with a moral.",
-    "Who are you?",
-    "Tell me a story about a poor fisherman.",
-    "Write a short fable about an ant and a grasshopper.",
-    'The old king had a golden ball, and he kept it in a chest of iron under his bed. One night a thief came in at the '
-    "window and carried the ball away to the forest.\n\nWhere did the king keep the golden ball?",
-    "Tell me a bedtime story.",
+STORY_REQUESTS = (
+    "Tell me a story.",
     "Tell me a fable about a wolf and a goat.",
-    "Thank you! That was lovely.",
+    "Tell me a story about a princess and a dragon.",
+    "Tell me a bedtime story.",
+    "Write a short fable about an ant and a grasshopper.",
+    "Tell me a story about a poor fisherman.",
+    "Tell me a fable about an owl and a squirrel.",
+    "Tell me a story about a little robot.",
+    "Tell me a story about a girl named Clara and a star.",
+    "Tell me a tale about a king who could not sleep.",
+)
+CONVERSATIONS = (
+    ("Hello!", "Tell me a fable about a fox and a crow.", "What is the moral of this story?", "Make it shorter.",
+     "Another one, please."),
+    ("Who are you?", "What is 23 times 17?", "Tell me a story about a bear who was afraid of the dark.",
+     "The old king had a golden ball, and he kept it in a chest of iron under his bed. One night a thief came in at the "
+     "window and carried the ball away to the forest.\n\nWhere did the king keep the golden ball?",
+     "Thank you! That was lovely."),
 )  # fmt: skip
+OPENINGS = (
+    "Once upon a time",
+    "Far away, in the middle of the sea, there was an island where",
+    "A wolf and a lamb met one day by a stream.",
+)
 
 
 def transformers_model(model: Storyteller) -> Any:
@@ -111,7 +111,14 @@ def parity(args: argparse.Namespace) -> dict[str, Any]:
     if args.f16:
         import llama_cpp
 
-        llama = llama_cpp.Llama(str(args.f16), n_ctx=2048, n_threads=2, logits_all=True, verbose=False)
+        llama = llama_cpp.Llama(
+            str(args.f16),
+            n_ctx=2048,
+            n_threads=args.threads,
+            n_threads_batch=args.threads,
+            logits_all=True,
+            verbose=False,
+        )
         result["llama_cpp_same_tokens"] = llama.tokenize(PARITY_TEXT.encode(), add_bos=True, special=False) == ids
         llama.eval(ids)
         scores = torch.from_numpy(np.array(llama.scores[: len(ids)], np.float32))
@@ -159,10 +166,13 @@ def held_out(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def samples(args: argparse.Namespace) -> dict[str, Any]:
-    """Ten continuations and, with --chat, ten chat turns, unedited, seeds 1..10, by llama.cpp from the shipped file."""
+    """Ten stories asked for, ten turns of two conversations and three openings continued, unedited, by llama.cpp from the
+    shipped file; the seed is the sample's place in its list. Nothing else was drawn and left out."""
     import llama_cpp
 
-    llama = llama_cpp.Llama(str(args.gguf), n_ctx=2048, n_threads=2, verbose=False)
+    llama = llama_cpp.Llama(
+        str(args.gguf), n_ctx=2048, n_threads=args.threads, n_threads_batch=args.threads, verbose=False
+    )
     settings = {
         "temperature": args.temperature,
         "top_p": 0.95,
@@ -170,19 +180,28 @@ def samples(args: argparse.Namespace) -> dict[str, Any]:
         "top_k": 40,
         "repeat_penalty": args.repeat_penalty,
     }
-    stories, chats = [], []
-    for seed, prompt in enumerate(SAMPLE_PROMPTS, 1):
-        out = llama.create_completion(prompt, max_tokens=220, seed=seed, **settings)
-        stories.append(
-            {"prompt": prompt, "text": out["choices"][0]["text"], "finish": out["choices"][0]["finish_reason"]}
-        )
-    for seed, prompt in enumerate(CHAT_PROMPTS if args.chat else (), 1):
-        out = llama.create_chat_completion(
-            [{"role": "user", "content": prompt}], max_tokens=500, seed=seed, **settings
-        )
-        answer = out["choices"][0]
-        chats.append({"prompt": prompt, "text": answer["message"]["content"], "finish": answer["finish_reason"]})
-    return {"settings": settings, "stories": stories, "chats": chats}
+
+    def answer(messages: list[dict[str, str]], seed: int) -> dict[str, str]:
+        choice = llama.create_chat_completion(messages, max_tokens=512, seed=seed, **settings)["choices"][0]
+        return {
+            "prompt": messages[-1]["content"],
+            "text": choice["message"]["content"],
+            "finish": choice["finish_reason"],
+        }
+
+    result: dict[str, Any] = {"settings": settings, "stories": [], "chats": [], "openings": []}
+    for seed, request in enumerate(STORY_REQUESTS, 1):
+        result["stories"].append(answer([{"role": "user", "content": request}], seed))
+    for conversation in CONVERSATIONS:
+        messages: list[dict[str, str]] = []
+        for seed, request in enumerate(conversation, 1):
+            messages.append({"role": "user", "content": request})
+            result["chats"].append(answer(messages, seed))
+            messages.append({"role": "assistant", "content": result["chats"][-1]["text"]})
+    for seed, opening in enumerate(OPENINGS, 1):
+        choice = llama.create_completion(opening, max_tokens=220, seed=seed, **settings)["choices"][0]
+        result["openings"].append({"prompt": opening, "text": choice["text"], "finish": choice["finish_reason"]})
+    return result
 
 
 def main() -> None:
@@ -191,13 +210,13 @@ def main() -> None:
     parser.add_argument("--packed", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--chat", action="store_true")
     parser.add_argument("--first", type=int, default=0, help="held-out tokens per source; 0: all")
     parser.add_argument("--f16", type=Path)
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--temperature", type=float, default=0.6)
-    parser.add_argument("--repeat-penalty", type=float, default=1.1)
+    parser.add_argument("--repeat-penalty", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=1, help="of llama.cpp: two crawl beside other work")
     args = parser.parse_args()
     result = {"heldout": held_out, "parity": parity, "samples": samples}[args.what](args)
     text = json.dumps(result, indent=1, ensure_ascii=False)

@@ -8,6 +8,7 @@ millions of wordings each. Owns plots and their expansion; a story says which ch
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 POOLS: dict[str, str] = {
     "hunter": "fox wolf lion bear hawk eagle cat snake owl weasel",
@@ -21,17 +22,42 @@ POOLS: dict[str, str] = {
     "idler": "grasshopper cricket butterfly frog hare fly jay",
     "slow": "tortoise snail hedgehog ox toad",
     "fast": "hare horse deer dog fox hawk rabbit",
-    "food": "piece of cheese|loaf of bread|fat plum|honey cake|bunch of grapes|piece of meat|ripe pear",
+    "farm": "goat|sheep|lamb|calf|foal|pony|goose|duck|pig|donkey|dog",
+    "sea": "dolphin|seal|turtle|young whale|otter|swan|porpoise",
+    "animal": "fox|wolf|lion|bear|cat|dog|ass|goat|hare|frog|mouse|crow|owl|sparrow|hen|goose|squirrel|hedgehog|tortoise|badger|"
+    "otter|sheep|pig|horse|stork|heron|monkey|rabbit|donkey|duck|swan|eagle|hawk|raven|magpie|jay|dove|pigeon|robin|wren|lark|"
+    "nightingale|peacock|turkey|rooster|cock|lamb|ram|kid|cow|ox|bull|calf|mule|camel|elephant|tiger|leopard|panther|hyena|"
+    "jackal|deer|stag|fawn|elk|boar|mole|rat|weasel|stoat|ferret|beaver|bat|toad|newt|lizard|snake|crocodile|turtle|snail|crab|"
+    "lobster|fish|trout|pike|dolphin|whale|seal|walrus|penguin|gull|pelican|parrot|ostrich|crane|kangaroo|koala|panda|giraffe|"
+    "zebra|hippo|rhino|gorilla|ape|llama|yak|lynx|puma|polar bear|kitten|puppy|piglet|duckling|chick|ant|bee|wasp|beetle|"
+    "butterfly|moth|cricket|grasshopper|ladybird|spider|worm|caterpillar|dragonfly|dragon|unicorn|dinosaur|hamster|raccoon|skunk",
+    "toy": "lamp|clock|teapot|kite|boat|drum|umbrella|lantern|bell|music box|doll|tin soldier|teddy bear|spinning top|ball|train|"
+    "cup|mirror|key|book|pencil|chair|spoon|candle|hat|shoe|button|fiddle|flute|trumpet|piano|bicycle|sledge|wheelbarrow|"
+    "snow globe|marble|whistle|compass|globe|basket|broom|kettle|mug|jug|jar|bottle|ring|watch|pocket watch|puppet|robot|"
+    "rocking horse|toy car|paper boat|telescope|typewriter|camera|radio|scarf|glove|mitten|blanket|pillow|vase|flowerpot|bucket|"
+    "stone|shell|feather|pumpkin|potato|apple|cake|cookie|sandwich|banana|balloon|skateboard|rocket|computer|telephone",
+    "useful": "lighthouse|lantern|bell|boat|lamp|windmill|clock|train|engine|tugboat|bridge|tower|ship|tractor|truck|bus",
+    "season": "spring|summer|autumn|winter",
+    "food": "piece of cheese|loaf of bread|fat plum|honey cake|bunch of grapes|piece of meat|ripe pear|apple pie|pot of honey|"
+    "sausage|pancake|pudding|nut cake|cherry tart|melon|jar of jam|gingerbread heart",
     "fruit": "grapes|cherries|apples|plums|pears|figs",
-    "place": "forest|meadow|valley|mountain|river bank|farm|marsh|orchard",
-    "name": "Hans|Peter|Jack|Martin|Tom|Ivan|Conrad|Robin",
-    "girl": "Greta|Anna|Mary|Elsa|Rose|Clara|Nell|Marta",
+    "place": "forest|meadow|valley|mountain|river bank|farm|marsh|orchard|lake|jungle|village|hill|garden|moor|wood",
+    "name": "Hans|Peter|Jack|Martin|Tom|Ivan|Conrad|Robin|Ben|Sam|Leo|Max|Oliver|Henry|Will|Charlie|Noah|Finn|Theo|Paul|David|"
+    "Daniel|Adam|Simon|Oscar|Felix|Hugo|James|John|George|Edward|Arthur|Harry|Luke|Mark|Philip|Anton|Emil|Jonas|Lucas|Omar|Ali|"
+    "Ravi|Kenji|Diego|Marco|Pablo|Pierre|Karl|Otto",
+    "girl": "Greta|Anna|Mary|Elsa|Rose|Clara|Nell|Marta|Lily|Emma|Lucy|Alice|Sophie|Ella|Mia|Ada|Ruby|Daisy|Molly|Kate|Jane|"
+    "Julia|Nora|Ida|Eva|Lena|Sara|Hannah|Ruth|Grace|Ivy|Maya|Zoe|Chloe|Amelia|Olivia|Charlotte|Flora|Heidi|Ingrid|Katya|Leila|"
+    "Aisha|Mei|Yuki|Rosa|Carmen|Lola|Marie|Polly",
     "metal": "golden|silver|copper|glass|crystal",
     "thing": "ring|bell|key|cup|comb|lamp|ball|mirror",
-    "trade": "woodcutter|miller|shepherd|tailor|baker|weaver|shoemaker|gardener",
+    "trade": "woodcutter|miller|shepherd|tailor|baker|weaver|shoemaker|gardener|farmer|fisherman|soldier|potter|carpenter|"
+    "blacksmith|sailor|hunter|merchant|painter|clockmaker|cook|musician",
     "ruler": "king|queen|duke",
-    "colour": "green|red|black|golden|grey|silver",
+    "colour": "green|red|yellow|blue|purple|silver",
 }
+# What a slot of training/plots.txt is filled from when its header does not say
+POOL_OF = {"A": "animal", "B": "animal", "C": "animal", "D": "animal", "O": "toy", "F": "food", "P": "place", "T": "trade",
+           "N": "name", "G": "girl", "K": "colour", "M": "metal", "W": "thing", "S": "season"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,7 @@ class Plot:
     morals: tuple[str, ...] = ()  # none: a tale, not a fable
     about: tuple[str, ...] = ("A", "B")  # slots a request may name
     questions: tuple[tuple[str, str], ...] = ()
+    short: str = ""  # the story in a sentence
 
 
 FABLES = (
@@ -264,16 +291,38 @@ One day a {boy|child} {named|called} <N> {chased his kite up the hill|was lookin
 )  # fmt: skip
 
 
+def read_plots(text: str) -> tuple[Plot, ...]:
+    """The plots of plots.txt: `@ slots`, the story, `= moral | moral`, `~ in a sentence`, `? question | answer`, `---`."""
+    plots = []
+    for block in text.split("\n---\n"):
+        lines = block.strip().split("\n")
+        if not lines[0].startswith("@"):
+            continue
+        header, _, about = lines[0][1:].partition("about:")
+        slots = {s[0]: s[2:] or POOL_OF[s[0]] for s in header.split()}
+        marked = {m: [line[1:].strip() for line in lines[1:] if line.startswith(m)] for m in "=~?"}
+        story = "\n".join(line for line in lines[1:] if line[:1] not in ("=", "~", "?"))
+        morals = tuple(m.strip() for line in marked["="] for m in line.split("|"))
+        questions = tuple((q.strip(), a.strip()) for q, a in (line.split("|") for line in marked["?"]))
+        named = tuple(about.split()) or tuple(s for s in slots if s in "ABCO" and re.search(f"<a?{s}!?>", story))
+        plots.append(Plot(slots, story.strip(), morals, named, questions, marked["~"][0]))
+    return tuple(plots)
+
+
+PLOTS = (*FABLES, *TALES, *read_plots((Path(__file__).parent / "plots.txt").read_text(encoding="utf-8")))
+
+
 @dataclass(frozen=True)
 class Made:
     text: str
     moral: str  # "" for a tale
-    about: tuple[str, ...]
+    about: tuple[str, ...]  # "fox", "boy named Hans"
     questions: tuple[tuple[str, str], ...]
+    short: str
 
 
-def _article(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
+def article(noun: str) -> str:
+    return ("an " if re.match("[aeio]|u(?!ni|se)", noun) else "a ") + noun
 
 
 def _fill(text: str, words: dict[str, str], rng: random.Random) -> str:
@@ -282,20 +331,29 @@ def _fill(text: str, words: dict[str, str], rng: random.Random) -> str:
 
     def slot(match: re.Match[str]) -> str:
         word = words[match[2]]
-        word = _article(word) if match[1] else word
+        word = article(word) if match[1] else word
         return word[0].upper() + word[1:] if match[3] else word
 
     text = re.sub(r"<(a?)([A-Z])(!?)>", slot, text)
-    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)  # "a {..} <A>" whose noun starts with a vowel
+    text = re.sub(r"\b([Aa]) (?=[aeio]|u(?!ni|se))", r"\1n ", text)  # "a {..} <A>" whose noun starts with a vowel
+    text = re.sub(r"([.!?])\"\.", r'\1"', text)  # a sentence that ends in a quotation which has its own full stop
     return re.sub(r" +\n", "\n", text)
 
 
-def make(plot: Plot, rng: random.Random) -> Made:
+def make(plot: Plot, rng: random.Random, wanted: str = "") -> Made:
+    """One wording of the plot; `wanted`: an animal or thing that shall be in it, if a slot's pool has it."""
     words: dict[str, str] = {}
     for slot, pool in plot.slots.items():
         choices = POOLS[pool].split("|") if "|" in POOLS[pool] else POOLS[pool].split()
-        words[slot] = rng.choice([c for c in choices if c not in words.values()])
-    about = tuple(words.get(a, a) for a in plot.about)
+        free = [c for c in choices if c not in words.values()]
+        words[slot] = wanted if wanted in free and rng.random() < 0.7 else rng.choice(free)
+    about = []
+    for what in plot.about:  # "A", "dragon", "princess:G", "T:N"
+        noun, _, name = what.partition(":")
+        noun = words.get(noun, noun)
+        about.append(
+            f"{noun} {rng.choice(('named', 'called'))} {words[name]}" if name and rng.random() < 0.7 else noun
+        )
     moral = rng.choice(plot.morals) if plot.morals else ""
     questions = tuple((_fill(q, words, rng), _fill(a, words, rng)) for q, a in plot.questions)
-    return Made(_fill(plot.text, words, rng), moral, about, questions)
+    return Made(_fill(plot.text, words, rng), moral, tuple(about), questions, _fill(plot.short, words, rng))

@@ -2,8 +2,10 @@
 
     python -m training.train --data DIR --out DIR --tokens 320e6                      # base
     python -m training.train --data DIR --out DIR --tune --init DIR/base.safetensors  # chat tune
+    torchrun --nproc-per-node 4 -m training.train ...                                 # the same on four GPUs
 
-Owns batches, optimizers and schedules. Writes OUT/<name>.safetensors (bfloat16 masters), OUT/<name>.packed.safetensors
+Every process builds the same global batch, takes its rows of it and averages gradients with the others: the loss curve
+is that of one process. Owns batches, optimizers and schedules. Writes OUT/<name>.safetensors (bfloat16 masters), OUT/<name>.packed.safetensors
 (the file's blocks, what export.py wraps) and OUT/<name>.jsonl (metrics). Never reads text.
 """
 
@@ -11,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,12 +31,50 @@ from training.model import Storyteller, StorytellerConfig, prefer_cudnn_attentio
 from training.quantize import decode, encode
 from training.tokenizer import BOS_ID, EOS_ID
 
-# Share of rows per group, first while the rate is high, then in the decay (plain tales last: they are the purpose).
-# 320 M tokens make about 25 epochs of tales, 20 of children's books and 11 of novels.
-MIX = {"tales": (0.12, 0.30), "children": (0.42, 0.40), "novels": (0.46, 0.30)}
-TUNE_MIX = {"tune": 0.6, "tales": 0.25, "children": 0.15}
+# Share of rows per group, first while the rate is high, then in the decay (what it is for last: plain tales, our own
+# stories without chat form, and the chats).
+MIX = {
+    "tales": (0.12, 0.22),
+    "children": (0.36, 0.25),
+    "novels": (0.36, 0.13),
+    "made": (0.08, 0.20),
+    "tune": (0.08, 0.20),
+}
+TUNE_MIX = {"tune": 0.80, "made": 0.06, "tales": 0.09, "children": 0.05}
 BALANCE_WEIGHT = 0.01
 DISTIL = 0.75  # share of the teacher's distribution in the loss
+
+
+class Pace:
+    """How far a run is: 0 at its start, 1 at its end, which is a number of steps or a time of day, whichever is first.
+
+    With a time of day the remaining steps are counted anew every 20 steps from the best speed of the last 60 (a
+    compilation's minute is no speed), and every process takes the first one's count.
+    """
+
+    def __init__(self, steps: int, until: float, device: torch.device) -> None:
+        self.steps, self.until, self.device = steps, until, device
+        self.step, self.progress, self.end = 0, 0.0, float(steps)
+        self.last, self.times = time.time(), list[float]()
+
+    def advance(self) -> bool:
+        """One step is done; False when it was the last."""
+        self.step += 1
+        if self.until and self.step % 20 == 0:
+            now = time.time()
+            self.times, self.last = [*self.times[-2:], now - self.last], now
+            left = max(0.0, self.until - now) * (20 / min(self.times))
+            if len(self.times) == 1 and left > 0:
+                left = self.steps  # the first 20 steps hold the compilation
+            end = torch.tensor(min(self.steps, self.step + left), dtype=torch.float64, device=self.device)
+            if dist.is_initialized():
+                dist.broadcast(end, 0)
+            self.end = float(end)
+        remaining = self.end - self.step
+        if remaining < 1:
+            return False
+        self.progress += (1 - self.progress) / (remaining + 1)
+        return True
 
 
 class Windows:
@@ -73,6 +115,16 @@ class Packed:
             self.rows = np.concatenate([self.rows, np.stack(rows)])
         rows_now, self.rows = self.rows[:count], self.rows[count:]
         return rows_now
+
+
+def all_reduce_gradients(parameters: list[nn.Parameter], world: int) -> None:
+    """Every gradient becomes the mean over the processes, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    pieces = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
 
 
 def split(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -207,22 +259,26 @@ def load_teacher(path: Path) -> Storyteller:
     return teacher.eval().requires_grad_(False)
 
 
-def batches(args: argparse.Namespace, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """uint16 rows [B, T + 1] for each step. The last quarter of base training, and the tune, use the full context."""
+def batches(args: argparse.Namespace, pace: Pace, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """uint16 rows [B, T + 1] of the global batch, one a step. The tune and the end of base training use the full context."""
     arrays = {n: np.load(args.data / f"{n}.npy") for n in (TUNE_MIX if args.tune else MIX)}
+    if not args.tune:
+        arrays["tune"] = arrays["tune"] & ~NO_LOSS  # questions are text like any other
     kinds = Packed if args.tune else Windows
     short, long = args.length, args.long_length
-    sources = {t: {n: kinds(a, t, rng) for n, a in arrays.items()} for t in {short, long}}
-    for step in range(steps):
-        progress = step / steps
-        length = long if args.tune or progress >= args.long_from else short
-        late = max(0.0, (progress - args.decay_from) / (1 - args.decay_from))
+    sources = {
+        t: {n: kinds(a, t, rng) for n, a in arrays.items()} for t in ({long} if args.tune else {short, long})
+    }
+    while True:
+        length = long if args.tune or pace.progress >= args.long_from else short
+        late = max(0.0, (pace.progress - args.decay_from) / (1 - args.decay_from))
         if args.tune:
             shares = list(TUNE_MIX.values())
         else:
             shares = [early + (end - early) * min(1.0, 2 * late) for early, end in MIX.values()]
         counts = rng.multinomial(args.batch_tokens // length, np.array(shares) / sum(shares))
-        yield np.concatenate([s.take(n) for s, n in zip(sources[length].values(), counts, strict=True) if n])
+        rows = np.concatenate([s.take(n) for s, n in zip(sources[length].values(), counts, strict=True) if n])
+        yield rng.permutation(rows)  # so that no process gets one source only
 
 
 def main() -> None:
@@ -243,8 +299,11 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--init", type=Path, help="start from these weights")
+    parser.add_argument("--teacher", type=Path, nargs="*", default=[],
+                        help="distil: .safetensors of larger models trained on the same data; each process and step uses "
+                        "one in turn, which in the mean is the gradient of their averaged distribution")  # fmt: skip
     parser.add_argument(
-        "--teacher", type=Path, help="distil: .safetensors of a larger model trained on the same data"
+        "--until", type=float, default=0.0, help="time (Unix seconds) to be done by; 0: all --tokens"
     )
     parser.add_argument("--tune", action="store_true", help="chat tune: packed conversations mixed with tales")
     parser.add_argument("--config", default="{}", help="JSON of StorytellerConfig fields that differ")
@@ -265,7 +324,13 @@ def main() -> None:
     if args.tune:
         args.decay_from = 0.0
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = (
@@ -278,30 +343,32 @@ def main() -> None:
     model = Storyteller(config).to(device)
     if args.init:
         model.load_state_dict(load_weights(args.init))
+    torch.manual_seed(args.seed + rank)  # weights are alike in every process, dropout is not
     if not args.no_compile:
         for block in model.blk:
             block.compile(dynamic=False)
 
     def loss_of(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(
-            F.linear(x, head.to(x.dtype)).float().flatten(0, 1), targets.flatten(), ignore_index=-100
-        )
+        logits = F.linear(x, head.to(x.dtype)).float().flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
 
     def distil_loss(x: Tensor, head: Tensor, teacher_x: Tensor, teacher_head: Tensor, targets: Tensor) -> Tensor:
-        """DISTIL * KL(teacher || student) + (1 - DISTIL) * cross entropy; returns both summed, mean per token."""
+        """DISTIL * KL(teacher || student) + (1 - DISTIL) * cross entropy; returns it and the cross entropy, sums."""
         student = F.linear(x, head.to(x.dtype)).float().log_softmax(-1).flatten(0, 1)
         soft = F.linear(teacher_x, teacher_head.to(teacher_x.dtype)).float().log_softmax(-1).flatten(0, 1)
-        hard = F.nll_loss(student, targets.flatten())
-        return torch.stack([DISTIL * (soft.exp() * (soft - student)).sum(-1).mean() + (1 - DISTIL) * hard, hard])
+        used = targets.flatten() >= 0
+        hard = F.nll_loss(student, targets.flatten(), ignore_index=-100, reduction="sum")
+        divergence = ((soft.exp() * (soft - student)).sum(-1) * used).sum()
+        return torch.stack([DISTIL * divergence + (1 - DISTIL) * hard, hard])
 
     head_loss = loss_of if args.no_compile else torch.compile(loss_of, dynamic=False)
-    teacher: Storyteller | None = None
-    if args.teacher:
-        teacher = load_teacher(args.teacher).to(device)
-        if not args.no_compile:
-            for block in teacher.blk:
-                block.compile(dynamic=False)
-            distil_loss = torch.compile(distil_loss, dynamic=False)
+    count = max(1, len(args.teacher))
+    turns = {(step * world + rank) % count for step in range(count)}
+    teachers = {i: load_teacher(path).to(device) for i, path in enumerate(args.teacher) if i in turns}
+    if teachers and not args.no_compile:
+        for block in (block for teacher in teachers.values() for block in teacher.blk):
+            block.compile(dynamic=False)
+        distil_loss = torch.compile(distil_loss, dynamic=False)
     matrices, rest = split_parameters(model)
     if args.adam:
         matrices, rest = [], matrices + rest
@@ -311,50 +378,67 @@ def main() -> None:
     steps = int(args.tokens // args.batch_tokens)
     rng = np.random.default_rng(args.seed)
     val = np.load(args.data / "val.npy")
-    log = (args.out / f"{name}.jsonl").open("w")
+    log = (args.out / f"{name}.jsonl").open("w") if rank == 0 else None
 
     def report(**values: object) -> None:
-        line = json.dumps(values)
-        print(line, flush=True)
-        log.write(line + "\n")
-        log.flush()
+        if log is not None:
+            line = json.dumps(values)
+            print(line, flush=True)
+            log.write(line + "\n")
+            log.flush()
 
-    report(parameters=sum(p.numel() for p in model.parameters()), steps=steps, **dataclasses.asdict(config))
-    started, seen = time.monotonic(), 0
+    report(parameters=sum(p.numel() for p in model.parameters()), steps=steps, processes=world,
+           **dataclasses.asdict(config))  # fmt: skip
+    started, seen, logged = time.monotonic(), 0, 0
     running = torch.zeros(2, device=device)
-    for step, rows in enumerate(batches(args, steps, rng)):
-        progress = step / steps
+    pace = Pace(steps, args.until, device)
+    more = True
+    for rows in batches(args, pace, rng):
+        step, progress = pace.step, pace.progress
         falling = 1.0 if progress < args.decay_from else (1 - progress) / (1 - args.decay_from)
         rate = args.rate * min(1.0, (step + 1) / args.warmup) * falling
-        inputs, targets = split(rows, device)
+        inputs, targets = split(rows[rank::world], device)
+        # every process divides by the global batch's targets, so that the mean of gradients is the global gradient
+        share = world / max(1, int((rows[:, 1:] < NO_LOSS).sum()))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or args.bfloat16):
             x, head, balance = model.hidden(inputs)
-            if teacher is None:
+            if not teachers:
                 loss = objective = head_loss(x, head, targets)
             else:
+                teacher = teachers[(step * world + rank) % count]
                 with torch.no_grad():
                     teacher_x, teacher_head, _ = teacher.hidden(inputs)
                 objective, loss = distil_loss(x, head, teacher_x, teacher_head, targets).unbind()
-        (objective + BALANCE_WEIGHT * balance).backward()
+        (objective * share + BALANCE_WEIGHT * balance).backward()
+        if world > 1:
+            all_reduce_gradients(matrices + rest, world)
         nn.utils.clip_grad_norm_(rest, 1.0)
         muon.step(rate)
         for group in adam.param_groups:
             group["lr"] = rate
         adam.step()
         model.zero_grad(set_to_none=True)
-        running += torch.stack([loss.detach(), balance.detach()])
-        seen += inputs.numel()
-        if (step + 1) % args.log_every == 0 or step + 1 == steps:
-            mean = running.tolist()
-            count = args.log_every if (step + 1) % args.log_every == 0 else steps % args.log_every
-            report(step=step + 1, loss=mean[0] / count, balance=mean[1] / count, rate=rate, tokens=seen,
+        running += torch.stack([loss.detach() * share, balance.detach()])
+        seen += rows[:, 1:].size
+        more = pace.advance()
+        if pace.step % args.log_every == 0 or not more:
+            if world > 1:
+                dist.all_reduce(running)
+            mean = (running / world / (pace.step - logged)).tolist()
+            report(step=pace.step, loss=mean[0], balance=mean[1], rate=rate, tokens=seen, end=round(pace.end),
                    seconds=round(time.monotonic() - started, 1))  # fmt: skip
             running.zero_()
-        if (step + 1) % args.eval_every == 0 or step + 1 == steps:
-            report(step=step + 1, val_bpb=bits_per_byte(model, val, meta["bytes"]["val"], 1024, device))
-        if args.save_every and (step + 1) % args.save_every == 0:
+            logged = pace.step
+        if rank == 0 and (pace.step % args.eval_every == 0 or not more):
+            report(step=pace.step, val_bpb=bits_per_byte(model, val, meta["bytes"]["val"], 1024, device))
+        if rank == 0 and (not more or (args.save_every and pace.step % args.save_every == 0)):
             save(model, args.out, name)
-    save(model, args.out, name)
+        if not more:
+            break
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     for source, size in meta["bytes"].items():
         if source.startswith("heldout") and not args.no_heldout:
             nats, count = nats_per_token(model, np.load(args.data / f"{source}.npy"), args.long_length, device)

@@ -204,13 +204,26 @@ def test_chat_has_every_option_of_run_but_the_prompt() -> None:
     assert set(inspect.signature(run).parameters) - own <= set(inspect.signature(chat).parameters)
 
 
-def test_the_storyteller_ends_after_256_tokens_where_nobody_asks_for_more(
+def test_the_storyteller_ends_after_512_tokens_where_nobody_asks_for_more(
     kvfold: Kvfold, monkeypatch: pytest.MonkeyPatch, chat_gguf: Path
 ) -> None:
     monkeypatch.setattr("kvfold.load.embedded_model", lambda: chat_gguf)
-    arguments = ("chat", "-c", "512", "--seed", "3", "--ignore-eos", "-t", "1")
-    assert "generation 256 tokens" in kvfold(*arguments, stdin=lines("abc")).err
-    assert "generation 507 tokens" in kvfold(*arguments, "-n", "-1", stdin=lines("abc")).err
+    arguments = ("chat", "-c", "1024", "--seed", "3", "--ignore-eos", "-t", "1")
+    assert "generation 512 tokens" in kvfold(*arguments, stdin=lines("abc")).err
+    assert "generation 1019 tokens" in kvfold(*arguments, "-n", "-1", stdin=lines("abc")).err
+
+
+def test_the_storyteller_is_told_at_its_own_temperature_unless_asked(
+    kvfold: Kvfold, monkeypatch: pytest.MonkeyPatch, chat_gguf: Path
+) -> None:
+    def answer(*options: object) -> str:
+        arguments = ("chat", "-c", "512", "--seed", "3", "--ignore-eos", "-n", "24", "-t", "1")
+        return kvfold(*arguments, *options, stdin=lines("abc")).out
+
+    named = answer(chat_gguf, "--temp", "0.6"), answer(chat_gguf)
+    monkeypatch.setattr("kvfold.load.embedded_model", lambda: chat_gguf)
+    assert named[0] != named[1]
+    assert (answer(), answer("--temp", "0.8")) == named
 
 
 # --- at a terminal ---------------------------------------------------------------------------------------------------

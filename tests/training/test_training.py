@@ -1,6 +1,12 @@
 """The promises of training/ that a wrong export or a leaked tale would break. Seconds on the CPU."""
 
+import json
+import os
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +18,7 @@ from training.model import Storyteller, StorytellerConfig, weight_type  # noqa: 
 from training.quantize import BLOCK_BYTES, decode, encode, fake_quant  # noqa: E402
 from training.train import Packed, Windows  # noqa: E402
 
-from training import data, fables, tokenizer  # noqa: E402
+from training import data, fables, tokenizer, train  # noqa: E402
 
 TINY = StorytellerConfig(
     vocab_size=300, hidden_size=64, num_layers=2, num_heads=4, q_lora_rank=32, kv_lora_rank=64, qk_nope_head_dim=32,
@@ -104,15 +110,108 @@ def test_packed_rows_begin_with_a_document_and_hide_the_filling() -> None:
     assert all(row[-1] == (tokenizer.EOS_ID | data.NO_LOSS) for row in rows if row[-1] not in (1, 9))
 
 
-def test_made_fables_are_whole_sentences_about_their_animals() -> None:
+def test_made_stories_are_whole_sentences_about_what_they_name() -> None:
     rng = random.Random(4)
-    for plot in (*fables.FABLES, *fables.TALES) * 20:
+    assert len(fables.PLOTS) == 99
+    for plot in fables.PLOTS * 10:
         made = fables.make(plot, rng)
-        assert not set("{}<>|") & set(made.text + made.moral)
-        assert made.text[0].isupper() and made.text[-1] in '."'
-        assert not any(f" a {vowel}" in made.text for vowel in "aeio")
-        named = [slot for slot in plot.about if slot in plot.slots]
-        assert all(word in made.text for slot, word in zip(plot.about, made.about, strict=True) if slot in named)
+        parts = [made.text, made.moral, made.short, *(part for pair in made.questions for part in pair)]
+        everything = " ".join(filter(None, parts))
+        assert not set("{}<>|") & set(everything)
+        assert made.text.lstrip('"')[0].isupper() and made.text[-1] in '."', made.text
+        assert not re.search(r'\ba [aeio]|[.!?]"\.|  | ,', everything), everything
+        assert all(a[0].isupper() and a[-1] in ".!?" for _, a in made.questions), made.questions
+        named = [about for slot, about in zip(plot.about, made.about, strict=True) if slot in plot.slots]
+        assert all(word in made.text for word in named), made
+
+
+def test_a_wanted_animal_is_in_the_story_as_often_as_its_plot_allows() -> None:
+    rng = random.Random(5)
+    plot = fables.read_plots(
+        "@ A B P\n<aA!> met <aB> in the <P>.\n= Be kind.\n~ Two meet.\n? Who? | The <A>.\n---\n"
+    )[0]
+    assert plot.slots == {"A": "animal", "B": "animal", "P": "place"} and plot.about == ("A", "B")
+    stories = [fables.make(plot, rng, "otter") for _ in range(200)]
+    assert sum("otter" in s.about for s in stories) > 150
+    assert all(s.questions == (("Who?", f"The {s.about[0]}."),) for s in stories)
+
+
+def test_a_made_chat_answers_what_was_asked() -> None:
+    rng = random.Random(6)
+    for _ in range(400):
+        made, (request, answer) = data.told(rng, "otter")
+        assert made.text in answer
+        assert "fable" not in request or answer.endswith(f"The moral: {made.moral}")
+        if "bout" in request:
+            assert any(about.split()[0] in request for about in made.about), (request, made.about)
+    for chat in [data.made_chat(rng) for _ in range(400)]:
+        assert all(question.strip() and answer.strip() for question, answer in chat)
+
+
+def test_a_story_is_cut_after_a_sentence_and_nothing_is_lost() -> None:
+    rng = random.Random(7)
+    for plot in fables.PLOTS:
+        text = fables.make(plot, rng).text
+        opening, rest = data.cut(text, rng)
+        assert opening[-1] in '.!?"' and text == opening + text[len(opening) : -len(rest)] + rest
+        assert not text[len(opening) : -len(rest)].strip()
+
+
+def test_a_pace_by_steps_takes_them_all_and_ends_at_one() -> None:
+    pace, seen = train.Pace(10, 0.0, torch.device("cpu")), [0.0]
+    while pace.advance():
+        seen.append(pace.progress)
+    np.testing.assert_allclose(seen, np.arange(10) / 10)
+
+
+def test_a_pace_by_the_clock_ends_at_the_time_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(train.time, "time", lambda: now[0])
+    pace = train.Pace(10**9, 1000.0 + 300, torch.device("cpu"))
+    steps, seen = 1, [0.0]
+    now[0] += 60  # the first step compiles
+    while pace.advance():
+        seen.append(pace.progress)
+        steps += 1
+        now[0] += 20.0 if steps == 500 else 0.1  # a second compilation
+    assert 270 < now[0] - 1000 <= 301
+    assert seen == sorted(seen) and 0.97 < seen[-1] <= 1
+
+
+TOY = {
+    "hidden_size": 64, "num_layers": 2, "num_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32, "v_head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
+    "num_experts_per_token": 2, "num_shared_experts": 1,
+}  # fmt: skip
+
+
+@pytest.mark.full  # three starts of torch
+@pytest.mark.parametrize("mode", [(), ("--tune",)])
+def test_two_processes_train_as_one(tmp_path: Path, mode: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("tales", "children", "novels", "made", "tune", "val"):
+        documents = [np.r_[0, np.cumsum(rng.integers(1, 4, 60)) % 290 + 4, 1].astype(np.uint16) for _ in range(60)]
+        if name == "tune":  # a question of another length each: processes have different counts of targets
+            documents = [
+                np.r_[d[:n] | data.NO_LOSS, d[n:]] for d, n in zip(documents, rng.integers(5, 50, 60), strict=True)
+            ]
+        np.save(tmp_path / f"{name}.npy", np.concatenate(documents))
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 300, "bytes": {"val": 4000}}))
+    arguments = ["-m", "training.train", "--data", str(tmp_path), "--out", str(tmp_path), "--config", json.dumps(TOY),
+                 "--no-compile", "--no-heldout", "--batch-tokens", "512", "--length", "64", "--long-length", "128",
+                 "--rate", "3e-3", "--warmup", "5", "--dropout", "0", "--log-every", "4", "--tokens", "6144", *mode]  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+
+    def losses(*launcher: str) -> list[float]:
+        done = subprocess.run([sys.executable, *launcher, *arguments], cwd=root, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)  # fmt: skip
+        return [line["loss"] for line in map(json.loads, done.stdout.splitlines()) if "loss" in line]
+
+    alone = losses()
+    together = losses("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert len(alone) == 3 and alone[0] > alone[-1]
+    # the balance loss is a product of two means, and those of half a batch differ a little
+    np.testing.assert_allclose(together, alone, rtol=1e-3)
 
 
 def test_pre_tokenizer_splits_as_llama_cpp() -> None:

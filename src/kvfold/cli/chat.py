@@ -60,8 +60,10 @@ if TYPE_CHECKING:
 
 # llama.cpp's default: a thought has no length that could be foreseen, and Ctrl-C is at hand
 DEFAULT_NEW_TOKENS = -1
-# The storyteller seldom ends what it tells: without a bound it went round in circles through all of its 2,048 tokens
-STORYTELLER_NEW_TOKENS = 256
+# The storyteller's tales end by themselves within some 400 tokens; the rare one that does not goes round in circles.
+# It is surest of who is who at a low temperature, and a penalty would make it avoid the names it has to keep to.
+STORYTELLER_NEW_TOKENS = 512
+STORYTELLER_TEMPERATURE = 0.6
 
 HISTORY_LINES = 1000
 QUOTES = '"""'
@@ -80,8 +82,9 @@ TYPING = (
 )
 NOT_ANSWERED = "stopped before the answer began: the message is not part of the conversation"
 STORYTELLER = (
-    "It is a small storyteller, not an assistant: it takes up what you say and goes on telling, in English. It follows "
-    "no instructions, knows next to nothing of the world, and confuses who is who."
+    "It is a small storyteller, not an assistant: it tells fables and tales about the animals and things you name, from "
+    "some hundred plots it has learned, and answers questions about a passage. It knows next to nothing of the world. "
+    "Try: Tell me a fable about a fox and a crow."
 )
 
 
@@ -143,7 +146,7 @@ def chat(
 ) -> None:
     """Converses with a model; /help lists the commands.
 
-    The embedded model tells at most 256 tokens unless -n says otherwise. Answers go to stdout, everything else to stderr. From a pipe every line is a message (or a command), and with
+    The embedded model tells at most 512 tokens, at temperature 0.6, unless -n and --temp say otherwise. Answers go to stdout, everything else to stderr. From a pipe every line is a message (or a command), and with
     --json every answer is one object on a line. Without a model the one that ships with kvfold answers.
     """
     if model_argument is not None:
@@ -188,9 +191,12 @@ def chat(
             mmap=mmap,
             progress=progress,
         )
+    tells = _is_storyteller(llm)
     if new_tokens == -1:
-        tells = _is_storyteller(llm) and _source(context, "new_tokens") == "DEFAULT"
-        params = replace(params, max_tokens=STORYTELLER_NEW_TOKENS if tells else llm.loaded.n_ctx)
+        short = tells and _source(context, "new_tokens") == "DEFAULT"
+        params = replace(params, max_tokens=STORYTELLER_NEW_TOKENS if short else llm.loaded.n_ctx)
+    if tells and _source(context, "temperature") == "DEFAULT":
+        params = replace(params, temperature=STORYTELLER_TEMPERATURE)
     conversation = Conversation(llm, params, system, thinking, as_json=json, verbose=verbose)
     conversation.check()
     for line in llm.loaded.info:
