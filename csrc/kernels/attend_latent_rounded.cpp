@@ -13,16 +13,17 @@ namespace {
 
 // Tiles of heads that share the keys and values made of a page: what these cost is then a quarter for models
 // of 64 heads and more, and the sums of four tiles stay in the second-level cache (512 columns: 128 KiB).
-constexpr int64_t kTilesOfGroup = 4;
+constexpr int64_t kMostTiles = 4;
 
 int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
 
 // Floats of each part of a member's scratch, whole lines.
 struct Parts {
-  int64_t query, state, weighted, keys, values, scores, words;
+  int64_t tiles_of_group, query, state, weighted, keys, values, scores, words;
 
   explicit Parts(const MlaDims& dims) {
     const int64_t columns = ceil_div(dims.kv_lora, kValueColumns) * kValueColumns;
+    tiles_of_group = std::min(kMostTiles, ceil_div(dims.heads, kHeadLanes));
     // Pairs take half a word a number; codes of a q8_0 cache 9 words for 32.
     query = whole_lines(pairs_of(dims.latent()) * kHeadLanes);
     state = sizeof(LatentState) / 4;
@@ -36,7 +37,7 @@ struct Parts {
   int64_t partial() const { return state + weighted; }  // of a tile
   int64_t tile() const { return keys + values + scores + words; }
   // Queries and two softmaxes of a group's tiles, and what a page becomes.
-  int64_t total() const { return kTilesOfGroup * (query + 2 * partial()) + tile(); }
+  int64_t total() const { return tiles_of_group * (query + 2 * partial()) + tile(); }
 };
 
 struct RoundedLatentOp {
@@ -53,16 +54,16 @@ struct RoundedLatentOp {
 
   int64_t columns() const { return ceil_div(dims.kv_lora, kValueColumns) * kValueColumns; }
   bool in_codes() const { return cache.type == CacheType::kQ8_0; }
-  int64_t groups() const { return ceil_div(dims.heads, kTilesOfGroup * kHeadLanes); }
+  int64_t groups() const { return ceil_div(dims.heads, parts.tiles_of_group * kHeadLanes); }
   int64_t visible(int64_t i) const { return step.visible[first_row + i]; }
   int64_t num_runs(int64_t i) const { return ceil_div(visible(i), run_keys(visible(i))); }
   int64_t first_head(int64_t group, int64_t tile) const {
-    return (group * kTilesOfGroup + tile) * kHeadLanes;
+    return (group * parts.tiles_of_group + tile) * kHeadLanes;
   }
   int64_t tiles(int64_t group) const {
-    return std::min(kTilesOfGroup, ceil_div(dims.heads - first_head(group, 0), kHeadLanes));
+    return std::min(parts.tiles_of_group, ceil_div(dims.heads - first_head(group, 0), kHeadLanes));
   }
-  int64_t group_partial() const { return kTilesOfGroup * parts.partial(); }
+  int64_t group_partial() const { return parts.tiles_of_group * parts.partial(); }
 
   // A member's scratch: queries, softmax of a run, that of the row, what a page becomes.
   struct Memory {
@@ -71,7 +72,7 @@ struct RoundedLatentOp {
   };
   Memory memory(int member) const {
     float* base = machine.of(member);
-    float* run = base + kTilesOfGroup * parts.query;
+    float* run = base + parts.tiles_of_group * parts.query;
     return {reinterpret_cast<uint32_t*>(base), run, run + group_partial(), run + 2 * group_partial()};
   }
   LatentState* state(float* partial, int64_t tile) const {
