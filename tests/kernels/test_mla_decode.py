@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from kvfold.kernels.mla_decode import DecodeWorkspace, mla_decode, schedule_decode
+from kvfold.kernels.mla_decode import DecodeWorkspace, Form, mla_decode, schedule_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64
@@ -38,7 +38,7 @@ class Case:
         # times 2: scores spread, so that softmax is not flat
         self.q = (2 * torch.randn(len(kv_lens) * s_q, heads, latent, generator=generator)).to(dtype)
 
-    def run(self, num_parts: int | None = None) -> torch.Tensor:
+    def run(self, num_parts: int | None = None, form: Form = "triton") -> torch.Tensor:
         batch, heads = len(self.kv_lens), self.q.shape[1]
         workspace = DecodeWorkspace(batch, self.s_q, heads, self.kv_lora, DEVICE, num_parts)
         workspace.partial.fill_(float("nan"))
@@ -49,7 +49,9 @@ class Case:
         pages = torch.tensor(self.pages, dtype=torch.int32, device=DEVICE)
         page_starts = torch.tensor(self.page_starts, dtype=torch.int32, device=DEVICE)
         pool, q = self.pool.to(DEVICE), self.q.to(DEVICE)
-        mla_decode(q, pool, pages, page_starts, kv_lens, out, workspace, scale=self.scale, kv_lora=self.kv_lora)
+        mla_decode(
+            q, pool, pages, page_starts, kv_lens, out, workspace, scale=self.scale, kv_lora=self.kv_lora, form=form
+        )
         return out.cpu()
 
     def expected(self) -> torch.Tensor:
@@ -65,8 +67,8 @@ class Case:
                 rows.append(weights @ seen[:, : self.kv_lora])
         return torch.stack(rows)
 
-    def check(self, tolerance: float, num_parts: int | None = None) -> None:
-        out, expected = self.run(num_parts).double(), self.expected()
+    def check(self, tolerance: float, num_parts: int | None = None, form: Form = "triton") -> None:
+        out, expected = self.run(num_parts, form).double(), self.expected()
         assert not out.isnan().any(), "unwritten or poisoned output"
         error = ((out - expected).norm() / expected.norm()).item()
         assert error <= tolerance, f"relative error {error:.2e}, tolerance {tolerance:.0e}"
@@ -122,3 +124,14 @@ def test_half_precision_rounds_once() -> None:
 
 def test_cached_rows_are_converted_to_the_queries_type() -> None:
     Case(4, [100], dtype=torch.float16, cache_dtype=torch.float32).check(1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("s_q", [1, 2])
+@pytest.mark.parametrize("heads", [5, 16, 40, 128])
+def test_the_hopper_kernels_agree(heads: int, s_q: int, dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU (sm_90)")
+    tolerance = 4e-3 if dtype == torch.bfloat16 else 1e-3
+    Case(heads, [4097, 1, 0, 63, 130, 9000], s_q, kv_lora=512, rope=64, dtype=dtype).check(tolerance, form="gluon")

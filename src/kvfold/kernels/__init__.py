@@ -7,7 +7,8 @@ products of float32 inputs are exact (`input_precision="ieee"`). Sizes are free:
 Everything multiplied by a page, slot or row number is int64. Importing this package imports neither torch nor triton.
 
 The two attention kernels have one calling form each, so that a kernel made for one card and a plain-Triton twin that
-runs on any (and in the CPU interpreter) can stand in for one another:
+runs on any (and in the CPU interpreter) can stand in for one another. Which one runs is decided by card, types and
+sizes; `form="triton"` or `"gluon"` forces one, for tests and benchmarks.
 
     mla_decode.py
         workspace = DecodeWorkspace(batch, rows_per_sequence, num_heads, kv_lora, device)
