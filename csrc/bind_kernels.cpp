@@ -68,7 +68,7 @@ class Kernels {
     expect((k == 1 || x.stride(1) == 1) && (n == 1 || out.stride(1) == 1),
            "linear: rows must be contiguous.");
     const int64_t own = kvfold::product_own_bytes(*kernels, k);
-    const int64_t shared = kvfold::product_shared_bytes(*kernels, rows, k);
+    const int64_t shared = kvfold::product_shared_bytes(*kernels, rows, k, kvfold::ProductForm::kBySize);
     if (bytes_ < shared + own * team_.size()) {
       memory_ = std::make_unique<Lines>(shared + own * team_.size());
       bytes_ = shared + own * team_.size();
@@ -77,7 +77,7 @@ class Kernels {
     const auto start = std::chrono::steady_clock::now();
     kvfold::product(team_, {kernels, raw.data(), static_cast<int64_t>(raw.shape(1)), n, k}, x.data(),
                     x.stride(0), rows, out.data(), out.stride(0),
-                    {memory_->data, memory_->data + shared, own});
+                    {memory_->data, memory_->data + shared, own}, kvfold::ProductForm::kBySize);
     return seconds_since(start);
   }
 

@@ -17,7 +17,6 @@
 
 #include "cpus.h"
 #include "dispatch.h"
-#include "kernels/tile.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -188,9 +187,9 @@ CacheArray cache_array_of(nb::handle object, int type) {
 struct BoundProgram {
   BoundProgram(const std::vector<SegmentTuple>& segments, const std::vector<WeightTuple>& weights,
                int cache_type, const std::vector<nb::object>& cache, int threads, int64_t workspace_bytes,
-               bool rounds_activations)
+               bool rounds_activations, bool by_role, bool checks_numerics, bool times_ops)
       : program(segments_of(segments), weights_of(weights, rounds_activations), cache_of(cache, cache_type),
-                threads, workspace_bytes),
+                threads, workspace_bytes, {by_role, checks_numerics, times_ops}),
         cache_arrays(cache) {
     for (const auto& weight : weights) parts.push_back(std::get<4>(weight));
   }
@@ -254,16 +253,18 @@ struct BoundProgram {
 struct BoundRun {
   BoundRun(BoundProgram& bound, nb::handle token_ids, nb::handle slots, nb::handle row_starts,
            nb::handle kv_lens, nb::handle page_starts, nb::handle pages, nb::handle segments,
-           nb::handle output_rows, nb::handle cos, nb::handle sin, std::vector<nb::object> outputs)
+           nb::handle output_rows, nb::handle is_prompt, nb::handle cos, nb::handle sin,
+           std::vector<nb::object> outputs)
       : output_arrays(std::move(outputs)),
         run(bound.program,
-            step_of(token_ids, slots, row_starts, kv_lens, page_starts, pages, output_rows, cos, sin),
+            step_of(token_ids, slots, row_starts, kv_lens, page_starts, pages, output_rows, is_prompt, cos,
+                    sin),
             segments_of(segments),
             pointers(bound.program, output_arrays, nb::cast<size_t>(output_rows.attr("size")))) {}
 
   static Step step_of(nb::handle token_ids, nb::handle slots, nb::handle row_starts, nb::handle kv_lens,
-                      nb::handle page_starts, nb::handle pages, nb::handle output_rows, nb::handle cos,
-                      nb::handle sin) {
+                      nb::handle page_starts, nb::handle pages, nb::handle output_rows, nb::handle is_prompt,
+                      nb::handle cos, nb::handle sin) {
     Step step;
     step.token_ids = numbers<int32_t>(token_ids, "token_ids", "int32 [T]");
     step.slots = numbers<int64_t>(slots, "slots", "int64 [T]");
@@ -272,6 +273,7 @@ struct BoundRun {
     step.page_starts = numbers<int32_t>(page_starts, "page_starts", "int32 [S + 1]");
     step.pages = numbers<int32_t>(pages, "pages", "int32 [..]");
     step.output_rows = numbers<int32_t>(output_rows, "output_rows", "int32 [R]");
+    step.is_prompt = numbers<int32_t>(is_prompt, "is_prompt", "int32 [S]");
     step.cos = angles(cos, "cos");
     step.sin = angles(sin, "sin");
     return step;
@@ -322,6 +324,12 @@ struct BoundRun {
     });
   }
 
+  std::vector<std::pair<int64_t, int64_t>> op_times() const {
+    std::vector<std::pair<int64_t, int64_t>> times;
+    for (const OpTime& time : run.op_times()) times.emplace_back(time.ns, time.experts);
+    return times;
+  }
+
   std::vector<nb::object> output_arrays;
   StepRun run;
 };
@@ -334,21 +342,22 @@ void bind_program(nb::module_& m) {
       std::rethrow_exception(error);
     } catch (const WorkspaceTooSmall& e) {
       PyErr_SetString(nb::module_::import_("kvfold.errors").attr("SettingError").ptr(), e.what());
+    } catch (const NotFinite& e) {
+      PyErr_SetString(nb::module_::import_("kvfold.errors").attr("NumericsError").ptr(), e.what());
     } catch (const ThreadsRefused& e) {
       PyErr_SetString(nb::module_::import_("kvfold.errors").attr("SettingError").ptr(), e.what());
     }
   });
-
-  m.def("tile_isa", [] { return tiles().isa; }, "The instruction set of the float32 tiles on this machine.");
 
   m.def("quota_cpus", &quota_cpus, "own"_a, "root"_a,
         "Whole CPUs that the cgroups named in file `own`, mounted at `root`, grant; 2**31 - 1: no limit.");
 
   nb::class_<BoundProgram>(m, "Program", "A recorded model over one cache. See backends/native.py.")
       .def(nb::init<const std::vector<SegmentTuple>&, const std::vector<WeightTuple>&, int,
-                    const std::vector<nb::object>&, int, int64_t, bool>(),
+                    const std::vector<nb::object>&, int, int64_t, bool, bool, bool, bool>(),
            "segments"_a, "weights"_a, "cache_type"_a, "cache"_a, "threads"_a, "workspace_bytes"_a,
-           "rounds_activations"_a = false,
+           "rounds_activations"_a = false, "by_role"_a = false, "checks_numerics"_a = false,
+           "times_ops"_a = false,
            "ValueError where parts do not fit each other, SettingError where the workspace is too small or "
            "the system starts fewer threads.")
       .def("move_weight", &BoundProgram::move_weight, "handle"_a, "parts"_a,
@@ -361,11 +370,14 @@ void bind_program(nb::module_& m) {
 
   nb::class_<BoundRun>(m, "StepRun", "One step under way.")
       .def(nb::init<BoundProgram&, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle,
-                    nb::handle, nb::handle, nb::handle, nb::handle, std::vector<nb::object>>(),
+                    nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, std::vector<nb::object>>(),
            nb::keep_alive<1, 2>(), "program"_a, "token_ids"_a, "slots"_a, "row_starts"_a, "kv_lens"_a,
-           "page_starts"_a, "pages"_a, "segments"_a, "output_rows"_a, "cos"_a, "sin"_a, "outputs"_a,
+           "page_starts"_a, "pages"_a, "segments"_a, "output_rows"_a, "is_prompt"_a, "cos"_a, "sin"_a,
+           "outputs"_a,
            "ValueError where the step is inconsistent, SettingError where it needs more workspace.")
       .def("run", &BoundRun::advance, "last"_a, "Runs to cut `last`; False: stopped at a cut by cancel().")
       .def("cancel", [](BoundRun& bound) { bound.run.cancel(); })
+      .def_prop_ro("op_times", &BoundRun::op_times,
+                   "[(nanoseconds, experts that had rows)] of every op that ran; empty unless times_ops.")
       .def_prop_ro("position", [](const BoundRun& bound) { return bound.run.position(); });
 }

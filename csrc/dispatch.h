@@ -1,5 +1,5 @@
-// Which instruction set runs, and the matrix kernels it has: one table of function pointers for each type and
-// set.
+// Which instruction set runs, and what it has: float32 tiles, and matrix kernels in one table of function
+// pointers for each type.
 //
 // The sets are compiled into every build and chosen by what the processor reports; tests force each in turn.
 // Forcing changes a process-wide choice between ops, never during one.
@@ -56,8 +56,11 @@ struct MatrixKernels {
                int64_t next_bytes);
 };
 
+struct Tiles;  // kernels/tile.h
+
 struct InstructionSet {
   const char* name;
+  const Tiles* tiles;
   const MatrixKernels* kernels;
   int32_t num_kernels;
 
@@ -77,7 +80,8 @@ const std::vector<const InstructionSet*>& instruction_sets();
 // The one in use: the widest, or the one forced.
 const InstructionSet& isa();
 
-// False where this processor has no set of that name. "auto" undoes.
+// For programs built and kernels called from now on. False where this processor has no set of that name.
+// "auto" undoes.
 bool force_isa(const char* name);
 
 }  // namespace kvfold

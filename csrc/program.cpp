@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <chrono>
 #include <new>
 #include <stdexcept>
 
@@ -36,6 +37,9 @@ Machine split_workspace(ThreadTeam& team, float* workspace, int64_t floats, cons
   return {team, workspace, member_floats, workspace + all, floats - all, facts.rounds};
 }
 
+// The rows of a value from one on.
+Matrix from(Matrix value, int64_t row) { return {value.row(row), value.stride, value.width}; }
+
 Matrix matrix(const Value& value, const Segment& segment, const std::vector<float*>& buffers) {
   return {buffers[value.buffer] + value.start, segment.buffers[value.buffer].width, value.width};
 }
@@ -49,14 +53,15 @@ Floats::Floats(int64_t count)
 Floats::~Floats() { ::operator delete(data_, std::align_val_t{64}); }
 
 Program::Program(std::vector<Segment> segments, std::vector<Weight> weights, std::vector<CacheArray> cache,
-                 int threads, int64_t workspace_bytes)
+                 int threads, int64_t workspace_bytes, ProgramOptions options)
     : segments_(std::move(segments)),
       weights_(std::move(weights)),
       cache_(std::move(cache)),
       facts_(check_program(segments_, weights_, cache_)),
       team_(checked_threads(threads)),
       workspace_(checked_workspace(workspace_bytes, threads, facts_)),
-      machine_(split_workspace(team_, workspace_.data(), workspace_bytes / 4, facts_)) {}
+      machine_(split_workspace(team_, workspace_.data(), workspace_bytes / 4, facts_)),
+      options_(options) {}
 
 void Program::move_weight(int32_t handle, std::vector<WeightPart> parts) {
   const std::lock_guard<std::mutex> lock(running_);
@@ -71,9 +76,17 @@ void Program::run_op(const Op& op, const Segment& segment, const Step& step,
   const auto weight = [&](size_t i) -> const Weight& { return weights_[op.weights[i]]; };
   const auto scale = [&] { return static_cast<float>(op.floats[0]); };
   // Ops on the rows of any domain but the absorbed one.
-  const auto rows = [&] {
-    const bool outputs = segment.buffers[op.inputs[0].buffer].domain == Domain::kOutputs;
-    return outputs ? step.num_outputs() : step.num_rows();
+  const auto on_outputs = [&] { return segment.buffers[op.inputs[0].buffer].domain == Domain::kOutputs; };
+  const auto rows = [&] { return on_outputs() ? step.num_outputs() : step.num_rows(); };
+  // body(machine, first row, rows): once, or for neighbours of one role each in the form of that role.
+  const auto by_role = [&](const auto& body) {
+    if (!options_.by_role) return body(machine, 0, rows());
+    for (const RoleRange& role : on_outputs() ? step.output_roles : step.roles) {
+      const ProductForm form = role.is_prompt ? ProductForm::kTiles : ProductForm::kDots;
+      Machine with_form = machine;
+      with_form.form = form;
+      body(with_form, role.first, role.last - role.first);
+    }
   };
   switch (op.kind) {
     case OpKind::kEmbed:
@@ -81,7 +94,9 @@ void Program::run_op(const Op& op, const Segment& segment, const Step& step,
     case OpKind::kNorm:
       return norm(machine, rows(), in(0), weight(0), static_cast<float>(op.floats[0]), out(0));
     case OpKind::kLinear:
-      return linear(machine, rows(), in(0), weight(0), out(0));
+      return by_role([&](const Machine& with_form, int64_t first, int64_t count) {
+        linear(with_form, count, from(in(0), first), weight(0), from(out(0), first));
+      });
     case OpKind::kRope:
       return rope(machine, step, in(0), op.ints[0], op.ints[2] != 0);
     case OpKind::kAppendLatent:
@@ -106,13 +121,49 @@ void Program::run_op(const Op& op, const Segment& segment, const Step& step,
     case OpKind::kAdd:
       return add(machine, rows(), in(0), in(1), out(0));
     case OpKind::kRoute:
-      return route(machine, rows(), in(0), weight(0), weight_or_null(op, 1, weights_), routing(op), out(0),
-                   out(1));
+      return by_role([&](const Machine& with_form, int64_t first, int64_t count) {
+        route(with_form, count, from(in(0), first), weight(0), weight_or_null(op, 1, weights_), routing(op),
+              from(out(0), first), from(out(1), first));
+      });
     case OpKind::kExperts:
-      return mix_experts(machine, rows(), in(0), in(1), in(2), expert_range(op, weights_), out(0));
+      return by_role([&](const Machine& with_form, int64_t first, int64_t count) {
+        mix_experts(with_form, count, from(in(0), first), from(in(1), first), from(in(2), first),
+                    expert_range(op, weights_), from(out(0), first));
+      });
     case OpKind::kTakeOutputs:
       return take_outputs(machine, step, in(0), out(0));
   }
+}
+
+OpTime Program::run_watched(const Op& op, const Segment& segment, const Step& step,
+                            const std::vector<float*>& buffers) const {
+  using Clock = std::chrono::steady_clock;
+  OpTime time;
+  const Clock::time_point start = Clock::now();
+  run_op(op, segment, step, buffers);
+  time.ns = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+
+  const auto rows_of = [&](const Value& value) -> std::pair<int64_t, int64_t> {
+    if (op.kind == OpKind::kUnfoldV || op.kind == OpKind::kAttendExpanded) {  // these write their path's rows
+      const Path path = op.kind == OpKind::kUnfoldV ? Path::kAbsorbed : Path::kDecompressed;
+      return {step.range(path).first_row, step.range(path).last_row};
+    }
+    const Domain domain = segment.buffers[value.buffer].domain;
+    if (domain == Domain::kAbsorbed) return {0, step.range(Path::kAbsorbed).num_rows()};
+    return {0, domain == Domain::kOutputs ? step.num_outputs() : step.num_rows()};
+  };
+  if (options_.times_ops && op.kind == OpKind::kExperts) {
+    const Experts experts = expert_range(op, weights_);
+    time.experts = count_experts(matrix(op.inputs[1], segment, buffers), rows_of(op.inputs[1]).second,
+                                 experts.first, experts.last);
+  }
+  if (options_.checks_numerics) {
+    for (size_t i = op.kind == OpKind::kRoute; i < op.outputs.size(); i++) {  // a route's first are ids
+      const auto [first, last] = rows_of(op.outputs[i]);
+      check_finite(op.name, matrix(op.outputs[i], segment, buffers), first, last);
+    }
+  }
+  return time;
 }
 
 StepRun::StepRun(Program& program, Step step, const std::vector<PathSegment>& path_segments,
@@ -187,7 +238,13 @@ void StepRun::run_segment(int32_t index) {
   buffers[0] = hidden_[hidden_at_]->data();
   const bool new_x = segment.x_out.buffer > 0;
   if (new_x) buffers[segment.x_out.buffer] = hidden_[1 - hidden_at_]->data();
-  for (const Op& op : segment.ops) program_.run_op(op, segment, step_, buffers);
+  if (program_.options_.watches()) {
+    for (const Op& op : segment.ops) {
+      op_times_.push_back(program_.run_watched(op, segment, step_, buffers));
+    }
+  } else {
+    for (const Op& op : segment.ops) program_.run_op(op, segment, step_, buffers);
+  }
   if (new_x) hidden_at_ = 1 - hidden_at_;
 }
 

@@ -20,6 +20,7 @@
 #include "program_check.h"
 #include "recording.h"
 #include "thread_team.h"
+#include "watch.h"
 
 namespace kvfold {
 
@@ -38,13 +39,21 @@ class Floats {
 
 class StepRun;
 
+// by_role: forms of products follow the role of a row, so its bits depend on nothing beside it.
+// checks_numerics: every value an op makes is searched for NaN and infinity. times_ops: StepRun::op_times().
+struct ProgramOptions {
+  bool by_role = false, checks_numerics = false, times_ops = false;
+
+  bool watches() const { return checks_numerics || times_ops; }
+};
+
 // One model over one cache. Any number of StepRuns may be under way; their segments run one at a time.
 class Program {
  public:
   // Throws std::invalid_argument where the parts do not fit each other, WorkspaceTooSmall where the smallest
   // tiles of an op do not fit `workspace_bytes`.
   Program(std::vector<Segment> segments, std::vector<Weight> weights, std::vector<CacheArray> cache,
-          int threads, int64_t workspace_bytes);
+          int threads, int64_t workspace_bytes, ProgramOptions options);
 
   // The same weight elsewhere in memory, from the next cut on; returns when no op uses the old place any
   // more.
@@ -60,6 +69,8 @@ class Program {
 
   void run_op(const Op& op, const Segment& segment, const Step& step,
               const std::vector<float*>& buffers) const;
+  OpTime run_watched(const Op& op, const Segment& segment, const Step& step,
+                     const std::vector<float*>& buffers) const;
 
   std::vector<Segment> segments_;
   std::vector<Weight> weights_;
@@ -68,6 +79,7 @@ class Program {
   ThreadTeam team_;
   Floats workspace_;
   const Machine machine_;
+  const ProgramOptions options_;
   std::mutex running_;  // held while a segment runs or a weight moves
 };
 
@@ -81,10 +93,12 @@ class StepRun {
           std::vector<float*> outputs);
 
   // Runs segments up to cut `last`. False: stopped at a cut because of cancel(); may go on afterwards.
-  // at_cut() is called after every segment, and what it throws stops the run as well.
+  // at_cut() is called after every segment, and what it throws stops the run as well. Throws NotFinite.
   bool run(int32_t last, const std::function<void()>& at_cut);
   void cancel() { cancelled_.store(true); }
   int32_t position() const { return position_.load(); }
+  // Of every op that ran, in order; empty where the program does not time them.
+  const std::vector<OpTime>& op_times() const { return op_times_; }
 
  private:
   int64_t rows_of(Domain domain) const;
@@ -98,6 +112,7 @@ class StepRun {
       offsets_;                        // by segment and buffer: where in arena_; -1 for those elsewhere
   std::unique_ptr<Floats> hidden_[2];  // x before a segment and after it, in turn
   std::unique_ptr<Floats> arena_;
+  std::vector<OpTime> op_times_;
   int hidden_at_ = 0;  // which of them holds x at the present cut
   std::atomic<int32_t> position_{0};
   std::atomic<bool> cancelled_{false};

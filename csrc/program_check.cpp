@@ -400,6 +400,12 @@ void expect_starts(const char* what, const std::vector<int32_t>& starts, int64_t
   }
 }
 
+// Row i to the ranges, which end before it.
+void add_role(std::vector<RoleRange>& roles, int64_t i, bool is_prompt) {
+  if (roles.empty() || roles.back().is_prompt != is_prompt) roles.push_back({is_prompt, i, i});
+  roles.back().last = i + 1;
+}
+
 template <typename Int>
 void expect_all_within(const char* what, const std::vector<Int>& numbers, int64_t end) {
   for (const Int number : numbers) expect_within(what, "an entry", 0, end, number);
@@ -425,6 +431,8 @@ Step complete_step(Step step, const std::vector<PathSegment>& path_segments, con
   expect_starts("page_starts", step.page_starts, sequences, static_cast<int64_t>(step.pages.size()), 0);
   expect_equal("cos", "length", rows * facts.num_pairs, static_cast<int64_t>(step.cos.size()));
   expect_equal("sin", "length", rows * facts.num_pairs, static_cast<int64_t>(step.sin.size()));
+  expect_equal("is_prompt", "length", sequences, static_cast<int64_t>(step.is_prompt.size()));
+  expect_all_within("is_prompt", step.is_prompt, 2);
   step.num_pairs = facts.num_pairs;
 
   step.sequence_of.resize(rows);
@@ -437,7 +445,11 @@ Step complete_step(Step step, const std::vector<PathSegment>& path_segments, con
     for (int64_t i = 0; i < new_rows; i++) {
       step.sequence_of[step.row_starts[s] + i] = static_cast<int32_t>(s);
       step.visible[step.row_starts[s] + i] = step.kv_lens[s] - new_rows + i + 1;
+      add_role(step.roles, step.row_starts[s] + i, step.is_prompt[s] == 1);
     }
+  }
+  for (int64_t i = 0; i < step.num_outputs(); i++) {
+    add_role(step.output_roles, i, step.is_prompt[step.sequence_of[step.output_rows[i]]] == 1);
   }
 
   int64_t next = 0;

@@ -13,7 +13,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "kernels/quant_types.h"  // before the target region: its functions are shared with other files
+// Before the target region: what they define is shared with other files.
+#include "kernels/quant_types.h"
+#include "kernels/tile.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -22,9 +24,14 @@
 #include "kernels/quant_set.h"
 
 namespace kvfold {
+namespace float_avx2 {
+constexpr int kWidth = 8;
+#include "kernels/tile_body.h"
+}  // namespace float_avx2
+
 extern const PairKernels avx2_pairs;     // pairs_avx2.cpp
 extern const LatentKernels avx2_latent;  // latent_avx2.cpp
-const InstructionSet& avx2_set() { return make_set<Avx2>(avx2_pairs, avx2_latent); }
+const InstructionSet& avx2_set() { return make_set<Avx2>(float_avx2::kTiles, avx2_pairs, avx2_latent); }
 }  // namespace kvfold
 #pragma GCC pop_options
 #endif

@@ -14,7 +14,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "kernels/quant_types.h"  // before the target region: its functions are shared with other files
+// Before the target region: what they define is shared with other files.
+#include "kernels/quant_types.h"
+#include "kernels/tile.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16")
@@ -23,9 +25,16 @@
 #include "kernels/quant_set.h"
 
 namespace kvfold {
+namespace float_avx512 {
+constexpr int kWidth = 16;
+#include "kernels/tile_body.h"
+}  // namespace float_avx512
+
 extern const PairKernels avx512_pairs;     // pairs_avx512.cpp
 extern const LatentKernels avx512_latent;  // latent_avx512.cpp
-const InstructionSet& avx512_set() { return make_set<Avx512>(avx512_pairs, avx512_latent); }
+const InstructionSet& avx512_set() {
+  return make_set<Avx512>(float_avx512::kTiles, avx512_pairs, avx512_latent);
+}
 }  // namespace kvfold
 #pragma GCC pop_options
 #endif

@@ -11,8 +11,11 @@ namespace {
 // On the blocks of the file, for as many rows at a time as the shared space holds.
 void linear_in_blocks(const Machine& machine, int64_t rows, Matrix x, const Weight& weight, Matrix out) {
   const MatrixKernels& kernels = *weight.kernels;
-  const int64_t groups = machine.shared_floats * 4 / kernels.tile_bytes(weight.cols);
-  const int64_t window = std::max(kMostDotRows, groups * kernels.tile_cols);
+  const int64_t bytes = machine.shared_floats * 4;
+  const int64_t window =
+      machine.form == ProductForm::kDots
+          ? bytes / kernels.dot_bytes(weight.cols)
+          : std::max(kMostDotRows, bytes / kernels.tile_bytes(weight.cols) * kernels.tile_cols);
   const ProductMemory memory{reinterpret_cast<uint8_t*>(machine.shared),
                              reinterpret_cast<uint8_t*>(machine.scratch), machine.member_floats * 4};
   for (int64_t first = 0; first < rows; first += window) {
@@ -21,7 +24,8 @@ void linear_in_blocks(const Machine& machine, int64_t rows, Matrix x, const Weig
               {&kernels, weight.parts[part].raw, weight.type->row_bytes(weight.cols), weight.part_rows,
                weight.cols},
               x.row(first), x.stride, std::min(window, rows - first),
-              out.row(first) + static_cast<int64_t>(part) * weight.part_rows, out.stride, memory);
+              out.row(first) + static_cast<int64_t>(part) * weight.part_rows, out.stride, memory,
+              machine.form);
     }
   }
 }

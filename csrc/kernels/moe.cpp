@@ -78,7 +78,7 @@ void route(const Machine& machine, int64_t rows, Matrix x, const Weight& weight,
   const int64_t half = std::min(all / 2, all - bias_floats) / kLineFloats * kLineFloats;
   const int64_t of_product = std::max(linear_shared_floats(weight), half);
   const Machine inside{machine.team, machine.scratch, machine.member_floats, machine.shared + bias_floats,
-                       of_product,   machine.rounds};
+                       of_product,   machine.rounds,  machine.form};
   const Matrix logits{inside.shared + of_product, num_experts, num_experts};
   const int64_t window = (all - of_product) / num_experts;
   for (int64_t first = 0; first < rows; first += window) {

@@ -18,12 +18,13 @@ const uint8_t* raw_rows(const Weight& weight, int64_t row) {
   return part + row % weight.part_rows * weight.type->row_bytes(weight.cols);
 }
 
-// Activations of one expert, in the form its number of rows asks for.
+// Activations of one expert, in the form asked for, or the one of its number of rows.
 struct Prepared {
   const MatrixKernels& kernels;
   int64_t k;
+  ProductForm form = ProductForm::kBySize;
 
-  static bool by_dots(int64_t rows) { return rows <= kMostDotRows; }
+  bool by_dots(int64_t rows) const { return kvfold::by_dots(form, rows); }
   int64_t bytes(int64_t rows) const {
     return by_dots(rows) ? rows * kernels.dot_bytes(k)
                          : pieces(rows, kernels.tile_cols) * kernels.tile_bytes(k);
@@ -54,10 +55,10 @@ struct Prepared {
       const uint8_t* groups = x + first / kernels.tile_cols * kernels.tile_bytes(k);
       return multiply_panels(kernels, w, k, groups, rows, y, kernels.tile_rows, panel, y);
     }
-    for (int64_t r = 0; r < rows; r += MatrixKernels::kMaxDotRows) {
+    const int64_t most = rows_of_dot(form);
+    for (int64_t r = 0; r < rows; r += most) {
       kernels.dot(w.raw, w.row_bytes, w.n, k, x + (first + r) * kernels.dot_bytes(k),
-                  std::min(MatrixKernels::kMaxDotRows, rows - r), y + r * kernels.tile_rows,
-                  kernels.tile_rows);
+                  std::min(most, rows - r), y + r * kernels.tile_rows, kernels.tile_rows);
     }
   }
 };
@@ -104,7 +105,8 @@ int64_t block_experts_shared_floats(const Experts& experts, int64_t per_token) {
 void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matrix ids, Matrix weights,
                            const Experts& experts, Matrix out) {
   const int64_t per_token = ids.width, inner = experts.inner(), hidden = x.width;
-  const Prepared in{*experts.gate.kernels, hidden}, inside{*experts.down.kernels, inner};
+  const Prepared in{*experts.gate.kernels, hidden, machine.form},
+      inside{*experts.down.kernels, inner, machine.form};
   const SharedNeed need = shared_need(experts, per_token);
   const int64_t window = std::min(rows, (machine.shared_floats - need.fixed) / need.per_row);
 

@@ -12,12 +12,12 @@ constexpr int64_t kDotUnit =
     128 << 10;  // bytes of weights a member takes at a time: 4 us of reading at 30 GB/s
 constexpr int64_t kPanelsOfUnit = 2;
 
-int64_t whole_lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+int64_t whole_line_bytes(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 void product_by_dots(ThreadTeam& team, const BlockRows& w, const float* x, int64_t ldx, int64_t rows,
-                     float* y, int64_t ldy, uint8_t* prepared) {
-  const int64_t bytes = w.kernels->dot_bytes(w.k), most = MatrixKernels::kMaxDotRows;
+                     float* y, int64_t ldy, uint8_t* prepared, int64_t most) {
+  const int64_t bytes = w.kernels->dot_bytes(w.k);
   for (int64_t r = 0; r < rows; r++) w.kernels->prepare_dot(x + r * ldx, w.k, prepared + r * bytes);
   const int64_t step = std::max<int64_t>(1, kDotUnit / w.row_bytes);
   team.for_each(pieces(w.n, step), [&](int64_t unit, int) {
@@ -58,9 +58,9 @@ void product_by_tiles(ThreadTeam& team, const BlockRows& w, const float* x, int6
 
 }  // namespace
 
-int64_t product_shared_bytes(const MatrixKernels& kernels, int64_t rows, int64_t k) {
-  return whole_lines(rows <= kMostDotRows ? rows * kernels.dot_bytes(k)
-                                          : pieces(rows, kernels.tile_cols) * kernels.tile_bytes(k));
+int64_t product_shared_bytes(const MatrixKernels& kernels, int64_t rows, int64_t k, ProductForm form) {
+  return whole_line_bytes(by_dots(form, rows) ? rows * kernels.dot_bytes(k)
+                                              : pieces(rows, kernels.tile_cols) * kernels.tile_bytes(k));
 }
 
 int64_t product_own_bytes(const MatrixKernels& kernels, int64_t k) {
@@ -68,10 +68,10 @@ int64_t product_own_bytes(const MatrixKernels& kernels, int64_t k) {
 }
 
 void product(ThreadTeam& team, const BlockRows& weight, const float* x, int64_t ldx, int64_t rows, float* y,
-             int64_t ldy, const ProductMemory& memory) {
+             int64_t ldy, const ProductMemory& memory, ProductForm form) {
   if (rows == 0 || weight.n == 0) return;
-  if (rows <= kMostDotRows) {
-    product_by_dots(team, weight, x, ldx, rows, y, ldy, memory.shared);
+  if (by_dots(form, rows)) {
+    product_by_dots(team, weight, x, ldx, rows, y, ldy, memory.shared, rows_of_dot(form));
   } else {
     product_by_tiles(team, weight, x, ldx, rows, y, ldy, memory);
   }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dispatch.h"
+#include "kernels/step_view.h"
 #include "thread_team.h"
 
 namespace kvfold {
@@ -29,11 +30,21 @@ struct ProductMemory {
 // but for the first. docs/notes/cpu-kernels.md has the measurement.
 constexpr int64_t kMostDotRows = 8;
 
-int64_t product_shared_bytes(const MatrixKernels& kernels, int64_t rows, int64_t k);
+inline bool by_dots(ProductForm form, int64_t rows) {
+  return form == ProductForm::kDots || (form == ProductForm::kBySize && rows <= kMostDotRows);
+}
+
+// Rows of x that go through a row dot together. A kernel may add in another order for two rows than for one,
+// so where the form is fixed for the sake of bits each goes alone.
+inline int64_t rows_of_dot(ProductForm form) {
+  return form == ProductForm::kDots ? 1 : MatrixKernels::kMaxDotRows;
+}
+
+int64_t product_shared_bytes(const MatrixKernels& kernels, int64_t rows, int64_t k, ProductForm form);
 int64_t product_own_bytes(const MatrixKernels& kernels, int64_t k);
 
 // Row i of x is x + i * ldx, row i of y is y + i * ldy. Results do not depend on the size of the team.
 void product(ThreadTeam& team, const BlockRows& weight, const float* x, int64_t ldx, int64_t rows, float* y,
-             int64_t ldy, const ProductMemory& memory);
+             int64_t ldy, const ProductMemory& memory, ProductForm form);
 
 }  // namespace kvfold

@@ -6,6 +6,7 @@
 #include "kernels/quant_float.h"
 #include "kernels/quant_rowwise.h"
 #include "kernels/quant_tile.h"
+#include "kernels/tile.h"
 
 namespace kvfold {
 namespace {
@@ -33,7 +34,7 @@ constexpr MatrixKernels numbers() {
 }
 
 template <class S>
-const InstructionSet& make_set(const PairKernels& pairs, const LatentKernels& latent) {
+const InstructionSet& make_set(const Tiles& tiles, const PairKernels& pairs, const LatentKernels& latent) {
   static constexpr MatrixKernels kernels[] = {
       numbers<S, F32Weights>(),          numbers<S, F16Weights>(),         numbers<S, Bf16Weights>(),
       quantized<S, blocks::Q4_0>(2),     quantized<S, blocks::Q4_1>(3),    quantized<S, blocks::Q5_0>(6),
@@ -47,9 +48,14 @@ const InstructionSet& make_set(const PairKernels& pairs, const LatentKernels& la
       quantized<S, blocks::NVFP4>(40),   quantized<S, blocks::Q1_0>(41),   quantized<S, blocks::Q2_0>(42),
       quantized<S, blocks::Q6_0>(133),
   };
-  static const InstructionSet set = {
-      S::kName, kernels, sizeof kernels / sizeof kernels[0], Rowwise<S>::swiglu, Rowwise<S>::add_scaled,
-      &pairs,   &latent};
+  static const InstructionSet set = {S::kName,
+                                     &tiles,
+                                     kernels,
+                                     sizeof kernels / sizeof kernels[0],
+                                     Rowwise<S>::swiglu,
+                                     Rowwise<S>::add_scaled,
+                                     &pairs,
+                                     &latent};
   return set;
 }
 

@@ -33,6 +33,17 @@ struct PathRange {
   int64_t num_rows() const { return last_row - first_row; }
 };
 
+// How a product on a file's blocks is computed: by row dots, by tiles, or as is faster for its number of
+// rows. Bits differ between the two, so a run that must not depend on what is beside a row fixes them by
+// role.
+enum class ProductForm { kBySize, kDots, kTiles };
+
+// Neighbouring rows of one role: of prompts, or generated ones.
+struct RoleRange {
+  bool is_prompt;
+  int64_t first, last;
+};
+
 enum class Path { kStandard = 0, kAbsorbed = 1, kDecompressed = 2 };
 
 // model/step.py: Step, plus what follows from it.
@@ -44,12 +55,15 @@ struct Step {
   std::vector<int32_t> page_starts;  // [S + 1]
   std::vector<int32_t> pages;
   std::vector<int32_t> output_rows;  // [R]
+  std::vector<int32_t> is_prompt;    // [S] 1 or 0
   std::vector<float> cos, sin;       // [T, rope / 2]
   int64_t num_pairs = 0;             // rope / 2
 
   PathRange ranges[3];               // by Path
   std::vector<int32_t> sequence_of;  // [T]
   std::vector<int64_t> visible;      // [T] keys that a row sees
+  std::vector<RoleRange> roles;      // of all rows
+  std::vector<RoleRange> output_roles;
 
   int64_t num_rows() const { return static_cast<int64_t>(token_ids.size()); }
   int64_t num_outputs() const { return static_cast<int64_t>(output_rows.size()); }
@@ -71,6 +85,7 @@ struct Machine {
   // Products round what they multiply weights by, and attention is on bfloat16: quant/activations.py,
   // quant/attention.py.
   bool rounds;
+  ProductForm form = ProductForm::kBySize;
 
   float* of(int member) const { return scratch + member * member_floats; }
 };

@@ -6,16 +6,19 @@
 // The order of every sum is fixed by k alone: nt adds 16 lanes and folds them in halves, nn adds rows in
 // order. So an element's bits depend neither on the tile it fell in, nor on threads, nor on the instruction
 // set (products are rounded before they are added).
+//
+// One core of a Zen 4, 16 x 64 x 576 tiles: 14 GMAC/s in nt and 18 in nn with the generic set, 26 and 45 with
+// avx2, 40 and 45 with avx512.
 
 #pragma once
 
 #include <cstdint>
 
+#include "dispatch.h"
+
 namespace kvfold {
 
 struct Tiles {
-  const char* isa;
-
   // Row i of A is a + pick[i] * lda, or a + i * lda where pick is null. C is [m, n] with row stride ldc.
   void (*nt)(const float* a, int64_t lda, const int32_t* pick, int64_t m, const float* b, int64_t ldb,
              int64_t n, int64_t k, float* c, int64_t ldc);
@@ -25,7 +28,7 @@ struct Tiles {
              float* c, int64_t ldc);
 };
 
-// The widest set this machine has.
-const Tiles& tiles();
+// Those of the instruction set in use.
+inline const Tiles& tiles() { return *isa().tiles; }
 
 }  // namespace kvfold

@@ -1,5 +1,12 @@
-// The algorithms of tile.h over vectors of kWidth numbers. Included once per instruction set, inside its
-// namespace and target region, by tile.cpp alone; hence no include guard.
+// The algorithms of tile.h over vectors of kWidth numbers. Included once per instruction set, inside a
+// namespace and the target region of isa/*.cpp; hence no include guard.
+
+#define KVFOLD_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define KVFOLD_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define KVFOLD_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 typedef float Vector __attribute__((vector_size(kWidth * 4)));
 typedef float Loaded __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));  // anywhere in memory
@@ -104,3 +111,8 @@ void nn(const float* a, int64_t lda, int64_t m, const float* b, int64_t ldb, int
   for (; i + 4 <= m; i += 4) sum_rows<4>(a + i * lda, lda, b, ldb, n, k, c + i * ldc, ldc);
   for (; i < m; i++) sum_rows<1>(a + i * lda, lda, b, ldb, n, k, c + i * ldc, ldc);
 }
+
+constexpr Tiles kTiles = {nt, nn};
+
+#undef KVFOLD_INLINE
+#undef KVFOLD_UNROLL

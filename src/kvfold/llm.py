@@ -88,6 +88,10 @@ class LLM:
     mmap:       "auto" copies weights that fit into memory, on 2 MiB pages, and leaves others in the map of their file;
                 "on" leaves all there; "off" copies, or raises
     progress:   called with (bytes read, bytes in all) while weights are read
+    isa:        "auto", "generic", "avx2" or "avx512": the instruction set of all native models of this process
+    deterministic:  the logits of a row are bit-equal whatever is computed beside it, on one instruction set
+    check_numerics: NaN and infinity raise NumericsError that names layer and op
+    profile:    every op is timed; bench.profile makes a table of it
 
     Raises ModelFileError, UnsupportedModel, SettingError, MissingExtra.
     """
@@ -107,6 +111,10 @@ class LLM:
         batch_rows: int | None = None,
         workspace_bytes: int | None = None,
         mmap: str = "auto",
+        isa: str = "auto",
+        deterministic: bool = False,
+        check_numerics: bool = False,
+        profile: bool = False,
         progress: Progress | None = None,
     ) -> None:
         if batch_rows is not None and batch_rows < 1:
@@ -122,6 +130,10 @@ class LLM:
             n_ctx=n_ctx,
             workspace_bytes=workspace_bytes,
             mmap=mmap,
+            isa=isa,
+            deterministic=deterministic,
+            check_numerics=check_numerics,
+            profile=profile,
         )
         self.loaded: Loaded = load(model, settings, progress=progress)
         self.tokenizer = Tokenizer.from_vocabulary(self.loaded.checkpoint.vocabulary)

@@ -12,7 +12,18 @@ from importlib.resources import files
 from pathlib import Path
 
 from kvfold.backends import gpu
-from kvfold.backends.choose import DTYPES, Backend, Choice, Machine, Needs, Room, choose_backend, types_of
+from kvfold.backends.choose import (
+    DTYPES,
+    ISAS,
+    Backend,
+    Choice,
+    Machine,
+    NativeOptions,
+    Needs,
+    Room,
+    choose_backend,
+    types_of,
+)
 from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache, parse_cache_type
 from kvfold.cache.pages import PagePool, pages_for
 from kvfold.config import ModelConfig
@@ -58,6 +69,14 @@ class Settings:
     n_ctx: int | None
     workspace_bytes: int
     mmap: str
+    isa: str
+    deterministic: bool
+    check_numerics: bool
+    profile: bool
+
+    @property
+    def native(self) -> NativeOptions:
+        return NativeOptions(self.isa, self.deterministic, self.check_numerics, self.profile)
 
     @classmethod
     def parse(
@@ -73,6 +92,10 @@ class Settings:
         n_ctx: int | None = None,
         workspace_bytes: int | None = None,
         mmap: str = "auto",
+        isa: str = "auto",
+        deterministic: bool = False,
+        check_numerics: bool = False,
+        profile: bool = False,
     ) -> Settings:
         """Raises SettingError (PlanError) with the allowed values. cache_type "auto" is bf16 where a GPU would compute,
         f16 elsewhere; workspace_bytes None follows from the free memory (prompt_window.py)."""
@@ -91,6 +114,8 @@ class Settings:
             raise SettingError(f"workspace={workspace_bytes} bytes: at least 1 MiB.")
         if mmap not in MMAP:
             raise SettingError(f"mmap={mmap}: allowed are {', '.join(MMAP)}.")
+        if isa not in ISAS:
+            raise SettingError(f"isa={isa}: allowed are {', '.join(ISAS)}.")
         return cls(
             parse_mla(mla),
             parse_fa(fa),
@@ -102,6 +127,10 @@ class Settings:
             n_ctx,
             workspace_bytes,
             mmap,
+            isa,
+            deterministic,
+            check_numerics,
+            profile,
         )
 
 
@@ -150,6 +179,7 @@ def plan_for(
         setting=settings.mla,
         fa=settings.fa,
         machine=machine,
+        by_role=settings.deterministic,
     )
 
 
@@ -178,7 +208,7 @@ def needs_of(checkpoint: Checkpoint, settings: Settings) -> Needs:
     per_token = cache_layout(checkpoint.config, settings).bytes_per_token
     room = Room(checkpoint.nbytes, settings.workspace_bytes, per_token, settings.n_ctx)
     types = types_of(checkpoint.tensors.values())
-    return Needs(types, settings.dtype, settings.device, settings.cache_type, room)
+    return Needs(types, settings.dtype, settings.device, settings.cache_type, room, settings.native)
 
 
 def load(
@@ -222,7 +252,9 @@ def load(
         other_bytes = cache.nbytes + settings.workspace_bytes + buffer_bytes
         placed = _place_weights(checkpoint, settings, other_bytes, progress)
     checkpoint = placed.checkpoint
-    machine = Machine(settings.dtype, settings.device, settings.threads, settings.workspace_bytes, progress)
+    machine = Machine(
+        settings.dtype, settings.device, settings.threads, settings.workspace_bytes, progress, settings.native
+    )
     backend = candidate.build(network, checkpoint.tensors, cache, machine)
     return Loaded(
         checkpoint,

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -29,9 +29,8 @@ from numpy.typing import NDArray
 from kvfold import _native
 from kvfold.errors import ModelFileError
 from kvfold.formats.file_map import FileMap
-from kvfold.quant.tensor import QuantTensor
+from kvfold.quant.tensor import QuantTensor, Weights
 
-Weights = Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
 Progress = Callable[[int, int], None]
 """(bytes read, bytes in all)."""
 

@@ -204,6 +204,7 @@ def rows_at(lengths: list[tuple[int, int]], first_page: int = 0) -> Step:
         pages=np.arange(first_page, first_page + page_starts[-1], dtype=np.int32),
         segments=np.asarray([[1, 1, 0, len(rows)]], np.int32),
         output_rows=np.arange(len(positions), dtype=np.int32),
+        is_prompt=np.ones(len(rows), np.int32),
     )
 
 

@@ -106,6 +106,7 @@ class Bench:
             pages=order,
             segments=np.asarray([[self.path, self.fused, 0, len(lengths)]], np.int32),
             output_rows=np.arange(num_rows, dtype=np.int32),
+            is_prompt=np.ones(len(lengths), np.int32),
             cos=np.zeros((num_rows, 0), np.float32),
             sin=np.zeros((num_rows, 0), np.float32),
             outputs=list(outputs.values()),

@@ -391,6 +391,7 @@ def test_scores_that_do_not_fit_are_refused_before_the_step_runs(mla: str, path:
         pages=np.arange(num_pages, dtype=np.int32),
         segments=int32(int(mla), 0, 0, 1).reshape(1, 4),
         output_rows=int32(0),
+        is_prompt=int32(0),
     )
     size = least_workspace(loaded)
     backend = NativeBackend(loaded.model, loaded.checkpoint.tensors, loaded.cache, threads=2, workspace_bytes=size)

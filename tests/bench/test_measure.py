@@ -60,7 +60,7 @@ def test_generated_tokens_are_timed_one_by_one_and_their_bytes_counted(checkpoin
     assert sum(run.token_ns) == run.ns
     assert {plan.path for plan in run.plans} == {Path.ABSORBED}
     cached = 101 + 102 + 103 + 104 + 105
-    assert run.nbytes == 5 * found.weights.nbytes + cached * 2 * 576 * 2
+    assert run.nbytes == 5 * found.meter.weights.nbytes + cached * 2 * 576 * 2
 
 
 @pytest.mark.parametrize("cache_type", ["f32", "f16", "bf16", "q8_0"])
@@ -155,12 +155,12 @@ def test_ceilings_read_the_weights_of_a_token_as_often_as_asked(checkpoint: Chec
     assert all(one.disk for one in discarded)
     ceilings = sample.ceilings
     assert len(ceilings.read_ns) == 3 and min(ceilings.read_ns) > 0
-    embedding_row = found.weights.nbytes - ceilings.read_bytes
+    embedding_row = found.meter.weights.nbytes - ceilings.read_bytes
     assert embedding_row == 256 // 32 * 18
     assert ceilings.multiply_adds["int8"] > ceilings.multiply_adds["f32"] > 0
-    assert found.peak_isa["int8"] and found.peak_isa["f32"]
-    assert (ceilings.multiply_adds["bf16"] > 0) == bool(found.peak_isa["bf16"])
-    assert len(found.ceilings(1).read_ns) == 1
+    assert found.meter.peak_isa["int8"] and found.meter.peak_isa["f32"]
+    assert (ceilings.multiply_adds["bf16"] > 0) == bool(found.meter.peak_isa["bf16"])
+    assert len(found.meter.ceilings(1).read_ns) == 1
 
 
 def words(array: np.ndarray) -> int:

@@ -19,7 +19,7 @@ from kvfold.cli.run import run
 from kvfold.engine.sampler import SamplingParams
 from kvfold.llm import LLM
 
-VERBS = ("run", "chat", "inspect", "plan", "bench", "synth")
+VERBS = ("run", "chat", "inspect", "plan", "bench", "check", "synth")
 
 
 @pytest.mark.parametrize(

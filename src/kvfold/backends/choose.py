@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvfold.backends import gpu
@@ -12,11 +12,9 @@ from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import MissingExtra, SettingError
 from kvfold.mla.plan import ARITHMETIC, H200, MachineProfile
 from kvfold.model.deepseek import DeepseekModel
-from kvfold.model.step import Step, StepRun
-from kvfold.quant.tensor import QuantTensor
+from kvfold.model.step import Steps
+from kvfold.quant.tensor import Weight, Weights
 from kvfold.quant.types import BlockType
-
-Weights = Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
 
 DTYPES = ("auto", "int8", "float32", "bfloat16")
 """int8: linear layers and experts round their activations as quant/activations.py says, all else is float32.
@@ -25,14 +23,35 @@ auto: bfloat16 on cuda, int8 on native, float32 on plain."""
 # On a GPU, beside weights, cache and workspace: the context of CUDA, compiled kernels, the values of a step.
 GPU_RESERVE_BYTES = 2 << 30
 
+ISAS = ("auto", "generic", "avx2", "avx512")
 
-class Backend(Protocol):
+
+class Backend(Steps, Protocol):
     """A machine that runs steps of one model over one cache."""
 
     @property
     def name(self) -> str: ...
 
-    def start(self, step: Step) -> StepRun: ...
+
+@dataclass(frozen=True)
+class NativeOptions:
+    """What only native has.
+
+    isa:            one of ISAS, of the whole process; auto: the widest, or the one forced before
+    deterministic:  the bits of a row depend on its own sequence and on whether it belongs to a prompt, on nothing beside
+    check_numerics: NaN and infinity in what an op makes raise NumericsError, which names it
+    profile:        every op is timed
+    """
+
+    isa: str = "auto"
+    deterministic: bool = False
+    check_numerics: bool = False
+    profile: bool = False
+
+    @property
+    def asked(self) -> list[str]:
+        """Names of those that are not as they are by default."""
+        return [name for name, value in vars(self).items() if value not in (False, "auto")]
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,7 @@ class Needs:
     device: str  # "auto", "cpu", "cuda" or "cuda:N"
     cache_type: CacheType = CacheType.F16
     room: Room | None = None
+    native: NativeOptions = field(default_factory=NativeOptions)
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,7 @@ class Machine:
     threads: int
     workspace_bytes: int
     progress: Callable[[int, int], None] | None = None
+    native: NativeOptions = field(default_factory=NativeOptions)
 
 
 @dataclass(frozen=True)
@@ -98,6 +119,7 @@ def _cuda_refusals(needs: Needs) -> list[str]:
         reasons.append("computes in bfloat16 and float32 only")
     if needs.cache_type is CacheType.Q8_0:
         reasons.append("keeps its cache in bf16, f16 or f32")
+    reasons += [f"has no {name}" for name in needs.native.asked]
     if not reasons and needs.room is not None:
         reasons += _room_refusals(needs.room, gpu.free_bytes(needs.device))
     return reasons
@@ -154,12 +176,17 @@ def _native_refusals(needs: Needs) -> list[str]:
     reasons = [f"no kernels for {', '.join(missing)}"] if missing else []
     if needs.dtype == "bfloat16":
         reasons.append("computes in int8 and float32 only")
+    if needs.native.isa not in ("auto", *_native.isa_names()):
+        reasons.append(f"isa={needs.native.isa}: this processor has {', '.join(_native.isa_names())}")
     return reasons
 
 
 def _native_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machine: Machine) -> Backend:
+    from kvfold import _native
     from kvfold.backends.native import NativeBackend
 
+    if machine.native.isa != "auto":
+        _native.force_isa(machine.native.isa)
     return NativeBackend(
         model,
         weights,
@@ -167,12 +194,17 @@ def _native_build(model: DeepseekModel, weights: Weights, cache: PagedCache, mac
         threads=machine.threads,
         workspace_bytes=machine.workspace_bytes,
         rounds_activations=machine.dtype in ("auto", "int8"),
+        deterministic=machine.native.deterministic,
+        check_numerics=machine.native.check_numerics,
+        profile=machine.native.profile,
     )
 
 
 def _plain_refusals(needs: Needs) -> list[str]:
     if needs.device.startswith("cuda"):
         return ["computes on the CPU"]
+    if needs.native.asked:
+        return [f"has no {name}" for name in needs.native.asked]
     if importlib.util.find_spec("torch") is None:
         return ["torch is not installed: pip install 'kvfold[torch]'"]
     return []
@@ -226,6 +258,6 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
     raise error(f"No backend can run this model: {sentence}.")
 
 
-def types_of(weights: Iterable[QuantTensor | tuple[QuantTensor, ...]]) -> frozenset[BlockType]:
+def types_of(weights: Iterable[Weight]) -> frozenset[BlockType]:
     """Every block type a model's weights use."""
     return frozenset(t.type for w in weights for t in (w if isinstance(w, tuple) else (w,)))

@@ -6,22 +6,22 @@ but the angles of RoPE. numpy only: a native run never imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvfold import _native
+from kvfold.backends.profile import Profile
 from kvfold.cache.latent import CacheType, PagedCache
 from kvfold.errors import Cancelled
 from kvfold.mla.rope import cos_sin
 from kvfold.model.deepseek import DeepseekModel
+from kvfold.model.op_work import WeightSize
 from kvfold.model.program import Buffer, OpRecord, Segment, Value, record
 from kvfold.model.step import Step
-from kvfold.quant.tensor import QuantTensor
-
-Weight = QuantTensor | tuple[QuantTensor, ...]
-"""One matrix, or equal ones below each other: the experts of a layer, the heads of an up-projection."""
+from kvfold.quant.tensor import QuantTensor, Weight, Weights
 
 _CACHE_TYPES = {CacheType.F32: 0, CacheType.F16: 1, CacheType.BF16: 2, CacheType.Q8_0: 3}
 
@@ -29,9 +29,13 @@ _CACHE_TYPES = {CacheType.F32: 0, CacheType.F16: 1, CacheType.BF16: 2, CacheType
 class NativeBackend:
     """One model over one cache. Weights and cache are borrowed, never copied.
 
+    isa: the instruction set its kernels were taken from, the one in use when it was built.
     rounds_activations: linear layers and experts run on the file's own blocks, their activations rounded as
     quant/activations.py says (to 8 bits for quantized types); otherwise everything is float32.
     threads: members of the team that runs every op, the caller included. Results do not depend on it.
+    deterministic: products on blocks go by tiles for rows of prompts and by row dots for generated ones; otherwise by
+    what is faster for their number.
+    check_numerics: a run raises NumericsError where an op makes NaN or infinity. profile: `profile` collects times.
     workspace_bytes: memory for tiles of weights, keys and scores, shared by all steps (one segment runs at a time).
 
     Raises ValueError where weights, model and cache do not fit each other, SettingError where the smallest tiles do
@@ -43,14 +47,18 @@ class NativeBackend:
     def __init__(
         self,
         model: DeepseekModel,
-        weights: Mapping[str, Weight],
+        weights: Weights,
         cache: PagedCache,
         *,
         threads: int,
         workspace_bytes: int,
         rounds_activations: bool = False,
+        deterministic: bool = False,
+        check_numerics: bool = False,
+        profile: bool = False,
     ) -> None:
         self.model = model
+        self.isa = _native.isa()
         recorded = record(model, {name: _rows(weight) for name, weight in weights.items()})
         self._handles = {name: handle for handle, name in enumerate(recorded.weight_names)}
         self._layouts = [_layout(weights[name]) for name in recorded.weight_names]
@@ -63,11 +71,18 @@ class NativeBackend:
             threads=threads,
             workspace_bytes=workspace_bytes,
             rounds_activations=rounds_activations,
+            by_role=deterministic,
+            checks_numerics=check_numerics,
+            times_ops=profile,
         )
+        self.profile = None
+        if profile:
+            row_bytes = cache.layout.bytes_per_token // cache.layout.num_layers
+            self.profile = Profile(recorded, _sizes(recorded.weight_names, weights), row_bytes)
 
     def start(self, step: Step) -> NativeRun:
         """Checks the step and reserves its buffers; nothing runs yet. ValueError: array, expected, got."""
-        return NativeRun(self.model, self._program, step)
+        return NativeRun(self.model, self._program, step, self.profile)
 
     def move_weight(self, name: str, weight: Weight) -> None:
         """The same weight at another place in memory, from the next cut on, for steps under way too.
@@ -84,12 +99,15 @@ class NativeBackend:
 
 
 class NativeRun:
-    """Implements model.step.StepRun."""
+    """Implements model.step.StepRun. `profile` gets the times of the ops when the head has run."""
 
-    def __init__(self, model: DeepseekModel, program: _native.Program, step: Step) -> None:
+    def __init__(
+        self, model: DeepseekModel, program: _native.Program, step: Step, profile: Profile | None = None
+    ) -> None:
         if step.positions.shape != step.token_ids.shape:
             raise ValueError(f"positions: shape {step.positions.shape}, expected {step.token_ids.shape}.")
         self._num_segments = model.num_segments
+        self._step, self._profile, self._ns = step, profile, 0
         self._outputs: dict[str, NDArray[np.float32]] = {
             name: np.empty((len(step.output_rows), width), np.float32) for name, width in program.outputs
         }
@@ -104,6 +122,7 @@ class NativeRun:
             pages=step.pages,
             segments=step.segments,
             output_rows=step.output_rows,
+            is_prompt=step.is_prompt,
             cos=cos,
             sin=sin,
             outputs=list(self._outputs.values()),
@@ -119,8 +138,14 @@ class NativeRun:
         return self._outputs if self.position == self._num_segments else {}
 
     def run(self, last: int | None = None) -> int:
-        if not self._run.run(self._num_segments if last is None else last):
+        started = time.perf_counter_ns()
+        reached = self._run.run(self._num_segments if last is None else last)
+        self._ns += time.perf_counter_ns() - started
+        if not reached:
             raise Cancelled(f"The step was cancelled before segment {self.position}.")
+        if self._profile is not None and self.position == self._num_segments:
+            self._profile.add(self._step, self._ns, self._run.op_times)
+            self._profile = None  # run() may be called again
         return self.position
 
     def cancel(self) -> None:
@@ -171,3 +196,8 @@ def _layout(weight: Weight) -> tuple[int, int, int]:
 
 def _parts(weight: Weight) -> list[tuple[NDArray[np.uint8], NDArray[np.float32] | None]]:
     return [(tensor.raw, tensor.scale) for tensor in _tensors(weight)]
+
+
+def _sizes(names: Sequence[str], weights: Weights) -> list[WeightSize]:
+    tensors = [_tensors(weights[name]) for name in names]
+    return [WeightSize(_rows(parts), parts[0].cols, sum(part.nbytes for part in parts)) for parts in tensors]

@@ -27,10 +27,9 @@ from kvfold.mla.rope import cos_sin, pair_columns
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.step import Step
 from kvfold.quant.activations import Rounding, experts_round, rounded, rounding_for
-from kvfold.quant.tensor import QuantTensor
+from kvfold.quant.tensor import QuantTensor, Weights
 from kvfold.quant.types import BlockType
 
-Weights = Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
 Tap = Callable[[str, Tensor], None]
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from kvfold import _native
+from kvfold.backends.profile import Totals
 from kvfold.bench.work import LinearWork, TokenWeights, linear_work
 from kvfold.cache.latent import PAGE_TOKENS, encode
 from kvfold.cache.pages import Sequence, pages_for
@@ -113,11 +114,12 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Sample:
-    """disk: not empty only where every attempt read the disk."""
+    """disk: not empty only where every attempt read the disk. profile: empty where ops are not timed."""
 
     run: Run
     disk: DiskReads
     ceilings: Ceilings
+    profile: Totals
 
 
 def disk_reads() -> DiskReads:
@@ -145,6 +147,26 @@ def undisturbed(
         discarded.append(Discarded(done.ns, disk))
 
 
+class Meter:
+    """The ceilings of the machine for one loaded model: reads of its own weights where they lie, on as many threads."""
+
+    def __init__(self, loaded: Loaded, *, seed: int = 0) -> None:
+        self.weights = TokenWeights(loaded.model.config, loaded.checkpoint.tensors)
+        self._rng = np.random.default_rng(seed)
+        self._meter = _native.Meter(self.weights.arrays, loaded.settings.threads)
+        self.peak_isa = {kind: self._meter.multiply_adds(kind, 0.0)[0] for kind in PEAKS}
+
+    def ceilings(self, num_reads: int) -> Ceilings:
+        """Every peak once, and `num_reads` reads of the weights of a token."""
+        draws = [self.weights.draw(self._rng) for _ in range(num_reads)]
+        return Ceilings(
+            multiply_adds={kind: self._meter.multiply_adds(kind, PEAK_SECONDS)[1] for kind in PEAKS},
+            read_ns=tuple(round(1e9 * self._meter.read(draw)) for draw in draws),
+            # all but the row of the embedding
+            read_bytes=sum(self.weights.arrays[i].nbytes for i in draws[0]),
+        )
+
+
 def context_for(cases: list[Case]) -> int:
     """Tokens of cache that a Rig needs for these cases."""
     return PAGE_TOKENS * (_deep_pages(cases) + _tail_pages(cases))
@@ -168,22 +190,21 @@ class Rig:
     def __init__(self, loaded: Loaded, cases: list[Case], *, batch_rows: int, seed: int = 0) -> None:
         self.loaded = loaded
         self.batch_rows = batch_rows
-        self.weights = TokenWeights(loaded.model.config, loaded.checkpoint.tensors)
+        self.meter = Meter(loaded, seed=seed)
         self._rng = np.random.default_rng(seed)
         self._linear: LinearWork = linear_work(loaded.model.config)
         self._deep = loaded.pool.take(_deep_pages(cases))
         self._tail = loaded.pool.take(_tail_pages(cases))
         self._fill(self._deep)
-        self._meter = _native.Meter(self.weights.arrays, loaded.settings.threads)
-        self.peak_isa = {kind: self._meter.multiply_adds(kind, 0.0)[0] for kind in PEAKS}
 
     def warm_up(self, case: Case) -> None:
         """A whole prompt, so that its buffers exist; one token of generation."""
         self.run(Case(case.n_prompt, min(case.n_gen, 1), case.n_depth))
+        self._profile()
 
     def sample(self, case: Case) -> tuple[Sample, tuple[Discarded, ...]]:
         run, disk, discarded = undisturbed(lambda: self.run(case))
-        return Sample(run, disk, self.ceilings(max(case.n_gen, 1))), discarded
+        return Sample(run, disk, self.meter.ceilings(max(case.n_gen, 1)), self._profile()), discarded
 
     def run(self, case: Case) -> Run:
         if case.n_depth % PAGE_TOKENS:
@@ -211,15 +232,10 @@ class Rig:
             nbytes=0 if is_prompt else self._bytes_read(case),
         )
 
-    def ceilings(self, num_reads: int) -> Ceilings:
-        """Every peak once, and `num_reads` reads of the weights of a token."""
-        draws = [self.weights.draw(self._rng) for _ in range(num_reads)]
-        return Ceilings(
-            multiply_adds={kind: self._meter.multiply_adds(kind, PEAK_SECONDS)[1] for kind in PEAKS},
-            read_ns=tuple(round(1e9 * self._meter.read(draw)) for draw in draws),
-            # all but the row of the embedding
-            read_bytes=sum(self.weights.arrays[i].nbytes for i in draws[0]),
-        )
+    def _profile(self) -> Totals:
+        """Of what ran since the last call; empty where ops are not timed."""
+        profile = getattr(self.loaded.backend, "profile", None)
+        return profile.take() if profile is not None else {}
 
     def _multiply_adds(self, case: Case, plans: list[MlaPlan], rows: int) -> int:
         config = self.loaded.model.config
@@ -233,11 +249,13 @@ class Rig:
     def _bytes_read(self, case: Case) -> int:
         """Token i reads the weights, and the cached rows of the depth, of the tokens before it and its own."""
         rows = case.n_gen * case.n_depth + case.n_gen * (case.n_gen + 1) // 2
-        return case.n_gen * self.weights.nbytes + rows * self.loaded.cache.layout.bytes_per_token
+        return case.n_gen * self.meter.weights.nbytes + rows * self.loaded.cache.layout.bytes_per_token
 
     def _fill(self, pages: list[int]) -> None:
         """Normal numbers in these pages of every layer: c_kv is normed, and k_rope of a like size."""
         cache = self.loaded.cache
+        if not pages:
+            return
         for array, dim in zip(cache.arrays, cache.layout.row_dims, strict=True):
             for layer in array:
                 values = self._rng.standard_normal((len(pages), PAGE_TOKENS, dim), np.float32)

@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from kvfold import __version__, _native
+from kvfold import __version__
+from kvfold.backends.profile import merged
+from kvfold.bench import profile
 from kvfold.bench.measure import PEAKS, Case, Sample
+from kvfold.bench.profile import lines_of
 from kvfold.bench.sweep import Result
 from kvfold.bench.work import num_weights
 from kvfold.formats.checkpoint import Checkpoint, matrices
@@ -64,7 +67,7 @@ def row(result: Result) -> dict[str, Any]:
         "samples_ts": list(result.samples_ts),
         "median_ts": statistics.median(result.samples_ts),
         "backend": loaded.backend.name,
-        "isa": _native.tile_isa() if loaded.backend.name == "native" else "",
+        "isa": getattr(loaded.backend, "isa", ""),
         "layers": loaded.model.config.num_layers,
         "plan": plans_of(result),
         "bound_by": bound_by(result),
@@ -79,6 +82,9 @@ def row(result: Result) -> dict[str, Any]:
     if case.n_gen:
         values["token_ms"] = quantiles(ns for sample in result.samples for ns in sample.run.token_ns)
         values["read_ms"] = quantiles(ns for sample in result.samples for ns in sample.ceilings.read_ns)
+    if result.variant.settings.profile:
+        beside = [sample.ceilings for sample in result.samples]
+        values["profile"] = lines_of(merged([sample.profile for sample in result.samples]), beside)
     if result.pairs is not None:
         values["opponent"] = asdict(result.pairs) | {"median_ratio": result.pairs.median_ratio}
     return values
@@ -179,26 +185,19 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A table of llama-bench's columns and the share of the ceiling, and what was measured beside it, line by line."""
     has_times, has_pairs = (any(field in row for row in rows) for field in ("token_ms", "opponent"))
     columns = (*_COLUMNS, *(_TIMES if has_times else ()), *(_AGAINST if has_pairs else ()))
-    table = [[name.removeprefix(">") for name in columns]]
-    for row in rows:
-        table.append([*_cells(row), *(_times(row) if has_times else ()), *(_against(row) if has_pairs else ())])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    right = [name.startswith(">") for name in columns]
-
-    def line(cells: Iterable[str]) -> str:
-        padded = (
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(cells, widths, right, strict=True)
-        )
-        return f"| {' | '.join(padded)} |"
-
-    yield line(table[0])
-    yield line("-" * (width - is_right) + ":" * is_right for width, is_right in zip(widths, right, strict=True))
-    yield from map(line, table[1:])
+    cells = [
+        [*_cells(row), *(_times(row) if has_times else ()), *(_against(row) if has_pairs else ())] for row in rows
+    ]
+    yield from profile.table(columns, cells)
     yield ""
     for threads in dict.fromkeys(row["n_threads"] for row in rows):
         yield _ceilings_line(threads, [row for row in rows if row["n_threads"] == threads])
     yield from _remarks(rows)
+    for row in rows:
+        if "profile" in row:
+            yield ""
+            yield f"profile of {_name(row)}, {row['n_threads']} threads"
+            yield from profile.markdown(row["profile"])
     yield f"build: {rows[0]['build_commit']}, {rows[0]['cpu_info']}"
 
 

@@ -100,6 +100,11 @@ def variants(
     dtype: str,
     backend: str,
     workspace_bytes: int | None,
+    mmap: str = "auto",
+    isa: str = "auto",
+    deterministic: bool = False,
+    check_numerics: bool = False,
+    profile: bool = False,
 ) -> list[Variant]:
     """Every combination, with room for the cases. Raises SettingError for any that cannot be."""
     return [
@@ -113,6 +118,11 @@ def variants(
                 threads=one_threads,
                 n_ctx=context_for(cases),
                 workspace_bytes=workspace_bytes,
+                mmap=mmap,
+                isa=isa,
+                deterministic=deterministic,
+                check_numerics=check_numerics,
+                profile=profile,
             ),
             rows,
         )
@@ -201,7 +211,7 @@ def _measure(
             notice(f"{number} of {repetitions}: {case.name} {rate:.2f} t/s")
     for case in cases:
         result = Result(
-            variant, loaded, rig.peak_isa, case, tuple(samples[case]), tuple(discarded[case]), pairs=None
+            variant, loaded, rig.meter.peak_isa, case, tuple(samples[case]), tuple(discarded[case]), pairs=None
         )
         yield result if opponent is None else _paired(result, opponent, theirs[case])
 

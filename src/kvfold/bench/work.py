@@ -8,7 +8,6 @@ them. DeepSeek-V2-Lite in IQ4_NL: 2185 M multiply-adds a row (attention projecti
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +16,7 @@ from numpy.typing import NDArray
 from kvfold.config import ModelConfig
 from kvfold.formats.checkpoint import matrices
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
-from kvfold.quant.tensor import QuantTensor
-
-Weights = Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
+from kvfold.quant.tensor import Weights
 
 
 @dataclass(frozen=True)

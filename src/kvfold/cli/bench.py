@@ -9,8 +9,13 @@ import typer
 
 from kvfold.cli.options import (
     Backend,
+    CheckNumerics,
+    Deterministic,
     Dtype,
+    Isa,
+    Mmap,
     ModelArgument,
+    Profile,
     Workspace,
     parse_count,
     parse_fa_option,
@@ -156,6 +161,11 @@ def bench(
     dtype: Dtype = "auto",
     backend: Backend = "auto",
     workspace: Workspace = None,
+    mmap: Mmap = "auto",
+    isa: Isa = "auto",
+    deterministic: Deterministic = False,
+    check_numerics: CheckNumerics = False,
+    profile: Profile = False,
     opponent: Annotated[
         str | None,
         typer.Option(
@@ -202,6 +212,11 @@ def bench(
         dtype=dtype,
         backend=backend,
         workspace_bytes=workspace,
+        mmap=mmap,
+        isa=isa,
+        deterministic=deterministic,
+        check_numerics=check_numerics,
+        profile=profile,
     )
     against = None if opponent is None else Opponent.parse(opponent)
     if shape is not None and model is not None:

@@ -22,12 +22,15 @@ from kvfold.cli.options import (
     Backend,
     BatchRows,
     CacheTypeOption,
+    CheckNumerics,
     Context,
+    Deterministic,
     Device,
     Dtype,
     Fa,
     FrequencyPenalty,
     IgnoreEos,
+    Isa,
     Json,
     MinP,
     Mirostat,
@@ -39,6 +42,7 @@ from kvfold.cli.options import (
     NewTokens,
     PenaltyLastN,
     PresencePenalty,
+    Profile,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -50,7 +54,7 @@ from kvfold.cli.options import (
     Verbose,
     Workspace,
 )
-from kvfold.cli.run import closing_line, show_choices
+from kvfold.cli.run import closing_line, show_choices, show_profile
 from kvfold.cli.terminal import ByteProgress, TokenProgress, error, human_bytes, note, plain, print_json
 from kvfold.errors import KvfoldError, OutOfPages, SettingError
 
@@ -125,6 +129,10 @@ def chat(
     batch_size: BatchRows = None,
     workspace: Workspace = None,
     mmap: Mmap = "auto",
+    isa: Isa = "auto",
+    deterministic: Deterministic = False,
+    check_numerics: CheckNumerics = False,
+    profile: Profile = False,
     new_tokens: NewTokens = DEFAULT_NEW_TOKENS,
     temperature: Temperature = 0.8,
     top_k: TopK = 40,
@@ -189,6 +197,10 @@ def chat(
             batch_rows=batch_size,
             workspace_bytes=workspace,
             mmap=mmap,
+            isa=isa,
+            deterministic=deterministic,
+            check_numerics=check_numerics,
+            profile=profile,
             progress=progress,
         )
     tells = _is_storyteller(llm)
@@ -207,7 +219,12 @@ def chat(
         _show_banner(llm)
         with _line_history():
             _talk(conversation, _person(), is_person=True)
-    elif not _talk(conversation, _pipe(), is_person=False):
+        done = True
+    else:
+        done = _talk(conversation, _pipe(), is_person=False)
+    if profile:
+        show_profile(llm)
+    if not done:
         raise typer.Exit(1)
 
 

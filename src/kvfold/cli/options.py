@@ -190,6 +190,39 @@ Mmap = Annotated[
         "them if they fit.",
     ),
 ]
+Isa = Annotated[
+    str,
+    typer.Option(
+        "--isa",
+        metavar="auto|generic|avx2|avx512",
+        envvar="KVFOLD_ISA",
+        help="Instruction set of the native kernels. auto: the widest this processor has.",
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        envvar="KVFOLD_DETERMINISTIC",
+        help="The same text gets the same bits whatever runs beside it, however a prompt is cut, on any number of threads.",
+    ),
+]
+CheckNumerics = Annotated[
+    bool,
+    typer.Option(
+        "--check-numerics",
+        envvar="KVFOLD_CHECK_NUMERICS",
+        help="Stop at the first NaN or infinity, and say which layer and op made it.",
+    ),
+]
+Profile = Annotated[
+    bool,
+    typer.Option(
+        "--profile",
+        envvar="KVFOLD_PROFILE",
+        help="Show where the time goes, op by op, beside what this machine could do.",
+    ),
+]
 Temperature = Annotated[
     float,
     typer.Option(

@@ -14,12 +14,15 @@ from kvfold.cli.options import (
     Backend,
     BatchRows,
     CacheTypeOption,
+    CheckNumerics,
     Context,
+    Deterministic,
     Device,
     Dtype,
     Fa,
     FrequencyPenalty,
     IgnoreEos,
+    Isa,
     Json,
     MinP,
     Mirostat,
@@ -31,6 +34,7 @@ from kvfold.cli.options import (
     NewTokens,
     PenaltyLastN,
     PresencePenalty,
+    Profile,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -91,6 +95,10 @@ def run(
     batch_size: BatchRows = None,
     workspace: Workspace = None,
     mmap: Mmap = "auto",
+    isa: Isa = "auto",
+    deterministic: Deterministic = False,
+    check_numerics: CheckNumerics = False,
+    profile: Profile = False,
     new_tokens: NewTokens = DEFAULT_NEW_TOKENS,
     temperature: Temperature = 0.8,
     top_k: TopK = 40,
@@ -163,6 +171,10 @@ def run(
             batch_rows=batch_size,
             workspace_bytes=workspace,
             mmap=mmap,
+            isa=isa,
+            deterministic=deterministic,
+            check_numerics=check_numerics,
+            profile=profile,
             progress=progress,
         )
     sampler = Sampler(params, llm.vocab_size, llm.tokenizer.eos_ids)
@@ -181,12 +193,14 @@ def run(
         was_interrupted = _write(stream, to_stdout=not json)
     phases = _phases(llm, stream.stats)
     if json:
-        _print_json(llm, stream, phases, sampler.seed)
+        _print_json(llm, stream, phases, sampler.seed, profile)
     if verbose:
         for phase in phases.values():
             names = ", ".join(path.name.lower() for path, _ in phase.steps)
             note(f"{phase.name}: {names}, {'fused' if phase.fused else 'unfused'}; {phase.reason}")
     note(closing_line(stream.stats))
+    if profile and not json:
+        show_profile(llm)
     if was_interrupted:
         raise typer.Exit(130)
 
@@ -287,7 +301,9 @@ def _phases(llm: LLM, stats: Stats) -> dict[str, Phase]:
     }
 
 
-def _print_json(llm: LLM, stream: Stream, phases: dict[str, Phase], seed: int) -> None:
+def _print_json(llm: LLM, stream: Stream, phases: dict[str, Phase], seed: int, profile: bool) -> None:
+    from kvfold.bench.profile import profile_of
+
     loaded = llm.loaded
     print_json(
         plain(stream.output)
@@ -298,6 +314,7 @@ def _print_json(llm: LLM, stream: Stream, phases: dict[str, Phase], seed: int) -
             "seed": seed,
             "plan": phases,
         }
+        | ({"profile": profile_of(loaded)} if profile else {})
     )
 
 
@@ -318,6 +335,14 @@ def show_choices(llm: LLM, seconds: float) -> None:
         f"cache: {loaded.n_ctx:,} tokens in {layout.cache_type.value}, {layout.bytes_per_token:,} bytes a token, "
         f"{human_bytes(loaded.n_ctx * layout.bytes_per_token)}"
     )
+
+
+def show_profile(llm: LLM) -> None:
+    """Tables of where the time went, on stderr."""
+    from kvfold.bench.profile import markdown, profile_of
+
+    for line in markdown(profile_of(llm.loaded)):
+        note(line)
 
 
 def closing_line(stats: Stats) -> str:

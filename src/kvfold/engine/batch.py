@@ -48,8 +48,9 @@ def build_batch(works: list[Work], planner: Planner) -> Batch:
     for work in works:
         work.sequence.reserve(len(work.token_ids))
     plans = [planner(len(w.token_ids), w.sequence.length, w.is_prompt) for w in works]
-    # Neighbours share a path, so each attention op works on one range of rows.
-    order = sorted(range(len(works)), key=lambda i: plans[i].path.value)
+    # Neighbours share a path, so each attention op works on one range of rows; and a role within it, for ops whose form
+    # follows the role.
+    order = sorted(range(len(works)), key=lambda i: (plans[i].path.value, works[i].is_prompt))
     ordered = [works[i] for i in order]
     row_starts = np.cumsum([0] + [len(w.token_ids) for w in ordered]).astype(np.int32)
 
@@ -83,5 +84,6 @@ def build_batch(works: list[Work], planner: Planner) -> Batch:
         pages=np.concatenate([np.asarray(w.sequence.pages, np.int32) for w in ordered]),
         segments=np.asarray(segments, np.int32).reshape(-1, 4),
         output_rows=np.asarray(output_rows, np.int32),
+        is_prompt=np.asarray([w.is_prompt for w in ordered], np.int32),
     )
     return Batch(tuple(works), step, tuple(plans), tuple(output_slices))

@@ -31,7 +31,7 @@ from kvfold.formats.safetensors import (
     open_hf_directory,
 )
 from kvfold.formats.tensor_names import KvLayout, TensorSpec, expected_tensors, ignored_reason
-from kvfold.quant.tensor import QuantTensor
+from kvfold.quant.tensor import QuantTensor, Weight, Weights
 from kvfold.quant.types import BlockType
 
 LISTED_NAMES = 12  # of missing or leftover tensors in one message; the others are counted
@@ -67,7 +67,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     config: ModelConfig
     kv_layout: KvLayout
-    tensors: Mapping[str, QuantTensor | tuple[QuantTensor, ...]]
+    tensors: Weights
     vocabulary: Vocabulary
     info: tuple[str, ...]
     maps: tuple[FileMap, ...] = ()
@@ -78,7 +78,7 @@ class Checkpoint:
         return sum(part.nbytes for tensor in self.tensors.values() for part in matrices(tensor))
 
 
-def matrices(tensor: QuantTensor | tuple[QuantTensor, ...]) -> tuple[QuantTensor, ...]:
+def matrices(tensor: Weight) -> tuple[QuantTensor, ...]:
     """The parts of an entry of Checkpoint.tensors, one or many."""
     return tensor if isinstance(tensor, tuple) else (tensor,)
 
@@ -237,10 +237,10 @@ def _bind(
     config: ModelConfig,
     stored: Mapping[str, _Stored],
     sources: Sequence[tuple[TensorSpec, Sequence[_Source]]],
-) -> tuple[Mapping[str, QuantTensor | tuple[QuantTensor, ...]], list[str]]:
+) -> tuple[Weights, list[str]]:
     """(every expected tensor, one sentence for each kind of ignored ones). ModelFileError with the lists of what is
     missing and what is left over, unless both are empty."""
-    bound: dict[str, QuantTensor | tuple[QuantTensor, ...]] = {}
+    bound: dict[str, Weight] = {}
     used: set[str] = set()
     missing: list[str] = []
     for spec, candidates in sources:

@@ -115,8 +115,12 @@ def choose(
     setting: Mla = Mla.AUTO,
     fa: Fa = Fa.AUTO,
     machine: MachineProfile = ARITHMETIC,
+    by_role: bool = False,
 ) -> MlaPlan:
-    """The path for one sequence with `new_rows` rows in this step over `cached_rows` keys already cached."""
+    """The path for one sequence with `new_rows` rows in this step over `cached_rows` keys already cached.
+
+    by_role: AUTO decides by is_prompt alone, so how a prompt was cut changes no bit.
+    """
     fused = fa is not Fa.UNFUSED
     considered = (Path.STANDARD,) if setting is Mla.STANDARD else (Path.ABSORBED, Path.DECOMPRESSED)
     costs = tuple((path, multiply_adds(path, mla, new_rows, cached_rows)) for path in considered)
@@ -132,6 +136,8 @@ def choose(
         return plan(Path.DECOMPRESSED, "forced by mla=2")
     if setting is Mla.SPLIT:
         return plan(Path.DECOMPRESSED if is_prompt else Path.ABSORBED, "mla=3: by role of the rows")
+    if by_role:
+        return plan(Path.DECOMPRESSED if is_prompt else Path.ABSORBED, "deterministic: by role of the rows")
 
     seconds = {path: macs / machine.tmacs(path) for path, macs in costs}
     best = min(considered, key=lambda path: seconds[path])

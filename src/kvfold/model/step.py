@@ -29,6 +29,7 @@ class Step:
     pages       [..]
     segments    [N, 4]   (Path.value, fused, first sequence, last sequence + 1), one per path present, in order
     output_rows [R]      rows whose hidden state and logits are wanted
+    is_prompt   [S]      1 for rows of a prompt, 0 for generated tokens, guessed ones that are checked included
     """
 
     token_ids: Int32
@@ -40,6 +41,7 @@ class Step:
     pages: Int32
     segments: Int32
     output_rows: Int32
+    is_prompt: Int32
 
     @property
     def num_rows(self) -> int:

@@ -5,6 +5,7 @@ Owns nothing and copies nothing: `raw` is usually a view of a memory map. Decodi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,3 +53,10 @@ class QuantTensor:
             assert start % 128 == 0, "fp8 block scales cover 128 rows"
             scale = scale[start // 128 : (stop + 127) // 128]
         return QuantTensor(self.name, self.type, (stop - start, self.cols), self.raw[start:stop], scale)
+
+
+Weight = QuantTensor | tuple[QuantTensor, ...]
+"""One matrix, or equal ones below each other: the experts of a layer, the heads of an up-projection."""
+
+Weights = Mapping[str, Weight]
+"""By name, as a model's ops ask for them."""

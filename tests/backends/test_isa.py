@@ -1,0 +1,73 @@
+"""A forced instruction set is the one that runs: shown by the bits that it alone gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backends.test_kernels import native_product
+from backends.test_native import WIDE
+from kit.harness import Harness
+from kit.tiny_models import tiny_model
+from kvfold import _native
+from kvfold.config import ModelConfig
+from kvfold.errors import SettingError
+from kvfold.formats.synthetic import synthesize
+from kvfold.load import Settings
+from kvfold.quant.tensor import QuantTensor
+
+ISAS = _native.isa_names()
+
+
+@pytest.fixture(autouse=True)
+def undone() -> Iterator[None]:
+    yield
+    _native.force_isa("auto")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("isa") / "m.gguf"
+    synthesize(ModelConfig.from_hf(tiny_model("v3", **WIDE).config), file, type="IQ4_NL")
+    return file
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_head_has_the_bits_of_the_forced_kernels(isa: str, path: Path) -> None:
+    """Sums of products are added in another order by each set, so most of the bits are its own."""
+    harness = Harness(path, backend="native", dtype="int8", isa=isa)
+    assert harness.loaded.backend.isa == _native.isa() == isa  # type: ignore[attr-defined]
+    weight = harness.loaded.checkpoint.tensors["output.weight"]
+    assert isinstance(weight, QuantTensor)
+    sequence = harness.sequence()
+    from kvfold.engine.batch import Work, build_batch
+
+    batch = build_batch([Work(sequence, [1, 2, 3], True, outputs=3)], harness.loaded.plan)
+    _native.force_isa("auto")  # a loaded model keeps its kernels
+    run = harness.loaded.backend.start(batch.step)
+    run.run()
+    hidden, logits = np.ascontiguousarray(run.outputs["hidden"]), run.outputs["logits"]
+    for other in ISAS:
+        _native.force_isa(other)
+        same = np.array_equal(native_product(hidden, weight), logits)
+        assert same == (other == isa), other
+
+
+def test_float32_has_the_same_bits_on_every_set(path: Path) -> None:
+    """The order of sums in float32 tiles is fixed: kernels/tile.h."""
+    results = [Harness(path, backend="native", dtype="float32", isa=isa).logits(list(range(30))) for isa in ISAS]
+    for isa, result in zip(ISAS, results, strict=True):
+        assert np.array_equal(result, results[0]), isa
+
+
+def test_a_set_that_is_not_there_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingError, match=r"isa=sse9: allowed are auto, generic, avx2, avx512\."):
+        Settings.parse(isa="sse9")
+    monkeypatch.setattr(_native, "isa_names", lambda: ["avx2", "generic"])
+    with pytest.raises(SettingError, match="native: isa=avx512: this processor has avx2, generic"):
+        Harness(path, backend="native", isa="avx512")
+    with pytest.raises(SettingError, match="plain: has no isa"):
+        Harness(path, backend="plain", isa="generic")
