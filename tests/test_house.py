@@ -47,6 +47,10 @@ MAY_IMPORT = {
         "errors",
     ),
     "engine": ("model", "mla.plan", "cache", "errors"),
+    "check": (
+        *("backends.native", "formats.synthetic", "model", "mla", "cache", "quant", "config", "errors"),
+        "_native",
+    ),
     "llm": ("load", "engine", "text", "cache.session", "errors"),
     "explain": (
         "load",
@@ -76,7 +80,18 @@ MAY_IMPORT = {
         ),
         *("_native", "__version__"),
     ),
-    "cli": ("llm", "load", "explain", "bench", "formats", "engine.sampler", "config", "errors", "__version__"),
+    "cli": (
+        "llm",
+        "load",
+        "explain",
+        "check",
+        "bench",
+        "formats",
+        "engine.sampler",
+        "config",
+        "errors",
+        "__version__",
+    ),
     "__init__": ("llm", "load", "engine.sampler", "errors"),  # names for type checkers; run-time imports are lazy
     "__main__": ("cli",),
 }

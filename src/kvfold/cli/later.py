@@ -80,7 +80,6 @@ LATER_VERBS = {
     "ls": "`hf cache ls` lists what was downloaded",
     "rm": "`hf cache rm` removes what was downloaded",
     "verify": "--backend plain --dtype float32 is the reference to compare with",
-    "check": "`kvfold inspect FILE` checks a file",
     "doctor": "`kvfold plan MODEL` says what fits and which backend runs",
 }
 

@@ -17,6 +17,7 @@ from kvfold import __version__
 from kvfold.cli import terminal
 from kvfold.cli.bench import bench
 from kvfold.cli.chat import chat
+from kvfold.cli.check import check
 from kvfold.cli.inspect import inspect
 from kvfold.cli.later import accept_later_flags, add_later_verbs
 from kvfold.cli.options import with_fa_values
@@ -56,6 +57,7 @@ app.command("chat")(accept_later_flags(chat))
 app.command("inspect")(inspect)
 app.command("plan")(accept_later_flags(plan))
 app.command("bench")(accept_later_flags(bench))
+app.command("check")(check)
 app.command("synth")(synth)
 add_later_verbs(app)
 

@@ -479,6 +479,13 @@ def _random(type: BlockType, mean: float, std: float) -> _Random:
     return _blocks_with_scales(type, d, d * dmin)
 
 
+def random_matrix(type: BlockType, rows: int, cols: int, *, seed: int = 0) -> QuantTensor:
+    """Weights of mean 0 and standard deviation 1. `type`: one of synthetic_types(), rows and cols of whole blocks."""
+    random = _random(type, 0.0, 1.0)
+    raw = random.draw(np.random.SFC64([seed, type.id % 2**32]), rows * type.row_bytes(cols) // random.unit_bytes)
+    return QuantTensor("random", type, (rows, cols), raw.reshape(rows, -1))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Which tensor gets what
 
