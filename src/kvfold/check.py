@@ -28,6 +28,7 @@ from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Recorder, Value
 from kvfold.model.step import Step
 from kvfold.quant.activations import product, rounded, rounding_for
+from kvfold.quant.attention import attend as attend_rounded
 from kvfold.quant.decode import decode_tensor
 from kvfold.quant.tensor import QuantTensor, Weight
 from kvfold.quant.types import by_id, by_name
@@ -243,8 +244,9 @@ def _rotated(x: Floats) -> tuple[Floats, Floats]:
     return q, rotate(x[:, -_MLA.qk_rope_head_dim :], cos, sin, _ROPE)
 
 
-def _attended(x: Floats, kv_b: Floats, cache_type: CacheType, path: Path) -> Floats:
-    """The definition over what the cache returns: latents, or for mla=0 keys and values."""
+def _attended(x: Floats, kv_b: Floats, cache_type: CacheType, path: Path, rounds: bool) -> NDArray[np.floating]:
+    """The definition over what the cache returns: latents, or for mla=0 keys and values. rounds: keys and values that are
+    expanded are attended on bfloat16 (quant/attention.py)."""
 
     def cached(numbers: Floats) -> Floats:
         return decode(encode(numbers, cache_type), cache_type)
@@ -256,19 +258,29 @@ def _attended(x: Floats, kv_b: Floats, cache_type: CacheType, path: Path) -> Flo
     for start, length in zip(np.cumsum([0, *_LENGTHS]), _LENGTHS, strict=False):
         rows = slice(start, start + length)
         if path is Path.STANDARD:
-            parts.append(_ordinary(q[rows], c_kv[rows], k_rope[rows], w_uk, w_uv, cached))
+            parts.append(_ordinary(q[rows], *_expanded(c_kv[rows], k_rope[rows], w_uk, w_uv, cached), rounds))
+        elif path is Path.DECOMPRESSED and rounds:
+            latents = cached(c_kv[rows]), cached(k_rope[rows])
+            parts.append(_ordinary(q[rows], *_expanded(*latents, w_uk, w_uv, lambda numbers: numbers), rounds))
         else:
             parts.append(attend(q[rows], cached(c_kv[rows]), cached(k_rope[rows]), w_uk, w_uv, _MLA))
     return np.concatenate(parts).reshape(len(x), -1)
 
 
-def _ordinary(
-    q: Floats, c_kv: Floats, k_rope: Floats, w_uk: Floats, w_uv: Floats, cached: Callable[[Floats], Floats]
-) -> Floats:
-    """Causal attention over per-head keys and values that were cached after they were expanded: [T, H, v]."""
+def _expanded(
+    c_kv: Floats, k_rope: Floats, w_uk: Floats, w_uv: Floats, cached: Callable[[Floats], Floats]
+) -> tuple[Floats, Floats]:
+    """Per-head keys and values, as the cache returns them: [L, H, nope + rope], [L, H, v]."""
     k_nope = np.einsum("lc,hnc->lhn", c_kv, w_uk)
     k = cached(np.concatenate([k_nope, np.broadcast_to(k_rope[:, None], (*k_nope.shape[:2], k_rope.shape[1]))], -1))
-    v = cached(np.einsum("lc,hvc->lhv", c_kv, w_uv))
+    return k, cached(np.einsum("lc,hvc->lhv", c_kv, w_uv))
+
+
+def _ordinary(q: Floats, k: Floats, v: Floats, rounds: bool) -> NDArray[np.floating]:
+    """Causal attention over per-head keys and values: [T, H, v]."""
+    if rounds:
+        heads = [attend_rounded(q[:, h], k[:, h], v[:, h], _MLA.softmax_scale) for h in range(q.shape[1])]
+        return np.stack(heads, 1)
     scores = np.einsum("rhd,lhd->hrl", q, k) * np.float32(_MLA.softmax_scale)
     scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -341,7 +353,7 @@ def _attention_finding(
     # mla=0 rounds what it has expanded.
     exact = not rounds and (cache_type is CacheType.F32 or path is not Path.STANDARD)
     name = f"attention, {path.name.lower()}, {'fused' if fused else 'unfused'}{', int8' if rounds else ''}"
-    worst = _error(got["out"], _attended(x, kv_b, cache_type, path))
+    worst = _error(got["out"], _attended(x, kv_b, cache_type, path, rounds))
     return Finding(name, cache_type.value, isa, worst, ATTENTION_BOUND if exact else ROUNDED_BOUND)
 
 

@@ -122,7 +122,7 @@ def inspect_file(path: Path) -> Inspection:
     backend = ""
     if checkpoint:
         try:
-            choice = choose_backend("auto", Needs(types_of(checkpoint.tensors.values())))
+            choice = choose_backend("auto", Needs(types_of(checkpoint.tensors.values()), "auto", "auto"))
             backend = f"{choice.candidate.name}: {choice.reason}"
         except KvfoldError as error:
             refusal = str(error)

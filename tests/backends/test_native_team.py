@@ -109,3 +109,48 @@ def test_the_quota_of_a_cgroup_is_read(case: str, tmp_path: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     assert _native.quota_cpus(str(tmp_path / "own"), str(tmp_path / "root")) == cpus
+
+
+BESIDE = """
+import multiprocessing, resource, time
+import numpy as np
+from kvfold.bench.measure import Case, Rig, context_for
+from kvfold.formats.synthetic import SHAPES, synthetic_checkpoint
+
+def burn():
+    while True:
+        pass
+
+def rates(rig, case, seconds):
+    '''(tokens a second, CPU seconds of this process a second)'''
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    started, cpu, tokens = time.monotonic(), used(), 0
+    while time.monotonic() - started < seconds:
+        rig.run(case)
+        tokens += case.num_tokens
+    took = time.monotonic() - started
+    return tokens / took, (used() - cpu) / took
+
+case = Case(0, 32, 256)
+checkpoint = synthetic_checkpoint(SHAPES["tiny"])
+chosen = Settings.parse(threads=len(os.sched_getaffinity(0)), n_ctx=context_for([case]), backend="native")
+rig = Rig(load(checkpoint, chosen), [case], batch_rows=512)
+rig.warm_up(case)
+found = []
+for _ in range(5):
+    alone, alone_cpu = rates(rig, case, 1.5)
+    neighbour = multiprocessing.get_context("fork").Process(target=burn, daemon=True)
+    neighbour.start()
+    beside, beside_cpu = rates(rig, case, 1.5)
+    neighbour.kill()
+    neighbour.join()
+    found.append((beside / alone) / (beside_cpu / alone_cpu))
+print(sorted(found)[2])
+"""
+
+
+@pytest.mark.full
+def test_beside_a_busy_neighbour_the_work_follows_the_share_of_cpu_time(path: Path) -> None:
+    """Tokens a second fall as our CPU time does, and by no more than a tenth besides: members that wait for one that
+    lost its CPU burn theirs. Median of five pairs, generation, a member for each CPU."""
+    assert float(printed(BESIDE, path)[0]) >= 0.9

@@ -48,9 +48,10 @@ def synth(
 
     It behaves like the released one on a machine, before 400 GB are downloaded.
     """
-    from kvfold.formats.synthetic import named_shape, synthesize
+    from kvfold.formats.synthetic import estimate_bytes, named_shape, synthesize
 
     config = named_shape(shape, layers)
+    note(f"{out}: about {human_bytes(estimate_bytes(config, type=type, legacy_kv_b=legacy_kv_b))} to write")
     with ByteProgress("writing") as progress:
         written = synthesize(config, out, type=type, legacy_kv_b=legacy_kv_b, seed=seed, progress=progress)
     note(f"{out}: {config.num_layers} layers, {human_bytes(written)} in {progress.seconds:.1f} s")
