@@ -29,6 +29,7 @@ from kvfold.model.program import Recorder, Value
 from kvfold.model.step import Step
 from kvfold.quant.activations import product, rounded, rounding_for
 from kvfold.quant.attention import attend as attend_rounded
+from kvfold.quant.attention import attend_latents
 from kvfold.quant.decode import decode_tensor
 from kvfold.quant.tensor import QuantTensor, Weight
 from kvfold.quant.types import by_id, by_name
@@ -262,6 +263,9 @@ def _attended(x: Floats, kv_b: Floats, cache_type: CacheType, path: Path, rounds
         elif path is Path.DECOMPRESSED and rounds:
             latents = cached(c_kv[rows]), cached(k_rope[rows])
             parts.append(_ordinary(q[rows], *_expanded(*latents, w_uk, w_uv, lambda numbers: numbers), rounds))
+        elif rounds:
+            joined = np.concatenate([cached(c_kv[rows]), cached(k_rope[rows])], -1)
+            parts.append(_absorbed(q[rows], joined, w_uk, w_uv, in_codes=cache_type is CacheType.Q8_0))
         else:
             parts.append(attend(q[rows], cached(c_kv[rows]), cached(k_rope[rows]), w_uk, w_uv, _MLA))
     return np.concatenate(parts).reshape(len(x), -1)
@@ -274,6 +278,18 @@ def _expanded(
     k_nope = np.einsum("lc,hnc->lhn", c_kv, w_uk)
     k = cached(np.concatenate([k_nope, np.broadcast_to(k_rope[:, None], (*k_nope.shape[:2], k_rope.shape[1]))], -1))
     return k, cached(np.einsum("lc,hvc->lhv", c_kv, w_uv))
+
+
+def _absorbed(q: Floats, latents: Floats, w_uk: Floats, w_uv: Floats, *, in_codes: bool) -> NDArray[np.floating]:
+    """Causal attention of folded queries over rows of latents, on bfloat16: [T, H, v]."""
+    nope = _MLA.qk_nope_head_dim
+    folded = np.concatenate([np.einsum("rhn,hnc->rhc", q[..., :nope], w_uk), q[..., nope:]], -1)
+    means = [
+        attend_latents(row, latents[: i + 1], _MLA.kv_lora_rank, _MLA.softmax_scale, in_codes=in_codes)
+        for i, row in enumerate(folded)
+    ]
+    out: NDArray[np.floating] = np.einsum("rhc,hvc->rhv", np.stack(means), w_uv)
+    return out
 
 
 def _ordinary(q: Floats, k: Floats, v: Floats, rounds: bool) -> NDArray[np.floating]:
@@ -323,7 +339,8 @@ def _ops(isa: str, threads: int) -> Iterator[Finding]:
             for fused in (True, False):
                 yield _attention_finding(path, cache_type, fused, False, x, kv_b, weights, isa, threads)
     for path in Path:
-        yield _attention_finding(path, CacheType.F16, True, True, x, kv_b, weights, isa, threads)
+        for cache_type in CacheType:
+            yield _attention_finding(path, cache_type, True, True, x, kv_b, weights, isa, threads)
 
 
 def _attention_finding(
