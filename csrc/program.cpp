@@ -88,6 +88,9 @@ void Program::run_op(const Op& op, const Segment& segment, const Step& step,
       body(with_form, role.first, role.last - role.first);
     }
   };
+  // The absorbed path's products: its rows may be of both roles, and each goes alone.
+  Machine folding = machine;
+  if (options_.by_role) folding.form = ProductForm::kDots;
   switch (op.kind) {
     case OpKind::kEmbed:
       return embed(machine, step, weight(0), out(0));
@@ -102,11 +105,11 @@ void Program::run_op(const Op& op, const Segment& segment, const Step& step,
     case OpKind::kAppendLatent:
       return append_latent(machine, step, in(0), in(1), cache_[0], op.ints[0]);
     case OpKind::kFoldQ:
-      return fold_q(machine, step, mla_dims(op), up_weights(op, weights_), in(0), out(0));
+      return fold_q(folding, step, mla_dims(op), up_weights(op, weights_), in(0), out(0));
     case OpKind::kAttendLatent:
       return attend_latent(machine, step, mla_dims(op), scale(), cache_[0], op.ints[5], in(0), out(0));
     case OpKind::kUnfoldV:
-      return unfold_v(machine, step, mla_dims(op), up_weights(op, weights_), in(0), out(0));
+      return unfold_v(folding, step, mla_dims(op), up_weights(op, weights_), in(0), out(0));
     case OpKind::kAttendExpanded:
       return attend_expanded(machine, step, mla_dims(op), up_weights(op, weights_), scale(), cache_[0],
                              op.ints[5], in(0), out(0));

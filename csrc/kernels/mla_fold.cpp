@@ -72,13 +72,14 @@ void multiply_by_rows(const Machine& machine, const Weight& weight, int64_t head
     const MatrixKernels& kernels = *weight.kernels;
     const int64_t row_bytes = weight.type->row_bytes(k);
     auto* prepared = reinterpret_cast<uint8_t*>(machine.of(member));
-    if (rows <= kMostDotRows) {
-      for (int64_t i = 0; i < num_rows; i++) {
-        kernels.prepare_dot(x + i * ldx, k, prepared + i * kernels.dot_bytes(k));
-      }
-      for (int64_t i = 0; i < num_rows; i += MatrixKernels::kMaxDotRows) {
-        kernels.dot(raw, row_bytes, count, k, prepared + i * kernels.dot_bytes(k),
-                    std::min(MatrixKernels::kMaxDotRows, num_rows - i), out + i * ldy, ldy);
+    if (by_dots(machine.form, rows)) {
+      const int64_t most = rows_of_dot(machine.form);
+      for (int64_t i = 0; i < num_rows; i += most) {
+        const int64_t together = std::min(most, num_rows - i);
+        for (int64_t j = 0; j < together; j++) {
+          kernels.prepare_dot(x + (i + j) * ldx, k, prepared + j * kernels.dot_bytes(k));
+        }
+        kernels.dot(raw, row_bytes, count, k, prepared, together, out + i * ldy, ldy);
       }
       return;
     }
