@@ -6,6 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,73 @@ def test_reading_ahead_asks_for_every_byte_of_every_file(tmp_path: Path, monkeyp
     for map in (maps[0], maps[2]):
         expected += [(start, 50_000) for start in range(0, map.data.nbytes, 50_000)]
     assert [one for one in asked if one != (0, 0)] == expected[1:]
+
+
+# --- answers from the map while a copy is made -------------------------------------------------------------------------
+
+
+def test_a_large_model_answers_from_its_map_and_moves_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvfold import LLM
+
+    path = written("gguf-k_b", tmp_path)
+    ids = [1, 5, 9, 200, 3]
+    expected = LLM(path, **SETTINGS).logits(ids)
+    monkeypatch.setattr(kvfold.load, "EARLY_ANSWER_BYTES", 1)
+    may_copy = threading.Event()
+    copy = kvfold.weight_memory.copied
+
+    def later(*arguments: Any, **settings: Any) -> Any:
+        may_copy.wait()
+        return copy(*arguments, **settings)
+
+    monkeypatch.setattr(kvfold.weight_memory, "copied", later)
+    llm = LLM(path, **SETTINGS)
+    moving = llm.loaded.moving
+    assert moving is not None and "meanwhile" in moving.place and "meanwhile" in llm.loaded.weight_place
+    assert np.array_equal(llm.logits(ids), expected), "before it has moved"
+    may_copy.set()
+    made = moving.wait()
+    assert made is not None and made.nbytes > 0 and moving.place.startswith("copied into memory at")
+    os.truncate(path, 0)  # SIGBUS, if a weight were still read through the map
+    assert np.array_equal(llm.logits(ids), expected)
+
+
+LEAVES_EARLY = """
+import sys, threading
+import kvfold.load, kvfold.weight_memory
+from kvfold import LLM
+kvfold.load.EARLY_ANSWER_BYTES = 1
+kvfold.weight_memory.CHUNK_BYTES = 4096
+read, many = kvfold.weight_memory._read, threading.Semaphore(0)
+def slow(*arguments):
+    many.acquire(timeout=0.05)
+    read(*arguments)
+kvfold.weight_memory._read = slow
+llm = LLM(sys.argv[1], backend="native", n_ctx=64, threads=2)
+print(llm.logits([1, 2, 3]).shape, llm.loaded.moving.place)
+"""
+
+
+def test_a_process_that_ends_does_not_wait_for_the_copy_and_leaks_nothing(tmp_path: Path) -> None:
+    path = written("gguf-k_b", tmp_path)
+    command = [sys.executable, "-c", LEAVES_EARLY, path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert "meanwhile" in done.stdout and done.stderr == ""
+
+
+def test_a_copy_that_fails_leaves_the_weights_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **settings: Any) -> Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(kvfold.load, "EARLY_ANSWER_BYTES", 1)
+    monkeypatch.setattr(kvfold.weight_memory, "copied", refuse)
+    settings = Settings.parse(**SETTINGS)
+    left = load(written("gguf-k_b", tmp_path), settings, answers_early=True)
+    assert left.moving is not None and left.moving.wait() is None
+    assert "Cannot allocate memory" in left.moving.place
+    assert load(left.checkpoint.path, settings).moving is None, "who measures waits for the copy"
 
 
 # --- a file that is shortened while it is mapped -----------------------------------------------------------------------

@@ -86,7 +86,7 @@ class LLM:
     batch_rows: prompt rows in one step; None: the whole prompt, or as many as memory allows
     workspace_bytes: scratch memory of a step; None: from the free memory, 64 to 256 MiB
     mmap:       "auto" copies weights that fit into memory, on 2 MiB pages, and leaves others in the map of their file;
-                "on" leaves all there; "off" copies, or raises
+                from 1 GiB on it answers from the map meanwhile; "on" leaves all there; "off" copies first, or raises
     progress:   called with (bytes read, bytes in all) while weights are read
     isa:        "auto", "generic", "avx2" or "avx512": the instruction set of all native models of this process
     deterministic:  the logits of a row are bit-equal whatever is computed beside it, on one instruction set
@@ -135,7 +135,7 @@ class LLM:
             check_numerics=check_numerics,
             profile=profile,
         )
-        self.loaded: Loaded = load(model, settings, progress=progress)
+        self.loaded: Loaded = load(model, settings, progress=progress, answers_early=True)
         self.tokenizer = Tokenizer.from_vocabulary(self.loaded.checkpoint.vocabulary)
         self.batch_rows: int = batch_rows or self.loaded.window_rows
         self._runner = Runner(

@@ -60,6 +60,63 @@ class WeightCopy:
     def huge_share(self) -> float | None:
         return None if self.huge_bytes is None else self.huge_bytes / self.nbytes
 
+    @property
+    def in_words(self) -> str:
+        share = "" if self.huge_share is None else f", {self.huge_share:.0%} of them on 2 MiB pages"
+        return f"copied into memory at {self.rate / 1e9:.1f} GB/s{share}"
+
+
+class MovingWeights:
+    """A copy that is made while a model answers from the maps: its weights move when all of it is there.
+
+    move: puts a weight elsewhere, for steps under way too. Should the copy fail, the weights stay mapped.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        maps: Sequence[FileMap],
+        move: Callable[[str, QuantTensor | tuple[QuantTensor, ...]], None],
+        readers: int,
+    ) -> None:
+        self._copy: WeightCopy | None = None
+        self._failure = ""
+        self._is_cancelled = False
+
+        def check(done: int, total: int) -> None:
+            if self._is_cancelled:
+                raise RuntimeError("the copy was cancelled")
+
+        def work() -> None:
+            try:
+                moved, copy = copied(weights, maps, readers=readers, progress=check)
+                for name, weight in moved.items():
+                    move(name, weight)
+                self._copy = copy
+            except (OSError, ModelFileError, RuntimeError) as error:
+                self._failure = f"mapped: {error}"
+
+        self._thread = threading.Thread(target=work, name="kvfold-move", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> WeightCopy | None:
+        """Until the weights have moved; None where they stay mapped."""
+        self._thread.join()
+        return self._copy
+
+    def cancel(self) -> None:
+        """Nobody needs the model any more, or the process ends: stops after the chunks that are being read."""
+        self._is_cancelled = True
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @property
+    def place(self) -> str:
+        """Where the weights lie by now, in a few words."""
+        if self._copy is not None:
+            return f"{self._copy.in_words}, while the model answered"
+        return self._failure or "mapped, and copied onto 2 MiB pages meanwhile"
+
 
 @dataclass(frozen=True)
 class _Range:

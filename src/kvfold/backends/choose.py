@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from kvfold.backends import gpu
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
@@ -81,6 +81,14 @@ class Needs:
     native: NativeOptions = field(default_factory=NativeOptions)
 
 
+@runtime_checkable
+class MovesWeights(Protocol):
+    """A backend whose weights may move while it runs."""
+
+    def move_weight(self, name: str, weight: Weight) -> None:
+        """The same weight elsewhere in memory; the old arrays are not read any more when this returns."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where and how a backend computes. progress: (bytes, bytes in all) of weights that it copies itself."""
@@ -95,13 +103,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Candidate:
-    """free_bytes: of the memory of its own that holds weights and cache, by device; None: it uses the system's."""
+    """free_bytes:    of the memory of its own that holds weights and cache, by device; None: it uses the system's
+    moves_weights: its backend is one of MovesWeights
+    """
 
     name: str
     refusals: Callable[[Needs], list[str]]  # empty: it can run
     build: Callable[[DeepseekModel, Weights, PagedCache, Machine], Backend]
     profile: MachineProfile = ARITHMETIC
     free_bytes: Callable[[str], int] | None = None
+    moves_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,7 +240,7 @@ def _plain_build(model: DeepseekModel, weights: Weights, cache: PagedCache, mach
 
 CANDIDATES = (
     Candidate("cuda", _cuda_refusals, _cuda_build, H200, gpu.free_bytes),
-    Candidate("native", _native_refusals, _native_build),
+    Candidate("native", _native_refusals, _native_build, moves_weights=True),
     Candidate("plain", _plain_refusals, _plain_build),
 )
 

@@ -198,6 +198,8 @@ def run(
         for phase in phases.values():
             names = ", ".join(path.name.lower() for path, _ in phase.steps)
             note(f"{phase.name}: {names}, {'fused' if phase.fused else 'unfused'}; {phase.reason}")
+        if llm.loaded.moving is not None:
+            note(f"weights: {llm.loaded.moving.place}")
     note(closing_line(stream.stats))
     if profile and not json:
         show_profile(llm)
