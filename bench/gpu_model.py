@@ -154,6 +154,18 @@ def timed(work: Any, repeats: int = 10) -> float:
     return statistics.median(spans)
 
 
+def print_profile(what: str, work: Any) -> None:
+    """Device time of each kernel of one run of `work`."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        work()
+        torch.cuda.synchronize()
+    kernels = sorted(profile.key_averages(), key=lambda k: -k.device_time_total)
+    print(f"{what}: {sum(k.device_time_total for k in kernels):.0f} us in {sum(k.count for k in kernels)} launches")
+    for k in kernels[:20]:
+        print(f"  {k.device_time_total:9.1f} us {k.count:5d} x {k.device_time_total / k.count:8.2f}  {k.key[:70]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="deepseek-v2-lite")
@@ -162,6 +174,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1")
     parser.add_argument("--depth", default="128")
     parser.add_argument("--prompt", default="")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of each case")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = torch.device("cuda", 0)
@@ -213,6 +226,8 @@ def main() -> None:
             assert backend._graphs is not None
             graph = next(c.graph for (b, _), c in backend._graphs._captured.items() if b >= batch)
             replay = timed(graph.replay)
+            if options.profile:
+                print_profile(f"decode {batch} x {depth}", graph.replay)
             floor = step_bytes(model, weights, batch, depth) / limit
             row = {
                 "what": "decode", "type": options.type, "batch": batch, "depth": depth, "wall_us": wall * 1e6,
@@ -241,6 +256,8 @@ def main() -> None:
             prompt()
             walls.append(time.perf_counter() - start)
         wall = statistics.median(walls)
+        if options.profile:
+            print_profile(f"prompt {rows}", prompt)
         floor = prompt_multiply_adds(model, weights, rows) / cublas
         row = {"what": "prompt", "type": options.type, "rows": rows, "wall_us": wall * 1e6, "tokens_per_s": rows / wall,
                "floor_us": floor * 1e6, "share_of_floor": floor / wall}  # fmt: skip

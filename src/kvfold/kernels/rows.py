@@ -10,11 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvfold.kernels.overlap import overlaps, wait_for_inputs
+
 
 @triton.jit
 def _add_norm(
-    x, y0, y1, weight, out_x, out, width, x_stride, eps, ADDS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr
-):
+    x, y0, y1, weight, out_x, out, width, x_stride, eps, ADDS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        wait_for_inputs()
     t = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)
     inside = i < width
@@ -42,9 +47,11 @@ def _rotate(x, at, pairs, cos, sin, mask, FIRST: tl.constexpr, SECOND: tl.conste
 def _rope_append(
     q, q_stride, num_heads, head_dim, kv_a, kv_stride, weight, eps, kv_lora, positions, slots, cos, sin, pool, latent,
     ROPE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
-    LORA: tl.constexpr,
+    LORA: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """FIRST, SECOND: steps from pair to pair, and from its first number to its second."""
+    if EARLY:
+        wait_for_inputs()
     t = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + t).to(tl.int64)
     pair = tl.arange(0, PAIRS)
@@ -76,7 +83,10 @@ def _route(
     logits, bias, ids, weights, num_experts, per_group, num_groups, groups_kept, per_row, factor,
     SIGMOID: tl.constexpr, BIAS: tl.constexpr, TOP2: tl.constexpr, NORM: tl.constexpr,
     GROUPS: tl.constexpr, EACH: tl.constexpr, PLACES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        wait_for_inputs()
     t = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     each = tl.arange(0, EACH)
@@ -128,7 +138,9 @@ def _route(
 
 
 @triton.jit
-def _swiglu(gate, up, out, width, gate_stride, up_stride, WIDTH: tl.constexpr):
+def _swiglu(gate, up, out, width, gate_stride, up_stride, WIDTH: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        wait_for_inputs()
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     g = tl.load(gate + t * gate_stride + i, mask=i < width, other=0.0).to(tl.float32)
@@ -139,9 +151,11 @@ def _swiglu(gate, up, out, width, gate_stride, up_stride, WIDTH: tl.constexpr):
 @triton.jit
 def _per_head(
     a, a_row, a_head, w, w_head, w_k, w_n, out, out_row, out_head, num_rows, depth, width, extra,
-    NUMBER: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    NUMBER: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[t, h, :width] = a[t, h, :depth] @ w[h]; then `extra` numbers of a copied behind them."""
+    if EARLY:
+        wait_for_inputs()
     head = tl.program_id(0).to(tl.int64)
     m = (tl.program_id(2) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -172,10 +186,11 @@ def add_norm(
     total = torch.empty(x.shape, dtype=torch.float32, device=x.device) if adds else x
     normed = total if weight is None else torch.empty(x.shape, dtype=dtype, device=x.device)
     padded = (*adds, x, x)[:2]
+    early = overlaps(x)
     _add_norm[(len(x),)](
         x, *padded, x if weight is None else weight, total, normed, width, x.stride(0), eps,
         ADDS=len(adds), WIDTH=triton.next_power_of_2(width), NORM=weight is not None,
-        num_warps=8 if width > 2048 else 4,
+        num_warps=8 if width > 2048 else 4, EARLY=early, launch_pdl=early,
     )  # fmt: skip
     return total, normed
 
@@ -202,12 +217,13 @@ def rope_append(
     """
     rope = 2 * cos.shape[1]
     latent = pool.shape[1]
+    early = overlaps(q)
     _rope_append[(len(q),)](
         q, q.stride(0), num_heads, head_dim, kv_a, kv_a.stride(0), weight, eps, latent - rope, positions, slots, cos,
         sin, pool, latent,
         ROPE=rope, FIRST=1 if is_half_split else 2, SECOND=rope // 2 if is_half_split else 1,
         HEADS=triton.next_power_of_2(num_heads), PAIRS=triton.next_power_of_2(rope // 2),
-        LORA=triton.next_power_of_2(latent - rope),
+        LORA=triton.next_power_of_2(latent - rope), EARLY=early, launch_pdl=early,
     )  # fmt: skip
 
 
@@ -228,12 +244,13 @@ def route(
     ids = torch.empty(num_rows, per_row, dtype=torch.int32, device=logits.device)
     weights = torch.empty(num_rows, per_row, dtype=torch.float32, device=logits.device)
     per_group = num_experts // num_groups
+    early = overlaps(logits)
     _route[(num_rows,)](
         logits, logits if bias is None else bias, ids, weights, num_experts, per_group, num_groups, groups_kept,
         per_row, factor,
         SIGMOID=is_sigmoid, BIAS=bias is not None, TOP2=is_top2, NORM=is_normed,
         GROUPS=triton.next_power_of_2(num_groups), EACH=triton.next_power_of_2(per_group),
-        PLACES=triton.next_power_of_2(per_row), num_warps=1,
+        PLACES=triton.next_power_of_2(per_row), num_warps=1, EARLY=early, launch_pdl=early,
     )  # fmt: skip
     return ids, weights
 
@@ -242,8 +259,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [T, width] each with any row stride."""
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     width = 1024
+    early = overlaps(gate)
     _swiglu[(len(gate), triton.cdiv(gate.shape[1], width))](
-        gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), WIDTH=width
+        gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), WIDTH=width, EARLY=early, launch_pdl=early
     )
     return out
 
@@ -253,9 +271,10 @@ def per_head(a: Tensor, w: Tensor, out: Tensor, *, depth: int, width: int, extra
     out[t, h, width : width + extra] = a[t, h, depth : depth + extra]."""
     rows = min(64, max(16, triton.next_power_of_2(len(a))))
     block = max(64, triton.next_power_of_2(extra))
+    early = overlaps(a)
     _per_head[(a.shape[1], triton.cdiv(width, block), triton.cdiv(len(a), rows))](
         a, a.stride(0), a.stride(1), w, w.stride(0), w.stride(1), w.stride(2), out, out.stride(0), out.stride(1),
         len(a), depth, width, extra,
         NUMBER={torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[a.dtype],
-        ROWS=rows, WIDTH=block, DEPTH=64,
+        ROWS=rows, WIDTH=block, DEPTH=64, EARLY=early, launch_pdl=early,
     )  # fmt: skip

@@ -13,21 +13,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.block_weights import weight
+from kvfold.kernels.block_weights import number, weight
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.row_product import silu
 
 FEATURES = 64  # output features of a tile
 DEPTH = 64  # weights of a row in one pass
 FEW_ROWS, MANY_ROWS = 16, 128  # rows of a tile: matrix units want 16 at least
+# Up to so many pairs each is compared with all others: 384 of them took 19 us in torch.sort alone, and a dozen launches
+# around it.
+COUNTED_PAIRS = 2048
 
 
 @triton.jit
 def _weight_tile(raw, scale, row, col, rows, cols, row_bytes, scale_cols, TYPE: tl.constexpr, NUMBER: tl.constexpr):
-    """[DEPTH, FEATURES] of the compute type: a tile of the transposed matrix."""
+    """[DEPTH, FEATURES] of the compute type: a tile of the transposed matrix. TYPE "PLAIN": it has that type already."""
     inside = (row < rows)[None, :] & (col < cols)[:, None]
-    w = weight(raw, scale, row[None, :].to(tl.int64), col[:, None], inside, row_bytes, scale_cols, TYPE)
-    return w.to(NUMBER)
+    row = row[None, :].to(tl.int64)
+    if TYPE == "PLAIN":
+        return number(raw, row, col[:, None], inside, row_bytes, NUMBER)  # straight to shared memory
+    else:
+        return weight(raw, scale, row, col[:, None], inside, row_bytes, scale_cols, TYPE).to(NUMBER)
 
 
 @triton.jit
@@ -126,6 +132,10 @@ def _weighted_sum(y, weights, out, cols, PER_ROW: tl.constexpr, WIDTH: tl.conste
 _NUMBERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
+def _type(w: Matrix, dtype: torch.dtype) -> str:
+    return "PLAIN" if w.is_plain(dtype) else w.type
+
+
 def _rows_of_tile(rows: int) -> int:
     return FEW_ROWS if rows <= FEW_ROWS else min(MANY_ROWS, triton.next_power_of_2(rows))
 
@@ -135,7 +145,7 @@ def linear(x: Tensor, w: Matrix, out: Tensor) -> None:
     rows = _rows_of_tile(len(x))
     _linear[(triton.cdiv(w.rows, FEATURES), triton.cdiv(len(x), rows))](
         x, x.stride(0), w.raw, w.scale_or_raw, out, out.stride(0), len(x), w.rows, w.cols, w.row_bytes, w.scale_cols,
-        TYPE=w.type, NUMBER=_NUMBERS[x.dtype], ROWS=rows, FEATURES=FEATURES, DEPTH=DEPTH,
+        TYPE=_type(w, x.dtype), NUMBER=_NUMBERS[x.dtype], ROWS=rows, FEATURES=FEATURES, DEPTH=DEPTH,
     )  # fmt: skip
 
 
@@ -159,6 +169,41 @@ def embed(ids: Tensor, w: Matrix) -> Tensor:
     return out
 
 
+@triton.jit
+def _place_pairs(ids, pairs, starts, num_pairs, num_experts, BLOCK: tl.constexpr):
+    """pairs: each at (pairs of lower experts) + (earlier pairs of its own). starts: pairs of lower experts."""
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mine = tl.load(ids + p, mask=p < num_pairs, other=0)
+    place = tl.zeros([BLOCK], tl.int32)
+    start = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, num_pairs, BLOCK):
+        q = first + tl.arange(0, BLOCK)
+        other = tl.load(ids + q, mask=q < num_pairs, other=num_experts)
+        is_before = (other[None, :] < mine[:, None]) | (
+            (other[None, :] == mine[:, None]) & (q[None, :] < p[:, None])
+        )
+        place += tl.sum(is_before.to(tl.int32), 1)
+        start += tl.sum((other[None, :] < p[:, None]).to(tl.int32), 1)
+    tl.store(pairs + place, p, mask=p < num_pairs)
+    tl.store(starts + p, start, mask=p <= num_experts)
+
+
+@triton.jit
+def _cut_tiles(starts, tiles, num_experts, num_tiles, rows, EXPERTS: tl.constexpr, TILES: tl.constexpr):
+    e = tl.arange(0, EXPERTS)
+    is_expert = e < num_experts
+    start = tl.load(starts + e, mask=is_expert, other=0)
+    count = tl.load(starts + e + 1, mask=is_expert, other=0) - start
+    its_tiles = (count + rows - 1) // rows
+    stop = tl.cumsum(its_tiles, 0)  # tiles up to and with this expert's
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    expert = tl.sum(((stop[None, :] <= tile[:, None]) & is_expert[None, :]).to(tl.int32), 1)
+    is_its = e[None, :] == expert[:, None]
+    first = start[None, :] + (tile[:, None] - (stop - its_tiles)[None, :]) * rows
+    tl.store(tiles + tile * 2, expert, mask=tile < num_tiles)
+    tl.store(tiles + tile * 2 + 1, tl.sum(tl.where(is_its, first, 0), 1), mask=tile < num_tiles)
+
+
 @dataclass(frozen=True, eq=False)
 class Groups:
     """(row, choice) pairs by expert.
@@ -179,18 +224,24 @@ def group_by_expert(ids: Tensor, num_experts: int) -> Groups:
     """ids int32 [T, k]. Nothing of it comes to the host."""
     num_pairs = ids.numel()
     rows = _rows_of_tile(max(1, num_pairs // num_experts))
-    experts, pairs = ids.flatten().sort(stable=True)
-    numbers = torch.arange(num_experts + 1, dtype=experts.dtype, device=ids.device)
-    starts = torch.searchsorted(experts, numbers).to(torch.int32)
-    tiles_before = torch.zeros(num_experts + 1, dtype=torch.int32, device=ids.device)
-    counts = starts[1:] - starts[:-1]
-    torch.cumsum((counts + rows - 1) // rows, 0, out=tiles_before[1:])
     most = num_pairs // rows + min(num_experts, num_pairs)
-    tile = torch.arange(most, dtype=torch.int32, device=ids.device)
-    expert = torch.searchsorted(tiles_before[1:], tile, right=True, out_int32=True)
-    known = expert.clamp(max=num_experts - 1).long()
-    first = starts[known] + (tile - tiles_before[known]) * rows
-    return Groups(pairs.to(torch.int32), starts, torch.stack([expert, first], 1).contiguous(), rows)
+    starts = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
+    if num_pairs <= COUNTED_PAIRS:
+        pairs = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
+        block = 64
+        _place_pairs[(triton.cdiv(max(num_pairs, num_experts + 1), block),)](
+            ids, pairs, starts, num_pairs, num_experts, BLOCK=block
+        )
+    else:
+        experts, order = ids.flatten().sort(stable=True)
+        pairs = order.to(torch.int32)
+        numbers = torch.arange(num_experts + 1, dtype=experts.dtype, device=ids.device)
+        torch.searchsorted(experts, numbers, out_int32=True, out=starts)
+    tiles = torch.empty(most, 2, dtype=torch.int32, device=ids.device)
+    _cut_tiles[(triton.cdiv(most, 64),)](
+        starts, tiles, num_experts, most, rows, EXPERTS=triton.next_power_of_2(num_experts), TILES=64
+    )
+    return Groups(pairs, starts, tiles, rows)
 
 
 def _run_experts(
@@ -200,7 +251,7 @@ def _run_experts(
     _experts[(triton.cdiv(w.rows, FEATURES), len(groups.tiles))](
         a, a.stride(0), w.raw, w.scale_or_raw, second.raw, second.scale_or_raw, out, groups.pairs, groups.starts,
         groups.tiles, w.rows, w.cols, w.row_bytes, second.row_bytes, w.scale_rows, w.scale_cols, first, last,
-        PER_ROW=per_row, TWO=other is not None, TYPE0=w.type, TYPE1=second.type, NUMBER=_NUMBERS[a.dtype],
+        PER_ROW=per_row, TWO=other is not None, TYPE0=_type(w, a.dtype), TYPE1=_type(second, a.dtype), NUMBER=_NUMBERS[a.dtype],
         ROWS=groups.rows, FEATURES=FEATURES, DEPTH=DEPTH,
     )  # fmt: skip
 
