@@ -107,6 +107,17 @@ struct KeyTile {
   }
 };
 
+// copy_page, whose float16 goes number by number: 2 ns each, 15 % of a prompt with mla=0.
+void copy_numbers(const CacheArray& cache, int64_t layer, int64_t page, int64_t keys, int64_t start,
+                  int64_t count, float* out) {
+  if (cache.type != CacheType::kF16) {
+    return copy_page(cache, layer, page, keys, start, count, out, count);
+  }
+  for (int64_t i = 0; i < keys; i++) {
+    isa().pairs->widen_f16(cache.row(layer, page * kPageTokens + i) + 2 * start, count, out + i * count);
+  }
+}
+
 // Keys and values of a sequence out of its latents.
 struct LatentSource {
   const Machine& machine;
@@ -123,8 +134,8 @@ struct LatentSource {
         const int64_t key = unit * kLatentKeys, keys = std::min(kLatentKeys, n - key);
         float* rows = machine.of(member);
         for_blocks(key, key + keys, [&](int64_t at, int64_t count) {
-          copy_page(cache, layer, pages[(first + at) / kPageTokens], count, 0, dims.latent(),
-                    rows + (at - key) * dims.latent(), dims.latent());
+          copy_numbers(cache, layer, pages[(first + at) / kPageTokens], count, 0, dims.latent(),
+                       rows + (at - key) * dims.latent());
         });
         latents.round(rows, dims.latent(), key, keys);
         for (int64_t i = 0; i < keys; i += kPanelLanes) {
@@ -156,11 +167,11 @@ struct FullSource {
   void fill_page(const KeyTile& tile, int64_t h, int64_t head, int64_t key, int32_t page, int64_t n,
                  float* scratch) const {
     const int64_t qk = tile.shape.nope, v = tile.shape.v;
-    const Keys k_rows = read_page(k_cache, layer, page, n, head * qk, qk, scratch);
-    tile.put_k(h, key, n, 0, qk, k_rows.data, k_rows.stride);
-    const Keys v_rows = read_page(v_cache, layer, page, n, head * v, v, scratch);
+    copy_numbers(k_cache, layer, page, n, head * qk, qk, scratch);
+    tile.put_k(h, key, n, 0, qk, scratch, qk);
+    copy_numbers(v_cache, layer, page, n, head * v, v, scratch);
     for (int64_t at = 0; at < v; at += kPanelLanes) {
-      tile.put_v(h, key, n, at, std::min(kPanelLanes, v - at), v_rows.data + at, v_rows.stride);
+      tile.put_v(h, key, n, at, std::min(kPanelLanes, v - at), scratch + at, v);
     }
   }
 

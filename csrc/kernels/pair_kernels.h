@@ -45,6 +45,8 @@ struct KeyPanels {
 };
 
 struct PairKernels {
+  void (*widen_f16)(const uint8_t* halves, int64_t n, float* to);
+
   // Numbers to words, rounded to nearest even. Odd dimensions and keys are filled up with zeros.
   void (*pack_rows)(const float* x, int64_t stride, int64_t rows, int64_t dim, uint32_t* to);  // one group
   void (*pack_keys)(const float* x, int64_t stride, int64_t keys, int64_t dim,

@@ -167,6 +167,15 @@ struct PairTile {
     }
   }
 
+  static void widen_f16(const uint8_t* halves, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + S::kLanes <= n; i += S::kLanes) S::store(to + i, S::load_half(halves + 2 * i));
+    if (i == n) return;
+    uint8_t last[2 * S::kLanes] = {};
+    std::memcpy(last, halves + 2 * i, 2 * (n - i));
+    S::store_first(to + i, S::load_half(last), n - i);
+  }
+
   static constexpr int64_t kChunk = 32;  // numbers rounded at a time: 64 bytes
 
   // Vectors are longer than a group is wide, or do not divide it: each overwrites what the one before had too
@@ -244,7 +253,7 @@ struct PairTile {
   }
 
   static constexpr PairKernels kernels() {
-    return {pack_rows, pack_keys, pack_values, scores, raise, weigh, add_values};
+    return {widen_f16, pack_rows, pack_keys, pack_values, scores, raise, weigh, add_values};
   }
 };
 
