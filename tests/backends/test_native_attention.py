@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from backends.test_kernels import ISAS, random_weight
+from backends.test_native_int8 import assert_op_by_op, wide_model
 from backends.test_native_ops import Bench, hand_over
 from kit.harness import Harness
 from kit.tiny_models import tiny_model, write_gguf
@@ -18,6 +19,7 @@ from kvfold import _native
 from kvfold.cache.latent import CacheType, decode, encode
 from kvfold.config import MlaConfig
 from kvfold.errors import SettingError
+from kvfold.formats.synthetic import synthesize
 from kvfold.mla.absorb import KvUp
 from kvfold.model.program import Recorder, Value
 from kvfold.quant.activations import to_bf16
@@ -243,3 +245,11 @@ def test_a_prompt_in_parts_gives_the_bits_of_a_whole_one(mla: str, fa: str, tmp_
     whole = harness.logits(ids)
     parts = harness.logits(ids, [17, 100, 183])
     assert np.array_equal(whole, parts)
+
+
+def test_few_rows_over_many_keys_join_runs_of_keys(tmp_path: Path) -> None:
+    """mla=0: one row and seven rows over 600 cached keys, which are three runs, from the same inputs as plain."""
+    path = tmp_path / "model.gguf"
+    synthesize(wide_model(), path, type="Q8_0")
+    judged = assert_op_by_op(path, [600, 1, 7], mla="0")
+    assert "attend_full" in judged, judged
