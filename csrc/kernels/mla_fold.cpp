@@ -111,6 +111,8 @@ void multiply_by_columns(const Machine& machine, const Weight& weight, int64_t h
   // Only where products round: in dtype float32 a row's bits do not depend on how many rows are beside it.
   const FoldColumns fold = weight.kernels ? isa().latent->fold(weight.type->id) : nullptr;
   const int64_t k = weight.cols;
+  // Each row by itself, whatever is beside it, also where --deterministic asks for row dots.
+  const bool alone = rows <= kMostFoldedRows || machine.form == ProductForm::kDots;
   const bool whole = fast == nullptr || weight.parts[0].scale != nullptr || k % kUnitColumns != 0;
   const int64_t cuts = whole ? 1 : pieces_of_head(machine.team, heads, k, kUnitColumns);
   const int64_t columns = k / cuts;
@@ -121,7 +123,7 @@ void multiply_by_columns(const Machine& machine, const Weight& weight, int64_t h
       const int64_t count = std::min(kColumnRows, n - j);
       const float* panel = machine.of(member);
       const uint8_t* raw = fast ? raw_rows(weight, head.first + j, count) : nullptr;
-      if (raw != nullptr && fold != nullptr && count == kColumnRows && rows <= kMostFoldedRows) {
+      if (raw != nullptr && fold != nullptr && count == kColumnRows && alone) {
         // The rows this member is likely to fold next.
         const int64_t other = unit / cuts + machine.team.size();
         const int64_t next = j + 2 * count <= n ? head.first + j + count

@@ -5,17 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from backends.test_kernels import ISAS, random_weight
+from backends.test_native import WIDE
 from backends.test_native_ops import Bench, hand_over
+from kit.harness import Harness
+from kit.tiny_models import tiny_model
 from kvfold import _native
 from kvfold.cache.latent import CacheType, decode, encode
-from kvfold.config import MlaConfig
+from kvfold.config import MlaConfig, ModelConfig
 from kvfold.errors import SettingError
+from kvfold.formats.synthetic import synthesize
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
 from kvfold.model.program import Recorder, Value
 from kvfold.quant.activations import rounded, rounding_for
@@ -200,3 +205,14 @@ def test_nan_reaches_the_rows_that_see_it_and_no_other() -> None:
     assert np.isnan(got[20:30]).any(axis=1).all()
     rest = np.r_[0:20, 30:39]
     assert np.array_equal(got[rest], clean[rest])
+
+
+def test_deterministic_folding_by_columns_takes_each_row_alone(tmp_path: Path) -> None:
+    """Without it up to four rows pass over a column together, and more over a panel."""
+    file = tmp_path / "m.gguf"
+    synthesize(ModelConfig.from_hf(tiny_model("v3", **WIDE).config), file, type="IQ4_NL", legacy_kv_b=True)
+    harness = Harness(file, backend="native", dtype="int8", mla="1", deterministic=True)
+    # Many rows: sums that differ in their last bit are the same bfloat16 but once in some ten thousand.
+    text = [int(i) for i in np.random.default_rng(1).integers(0, 256, 240)]
+    together = harness.logits(text, [120, 120], is_prompt=False)
+    assert np.array_equal(together, harness.logits(text, [3, 1] * 60, is_prompt=False))
