@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvfold.backends.choose import Needs, choose_backend, types_of
+from kvfold.backends.choose import Candidate, Needs, choose_backend, types_of
 from kvfold.cache.latent import CacheLayout, CacheType
 from kvfold.config import ModelConfig
 from kvfold.errors import KvfoldError
@@ -18,8 +18,10 @@ from kvfold.formats.gguf import GgufFile, GgufTensor, StringArray
 from kvfold.formats.hub import resolve
 from kvfold.formats.safetensors import HfTensor
 from kvfold.load import (
+    GPU_WINDOW_ROWS,
     Settings,
     cache_layout,
+    context_of,
     default_context,
     embedded_model,
     needs_of,
@@ -28,8 +30,8 @@ from kvfold.load import (
     prompt_window,
 )
 from kvfold.machine import available_memory_bytes
+from kvfold.mla.plan import ARITHMETIC, MachineProfile, crossover_rows, multiply_adds
 from kvfold.mla.plan import Path as AttentionPath
-from kvfold.mla.plan import crossover_rows, multiply_adds
 from kvfold.model.program import Program
 from kvfold.prompt_window import step_buffer_bytes
 from kvfold.quant.types import BlockType
@@ -295,9 +297,19 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
     """Memory, backend and attention of a model under these settings, without loading it. batch_rows: prompt rows in a
     step; None: what memory allows."""
     config = checkpoint.config
-    n_ctx = settings.n_ctx or default_context(config, cache_layout(config, settings))
+    needs = needs_of(checkpoint, settings)
+    candidate, backend = _backend(settings, needs)
+    machine = ARITHMETIC if candidate is None else candidate.profile
+    own_memory = None if candidate is None else candidate.free_bytes
+    free_bytes = available_memory_bytes() if own_memory is None else own_memory(settings.device)
+    if candidate is None:
+        n_ctx = settings.n_ctx or default_context(config, cache_layout(config, settings))
+    else:
+        n_ctx = context_of(config, settings, needs, candidate)
     program = program_of(checkpoint, settings)
-    if batch_rows is None:
+    if batch_rows is None and own_memory is not None:
+        batch_rows = GPU_WINDOW_ROWS
+    elif batch_rows is None:
         batch_rows = prompt_window(program, checkpoint, settings, n_ctx, available_memory_bytes())
     prompt = min(PROMPT_ROWS, n_ctx)
     half = n_ctx // 2
@@ -312,20 +324,29 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
         config=config,
         n_ctx=n_ctx,
         batch_rows=batch_rows,
-        memory=memory_of(program, checkpoint, settings, n_ctx, batch_rows),
+        memory=memory_of(program, checkpoint, settings, n_ctx, batch_rows, free_bytes),
         phases=tuple(
-            phase(name, config, settings, new, cached, is_prompt=is_prompt, batch_rows=batch_rows)
+            phase(name, config, settings, new, cached, is_prompt=is_prompt, batch_rows=batch_rows, machine=machine)
             for name, new, cached, is_prompt in kinds
         ),
         crossovers=tuple(
-            Crossover(depth, crossover_rows(config.mla, depth)) for depth in CROSSOVER_DEPTHS if depth < n_ctx
+            Crossover(depth, crossover_rows(config.mla, depth, machine))
+            for depth in CROSSOVER_DEPTHS
+            if depth < n_ctx
         ),
-        backend=_backend(checkpoint, settings),
+        backend=backend,
         info=checkpoint.info,
     )
 
 
-def memory_of(program: Program, checkpoint: Checkpoint, settings: Settings, n_ctx: int, batch_rows: int) -> Memory:
+def memory_of(
+    program: Program,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    n_ctx: int,
+    batch_rows: int,
+    free_bytes: int | None,
+) -> Memory:
     config = checkpoint.config
     sizes = dict.fromkeys(_GROUPS, 0)
     for name, tensor in checkpoint.tensors.items():
@@ -338,7 +359,7 @@ def memory_of(program: Program, checkpoint: Checkpoint, settings: Settings, n_ct
         cache_bytes=n_ctx * cache_layout(config, settings).bytes_per_token,
         workspace_bytes=settings.workspace_bytes,
         buffer_bytes=_buffer_bytes(program, config, settings, n_ctx, batch_rows),
-        free_bytes=available_memory_bytes(),
+        free_bytes=free_bytes,
     )
 
 
@@ -384,10 +405,11 @@ def phase(
     *,
     is_prompt: bool,
     batch_rows: int,
+    machine: MachineProfile = ARITHMETIC,
 ) -> Phase:
     """What the plan does with `new_rows` rows of one sequence over `cached_rows` cached ones."""
     windows = _windows(new_rows, cached_rows, batch_rows)
-    plans = [plan_for(config, settings, rows, cached, is_prompt) for rows, cached in windows]
+    plans = [plan_for(config, settings, rows, cached, is_prompt, machine) for rows, cached in windows]
 
     def macs(paths: Iterator[AttentionPath]) -> int:
         pairs = zip(paths, windows, strict=True)
@@ -410,9 +432,9 @@ def _windows(new_rows: int, cached_rows: int, batch_rows: int) -> list[tuple[int
     return [(min(batch_rows, new_rows - start), cached_rows + start) for start in range(0, new_rows, batch_rows)]
 
 
-def _backend(checkpoint: Checkpoint, settings: Settings) -> BackendReport:
+def _backend(settings: Settings, needs: Needs) -> tuple[Candidate | None, BackendReport]:
     try:
-        choice = choose_backend(settings.backend, needs_of(checkpoint, settings))
+        choice = choose_backend(settings.backend, needs)
     except KvfoldError as error:
-        return BackendReport("", str(error), ())
-    return BackendReport(choice.candidate.name, choice.reason, choice.refused)
+        return None, BackendReport("", str(error), ())
+    return choice.candidate, BackendReport(choice.candidate.name, choice.reason, choice.refused)

@@ -11,6 +11,9 @@ from kvfold import LLM
 from kvfold.backends import choose, gpu
 from kvfold.backends.choose import Room
 from kvfold.errors import KvfoldError, SettingError
+from kvfold.explain import plan_report
+from kvfold.formats.checkpoint import open_checkpoint
+from kvfold.load import GPU_WINDOW_ROWS, Settings
 
 HOPPER = gpu.Gpu("NVIDIA H200", (9, 0), 141 << 30)
 TURING = gpu.Gpu("Tesla T4", (7, 5), 16 << 30)
@@ -76,3 +79,14 @@ def test_backends_and_devices_that_exclude_each_other() -> None:
     for settings in ({"backend": "cuda", "device": "cpu"}, {"backend": "native", "device": "cuda"}):
         with pytest.raises(KvfoldError, match=r"device=cpu was asked for|computes on the CPU|no NVIDIA"):
             LLM(**settings)  # type: ignore[arg-type]
+
+
+def test_a_plan_for_a_gpu_has_its_memory_and_its_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "refusals", lambda device: [])
+    monkeypatch.setattr(gpu, "free_bytes", lambda device: (2 << 30) + (1 << 29))
+    checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
+    report = plan_report(checkpoint, Settings.parse(device="cuda", workspace_bytes=1 << 28), batch_rows=None)
+    assert (report.backend.name, report.memory.cache_type) == ("cuda", "bf16")
+    assert report.memory.free_bytes == (2 << 30) + (1 << 29)
+    assert report.batch_rows == GPU_WINDOW_ROWS
+    assert "H200 profile" in report.phases[0].reason

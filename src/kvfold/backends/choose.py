@@ -136,6 +136,10 @@ def _cuda_refusals(needs: Needs) -> list[str]:
     return reasons
 
 
+def _cuda_free_bytes(device: str) -> int:
+    return gpu.free_bytes(device)
+
+
 def _room_refusals(room: Room, free_bytes: int) -> list[str]:
     """Why this much GPU memory is too little, with what would fit."""
     fits = room.tokens_in(free_bytes)
@@ -239,7 +243,7 @@ def _plain_build(model: DeepseekModel, weights: Weights, cache: PagedCache, mach
 
 
 CANDIDATES = (
-    Candidate("cuda", _cuda_refusals, _cuda_build, H200, gpu.free_bytes),
+    Candidate("cuda", _cuda_refusals, _cuda_build, H200, _cuda_free_bytes),
     Candidate("native", _native_refusals, _native_build, moves_weights=True),
     Candidate("plain", _plain_refusals, _plain_build),
 )

@@ -115,6 +115,7 @@ def variants(
                 dtype=dtype,
                 cache_type=one_type,
                 backend=backend,
+                device="cpu",  # its ceilings are the processor's; bench/gpu_model.py has a GPU's
                 threads=one_threads,
                 n_ctx=context_for(cases),
                 workspace_bytes=workspace_bytes,
