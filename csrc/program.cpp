@@ -88,9 +88,9 @@ void Program::run_op(const Op& op, const Segment& segment, const Step& step,
       body(with_form, role.first, role.last - role.first);
     }
   };
-  // The absorbed path's products: its rows may be of both roles, and each goes alone.
-  Machine folding = machine;
-  if (options_.by_role) folding.form = ProductForm::kDots;
+  // Ops whose rows may be of both roles: each goes alone.
+  Machine alone = machine;
+  if (options_.by_role) alone.form = ProductForm::kDots;
   switch (op.kind) {
     case OpKind::kEmbed:
       return embed(machine, step, weight(0), out(0));
@@ -105,11 +105,11 @@ void Program::run_op(const Op& op, const Segment& segment, const Step& step,
     case OpKind::kAppendLatent:
       return append_latent(machine, step, in(0), in(1), cache_[0], op.ints[0]);
     case OpKind::kFoldQ:
-      return fold_q(folding, step, mla_dims(op), up_weights(op, weights_), in(0), out(0));
+      return fold_q(alone, step, mla_dims(op), up_weights(op, weights_), in(0), out(0));
     case OpKind::kAttendLatent:
       return attend_latent(machine, step, mla_dims(op), scale(), cache_[0], op.ints[5], in(0), out(0));
     case OpKind::kUnfoldV:
-      return unfold_v(folding, step, mla_dims(op), up_weights(op, weights_), in(0), out(0));
+      return unfold_v(alone, step, mla_dims(op), up_weights(op, weights_), in(0), out(0));
     case OpKind::kAttendExpanded:
       return attend_expanded(machine, step, mla_dims(op), up_weights(op, weights_), scale(), cache_[0],
                              op.ints[5], in(0), out(0));
@@ -117,8 +117,7 @@ void Program::run_op(const Op& op, const Segment& segment, const Step& step,
       return append_full(machine, step, mla_dims(op), up_weights(op, weights_), in(0), in(1), cache_[0],
                          cache_[1], op.ints[5]);
     case OpKind::kAttendFull:
-      return attend_full(machine, step, mla_dims(op), scale(), cache_[0], cache_[1], op.ints[5], in(0),
-                         out(0));
+      return attend_full(alone, step, mla_dims(op), scale(), cache_[0], cache_[1], op.ints[5], in(0), out(0));
     case OpKind::kSwiglu:
       return swiglu(machine, rows(), in(0), in(1), out(0));
     case OpKind::kAdd:

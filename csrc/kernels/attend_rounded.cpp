@@ -521,7 +521,9 @@ void attend_full_rounded(const Machine& machine, const Step& step, const MlaDims
     FullSource source{machine, step.page_list(sequence), k_cache, v_cache, layer};
     const Rows all{step, full_shape(dims), scale_log2e(scale), q, out, first_row};
     const RunsOfKeys runs{machine, all, source, rows, num_keys};
-    if (range.fused && rows <= kGroupRows && runs.shared_floats() <= machine.shared_floats) {
+    // Runs add up in another order than tiles, so not where a row's bits may not depend on its neighbours.
+    const bool by_size = machine.form == ProductForm::kBySize;
+    if (by_size && range.fused && rows <= kGroupRows && runs.shared_floats() <= machine.shared_floats) {
       runs.attend();
       continue;
     }

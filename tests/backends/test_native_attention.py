@@ -253,3 +253,12 @@ def test_few_rows_over_many_keys_join_runs_of_keys(tmp_path: Path) -> None:
     synthesize(wide_model(), path, type="Q8_0")
     judged = assert_op_by_op(path, [600, 1, 7], mla="0")
     assert "attend_full" in judged, judged
+
+
+def test_deterministic_rows_over_many_keys_do_not_count_their_neighbours(tmp_path: Path) -> None:
+    """mla=0: the last ten of 600 rows, alone and with the others."""
+    path = tmp_path / "model.gguf"
+    synthesize(wide_model(), path, type="Q8_0")
+    harness = Harness(path, backend="native", dtype="int8", mla="0", deterministic=True)
+    ids = [int(i) for i in np.random.default_rng(3).integers(0, 272, 600)]
+    assert np.array_equal(harness.logits(ids), harness.logits(ids, [590, 10]))
