@@ -43,22 +43,31 @@ struct Prepared {
     }
   }
 
-  int64_t row_tile() const { return kTileRows / kernels.tile_cols * kernels.tile_cols; }
-  int64_t tile_floats() const { return row_tile() * kernels.tile_rows; }
+  int64_t tile_floats() const { return kTileRows * kernels.tile_rows; }
+  // Rows that a tile of results holds, `step` weight rows wide.
+  int64_t row_tile(int64_t step) const {
+    return tile_floats() / step / kernels.tile_cols * kernels.tile_cols;
+  }
   int64_t panel_floats() const { return unpacked_bytes(kernels, k) / 4; }
 
-  // y[i * tile_rows + j] of prepared rows [first, first + rows), rows <= row_tile(), of an expert's `all` and
-  // the weight rows j.
-  void multiply(const PanelRows& w, int64_t all, const uint8_t* x, int64_t first, int64_t rows, float* y,
-                uint8_t* panel) const {
+  // Weight rows of a matrix of n that a member takes at a time, for experts that all go by dots or do not.
+  int64_t step(bool all_by_dots, int64_t n, int64_t row_bytes, int members) const {
+    if (!all_by_dots) return kernels.tile_rows;
+    return std::min(dot_rows(n, row_bytes, members), tile_floats() / kernels.tile_cols);
+  }
+
+  // y[i * step + j] of prepared rows [first, first + rows) of an expert's `all`, as many as a tile holds, and
+  // the weight rows j < step.
+  void multiply(const PanelRows& w, int64_t step, int64_t all, const uint8_t* x, int64_t first, int64_t rows,
+                float* y, uint8_t* panel) const {
     if (!by_dots(all)) {
       const uint8_t* groups = x + first / kernels.tile_cols * kernels.tile_bytes(k);
-      return multiply_panels(kernels, w, k, groups, rows, y, kernels.tile_rows, panel, y);
+      return multiply_panels(kernels, w, k, groups, rows, y, step, panel, y);
     }
     const int64_t most = rows_of_dot(form);
     for (int64_t r = 0; r < rows; r += most) {
       kernels.dot(w.raw, w.row_bytes, w.n, k, x + (first + r) * kernels.dot_bytes(k),
-                  std::min(most, rows - r), y + r * kernels.tile_rows, kernels.tile_rows);
+                  std::min(most, rows - r), y + r * step, step);
     }
   }
 };
@@ -140,8 +149,11 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
       in.prepare(from, x.stride, grouped.rows + p, count_of(a), prepared + offsets[a]);
     });
 
-    const int64_t step = in.kernels.tile_rows, chunks = pieces(inner, step);
+    bool all_by_dots = true;
+    for (int64_t a = 0; a < grouped.num_active; a++) all_by_dots &= in.by_dots(count_of(a));
     const int64_t row_bytes = experts.gate.type->row_bytes(hidden);
+    const int64_t step = in.step(all_by_dots, inner, row_bytes, machine.team.size());
+    const int64_t chunks = pieces(inner, step);
     machine.team.for_each(grouped.num_active * chunks, [&](int64_t unit, int member) {
       const int64_t a = unit / chunks, e = grouped.active[a], pair = grouped.starts[e], m = count_of(a);
       const int64_t at = unit % chunks * step, count = std::min(step, inner - at);
@@ -152,13 +164,13 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
       // What this member is likely to unpack next: the same rows a few units on, if they are of this expert.
       const int64_t bytes = count * row_bytes, ahead = machine.team.size() * step;
       const bool more = at + ahead + step <= inner;
-      for (int64_t i = 0; i < m; i += in.row_tile()) {
-        const int64_t tile = std::min(in.row_tile(), m - i);
+      for (int64_t i = 0; i < m; i += in.row_tile(step)) {
+        const int64_t tile = std::min(in.row_tile(step), m - i);
         const int64_t next_bytes = more && i + tile == m ? bytes : 0;
-        in.multiply({gate, row_bytes, count, gate + ahead * row_bytes, next_bytes}, m, prepared + offsets[a],
-                    i, tile, gate_tile, panel);
-        in.multiply({up, row_bytes, count, up + ahead * row_bytes, next_bytes}, m, prepared + offsets[a], i,
-                    tile, up_tile, panel);
+        in.multiply({gate, row_bytes, count, gate + ahead * row_bytes, next_bytes}, step, m,
+                    prepared + offsets[a], i, tile, gate_tile, panel);
+        in.multiply({up, row_bytes, count, up + ahead * row_bytes, next_bytes}, step, m,
+                    prepared + offsets[a], i, tile, up_tile, panel);
         for (int64_t r = 0; r < tile; r++) {
           isa().swiglu(gate_tile + r * step, up_tile + r * step, activations + (pair + i + r) * inner + at,
                        count);
@@ -172,7 +184,8 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
       inside.prepare(rows_of, inner, nullptr, count_of(a), prepared + offsets[a]);
     });
 
-    const int64_t down_step = inside.kernels.tile_rows, down_bytes = experts.down.type->row_bytes(inner);
+    const int64_t down_bytes = experts.down.type->row_bytes(inner);
+    const int64_t down_step = inside.step(all_by_dots, hidden, down_bytes, machine.team.size());
     machine.team.for_each(pieces(hidden, down_step), [&](int64_t unit, int member) {
       const int64_t at = unit * down_step, count = std::min(down_step, hidden - at);
       float* tile = machine.of(member);
@@ -183,11 +196,11 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
         const uint8_t* down = raw_rows(experts.down, e * hidden + at);
         const bool more = a + 1 < grouped.num_active;
         const uint8_t* next = more ? raw_rows(experts.down, grouped.active[a + 1] * hidden + at) : down;
-        for (int64_t i = 0; i < m; i += inside.row_tile()) {
-          const int64_t rows_of = std::min(inside.row_tile(), m - i);
+        for (int64_t i = 0; i < m; i += inside.row_tile(down_step)) {
+          const int64_t rows_of = std::min(inside.row_tile(down_step), m - i);
           const int64_t next_bytes = more && i + rows_of == m ? count * down_bytes : 0;
-          inside.multiply({down, down_bytes, count, next, next_bytes}, m, prepared + offsets[a], i, rows_of,
-                          tile, panel);
+          inside.multiply({down, down_bytes, count, next, next_bytes}, down_step, m, prepared + offsets[a], i,
+                          rows_of, tile, panel);
           for (int64_t r = 0; r < rows_of; r++) {
             isa().add_scaled(tile + r * down_step, grouped.weights[pair + i + r],
                              out.row(first + grouped.rows[pair + i + r]) + at, count);

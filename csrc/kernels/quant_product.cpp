@@ -8,8 +8,6 @@ namespace kvfold {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kDotUnit =
-    128 << 10;  // bytes of weights a member takes at a time: 4 us of reading at 30 GB/s
 constexpr int64_t kPanelsOfUnit = 2;
 
 int64_t whole_line_bytes(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
@@ -19,7 +17,7 @@ void product_by_dots(ThreadTeam& team, const BlockRows& w, const float* x, int64
                      float* y, int64_t ldy, uint8_t* prepared, int64_t most) {
   const int64_t bytes = w.kernels->dot_bytes(w.k);
   for (int64_t r = 0; r < rows; r++) w.kernels->prepare_dot(x + r * ldx, w.k, prepared + r * bytes);
-  const int64_t step = std::max<int64_t>(1, kDotUnit / w.row_bytes);
+  const int64_t step = dot_rows(w.n, w.row_bytes, team.size());
   team.for_each(pieces(w.n, step), [&](int64_t unit, int) {
     const int64_t first = unit * step, n = std::min(step, w.n - first);
     for (int64_t r = 0; r < rows; r += most) {
