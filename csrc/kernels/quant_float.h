@@ -103,7 +103,7 @@ struct FloatMatrix {
       }
     }
   }
-  static constexpr int64_t kPrefetch = 2048;
+  static constexpr int64_t kPrefetch = 8192;
 
   static void dot(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* x, int64_t rows,
                   float* y, int64_t ldy) {

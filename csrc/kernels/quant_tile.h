@@ -60,7 +60,7 @@ inline void for_groups(const uint8_t* x, int64_t group_bytes, int64_t rows, cons
   const int64_t groups = (rows + kCols - 1) / kCols, share = (next_bytes + groups - 1) / groups;
   for (int64_t g = 0; g < groups; g++, x += group_bytes, y += kCols * ldy) {
     for (int64_t i = g * share; i < std::min(next_bytes, (g + 1) * share); i += 64) {
-      S::prefetch_second_level(next + i);
+      S::prefetch(next + i);
     }
     with_count<kCols>(rows - g * kCols, [&](auto cols) { group(cols, x, start, y); });
     if (start != nullptr) start += kCols * ld_start;

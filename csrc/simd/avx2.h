@@ -164,8 +164,7 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
   }
   static Floats load_half(const uint8_t* p) { return _mm256_cvtph_ps(load16(p)); }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-  static void prefetch_second_level(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   // Attention over latents.
   static constexpr int kLatentKeys = 4, kLatentCodeKeys = 4, kLatentColumns = 4;
