@@ -127,7 +127,9 @@ def test_synth_writes_what_inspect_reads(kvfold: Kvfold, tmp_path: Path) -> None
     file = tmp_path / "one-layer.gguf"
     done = kvfold("synth", "tiny", file, "--layers", "1", "--type", "q8_0", "--legacy-kv-b", "--seed", "7")
     assert (done.code, done.out) == (0, "")
-    assert done.err.startswith(f"{file}: 1 layers, ")
+    size, written = done.err.splitlines()
+    assert size.startswith(f"{file}: about 2.0") and size.endswith(" MiB to write")
+    assert written.startswith(f"{file}: 1 layers, ")
     found = json.loads(kvfold("inspect", "--json", file).out)
     assert (found["refusal"], found["kv_layout"]) == ("", "kv_b")
     assert found["types"][0]["type"] == "Q8_0"
