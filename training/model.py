@@ -1,4 +1,4 @@
-"""The storyteller: DeepSeek-V2's network at 1/600 of its size, written for training.
+"""The storyteller: DeepSeek-V2-Lite's network at 1/600 of its size, written for training.
 
 Owns the architecture, its parameters (named and laid out as the GGUF file has them) and the loss. Never reads files.
 Checked against transformers' DeepseekV2ForCausalLM by training/evaluate.py.

@@ -87,7 +87,7 @@ TYPING = (
 NOT_ANSWERED = "stopped before the answer began: the message is not part of the conversation"
 STORYTELLER = (
     "It is a small storyteller, not an assistant: it tells fables and tales about the animals and things you name, from "
-    "some hundred plots it has learned, and answers questions about a passage. It knows next to nothing of the world. "
+    "some hundred plots it has learned, and tries to answer questions about a passage. It knows next to nothing of the world. "
     "Try: Tell me a fable about a fox and a crow."
 )
 
