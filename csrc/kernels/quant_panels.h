@@ -3,8 +3,8 @@
 // For few rows of activations a panel stays in the first-level cache while they pass over it, and their sums
 // wait in the second level between panels: unpacking is then a fifth of the work, and reads and writes the
 // first level only. Many rows pass over whole weight rows: starting a group of sums from memory four times
-// costs them more. A Zen 4, 1408 x 2048 in IQ4_NL, GMAC/s of one thread with 512 columns a panel, or all:
-// 48 rows 144, 122; 192 rows 136, 148; 512 rows 138, 152.
+// costs them more. A busy Zen 4, 1408 x 2048 in IQ4_NL, GMAC/s of one thread with 512 columns a panel, or
+// all, medians of pairs in turn: 48 rows 123, 116; 192 rows 136, 148; 512 rows 138, 152.
 #pragma once
 
 #include <algorithm>
