@@ -27,7 +27,7 @@ from kvfold.backends.native import _segment
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, encode
 from kvfold.config import MlaConfig
 from kvfold.mla.absorb import KvUp
-from kvfold.model.program import Recorder, Value, record
+from kvfold.model.program import Program, Recorder, Value, record
 from kvfold.quant.types import BlockType, by_name
 
 Bytes = NDArray[np.uint8]
@@ -90,6 +90,25 @@ def all_of(kernels: _native.Kernels, t: BlockType, weights: Bytes, x: Floats, ou
         kernels.linear(t.id, matrix, x, out)
 
 
+def program_of(
+    recorded: Program,
+    stored: dict[str, tuple[object, ...]],
+    cache_type: CacheType,
+    cache: NDArray[np.generic],
+    args: argparse.Namespace,
+) -> _native.Program:
+    """The recording over one cache array. stored: by weight name its type number, rows, columns and parts."""
+    return _native.Program(
+        [_segment(s) for s in recorded.segments],
+        [(name, *stored[name]) for name in recorded.weight_names],
+        list(CacheType).index(cache_type),
+        [cache.view(np.uint16) if cache_type is CacheType.F16 else cache],
+        args.threads,
+        args.workspace << 20,
+        args.dtype == "int8",
+    )
+
+
 class Prompt:
     """append_latent and attend_expanded of one layer, recorded by themselves. V2-Lite: 16 heads of 128 + 64 and 128,
     512 latents."""
@@ -112,15 +131,7 @@ class Prompt:
         }
         self.rows, self.pages = rows, -(-rows // 64)
         cache = np.empty((1, self.pages, 64, mla.latent_dim), np.float32)
-        self.program = _native.Program(
-            [_segment(s) for s in recorded.segments],
-            [(name, *stored[name]) for name in recorded.weight_names],
-            0,
-            [cache],
-            args.threads,
-            args.workspace << 20,
-            args.dtype == "int8",
-        )
+        self.program = program_of(recorded, stored, CacheType.F32, cache, args)
 
     def segment_name(self, index: int) -> str:
         return ("embed", "attend")[index]
@@ -213,15 +224,7 @@ class Absorbed:
         shape = (self.layers, self.pages, PAGE_TOKENS, cache_type.columns(mla.latent_dim))
         cache = np.empty(shape, cache_type.storage)
         cache[:] = encode(page, cache_type)
-        self.program = _native.Program(
-            [_segment(s) for s in recorded.segments],
-            [(name, *stored[name]) for name in recorded.weight_names],
-            list(CacheType).index(cache_type),
-            [cache.view(np.uint16) if cache_type is CacheType.F16 else cache],
-            args.threads,
-            args.workspace << 20,
-            args.dtype == "int8",
-        )
+        self.program = program_of(recorded, stored, cache_type, cache, args)
 
     def segment_name(self, index: int) -> str:
         return ("embed", "attend")[index]
