@@ -9,7 +9,6 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 
 from kvfold.backends import gpu
@@ -194,7 +193,7 @@ def plan_for(
 
 def embedded_model() -> Path:
     """The storyteller that ships with the package."""
-    return Path(str(files("kvfold"))) / "embedded" / "storyteller.gguf"
+    return Path(__file__).parent / "embedded" / "storyteller.gguf"
 
 
 def cache_layout(config: ModelConfig, settings: Settings) -> CacheLayout:

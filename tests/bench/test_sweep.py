@@ -25,7 +25,7 @@ def checkpoint() -> Checkpoint:
 
 
 def results(
-    checkpoint: Checkpoint, cases: list[Case], opponent: Opponent | None = None, **lists: Any
+    checkpoint: Checkpoint, cases: list[Case], opponents: tuple[Opponent, ...] = (), **lists: Any
 ) -> list[Result]:
     settings: dict[str, Any] = {
         "mla": ["auto"],
@@ -38,7 +38,7 @@ def results(
         "workspace_bytes": 64 << 20,
     }
     chosen = variants(cases, **(settings | lists))
-    return list(sweep(checkpoint, chosen, cases, repetitions=3, opponent=opponent))
+    return list(sweep(checkpoint, chosen, cases, repetitions=3, opponents=opponents))
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_rows_have_llama_benchs_fields_and_arithmetic(checkpoint: Checkpoint) ->
         assert (found["type_k"], found["flash_attn"], found["mla_attn"], found["n_threads"]) == ("f16", -1, -1, 1)
         assert found["backend"] == "native" and found["isa"]
         assert found["ceilings"]["int8"]["best_gmacs"] >= found["ceilings"]["int8"]["gmacs"] > 0
-        assert "opponent" not in found
+        assert "opponents" not in found
     prompt, generation = rows[2], rows[3]
     assert prompt["bound_by"] == "int8" and "token_ms" not in prompt
     assert generation["bound_by"] == "read"
@@ -196,25 +196,43 @@ print("]")
 def opponent(tmp_path: Path) -> Opponent:
     script = tmp_path / "llama bench.py"
     script.write_text(SCRIPT)
-    return Opponent.parse(f'{sys.executable} "{script}" "{tmp_path / "count"}"')
+    [parsed] = Opponent.parse_all(f'{sys.executable} "{script}" "{tmp_path / "count"}"')
+    return parsed
 
 
 def test_an_opponent_runs_once_a_round_and_its_rates_pair_with_ours(
     checkpoint: Checkpoint, opponent: Opponent
 ) -> None:
-    prompt, alone, generation = results(checkpoint, [Case(20, 0, 0), Case(21, 0, 0), Case(0, 6, 70)], opponent)
-    assert prompt.pairs is not None and generation.pairs is not None
-    assert prompt.pairs.samples_ts == (100.0, 200.0, 300.0)
+    cases = [Case(20, 0, 0), Case(21, 0, 0), Case(0, 6, 70)]
+    prompt, alone, generation = results(checkpoint, cases, (opponent,))
+    [beside], [beside_generation] = prompt.pairs, generation.pairs
+    assert beside.samples_ts == (100.0, 200.0, 300.0)
     ratios = tuple(ours / theirs for ours, theirs in zip(prompt.samples_ts, (100.0, 200.0, 300.0), strict=True))
-    assert prompt.pairs.ratios == ratios
-    assert generation.pairs.samples_ts == (40.0, 40.0, 40.0)  # the median of an opponent's own repetitions
-    assert alone.pairs is None
-    found = row(prompt)["opponent"]
-    assert found["median_ratio"] == sorted(ratios)[1]
+    assert beside.ratios == ratios
+    assert beside_generation.samples_ts == (40.0, 40.0, 40.0)  # the median of an opponent's own repetitions
+    assert alone.pairs == ()
+    [found] = row(prompt)["opponents"]
+    assert found["median_ratio"] == row(prompt)["ratio_to_best"] == sorted(ratios)[1]
     assert found["command"] == opponent.command
     lines = list(markdown([row(prompt), row(alone)]))
-    assert "opponent t/s" in lines[0] and f"200.00 ± 100.00 | {found['median_ratio']:.2f} x |" in lines[2]
+    cells = [cell.strip() for cell in lines[2].split("|")]
+    assert "opponents t/s" in lines[0]
+    assert cells[-3:-1] == ["200.00 ± 100.00", f"{found['median_ratio']:.2f} x"]
     assert len({len(line) for line in lines[:4]}) == 1
+
+
+def test_the_ratio_is_to_the_fastest_opponent_of_each_round(
+    checkpoint: Checkpoint, opponent: Opponent, tmp_path: Path
+) -> None:
+    steady = tmp_path / "steady.py"
+    steady.write_text("""print('[{"n_prompt": 20, "n_gen": 0, "n_depth": 0, "samples_ts": [150.0]}]')""")
+    both = Opponent.parse_all(f"{opponent.command}; {sys.executable} {steady}")
+    assert both[0] == opponent
+    [prompt] = results(checkpoint, [Case(20, 0, 0)], both)
+    best = (150.0, 200.0, 300.0)  # beside 100, 200 and 300
+    ratios = [ours / theirs for ours, theirs in zip(prompt.samples_ts, best, strict=True)]
+    assert row(prompt)["ratio_to_best"] == pytest.approx(statistics.median(ratios))
+    assert len(row(prompt)["opponents"]) == 2
 
 
 def test_rows_are_found_between_other_lines() -> None:
@@ -241,6 +259,8 @@ def test_samples_that_are_no_rates_are_refused(samples: Any) -> None:
     ("command", "sentence"),
     [
         ("", "expected a command"),
+        ("llama-bench;; llama-bench", "expected a command"),
+        ("llama-bench; ", "expected a command"),
         ("llama-bench 'x", "No closing quotation"),
         ("/no/such/llama-bench -o json", "cannot be started: No such file"),
         (f"{sys.executable} -c 'import sys; sys.exit(\"no model\")'", "exit code 1: no model"),
@@ -249,11 +269,11 @@ def test_samples_that_are_no_rates_are_refused(samples: Any) -> None:
 )
 def test_an_opponent_that_does_not_answer_is_one_sentence(command: str, sentence: str) -> None:
     with pytest.raises(SettingError, match=sentence):
-        Opponent.parse(command).run()
+        Opponent.parse_all(command)[0].run()
 
 
 def test_an_opponent_that_runs_other_cases_is_refused_before_ours(
     checkpoint: Checkpoint, opponent: Opponent
 ) -> None:
     with pytest.raises(SettingError, match=r"ran pp20, tg6 @ d70, pp999, and none of tg5"):
-        results(checkpoint, [Case(0, 5, 0)], opponent)
+        results(checkpoint, [Case(0, 5, 0)], (opponent,))

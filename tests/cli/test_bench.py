@@ -64,7 +64,19 @@ def test_an_opponent_adds_its_rate_and_the_ratio(kvfold: Kvfold, tmp_path: Path)
     script.write_text('print(\'[{"n_prompt": 16, "n_gen": 0, "n_depth": 0, "samples_ts": [0.5]}]\')')
     done = kvfold("bench", *SMALL, "-p", "16", "-n", "0", "--opponent", f"{sys.executable} {script}")
     assert done.code == 0
-    assert "opponent t/s" in done.out and "0.50 ± 0.00" in done.out
+    assert "opponents t/s" in done.out and "0.50 ± 0.00" in done.out
+
+
+def test_the_ratio_is_to_the_fastest_of_several_opponents(
+    kvfold: Kvfold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "peer.py"
+    script.write_text('import sys; print(\'[{"n_prompt": 16, "n_gen": 0, "samples_ts": [%s]}]\' % sys.argv[1])')
+    peer = f"{sys.executable} {script}"
+    monkeypatch.setenv("KVFOLD_OPPONENT", f"{peer} 0.25; {peer} 0.75")
+    [found] = json.loads(kvfold("bench", *SMALL, "-p", "16", "-n", "0", "-r", "1", "-o", "json").out)
+    assert [one["samples_ts"] for one in found["opponents"]] == [[0.25], [0.75]]
+    assert found["ratio_to_best"] == pytest.approx(found["avg_ts"] / 0.75)
 
 
 @pytest.mark.parametrize(

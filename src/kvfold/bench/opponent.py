@@ -30,17 +30,26 @@ class Opponent:
     argv: tuple[str, ...]
 
     @classmethod
-    def parse(cls, command: str) -> Opponent:
-        """Raises SettingError for quotes that do not close and for nothing at all."""
+    def parse_all(cls, commands: str) -> tuple[Opponent, ...]:
+        """Commands parted by semicolons. Raises SettingError for quotes that do not close and for nothing at all."""
+        words = shlex.shlex(commands, posix=True, punctuation_chars=";")
+        words.whitespace_split = True
+        words.commenters = ""
+        found: list[list[str]] = [[]]
         try:
-            argv = tuple(shlex.split(command))
+            for word in words:
+                if set(word) == {";"}:
+                    found += [[] for _ in word]
+                else:
+                    found[-1].append(word)
         except ValueError as error:
-            raise SettingError(f"opponent={command}: {error}.") from error
-        if not argv:
+            raise SettingError(f"opponent={commands}: {error}.") from error
+        if not all(found):
             raise SettingError(
-                "opponent: expected a command such as 'llama-bench -m FILE -p 512 -n 0 -r 1 -o json'."
+                "opponent: expected a command such as 'llama-bench -m FILE -p 512 -n 0 -r 1 -o json', or several "
+                "parted by ';'."
             )
-        return cls(argv)
+        return tuple(cls(tuple(argv)) for argv in found)
 
     @property
     def command(self) -> str:

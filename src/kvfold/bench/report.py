@@ -32,7 +32,8 @@ def row(result: Result) -> dict[str, Any]:
 
     Ours: rates and shares are those of `bound_by`, "int8" multiply-adds for prompts, bytes "read" for generation; a
     share is a sample's rate over the ceiling measured just after it, and `share` the median of them. token_ms and
-    read_ms pool all generated tokens, and all reads of a token's weights that were made beside them.
+    read_ms pool all generated tokens, and all reads of a token's weights that were made beside them. ratio_to_best is
+    the median over the rounds of ours over the fastest opponent's.
     """
     loaded, settings, case = result.loaded, result.variant.settings, result.case
     ns = [sample.run.ns for sample in result.samples]
@@ -85,8 +86,9 @@ def row(result: Result) -> dict[str, Any]:
     if result.variant.settings.profile:
         beside = [sample.ceilings for sample in result.samples]
         values["profile"] = lines_of(merged([sample.profile for sample in result.samples]), beside)
-    if result.pairs is not None:
-        values["opponent"] = asdict(result.pairs) | {"median_ratio": result.pairs.median_ratio}
+    if result.pairs:
+        values["opponents"] = [asdict(pairs) | {"median_ratio": pairs.median_ratio} for pairs in result.pairs]
+        values["ratio_to_best"] = result.ratio_to_best
     return values
 
 
@@ -178,12 +180,12 @@ _COLUMNS = (
     ">of ceiling",
 )
 _TIMES = (">p99/p50", ">of reads")
-_AGAINST = (">opponent t/s", ">ratio")
+_AGAINST = (">opponents t/s", ">ratio to the best")
 
 
 def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A table of llama-bench's columns and the share of the ceiling, and what was measured beside it, line by line."""
-    has_times, has_pairs = (any(field in row for row in rows) for field in ("token_ms", "opponent"))
+    has_times, has_pairs = (any(field in row for row in rows) for field in ("token_ms", "opponents"))
     columns = (*_COLUMNS, *(_TIMES if has_times else ()), *(_AGAINST if has_pairs else ()))
     cells = [
         [*_cells(row), *(_times(row) if has_times else ()), *(_against(row) if has_pairs else ())] for row in rows
@@ -226,10 +228,11 @@ def _times(row: dict[str, Any]) -> list[str]:
 
 
 def _against(row: dict[str, Any]) -> list[str]:
-    if "opponent" not in row:
+    if "opponents" not in row:
         return ["", ""]
-    theirs = row["opponent"]["samples_ts"]
-    return [f"{statistics.mean(theirs):.2f} ± {deviation(theirs):.2f}", f"{row['opponent']['median_ratio']:.2f} x"]
+    theirs = [one["samples_ts"] for one in row["opponents"]]
+    rates = [f"{statistics.mean(samples):.2f} ± {deviation(samples):.2f}" for samples in theirs]
+    return [", ".join(rates), f"{row['ratio_to_best']:.2f} x"]
 
 
 def _in_units(value: int, large: tuple[int, str], small: tuple[int, str]) -> str:

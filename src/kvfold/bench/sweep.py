@@ -1,4 +1,4 @@
-"""Which cases are run, under which settings, in which order: round after round, in turn with an opponent.
+"""Which cases are run, under which settings, in which order: round after round, in turn with opponents.
 
 A round takes one sample of every case, so a machine that slows down slows all of them, and the pairs of a round saw
 the same machine.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -146,7 +146,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Result:
-    """All samples of one case under one variant. pairs: None without an opponent, or where it did not run the case."""
+    """All samples of one case under one variant. pairs: of each opponent that ran the case in every round."""
 
     variant: Variant
     loaded: Loaded
@@ -154,12 +154,19 @@ class Result:
     case: Case
     samples: tuple[Sample, ...]
     discarded: tuple[Discarded, ...]
-    pairs: Pairs | None
+    pairs: tuple[Pairs, ...]
 
     @property
     def samples_ts(self) -> tuple[float, ...]:
         """Tokens a second."""
         return tuple(1e9 * self.case.num_tokens / sample.run.ns for sample in self.samples)
+
+    @property
+    def ratio_to_best(self) -> float:
+        """Median over the rounds of ours over the fastest opponent's of that round. ValueError without pairs."""
+        rounds = zip(*(pairs.ratios for pairs in self.pairs), strict=True)
+        worst: list[float] = [min(ratios) for ratios in rounds]
+        return statistics.median(worst)
 
 
 def sweep(
@@ -168,19 +175,19 @@ def sweep(
     cases: list[Case],
     *,
     repetitions: int,
-    opponent: Opponent | None = None,
+    opponents: Sequence[Opponent] = (),
     seed: int = 0,
     notice: Notice = lambda line: None,
 ) -> Iterator[Result]:
     """The results of every variant, one after the other, each when its last round is over.
 
-    The opponent goes first in every round: a command that does not keep the contract fails before anything is
-    measured. Raises as load() and Opponent.run() do, and SettingError for one that runs none of the cases.
+    Opponents go first in every round: a command that does not keep the contract fails before anything is measured.
+    Raises as load() and Opponent.run() do, and SettingError for one that runs none of the cases.
     """
     for variant in variants:
         loaded = load(checkpoint, variant.settings)
         checkpoint = loaded.checkpoint  # its copy of the weights serves the other variants too
-        yield from _measure(loaded, variant, cases, repetitions, opponent, seed, notice)
+        yield from _measure(loaded, variant, cases, repetitions, opponents, seed, notice)
 
 
 def _measure(
@@ -188,7 +195,7 @@ def _measure(
     variant: Variant,
     cases: list[Case],
     repetitions: int,
-    opponent: Opponent | None,
+    opponents: Sequence[Opponent],
     seed: int,
     notice: Notice,
 ) -> Iterator[Result]:
@@ -197,11 +204,11 @@ def _measure(
     rig = Rig(loaded, cases, batch_rows=rows, seed=seed)
     samples: dict[Case, list[Sample]] = {case: [] for case in cases}
     discarded: dict[Case, list[Discarded]] = {case: [] for case in cases}
-    theirs: dict[Case, list[float]] = {case: [] for case in cases}
+    theirs = [_Rates(opponent, cases) for opponent in opponents]
     for number in range(1, repetitions + 1):
-        if opponent is not None:
-            _add_rates(opponent, theirs)
-            notice(f"{number} of {repetitions}: opponent done")
+        for rates in theirs:
+            rates.run()
+            notice(f"{number} of {repetitions}: opponent {rates.opponent.argv[0]} done")
         for case in cases:
             if number == 1:
                 rig.warm_up(case)
@@ -212,24 +219,31 @@ def _measure(
             notice(f"{number} of {repetitions}: {case.name} {rate:.2f} t/s")
     for case in cases:
         result = Result(
-            variant, loaded, rig.meter.peak_isa, case, tuple(samples[case]), tuple(discarded[case]), pairs=None
+            variant, loaded, rig.meter.peak_isa, case, tuple(samples[case]), tuple(discarded[case]), pairs=()
         )
-        yield result if opponent is None else _paired(result, opponent, theirs[case])
+        ours = result.samples_ts
+        pairs = (rates.beside(case, ours) for rates in theirs if len(rates.of[case]) == repetitions)
+        yield replace(result, pairs=tuple(pairs))
 
 
-def _add_rates(opponent: Opponent, theirs: dict[Case, list[float]]) -> None:
-    rates = opponent.run()
-    if not theirs.keys() & rates.keys():
-        raise SettingError(
-            f"opponent {opponent.command}: ran {', '.join(case.name for case in rates)}, and none of "
-            f"{', '.join(case.name for case in theirs)}. Give both the same -p, -n and -d."
-        )
-    for case in theirs.keys() & rates.keys():
-        theirs[case].append(rates[case])
+class _Rates:
+    """An opponent's tokens a second of the cases it ran, round after round."""
 
+    def __init__(self, opponent: Opponent, cases: list[Case]) -> None:
+        self.opponent = opponent
+        self.of: dict[Case, list[float]] = {case: [] for case in cases}
 
-def _paired(result: Result, opponent: Opponent, theirs: list[float]) -> Result:
-    if len(theirs) != len(result.samples):
-        return result
-    ratios = tuple(ours / other for ours, other in zip(result.samples_ts, theirs, strict=True))
-    return replace(result, pairs=Pairs(opponent.command, tuple(theirs), ratios))
+    def run(self) -> None:
+        rates = self.opponent.run()
+        if not self.of.keys() & rates.keys():
+            raise SettingError(
+                f"opponent {self.opponent.command}: ran {', '.join(case.name for case in rates)}, and none of "
+                f"{', '.join(case.name for case in self.of)}. Give both the same -p, -n and -d."
+            )
+        for case in self.of.keys() & rates.keys():
+            self.of[case].append(rates[case])
+
+    def beside(self, case: Case, ours: tuple[float, ...]) -> Pairs:
+        theirs = tuple(self.of[case])
+        ratios = tuple(mine / other for mine, other in zip(ours, theirs, strict=True))
+        return Pairs(self.opponent.command, theirs, ratios)

@@ -1,4 +1,4 @@
-"""`kvfold bench`: llama-bench's table, with ceilings and an opponent measured in the same run."""
+"""`kvfold bench`: llama-bench's table, with ceilings and opponents measured in the same run."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def bench(
     deterministic: Deterministic = False,
     check_numerics: CheckNumerics = False,
     profile: Profile = False,
-    opponent: Annotated[
+    opponents: Annotated[
         str | None,
         typer.Option(
             "--opponent",
@@ -174,7 +174,8 @@ def bench(
             envvar="KVFOLD_OPPONENT",
             show_default=False,
             help="Another llama-bench to run in turn with ours, once a sample: 'llama-bench -m FILE -p 512 -n 128 -r 1 "
-            "-o json'. No shell reads it: variables go in front, as `env NAME=VALUE`.",
+            "-o json'. No shell reads it: variables go in front, as `env NAME=VALUE`. A semicolon parts several, and "
+            "the ratio is to the fastest of each round.",
         ),
     ] = None,
     output: Annotated[
@@ -218,14 +219,14 @@ def bench(
         check_numerics=check_numerics,
         profile=profile,
     )
-    against = None if opponent is None else Opponent.parse(opponent)
+    against = () if opponents is None else Opponent.parse_all(opponents)
     if shape is not None and model is not None:
         given = [name for name in ("model", "shape") if _is_from_command_line(context, name)]
         if len(given) == 2:
             raise typer.BadParameter(f"{model} and --shape {shape}: one of them is measured.")
         model, shape = (model, None) if given == ["model"] else (None, shape)
     checkpoint = _open(model) if shape is None else _make(shape, layers, type, legacy_kv_b, seed)
-    results = sweep(checkpoint, chosen, cases, repetitions=repetitions, opponent=against, seed=seed, notice=note)
+    results = sweep(checkpoint, chosen, cases, repetitions=repetitions, opponents=against, seed=seed, notice=note)
     rows = [row(result) for result in results]
     if output is Format.JSON:
         print_json(rows)
