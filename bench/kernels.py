@@ -85,6 +85,11 @@ def bench_dot(kernels: _native.Kernels, clock: Clock, args: argparse.Namespace) 
             )
 
 
+def float_peak(meter: _native.Meter) -> float:
+    """GMAC/s of bfloat16, or of float32 where the machine has no instruction for it."""
+    return (meter.multiply_adds("bf16", 0.05)[1] or meter.multiply_adds("f32", 0.05)[1]) / 1e9
+
+
 def all_of(kernels: _native.Kernels, t: BlockType, weights: Bytes, x: Floats, out: Floats) -> None:
     for matrix in weights:
         kernels.linear(t.id, matrix, x, out)
@@ -177,7 +182,7 @@ def bench_prompt(clock: Clock, args: argparse.Namespace) -> None:
     meter = _native.Meter([], args.threads)
     print(f"prompts, {args.heads} heads, {args.layout}, {args.threads} threads, {args.dtype}, {_native.isa()}")
     print(
-        "| type | rows | expand GMAC/s | share of int8 | attend useful GMAC/s | share of bf16 | both ms |\n|---|---|---|---|---|---|---|"
+        "| type | rows | expand GMAC/s | share of int8 | attend useful GMAC/s | share of bf16 or f32 | both ms |\n|---|---|---|---|---|---|---|"
     )
     for name in args.types.split(","):
         for rows in args.rows or [512, 2048, 8192]:
@@ -187,7 +192,7 @@ def bench_prompt(clock: Clock, args: argparse.Namespace) -> None:
             for _ in range(args.repeat):
                 int8.append(meter.multiply_adds("int8", 0.05)[1] / 1e9)
                 expands.append(prompt.seconds(clock, 1))  # one row: all of the expansion, next to no attention
-                bf16.append(meter.multiply_adds("bf16", 0.05)[1] / 1e9)
+                bf16.append(float_peak(meter))
                 attends.append(prompt.seconds(clock, rows) - expands[-1])
             heads = args.heads
             expand, attend = rows * heads * 256 * 512 / 1e9, rows * (rows + 1) / 2 * heads * 320 / 1e9
@@ -268,7 +273,7 @@ def bench_absorbed(clock: Clock, args: argparse.Namespace) -> None:
         f"absorbed, {args.heads} heads, {args.layers} layers, {args.layout}, {args.threads} threads, {args.dtype}, {_native.isa()}"
     )
     print(
-        "| type | cache | rows | depth | fold and unfold ms | attend ms | GMAC/s | share of bf16 |\n|---|---|---|---|---|---|---|---|"
+        "| type | cache | rows | depth | fold and unfold ms | attend ms | GMAC/s | share of bf16 or f32 |\n|---|---|---|---|---|---|---|---|"
     )
     for name, cache in product(args.types.split(","), args.cache.split(",")):
         depths = [int(depth) for depth in args.depths.split(",")]
@@ -277,7 +282,7 @@ def bench_absorbed(clock: Clock, args: argparse.Namespace) -> None:
             folds, attends, bf16 = [], [], []
             rig.seconds(clock, rows, depth)
             for _ in range(args.repeat):
-                bf16.append(meter.multiply_adds("bf16", 0.05)[1] / 1e9)
+                bf16.append(float_peak(meter))
                 folds.append(rig.seconds(clock, rows, 1))  # one key is next to no attention
                 attends.append(rig.seconds(clock, rows, depth) - folds[-1])
             work = rows * depth * args.heads * args.layers * (576 + 512) / 1e9
@@ -309,10 +314,10 @@ def bench_tile(kernels: _native.Kernels, clock: Clock, args: argparse.Namespace)
                 weights = huge_weights(t, copies * n, k).reshape(copies, n, -1)
                 x = np.random.default_rng(2).standard_normal((count, k)).astype(np.float32)
                 out = np.empty((count, n), np.float32)
-                what = {"int8": "int8", "bf16": "bf16", "float32": "bf16"}[_native.kernel_types()[t.id]]
+                is_int8 = _native.kernel_types()[t.id] == "int8"
                 values, ceiling = [], []
                 for _ in range(args.repeat):
-                    ceiling.append(meter.multiply_adds(what, 0.05)[1] / 1e9)
+                    ceiling.append(meter.multiply_adds("int8", 0.05)[1] / 1e9 if is_int8 else float_peak(meter))
                     seconds = clock(partial(all_of, kernels, t, weights, x, out))
                     values.append(copies * n * k * count / seconds / 1e9)
                 share = statistics.median(v / c for v, c in zip(values, ceiling, strict=True))

@@ -21,16 +21,27 @@ constexpr int64_t kMostTileKeys = 2048, kLeastTileKeys = 256;
 // The numbers of a head as panels hold them.
 struct HeadShape {
   int64_t heads, nope, rope, v;
+  int64_t word_numbers;
 
-  int64_t nope_pairs() const { return pairs_of(nope); }
-  int64_t rope_pairs() const { return pairs_of(rope); }
-  int64_t pairs() const { return nope_pairs() + rope_pairs(); }
+  int64_t nope_words() const { return ceil_div(nope, word_numbers); }
+  int64_t rope_words() const { return ceil_div(rope, word_numbers); }
+  int64_t qk_words() const { return nope_words() + rope_words(); }
   int64_t width() const { return panels_of(v) * kPanelLanes; }
-  int64_t head_words() const { return nope_pairs() + width() / 2; }  // a key of a head
+  int64_t key_words() const { return nope_words() + width() / word_numbers; }  // of one head
   int64_t qk() const { return nope + rope; }
 };
-HeadShape latent_shape(const MlaDims& dims) { return {dims.heads, dims.nope, dims.rope, dims.v}; }
-HeadShape full_shape(const MlaDims& dims) { return {dims.heads, dims.qk(), 0, dims.v}; }
+HeadShape latent_shape(const MlaDims& dims, int64_t word_numbers) {
+  return {dims.heads, dims.nope, dims.rope, dims.v, word_numbers};
+}
+HeadShape full_shape(const MlaDims& dims, int64_t word_numbers) {
+  return {dims.heads, dims.qk(), 0, dims.v, word_numbers};
+}
+HeadShape shape_of(const MlaDims& dims, Path path) {
+  const int64_t word_numbers = isa().pairs->word_numbers;
+  return path == Path::kDecompressed ? latent_shape(dims, word_numbers) : full_shape(dims, word_numbers);
+}
+// A member's scratch outlives a change of the instruction set: it has room for the longest words.
+constexpr int64_t kLongestWords = 1;
 
 // How many heads and keys of a sequence stand expanded at a time, and how many rows' scores are stored.
 struct TileSizes {
@@ -45,15 +56,15 @@ int64_t latent_floats(const MlaDims& dims, Path path, int64_t keys) {
 
 TileSizes tile_sizes(const Machine& machine, const MlaDims& dims, Path path, int64_t rows, int64_t num_keys,
                      bool fused) {
-  const HeadShape shape = path == Path::kDecompressed ? latent_shape(dims) : full_shape(dims);
+  const HeadShape shape = shape_of(dims, path);
   const int64_t all_keys = ceil_div(num_keys, kBlockKeys) * kBlockKeys;
   const int64_t budget = fused ? machine.shared_floats : machine.shared_floats / 2;
   const int64_t state_floats = 2 * rows;
   const auto fixed = [&](int64_t keys) {  // and what rounding up to whole lines costs
-    return latent_floats(dims, path, keys) + keys * shape.rope_pairs() + 5 * kLineFloats;
+    return latent_floats(dims, path, keys) + keys * shape.rope_words() + 5 * kLineFloats;
   };
   const auto heads_for = [&](int64_t keys) {
-    return std::min(shape.heads, (budget - fixed(keys)) / (keys * shape.head_words() + state_floats));
+    return std::min(shape.heads, (budget - fixed(keys)) / (keys * shape.key_words() + state_floats));
   };
   TileSizes tiles{0, std::min(all_keys, kMostTileKeys), rows, 0};
   // All heads at once round latents once; fewer keys then cost little.
@@ -62,7 +73,7 @@ TileSizes tile_sizes(const Machine& machine, const MlaDims& dims, Path path, int
   tiles.heads = heads_for(tiles.keys);
   const char* op = path == Path::kDecompressed ? "attend_expanded" : "attend_full";
   if (tiles.heads < 1) {
-    const int64_t least = fixed(tiles.keys) + tiles.keys * shape.head_words() + state_floats;
+    const int64_t least = fixed(tiles.keys) + tiles.keys * shape.key_words() + state_floats;
     refuse_workspace(op, fused ? least : 2 * least, machine.shared_floats);
   }
   if (!fused) {
@@ -80,25 +91,25 @@ TileSizes tile_sizes(const Machine& machine, const MlaDims& dims, Path path, int
 struct KeyTile {
   HeadShape shape;
   int64_t keys;    // that it has room for
-  uint32_t* nope;  // [heads, panels of keys, nope_pairs, lanes]
-  uint32_t* rope;  // [panels of keys, rope_pairs, lanes]
-  uint32_t* v;     // [heads, panels of columns, pairs of keys, lanes]
+  uint32_t* nope;  // [heads, panels of keys, nope_words, lanes]
+  uint32_t* rope;  // [panels of keys, rope_words, lanes]
+  uint32_t* v;     // [heads, panels of columns, words of keys, lanes]
 
   uint32_t* nope_of(int64_t h, int64_t key) const {
-    return nope + (h * keys + key) * shape.nope_pairs();  // key at a panel
+    return nope + (h * keys + key) * shape.nope_words();  // key at a panel
   }
-  int64_t v_stride() const { return keys / 2 * kPanelLanes; }
+  int64_t v_stride() const { return keys / shape.word_numbers * kPanelLanes; }
   uint32_t* v_of(int64_t h, int64_t key) const {  // key even
-    return v + h * panels_of(shape.v) * v_stride() + key / 2 * kPanelLanes;
+    return v + h * panels_of(shape.v) * v_stride() + key / shape.word_numbers * kPanelLanes;
   }
-  KeyPanels panels(int64_t h) const { return {nope_of(h, 0), shape.nope_pairs(), rope, shape.rope_pairs()}; }
+  KeyPanels panels(int64_t h) const { return {nope_of(h, 0), shape.nope_words(), rope, shape.rope_words()}; }
 
   // Numbers [at, at + columns) of keys [key, key + n) of a head; `at` and `key` at panels.
   void put_k(int64_t h, int64_t key, int64_t n, int64_t at, int64_t columns, const float* y,
              int64_t stride) const {
     for (int64_t i = 0; i < n; i += kPanelLanes) {
       isa().pairs->pack_keys(y + i * stride, stride, std::min(kPanelLanes, n - i), columns,
-                             nope_of(h, key + i) + at / 2 * kPanelLanes);
+                             nope_of(h, key + i) + at / shape.word_numbers * kPanelLanes);
     }
   }
   void put_v(int64_t h, int64_t key, int64_t n, int64_t at, int64_t columns, const float* y,
@@ -141,7 +152,7 @@ struct LatentSource {
         for (int64_t i = 0; i < keys; i += kPanelLanes) {
           isa().pairs->pack_keys(rows + i * dims.latent() + dims.kv_lora, dims.latent(),
                                  std::min(kPanelLanes, keys - i), dims.rope,
-                                 tile.rope + (key + i) * tile.shape.rope_pairs());
+                                 tile.rope + (key + i) * tile.shape.rope_words());
         }
       });
       rounded = first;
@@ -187,19 +198,19 @@ struct FullSource {
 
 // What a member computes a unit of rows in.
 struct UnitMemory {
-  uint32_t* q;        // [groups, pairs, kGroupRows]
+  uint32_t* q;        // [groups, qk_words, kGroupRows]
   float* values;      // [kUnitRows, width]
   float* scores;      // [kGroupRows, kBlockKeys]
-  uint16_t* weights;  // the same
+  uint32_t* weights;  // [kGroupRows, words of kBlockKeys]
 
   static int64_t floats(const HeadShape& shape) {
-    return kUnitRows * (shape.pairs() + shape.width()) + kGroupRows * kBlockKeys * 3 / 2;
+    return kUnitRows * (shape.qk_words() + shape.width()) + kGroupRows * kBlockKeys * 2;
   }
   UnitMemory(const HeadShape& shape, float* memory)
       : q(reinterpret_cast<uint32_t*>(memory)),
-        values(memory + kUnitRows * shape.pairs()),
+        values(memory + kUnitRows * shape.qk_words()),
         scores(values + kUnitRows * shape.width()),
-        weights(reinterpret_cast<uint16_t*>(scores + kGroupRows * kBlockKeys)) {}
+        weights(reinterpret_cast<uint32_t*>(scores + kGroupRows * kBlockKeys)) {}
 };
 
 struct Rows {
@@ -212,7 +223,7 @@ struct Rows {
   int64_t seen(int64_t row) const { return step.visible[first_row + row]; }
 
   void pack(int64_t head, int64_t row, int64_t count, uint32_t* to) const {
-    for (int64_t i = 0; i < count; i += kGroupRows, to += shape.pairs() * kGroupRows) {
+    for (int64_t i = 0; i < count; i += kGroupRows, to += shape.qk_words() * kGroupRows) {
       const float* from = q.row(first_row + row + i) + head * shape.qk();
       const int64_t rows = std::min(kGroupRows, count - i);
       // Rows of all heads are pages apart, which no processor reads ahead by itself.
@@ -222,7 +233,7 @@ struct Rows {
       }
       isa().pairs->pack_rows(from, q.stride, rows, shape.nope, to);
       isa().pairs->pack_rows(from + shape.nope, q.stride, rows, shape.rope,
-                             to + shape.nope_pairs() * kGroupRows);
+                             to + shape.nope_words() * kGroupRows);
     }
   }
   float* out_of(int64_t head, int64_t row) const { return out.row(first_row + row) + head * shape.v; }
@@ -328,7 +339,7 @@ struct RoundedAttention {
                     all.pack(head + h, row, count, memory.q);
                     for_seen(row, count, first, n,
                              [&](int64_t i, int64_t group, int64_t key, int64_t keys, int64_t seen) {
-                               all.meet(tile, h, key, keys, memory.q + i * all.shape.pairs(), group, seen,
+                               all.meet(tile, h, key, keys, memory.q + i * all.shape.qk_words(), group, seen,
                                         state + i, memory.values + i * all.shape.width(), memory);
                              });
                   });
@@ -349,7 +360,7 @@ struct RoundedAttention {
           const UnitMemory memory(all.shape, machine.of(member));
           all.pack(head + h, row, count, memory.q);
           for_seen(row, count, first, n, [&](int64_t i, int64_t group, int64_t key, int64_t keys, int64_t) {
-            pairs.scores(memory.q + i * all.shape.pairs(), group, tile.panels(h).from(key), keys,
+            pairs.scores(memory.q + i * all.shape.qk_words(), group, tile.panels(h).from(key), keys,
                          scores(h, row + i, first + key), tiles.stride);
           });
         });
@@ -395,9 +406,9 @@ struct SharedParts {
 };
 
 KeyTile key_tile(const HeadShape& shape, int64_t heads, int64_t keys, SharedParts& parts) {
-  uint32_t* nope = parts.words(heads * keys * shape.nope_pairs());
-  uint32_t* rope = parts.words(keys * shape.rope_pairs());
-  return {shape, keys, nope, rope, parts.words(heads * keys * shape.width() / 2)};
+  uint32_t* nope = parts.words(heads * keys * shape.nope_words());
+  uint32_t* rope = parts.words(keys * shape.rope_words());
+  return {shape, keys, nope, rope, parts.words(heads * keys * shape.width() / shape.word_numbers)};
 }
 
 template <class Source>
@@ -419,8 +430,8 @@ void check_rounded_fits(const Machine& machine, const MlaDims& dims, Path path, 
 }
 
 int64_t attend_expanded_rounded_floats(const MlaDims& dims, const KvUp& up) {
-  return std::max(
-      {expand_rounded_floats(dims, up), kLatentKeys * dims.latent(), UnitMemory::floats(latent_shape(dims))});
+  return std::max({expand_rounded_floats(dims, up), kLatentKeys * dims.latent(),
+                   UnitMemory::floats(latent_shape(dims, kLongestWords))});
 }
 
 void attend_expanded_rounded(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up,
@@ -433,7 +444,7 @@ void attend_expanded_rounded(const Machine& machine, const Step& step, const Mla
     SharedParts parts{machine.shared};
     float* latents = parts.take(rounded_latent_floats(dims, tiles.keys));
     LatentSource source{machine, step.page_list(sequence), cache, layer, {dims, up, latents, tiles.keys}};
-    const Rows all{step, latent_shape(dims), scale_log2e(scale), q, out, first_row};
+    const Rows all{step, shape_of(dims, Path::kDecompressed), scale_log2e(scale), q, out, first_row};
     attend_sequence(machine, all, source, tiles, parts, rows, num_keys, range.fused);
   }
 }
@@ -458,7 +469,7 @@ struct RunsOfKeys {
   int64_t shared_floats() const { return all.shape.heads * num_runs() * partial_floats(); }
 
   static int64_t member_floats(const HeadShape& shape) {
-    return UnitMemory::floats(shape) + kBlockKeys * shape.head_words() +
+    return UnitMemory::floats(shape) + kBlockKeys * shape.key_words() +
            kPageTokens * std::max(shape.nope, shape.v) + 3 * kLineFloats;
   }
 
@@ -508,7 +519,7 @@ struct RunsOfKeys {
 }  // namespace
 
 int64_t attend_full_rounded_floats(const MlaDims& dims) {
-  return RunsOfKeys::member_floats(full_shape(dims));
+  return RunsOfKeys::member_floats(full_shape(dims, kLongestWords));
 }
 
 void attend_full_rounded(const Machine& machine, const Step& step, const MlaDims& dims, float scale,
@@ -519,7 +530,7 @@ void attend_full_rounded(const Machine& machine, const Step& step, const MlaDims
     const int64_t first_row = step.row_starts[sequence], rows = step.row_starts[sequence + 1] - first_row;
     const int64_t num_keys = step.kv_lens[sequence];
     FullSource source{machine, step.page_list(sequence), k_cache, v_cache, layer};
-    const Rows all{step, full_shape(dims), scale_log2e(scale), q, out, first_row};
+    const Rows all{step, shape_of(dims, Path::kStandard), scale_log2e(scale), q, out, first_row};
     const RunsOfKeys runs{machine, all, source, rows, num_keys};
     // Runs add up in another order than tiles, so not where a row's bits may not depend on its neighbours.
     const bool by_size = machine.form == ProductForm::kBySize;

@@ -1,11 +1,11 @@
 // Attention on bfloat16: its tiles, and the functions that an instruction set has for them.
 //
-// A word is two bfloat16 that a product adds up at once. Panels and groups have the same shape on every
-// instruction set, so what a workspace holds does not depend on which one runs.
+// Numbers are rounded to bfloat16 and lie in words as the instruction set multiplies them: two that a product
+// adds up at once, or one as the float32 it is (taking bfloat16 apart would cost as much as multiplying).
 //
-//   rows    groups of kGroupRows rows         [pairs of dim][kGroupRows]      what is multiplied: queries
-//   keys    panels of kPanelLanes keys        [pairs of dim][kPanelLanes]     what it is multiplied by: keys
-//   values  panels of kPanelLanes columns     [pairs of keys][kPanelLanes]    or any matrix by its columns
+//   rows    groups of kGroupRows rows         [words of dim][kGroupRows]      what is multiplied: queries
+//   keys    panels of kPanelLanes keys        [words of dim][kPanelLanes]     what it is multiplied by: keys
+//   values  panels of kPanelLanes columns     [words of keys][kPanelLanes]    or any matrix by its columns
 //
 // A sequence's keys meet in blocks of kBlockKeys that start at multiples of it, so that a row's bits depend
 // on its own keys alone. The softmax is defined in quant/attention.py: its maximum is a whole exponent, so
@@ -22,7 +22,6 @@ constexpr int64_t kGroupRows = 12;
 // The weighted values of a group are read and written once a block: 2 of 66 accesses a lane.
 constexpr int64_t kBlockKeys = 128;
 
-inline int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
 inline int64_t panels_of(int64_t n) { return (n + kPanelLanes - 1) / kPanelLanes; }
 
 // A row over the keys it has met.
@@ -34,20 +33,23 @@ struct Softmax {
 // Keys in two parts, the second shared by all heads.
 struct KeyPanels {
   const uint32_t* nope;
-  int64_t nope_pairs;
+  int64_t nope_words;
   const uint32_t* rope;
-  int64_t rope_pairs;
+  int64_t rope_words;
 
   KeyPanels from(int64_t key) const {
     const int64_t lanes = key / kPanelLanes * kPanelLanes;
-    return {nope + nope_pairs * lanes, nope_pairs, rope + rope_pairs * lanes, rope_pairs};
+    return {nope + nope_words * lanes, nope_words, rope + rope_words * lanes, rope_words};
   }
 };
 
 struct PairKernels {
+  int64_t word_numbers;  // 1 or 2
+  int64_t words_of(int64_t numbers) const { return (numbers + word_numbers - 1) / word_numbers; }
+
   void (*widen_f16)(const uint8_t* halves, int64_t n, float* to);
 
-  // Numbers to words, rounded to nearest even. Odd dimensions and keys are filled up with zeros.
+  // Numbers to words, rounded to nearest even; the last word is filled up with zeros.
   void (*pack_rows)(const float* x, int64_t stride, int64_t rows, int64_t dim, uint32_t* to);  // one group
   void (*pack_keys)(const float* x, int64_t stride, int64_t keys, int64_t dim,
                     uint32_t* to);  // up to kPanelLanes keys
@@ -63,13 +65,13 @@ struct PairKernels {
   // values of the row follow.
   void (*raise)(float* scores, int64_t stride, int64_t rows, int64_t seen, int64_t keys, float scale_log2e,
                 Softmax* states, float* values, int64_t width);
-  // weigh: weights[i * kBlockKeys + j] = 2^(score * scale_log2e - exponent) as bfloat16, 0 for keys up to
-  // the next even one that a row does not see; adds them up.
+  // weigh: number j of weights[i * words_of(kBlockKeys)] = 2^(score * scale_log2e - exponent) as bfloat16, 0
+  // for keys that a row does not see, to the end of the last row's last word; adds them up.
   void (*weigh)(float* scores, int64_t stride, int64_t rows, int64_t seen, int64_t keys, float scale_log2e,
-                Softmax* states, uint16_t* weights);
+                Softmax* states, uint32_t* weights);
   // values[i * panels * kPanelLanes + c] += sum of weights of row i times column c. Panels of v are v_stride
   // words apart.
-  void (*add_values)(const uint16_t* weights, int64_t rows, int64_t keys, const uint32_t* v, int64_t v_stride,
+  void (*add_values)(const uint32_t* weights, int64_t rows, int64_t keys, const uint32_t* v, int64_t v_stride,
                      int64_t panels, float* values);
 };
 

@@ -2,7 +2,7 @@
 // isa/pairs_*.cpp.
 //
 // Both products are one loop: words of up to S::kPairRows rows, each into every lane, times
-// S::kTileVectors vectors of a panel.
+// S::kPairVectors vectors of a panel.
 #pragma once
 
 #include <algorithm>
@@ -23,20 +23,23 @@ namespace {
 template <class S>
 struct PairTile {
   using Floats = typename S::Floats;
-  static constexpr int kVectors = S::kTileVectors, kRows = S::kPairRows;
+  using Number = typename S::Number;
+  static constexpr int64_t kNumbers = 4 / sizeof(Number);  // of a word
+  static constexpr int64_t kBlockWords = kBlockKeys / kNumbers;
+  static constexpr int kVectors = S::kPairVectors, kRows = S::kPairRows;
   static constexpr int kParts = kPanelLanes / (kVectors * S::kLanes);  // of a panel
   static_assert(kGroupRows % kRows == 0 && kParts * kVectors * S::kLanes == kPanelLanes);
 
-  // sum[v][r] += rows [r * row_step + i * step] times panel [i * kPanelLanes + v * kLanes], i < pairs.
+  // sum[v][r] += rows [r * row_step + i * step] times panel [i * kPanelLanes + v * kLanes], i < num_words.
   template <int row_step, int step, int rows>
-  static void multiply(const uint32_t* a, const uint32_t* panel, int64_t pairs,
+  static void multiply(const uint32_t* a, const uint32_t* panel, int64_t num_words,
                        Floats (&sum)[kVectors][rows]) {
-    for (int64_t i = 0; i < pairs; i++, a += step, panel += kPanelLanes) {
+    for (int64_t i = 0; i < num_words; i++, a += step, panel += kPanelLanes) {
       typename S::Ints w[kVectors];
       KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) w[v] = S::load_codes(panel + v * S::kLanes);
       KVFOLD_UNROLLED_PAIRS for (int r = 0; r < rows; r++) {
         const auto x = S::four_codes(a + r * row_step);
-        KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) sum[v][r] = S::dot_bf16(sum[v][r], w[v], x);
+        KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) sum[v][r] = S::add_words(sum[v][r], w[v], x);
       }
     }
   }
@@ -67,8 +70,8 @@ struct PairTile {
           KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) {
             KVFOLD_UNROLLED_PAIRS for (int r = 0; r < n; r++) sum[v][r] = S::zero();
           }
-          multiply<1, kGroupRows>(q + first, panel.nope + lane, k.nope_pairs, sum);
-          multiply<1, kGroupRows>(q + k.nope_pairs * kGroupRows + first, panel.rope + lane, k.rope_pairs,
+          multiply<1, kGroupRows>(q + first, panel.nope + lane, k.nope_words, sum);
+          multiply<1, kGroupRows>(q + k.nope_words * kGroupRows + first, panel.rope + lane, k.rope_words,
                                   sum);
           KVFOLD_UNROLLED_PAIRS for (int r = 0; r < n; r++) {
             KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) {
@@ -114,35 +117,34 @@ struct PairTile {
   }
 
   static void weigh(float* scores, int64_t stride, int64_t rows, int64_t seen, int64_t keys,
-                    float scale_log2e, Softmax* states, uint16_t* weights) {
+                    float scale_log2e, Softmax* states, uint32_t* weights) {
     const auto factor = S::set(scale_log2e);
-    const int64_t even = 2 * pairs_of(seen_by(rows - 1, seen, keys));
+    const int64_t last = (seen_by(rows - 1, seen, keys) + kNumbers - 1) / kNumbers * kNumbers;
     for (int64_t i = 0; i < rows; i++) {
       const int64_t n = seen_by(i, seen, keys);
-      uint16_t* to = weights + i * kBlockKeys;
+      const uint32_t* words = weights + i * kBlockWords;
+      auto* to = reinterpret_cast<Number*>(weights + i * kBlockWords);
       int64_t j = 0;
       if (n > 0) {
         float* row = scores + i * stride;
         hide_rest(row, n);
         const auto minus = S::set(-states[i].exponent);
         for (; j < n; j += S::kLanes) {
-          S::store_bf16(to + j, exp2<S>(S::fma(S::load(row + j), factor, minus)));
+          S::store_numbers(to + j, exp2<S>(S::fma(S::load(row + j), factor, minus)));
         }
-        for (; j % (2 * S::kLanes) != 0; j++) to[j] = 0;
+        for (; j % (kNumbers * S::kLanes) != 0; j++) to[j] = 0;
         auto sum = S::zero();
-        for (int64_t at = 0; at < j; at += 2 * S::kLanes) {
-          sum = S::dot_bf16(sum, S::load_codes(to + at), S::set_ints(0x3f803f80));  // times pairs of 1
+        for (int64_t at = 0; at < j / kNumbers; at += S::kLanes) {
+          sum = S::add_words(sum, S::load_codes(words + at), S::set_ints(S::kOnes));
         }
         states[i].sum += S::sum(sum);
       }
-      for (; j < even; j++) to[j] = 0;
+      for (; j < last; j++) to[j] = 0;
     }
   }
 
-  static void add_values(const uint16_t* weights, int64_t rows, int64_t keys, const uint32_t* v,
+  static void add_values(const uint32_t* weights, int64_t rows, int64_t keys, const uint32_t* v,
                          int64_t v_stride, int64_t panels, float* values) {
-    // Both in memory as 32-bit words: bfloat16 2 j and 2 j + 1 are word j.
-    const auto* words = reinterpret_cast<const uint32_t*>(weights);
     const int64_t width = panels * kPanelLanes;
     for (int64_t panel = 0; panel < panels; panel++, v += v_stride, values += kPanelLanes) {
       for_rows(rows, [&](int64_t first, auto count) {
@@ -156,7 +158,8 @@ struct PairTile {
               sum[c][r] = S::load(out + r * width + c * S::kLanes);
             }
           }
-          multiply<kBlockKeys / 2, 1>(words + first * (kBlockKeys / 2), v + lane, pairs_of(keys), sum);
+          multiply<kBlockWords, 1>(weights + first * kBlockWords, v + lane, (keys + kNumbers - 1) / kNumbers,
+                                   sum);
           KVFOLD_UNROLLED_PAIRS for (int r = 0; r < n; r++) {
             KVFOLD_UNROLLED_PAIRS for (int c = 0; c < kVectors; c++) {
               S::store(out + r * width + c * S::kLanes, sum[c][r]);
@@ -176,32 +179,35 @@ struct PairTile {
     S::store_first(to + i, S::load_half(last), n - i);
   }
 
-  static constexpr int64_t kChunk = 32;  // numbers rounded at a time: 64 bytes
+  static constexpr int64_t kChunk = 32;  // numbers rounded at a time
+  static constexpr int64_t kChunkWords = kChunk / kNumbers;
 
-  // Vectors are longer than a group is wide, or do not divide it: each overwrites what the one before had too
-  // much, and the last is stored in part.
-  static void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t dim, uint32_t* to) {
-    constexpr int64_t kLines = (kGroupRows + S::kLanes - 1) / S::kLanes * S::kLanes;
-    alignas(64) uint16_t halves[kLines][kChunk];
-    std::memset(halves, 0, sizeof halves);
+  // `count` vectors of numbers, `stride` apart, to words [words of dim][width]: rounded where they lie and
+  // turned four words at a time. Vectors of lanes may be longer than a group is wide, or not divide it: each
+  // overwrites what the one before had too much, and the last is stored in part.
+  template <int64_t width>
+  static void pack(const float* x, int64_t stride, int64_t count, int64_t dim, uint32_t* to) {
+    constexpr int64_t kLines = (width + S::kLanes - 1) / S::kLanes * S::kLanes;
+    alignas(64) Number numbers[kLines][kChunk];
+    std::memset(numbers, 0, sizeof numbers);
     for (int64_t at = 0; at < dim; at += kChunk) {
-      const int64_t n = std::min(kChunk, dim - at), pairs = pairs_of(n);
-      for (int64_t i = 0; i < rows; i++) {
-        if (n < kChunk) halves[i][n] = 0;  // beside the last number of an odd dimension
-        S::to_bf16(x + i * stride + at, halves[i], n);
+      const int64_t n = std::min(kChunk, dim - at), words = (n + kNumbers - 1) / kNumbers;
+      for (int64_t i = 0; i < count; i++) {
+        if (n < kChunk) numbers[i][n] = 0;  // beside the last number of an odd dimension
+        S::to_numbers(x + i * stride + at, numbers[i], n);
       }
-      for (int64_t p = 0; p < pairs; p += 4) {
-        typename S::Ints words[kLines / S::kLanes][4];
+      for (int64_t p = 0; p < words; p += 4) {
+        typename S::Ints four[kLines / S::kLanes][4];
         for (int64_t lane = 0; lane < kLines; lane += S::kLanes) {
-          S::transpose(reinterpret_cast<const uint8_t*>(halves[lane] + 2 * p), kChunk * 2,
-                       words[lane / S::kLanes]);
+          S::transpose(reinterpret_cast<const uint8_t*>(numbers[lane] + kNumbers * p),
+                       kChunk * sizeof(Number), four[lane / S::kLanes]);
         }
-        for (int64_t j = 0; j < std::min<int64_t>(4, pairs - p); j++, to += kGroupRows) {
-          const bool is_last = at + 2 * (p + j + 1) >= dim;
-          for (int64_t lane = 0; lane < kGroupRows; lane += S::kLanes) {
-            const auto& vector = words[lane / S::kLanes][j];
-            if (is_last && lane + S::kLanes > kGroupRows) {
-              std::memcpy(to + lane, &vector, (kGroupRows - lane) * 4);
+        for (int64_t j = 0; j < std::min<int64_t>(4, words - p); j++, to += width) {
+          const bool is_last = at + kNumbers * (p + j + 1) >= dim;
+          for (int64_t lane = 0; lane < width; lane += S::kLanes) {
+            const auto& vector = four[lane / S::kLanes][j];
+            if (is_last && lane + S::kLanes > width) {
+              std::memcpy(to + lane, &vector, (width - lane) * 4);
             } else {
               S::store_codes(to + lane, vector);
             }
@@ -211,49 +217,33 @@ struct PairTile {
     }
   }
 
-  static void pack_keys(const float* x, int64_t stride, int64_t keys, int64_t dim, uint32_t* to) {
-    alignas(64) uint16_t halves[kPanelLanes][kChunk];
-    std::memset(halves, 0, sizeof halves);
-    for (int64_t at = 0; at < dim; at += kChunk) {
-      const int64_t n = std::min(kChunk, dim - at), pairs = pairs_of(n);
-      for (int64_t key = 0; key < keys; key++) {
-        if (n < kChunk) halves[key][n] = 0;  // beside the last number of an odd dimension
-        S::to_bf16(x + key * stride + at, halves[key], n);
-      }
-      for (int64_t p = 0; p < pairs; p += 4) {
-        for (int64_t lane = 0; lane < kPanelLanes; lane += S::kLanes) {
-          typename S::Ints four[4];
-          S::transpose(reinterpret_cast<const uint8_t*>(halves[lane] + 2 * p), kChunk * 2, four);
-          for (int64_t j = 0; j < std::min<int64_t>(4, pairs - p); j++) {
-            S::store_codes(to + (p + j) * kPanelLanes + lane, four[j]);
-          }
-        }
-      }
-      to += pairs * kPanelLanes;
-    }
-  }
-
   static void pack_values(const float* x, int64_t stride, int64_t keys, int64_t columns, uint32_t* to) {
-    alignas(64) float last[2][kPanelLanes] = {};
-    for (int64_t key = 0; key < keys; key += 2, to += kPanelLanes) {
-      const float *even = x + key * stride, *odd = even + stride;
-      if (key + 1 == keys || columns < kPanelLanes) {
-        std::memcpy(last[0], even, columns * 4);
-        if (key + 1 < keys) {
-          std::memcpy(last[1], odd, columns * 4);
+    alignas(64) float last[kNumbers][kPanelLanes] = {};
+    for (int64_t key = 0; key < keys; key += kNumbers, to += kPanelLanes) {
+      const float* rows[kNumbers];
+      for (int64_t i = 0; i < kNumbers; i++) {
+        rows[i] = x + (key + i) * stride;
+        if (key + kNumbers <= keys && columns == kPanelLanes) continue;
+        if (key + i < keys) {
+          std::memcpy(last[i], rows[i], columns * 4);
         } else {
-          std::memset(last[1], 0, columns * 4);
+          std::memset(last[i], 0, columns * 4);
         }
-        even = last[0], odd = last[1];
+        rows[i] = last[i];
       }
       for (int64_t c = 0; c < kPanelLanes; c += S::kLanes) {
-        S::store_codes(to + c, S::bf16_pairs(S::load(even + c), S::load(odd + c)));
+        if constexpr (kNumbers == 2) {
+          S::store_codes(to + c, S::bf16_pairs(S::load(rows[0] + c), S::load(rows[1] + c)));
+        } else {
+          S::store_codes(to + c, S::nearest_bf16(S::load(rows[0] + c)));
+        }
       }
     }
   }
 
   static constexpr PairKernels kernels() {
-    return {widen_f16, pack_rows, pack_keys, pack_values, scores, raise, weigh, add_values};
+    return {kNumbers, widen_f16, pack<kGroupRows>, pack<kPanelLanes>, pack_values, scores,
+            raise,    weigh,     add_values};
   }
 };
 

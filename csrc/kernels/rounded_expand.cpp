@@ -10,7 +10,7 @@ constexpr int64_t kMostGroup = 12;
 
 int64_t rounded_latent_floats(const MlaDims& dims, int64_t keys) {
   const int64_t by_rows = (keys + kMostGroup) * (dims.kv_lora + 3);
-  return whole_lines(by_rows) + whole_lines((keys + kGroupRows) * pairs_of(dims.kv_lora));
+  return whole_lines(by_rows) + whole_lines((keys + kGroupRows) * dims.kv_lora);  // a number a word at most
 }
 
 uint8_t* RoundedLatents::rows(int64_t key) const {
@@ -20,9 +20,9 @@ uint8_t* RoundedLatents::rows(int64_t key) const {
   return data + key / kernels->tile_cols * kernels->tile_bytes(dims.kv_lora);
 }
 
-uint32_t* RoundedLatents::pairs(int64_t key) const {
+uint32_t* RoundedLatents::words(int64_t key) const {
   float* data = memory + whole_lines((keys + kMostGroup) * (dims.kv_lora + 3));
-  return reinterpret_cast<uint32_t*>(data) + key * pairs_of(dims.kv_lora);
+  return reinterpret_cast<uint32_t*>(data) + key * isa().pairs->words_of(dims.kv_lora);
 }
 
 void RoundedLatents::round(const float* c_kv, int64_t stride, int64_t first, int64_t n) const {
@@ -35,7 +35,7 @@ void RoundedLatents::round(const float* c_kv, int64_t stride, int64_t first, int
   if (up.kv_b) return;
   for (int64_t i = 0; i < n; i += kGroupRows) {
     isa().pairs->pack_rows(c_kv + i * stride, stride, std::min(kGroupRows, n - i), dims.kv_lora,
-                           pairs(first + i));
+                           words(first + i));
   }
 }
 
@@ -78,10 +78,12 @@ void HeadRows::multiply(const float* panel, int64_t n, const uint8_t* x, int64_t
 
 void unpack_columns(const KvUp& up, const MlaDims& dims, int64_t head, float* decoded, uint32_t* panels) {
   const Weight& uk = up.uk();
+  const PairKernels& kernels = *isa().pairs;
   for_panels(uk, up.uk_row(dims, head), dims.kv_lora, decoded, [&](const float* rows, int64_t at, int64_t n) {
     for (int64_t column = 0; column < dims.nope; column += kPanelLanes) {
-      isa().pairs->pack_values(rows + column, uk.cols, n, std::min(kPanelLanes, dims.nope - column),
-                               panels + column * pairs_of(dims.kv_lora) + at / 2 * kPanelLanes);
+      kernels.pack_values(
+          rows + column, uk.cols, n, std::min(kPanelLanes, dims.nope - column),
+          panels + column * kernels.words_of(dims.kv_lora) + at / kernels.word_numbers * kPanelLanes);
     }
   });
 }
@@ -90,8 +92,7 @@ int64_t expand_rounded_floats(const MlaDims& dims, const KvUp& up) {
   const int64_t by_rows = whole_lines(kPanelLanes * (dims.kv_lora + 3)) + kLatentKeys * kPanelLanes;
   if (up.kv_b) return by_rows;
   const int64_t width = panels_of(dims.nope) * kPanelLanes;
-  const int64_t by_columns =
-      width * pairs_of(dims.kv_lora) + std::max(panel_floats(up.uk()), kLatentKeys * width);
+  const int64_t by_columns = width * dims.kv_lora + std::max(panel_floats(up.uk()), kLatentKeys * width);
   return std::max(by_rows, by_columns);
 }
 

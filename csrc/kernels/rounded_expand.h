@@ -35,7 +35,7 @@ struct RoundedLatents {
   int64_t keys;
 
   uint8_t* rows(int64_t key) const;    // as row_kernels() take them, or float32
-  uint32_t* pairs(int64_t key) const;  // bfloat16, where keys are made by columns
+  uint32_t* words(int64_t key) const;  // of bfloat16, where keys are made by columns
 
   // Keys [first, first + n), n <= kLatentKeys, `first` a multiple of kLatentKeys. Row i is c_kv + i * stride.
   void round(const float* c_kv, int64_t stride, int64_t first, int64_t n) const;
@@ -86,15 +86,16 @@ void expand_rounded(const RoundedLatents& latents, int64_t head, int64_t first, 
   by_rows({up.uv(), row_kernels(dims, up), up.uv_row(dims, head), dims.v}, use_v);
   if (up.kv_b) return by_rows({up.uk(), row_kernels(dims, up), up.uk_row(dims, head), dims.nope}, use_k);
 
-  const int64_t panels = panels_of(dims.nope), pairs = pairs_of(dims.kv_lora), stride = panels * kPanelLanes;
+  const int64_t panels = panels_of(dims.nope), words = isa().pairs->words_of(dims.kv_lora),
+                stride = panels * kPanelLanes;
   auto* weights = reinterpret_cast<uint32_t*>(scratch);
-  float* rest = scratch + panels * pairs * kPanelLanes;
+  float* rest = scratch + panels * words * kPanelLanes;
   unpack_columns(up, dims, head, rest, weights);
   for (int64_t key = first; key < first + n; key += kLatentKeys) {
     const int64_t keys = std::min(kLatentKeys, first + n - key);
     for (int64_t i = 0; i < keys; i += kGroupRows) {
-      isa().pairs->scores(latents.pairs(key + i), std::min(kGroupRows, keys - i),
-                          {weights, pairs, nullptr, 0}, dims.nope, rest + i * stride, stride);
+      isa().pairs->scores(latents.words(key + i), std::min(kGroupRows, keys - i),
+                          {weights, words, nullptr, 0}, dims.nope, rest + i * stride, stride);
     }
     for (int64_t at = 0; at < dims.nope; at += kPanelLanes) {
       use_k(key, keys, at, std::min(kPanelLanes, dims.nope - at), rest + at, stride);

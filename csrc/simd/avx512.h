@@ -124,7 +124,12 @@ struct Avx512 {
   }
   // Attention on bfloat16. 24 sums, two vectors of a panel, a word of a row: 27 of 32 registers, 14 loads for
   // 24 dots.
-  static constexpr int kPairRows = 12;
+  static constexpr int kPairVectors = 2, kPairRows = 12;
+  using Number = uint16_t;
+  static constexpr int32_t kOnes = 0x3f803f80;
+  static void to_numbers(const float* x, Number* out, int64_t n) { to_bf16(x, out, n); }
+  static void store_numbers(Number* p, Floats v) { store_bf16(p, v); }
+  static Floats add_words(Floats sum, Ints w, Ints x) { return dot_bf16(sum, w, x); }
   static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static float largest(Floats v) { return _mm512_reduce_max_ps(v); }
   static __m256i halves(Floats v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
