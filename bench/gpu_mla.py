@@ -30,8 +30,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kvfold.cache.latent import CacheType
 from kvfold.kernels import mla_decode as decode
 from kvfold.kernels import mla_prefill as prefill
+from kvfold.kernels.cached_blocks import Blocks, append_blocks
 
 LATENT, KV_LORA, PAGE = 576, 512, 64
 L2_BYTES = 320e6
@@ -43,21 +45,24 @@ class Batch:
     """Queries, page lists and lengths for one decode step over a shared pool, `turns` times with other pages."""
 
     def __init__(
-        self, pool: torch.Tensor, heads: int, kv_lens: list[int], s_q: int, turns: int | None = None
-    ) -> None:
-        self.pool, self.heads, self.kv_lens, self.s_q = pool, heads, kv_lens, s_q
+        self, pool: torch.Tensor, heads: int, kv_lens: list[int], s_q: int, turns: int | None = None,
+        blocks: Blocks | None = None,
+    ) -> None:  # fmt: skip
+        self.pool, self.heads, self.kv_lens, self.s_q, self.blocks = pool, heads, kv_lens, s_q, blocks
+        self.row_bytes = pool.shape[2] * pool.element_size()
         batch = len(kv_lens)
         counts = [math.ceil(n / PAGE) for n in kv_lens]
         if turns is None:
-            turns = max(1, math.ceil(L2_BYTES / (sum(kv_lens) * LATENT * 2)))
+            turns = max(1, math.ceil(L2_BYTES / (sum(kv_lens) * self.row_bytes)))
         turns = min(turns, pool.shape[0] // max(sum(counts), 1)) or 1
         pages = torch.randperm(pool.shape[0], device=DEVICE, dtype=torch.int32)
         self.pages = [pages[t * sum(counts) : (t + 1) * sum(counts)] for t in range(turns)]
         starts = [sum(counts[:i]) for i in range(batch + 1)]
         self.page_starts = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
         self.lengths = torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE)
-        self.q = [torch.randn(batch * s_q, heads, LATENT, device=DEVICE).to(pool.dtype) for _ in range(turns)]
-        self.out = torch.full((batch * s_q, heads, KV_LORA), float("nan"), device=DEVICE, dtype=pool.dtype)
+        dtype = torch.bfloat16 if blocks else pool.dtype
+        self.q = [torch.randn(batch * s_q, heads, LATENT, device=DEVICE).to(dtype) for _ in range(turns)]
+        self.out = torch.full((batch * s_q, heads, KV_LORA), float("nan"), device=DEVICE, dtype=dtype)
         self.workspace = decode.DecodeWorkspace(batch, s_q, heads, KV_LORA, DEVICE)
         # FlashMLA's table: one padded row of pages a sequence
         width = max(counts)
@@ -75,7 +80,7 @@ class Batch:
             def call() -> None:
                 decode.mla_decode(
                     self.q[turn], self.pool, self.pages[turn], self.page_starts, self.lengths, self.out,
-                    self.workspace, scale=SCALE, kv_lora=KV_LORA, form=form,
+                    self.workspace, scale=SCALE, kv_lora=KV_LORA, blocks=self.blocks, form=form,
                 )  # fmt: skip
 
             return call
@@ -101,7 +106,7 @@ class Batch:
     @property
     def num_bytes(self) -> int:
         rows = len(self.kv_lens) * self.s_q * self.heads
-        return sum(self.kv_lens) * LATENT * 2 + rows * (LATENT + KV_LORA) * 2
+        return sum(self.kv_lens) * self.row_bytes + rows * (LATENT + KV_LORA) * 2
 
     @property
     def flops(self) -> int:
@@ -155,8 +160,16 @@ def timed(*forms: list[Callable[[], None]], replays: int = 5, seconds: float = 0
     return [statistics.median(found) for found in times]
 
 
-def random_pool(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    pool = torch.empty(math.ceil(num_tokens / PAGE), PAGE, LATENT, dtype=dtype, device=DEVICE)
+def random_pool(num_tokens: int, dtype: torch.dtype = torch.bfloat16, blocks: Blocks | None = None) -> torch.Tensor:
+    num_pages = math.ceil(num_tokens / PAGE)
+    if blocks:
+        width = CacheType(blocks).columns(LATENT)
+        pool = torch.empty(num_pages, PAGE, width, dtype=torch.uint8, device=DEVICE)
+        for piece in pool.flatten(0, 1).split(1 << 17):
+            slots = torch.arange(len(piece), device=DEVICE)
+            append_blocks(torch.randn(len(piece), LATENT, device=DEVICE), slots, piece, blocks)
+        return pool
+    pool = torch.empty(num_pages, PAGE, LATENT, dtype=dtype, device=DEVICE)
     for piece in pool.split(1 << 14):
         piece.normal_()
     return pool
@@ -371,6 +384,7 @@ def main() -> int:
     timing.add_argument("--keys", type=int, nargs="+", default=[1024, 4096, 8192, 16384, 32768, 65536])
     timing.add_argument("--s-q", type=int, nargs="+", default=[1])
     timing.add_argument("--form", choices=["triton", "gluon"])
+    timing.add_argument("--blocks", choices=["q8_0", "fp8"], help="the format of the cache; left out: bf16")
     timing.add_argument("--ragged", action="store_true", help="lengths from 1 to twice --keys in one batch")
     timing.add_argument("--max-tokens", type=int, default=1 << 22, help="shapes with more tokens are left out")
     timing.add_argument("--peer", type=Path)
@@ -411,15 +425,15 @@ def main() -> int:
         if batch * keys <= args.max_tokens
     ]
     most = max(batch * (keys + 64) * (2 if args.ragged else 1) for _, _, batch, keys in shapes)
-    pool = random_pool(max(most, int(L2_BYTES / LATENT)))
+    pool = random_pool(max(most, int(L2_BYTES / LATENT)), blocks=args.blocks)
     for heads, s_q, size, keys in shapes:
         if time.monotonic() - begun > args.seconds:
             break
         kv_lens = [keys] * size
         if args.ragged:
             kv_lens = [1 + int(x) for x in torch.rand(size) * (2 * keys - 1)]
-        batch = Batch(pool, heads, kv_lens, s_q)
-        label = f"mla_decode {args.form or 'auto'}{' ragged' if args.ragged else ''}"
+        batch = Batch(pool, heads, kv_lens, s_q, blocks=args.blocks)
+        label = f"mla_decode {args.form or 'auto'} {args.blocks or 'bf16'}{' ragged' if args.ragged else ''}"
         rows.append(stamp | measure(batch, label, keys, args.form, peer))
         if args.out is not None:
             args.out.write_text(json.dumps(rows, indent=1) + "\n")

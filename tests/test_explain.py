@@ -40,6 +40,7 @@ def test_a_gguf_file_shows_metadata_types_and_cache(synth_gguf: Path) -> None:
         ("f16", 2304, 5120),
         ("bf16", 2304, 5120),
         ("q8_0", 1224, 2720),
+        ("fp8", 1312, None),
     ]
     assert found.backend
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold import _native
-from kvfold.backends.native import NativeBackend
+from kvfold.backends.native import CACHE_TYPES, NativeBackend
 from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache, decode, encode
 from kvfold.config import MlaConfig, MoeConfig, RopeConfig, Scoring
 from kvfold.errors import SettingError
@@ -335,11 +335,11 @@ def _ops(isa: str, threads: int) -> Iterator[Finding]:
         yield Finding(name, "f32", isa, _error(got[name], want), ROWWISE_BOUND)
 
     for path in Path:
-        for cache_type in CacheType:
+        for cache_type in CACHE_TYPES:
             for fused in (True, False):
                 yield _attention_finding(path, cache_type, fused, False, x, kv_b, weights, isa, threads)
     for path in Path:
-        for cache_type in CacheType:
+        for cache_type in CACHE_TYPES:
             yield _attention_finding(path, cache_type, True, True, x, kv_b, weights, isa, threads)
 
 

@@ -77,7 +77,7 @@ class CacheCost:
 
     cache_type: str
     latent_bytes: int
-    full_bytes: int  # per-head keys and values: what mla=0 caches
+    full_bytes: int | None  # per-head keys and values: what mla=0 caches; None where it cannot in this type
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,12 @@ def cache_costs(config: ModelConfig) -> Iterable[CacheCost]:
         yield CacheCost(
             cache_type.value,
             CacheLayout.latent(config, cache_type).bytes_per_token,
-            CacheLayout.standard(config, cache_type).bytes_per_token,
+            _full_bytes_per_token(config, cache_type),
         )
+
+
+def _full_bytes_per_token(config: ModelConfig, cache_type: CacheType) -> int | None:
+    return None if cache_type.is_latent_only else CacheLayout.standard(config, cache_type).bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,8 @@ class MemoryPart:
 class Memory:
     """What a loaded model takes, and whether that is there.
 
-    latent_cache, full_cache: bytes of n_ctx tokens as latents, and as per-head keys and values (mla=0)
+    latent_cache, full_cache: bytes of n_ctx tokens as latents, and as per-head keys and values (mla=0; None where it
+                  cannot use this cache type)
     cache_bytes:  of the cache these settings choose
     buffer_bytes: values between the ops of the largest step, as backend native keeps them: one sequence, one output row
     free_bytes:   memory available now; None where the system does not tell
@@ -223,7 +228,7 @@ class Memory:
     weights: tuple[MemoryPart, ...]
     cache_type: str
     latent_cache_bytes: int
-    full_cache_bytes: int
+    full_cache_bytes: int | None
     cache_bytes: int
     workspace_bytes: int
     buffer_bytes: int
@@ -351,11 +356,12 @@ def memory_of(
     sizes = dict.fromkeys(_GROUPS, 0)
     for name, tensor in checkpoint.tensors.items():
         sizes[weight_group(name)] += sum(part.nbytes for part in matrices(tensor))
+    full = _full_bytes_per_token(config, settings.cache_type)
     return Memory(
         weights=tuple(MemoryPart(part, nbytes) for part, nbytes in sizes.items() if nbytes),
         cache_type=settings.cache_type.value,
         latent_cache_bytes=n_ctx * CacheLayout.latent(config, settings.cache_type).bytes_per_token,
-        full_cache_bytes=n_ctx * CacheLayout.standard(config, settings.cache_type).bytes_per_token,
+        full_cache_bytes=None if full is None else n_ctx * full,
         cache_bytes=n_ctx * cache_layout(config, settings).bytes_per_token,
         workspace_bytes=settings.workspace_bytes,
         buffer_bytes=_buffer_bytes(program, config, settings, n_ctx, batch_rows),

@@ -79,7 +79,8 @@ class LLM:
     mla, fa:    "auto", or the peers' numbers: mla 0 to 3, fa 0 or 1
     dtype:      "float32"; "int8", activations rounded for quantized weights; "bfloat16" (plain);
                 "auto" is int8 on native and float32 on plain
-    cache_type: "f16", "q8_0", "f32" or "bf16"; "auto" is bf16 on a GPU, f16 elsewhere
+    cache_type: "f16", "q8_0", "bf16", "f32" or "fp8" (latents only, not on backend native); "auto" is bf16 on a GPU, f16
+                elsewhere
     backend:    "auto", "cuda", "native" or "plain"
     device:     "cpu", "cuda" or "cuda:N"; "auto" is the first GPU where it can run the model, else the CPU
     n_ctx:      tokens the cache holds, all concurrent requests together; None: the model's context, or what fits

@@ -37,6 +37,22 @@ def test_interpreted_ops_are_the_plain_ones(tmp_path: Path) -> None:
     interpreted(write_gguf(tiny, tmp_path / "m.gguf"), "3", "1")
 
 
+BLOCKS = [("q8_0", "1"), ("q8_0", "0"), ("q8_0", "2"), ("fp8", "1"), ("fp8", "2")]
+
+
+def blocks_model(**changes: Any) -> Any:
+    """A tiny model whose parts of a row fill blocks of q8_0 and groups of fp8."""
+    return tiny_model("v2-lite", kv_lora_rank=128, qk_rope_head_dim=32, **changes)
+
+
+@pytest.mark.parametrize(("cache_type", "mla"), [BLOCKS[0], BLOCKS[-1]])
+def test_interpreted_ops_keep_the_cache_in_blocks(cache_type: str, mla: str, tmp_path: Path) -> None:
+    path = write_gguf(blocks_model(num_hidden_layers=1, first_k_dense_replace=0), tmp_path / "m.gguf")
+    text = ids(4)
+    settings: dict[str, Any] = {"mla": mla, "cache_type": cache_type}
+    close(cuda_harness(path, **settings).logits(text, [3, 1]), Harness(path, **settings).logits(text, [3, 1]), 1e-5)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "mla", "fa"),
@@ -64,6 +80,23 @@ def test_float32_is_plain_float32(family: str, chunks: str, tmp_path: Path) -> N
         )
         # plain float32 in another order of sums is off by 1e-5; a router near a tie may add to that
         close(got, expected, 5e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("cache_type", "mla"), [*BLOCKS, ("f16", "1"), ("bf16", "2"), ("f16", "0")])
+@pytest.mark.parametrize("fa", ["0", "1"])
+def test_every_cache_type_is_plains_in_float32(cache_type: str, mla: str, fa: str, tmp_path: Path) -> None:
+    """What is cached is rounded alike, but for a number that lies so near the middle of two that the sums before it, in
+    another order, decide."""
+    path = write_gguf(blocks_model(), tmp_path / "m.gguf")
+    text = ids(150)
+    settings: dict[str, Any] = {"mla": mla, "fa": fa, "cache_type": cache_type}
+    expected = Harness(path, **settings).logits(text)
+    for chunks in CHUNKS.values():
+        got = cuda_harness(path, workspace_bytes=1 << 20, **settings).logits(text, chunks, is_prompt=False)
+        error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+        assert np.isfinite(got).all() and error < 1e-3, f"{error:.2g} of the logits, root mean square"
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from backends.test_native_ops import Bench, hand_over
 from kit.harness import Harness
 from kit.tiny_models import tiny_model, write_gguf
 from kvfold import _native
+from kvfold.backends.native import CACHE_TYPES
 from kvfold.cache.latent import CacheType, decode, encode
 from kvfold.config import MlaConfig
 from kvfold.errors import SettingError
@@ -33,7 +34,7 @@ ODD = MlaConfig(5, 24, 12, 20, 96, None, 0.3)
 ODDER = MlaConfig(3, 7, 5, 33, 32, None, 0.4)
 RELEASED = MlaConfig(2, 128, 64, 128, 512, None, 0.1147)
 BLOCKS = MlaConfig(5, 32, 32, 32, 96, None, 0.3)
-CACHES = [cache.value for cache in CacheType]
+CACHES = [cache.value for cache in CACHE_TYPES]
 LENGTHS = (1, 17, 300)
 
 

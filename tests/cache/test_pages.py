@@ -55,7 +55,7 @@ def test_the_arrays_have_the_layout_bytes(cache_type: CacheType) -> None:
 
 
 def test_unknown_cache_type_lists_the_allowed() -> None:
-    with pytest.raises(SettingError, match="allowed are f32, f16, bf16, q8_0"):
+    with pytest.raises(SettingError, match="allowed are f32, f16, bf16, q8_0, fp8"):
         parse_cache_type("q3")
 
 

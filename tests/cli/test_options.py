@@ -181,7 +181,7 @@ def test_a_wrong_command_line_is_exit_code_2(kvfold: Kvfold, arguments: list[str
         (["run", "--top-p", "2", "text"], "kvfold: top_p is 2.0; allowed: "),
         (["run", "-mla", "4", "text"], "kvfold: mla=4: allowed are auto, 0, 1, 2, 3."),
         (["run", "--device", "cuda:999", "text"], "kvfold: No backend can run this model: cuda: "),
-        (["plan", "-ctk", "q3"], "kvfold: cache_type=q3: allowed are f32, f16, bf16, q8_0."),
+        (["plan", "-ctk", "q3"], "kvfold: cache_type=q3: allowed are f32, f16, bf16, q8_0, fp8."),
         (["synth", "llama", "x.gguf"], "kvfold: llama: there is no such shape"),
     ],
 )

@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 
+from kvfold.cache.latent import CacheType, decode, encode
+from kvfold.kernels.cached_blocks import Blocks
 from kvfold.kernels.mla_decode import DecodeWorkspace, Form, mla_decode, schedule_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,6 +20,7 @@ class Case:
     def __init__(
         self, heads: int, kv_lens: list[int], s_q: int = 1, kv_lora: int = 32, rope: int = 16,
         dtype: torch.dtype = torch.float32, cache_dtype: torch.dtype | None = None, seed: int = 0,
+        blocks: Blocks | None = None,
     ) -> None:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         self.kv_lens, self.s_q, self.kv_lora = kv_lens, s_q, kv_lora
@@ -35,10 +38,18 @@ class Case:
                 piece = rows[position : position + PAGE]
                 pool[self.pages[self.page_starts[sequence] + position // PAGE], : len(piece)] = piece
         self.pool = pool.to(cache_dtype or dtype)
+        self.blocks = blocks
+        if blocks is not None:
+            stored = encode(pool.numpy(), CacheType(blocks))
+            self.pool = torch.from_numpy(decode(stored, CacheType(blocks))).to(dtype)
+            self.stored = torch.from_numpy(stored)
         # times 2: scores spread, so that softmax is not flat
         self.q = (2 * torch.randn(len(kv_lens) * s_q, heads, latent, generator=generator)).to(dtype)
 
-    def run(self, num_parts: int | None = None, form: Form = "triton") -> torch.Tensor:
+    def run(
+        self, num_parts: int | None = None, form: Form = "triton", num_pages: int | None = None
+    ) -> torch.Tensor:
+        """num_pages: the pool lies at the end of one of so many pages, and NaN before it."""
         batch, heads = len(self.kv_lens), self.q.shape[1]
         workspace = DecodeWorkspace(batch, self.s_q, heads, self.kv_lora, DEVICE, num_parts)
         workspace.partial.fill_(float("nan"))
@@ -46,12 +57,20 @@ class Case:
         kv_lens = torch.tensor(self.kv_lens, dtype=torch.int32, device=DEVICE)
         out = torch.full((batch * self.s_q, heads, self.kv_lora), float("nan"), dtype=self.q.dtype, device=DEVICE)
         schedule_decode(kv_lens, workspace)
-        pages = torch.tensor(self.pages, dtype=torch.int32, device=DEVICE)
+        pool, q = (self.pool if self.blocks is None else self.stored).to(DEVICE), self.q.to(DEVICE)
+        before = 0
+        if num_pages is not None:
+            nan = 0xFF if pool.dtype == torch.uint8 else float("nan")
+            whole = torch.full((num_pages, *pool.shape[1:]), nan, dtype=pool.dtype, device=DEVICE)
+            before = num_pages - len(pool)
+            whole[before:] = pool
+            pool = whole
+        pages = torch.tensor([before + page for page in self.pages], dtype=torch.int32, device=DEVICE)
         page_starts = torch.tensor(self.page_starts, dtype=torch.int32, device=DEVICE)
-        pool, q = self.pool.to(DEVICE), self.q.to(DEVICE)
         mla_decode(
-            q, pool, pages, page_starts, kv_lens, out, workspace, scale=self.scale, kv_lora=self.kv_lora, form=form
-        )
+            q, pool, pages, page_starts, kv_lens, out, workspace, scale=self.scale, kv_lora=self.kv_lora,
+            blocks=self.blocks, form=form,
+        )  # fmt: skip
         return out.cpu()
 
     def expected(self) -> torch.Tensor:
@@ -67,8 +86,10 @@ class Case:
                 rows.append(weights @ seen[:, : self.kv_lora])
         return torch.stack(rows)
 
-    def check(self, tolerance: float, num_parts: int | None = None, form: Form = "triton") -> None:
-        out, expected = self.run(num_parts, form).double(), self.expected()
+    def check(
+        self, tolerance: float, num_parts: int | None = None, form: Form = "triton", num_pages: int | None = None
+    ) -> None:
+        out, expected = self.run(num_parts, form, num_pages).double(), self.expected()
         assert not out.isnan().any(), "unwritten or poisoned output"
         error = ((out - expected).norm() / expected.norm()).item()
         assert error <= tolerance, f"relative error {error:.2e}, tolerance {tolerance:.0e}"
@@ -124,6 +145,24 @@ def test_half_precision_rounds_once() -> None:
 
 def test_cached_rows_are_converted_to_the_queries_type() -> None:
     Case(4, [100], dtype=torch.float16, cache_dtype=torch.float32).check(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "kv_lora", "rope"), [("q8_0", 96, 32), ("q8_0", 512, 64), ("fp8", 128, 12), ("fp8", 384, 64)]
+)
+def test_blocks_are_read_by_their_definition(blocks: Blocks, kv_lora: int, rope: int) -> None:
+    Case(5, [130, 0, 63, 1], 2, kv_lora, rope, blocks=blocks).check(2e-6, num_parts=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("blocks", ["q8_0", "fp8"])
+@pytest.mark.parametrize("s_q", [1, 2])
+@pytest.mark.parametrize("heads", [5, 16, 40, 128])
+def test_blocks_under_16_bit_queries(heads: int, s_q: int, blocks: Blocks) -> None:
+    Case(heads, [4097, 1, 0, 63, 130, 9000], s_q, kv_lora=512, rope=64, dtype=torch.bfloat16, blocks=blocks).check(
+        4e-3
+    )
 
 
 @pytest.mark.gpu

@@ -31,6 +31,6 @@ def cuda_harness(
         captures=captures,
     )
     for pool in backend.pools:
-        pool.fill_(torch.nan)
+        pool.fill_(torch.nan if pool.is_floating_point() else 0xFF)  # of bytes, every scale is NaN
     harness.loaded = dataclasses.replace(loaded, backend=backend)
     return harness

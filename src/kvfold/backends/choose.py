@@ -128,8 +128,6 @@ def _cuda_refusals(needs: Needs) -> list[str]:
     reasons = gpu.refusals(needs.device)
     if needs.dtype == "int8":
         reasons.append("computes in bfloat16 and float32 only")
-    if needs.cache_type is CacheType.Q8_0:
-        reasons.append("keeps its cache in bf16, f16 or f32")
     reasons += [f"has no {name}" for name in needs.native.asked]
     if not reasons and needs.room is not None:
         reasons += _room_refusals(needs.room, gpu.free_bytes(needs.device))
@@ -191,6 +189,8 @@ def _native_refusals(needs: Needs) -> list[str]:
     reasons = [f"no kernels for {', '.join(missing)}"] if missing else []
     if needs.dtype == "bfloat16":
         reasons.append("computes in int8 and float32 only")
+    if needs.cache_type is CacheType.FP8:
+        reasons.append("keeps its cache in f16, q8_0 (smaller and more exact than fp8), bf16 or f32")
     if needs.native.isa not in ("auto", *_native.isa_names()):
         reasons.append(f"isa={needs.native.isa}: this processor has {', '.join(_native.isa_names())}")
     return reasons

@@ -21,6 +21,7 @@ from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep, on_de
 from kvfold.backends.cuda_weights import DeviceWeights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import Cancelled
+from kvfold.kernels.cached_blocks import Blocks
 from kvfold.kernels.mla_decode import DecodeWorkspace
 from kvfold.mla.plan import Path
 from kvfold.mla.rope import cos_sin
@@ -30,7 +31,14 @@ from kvfold.model.step import Step
 # Sequences of a captured step; a step takes the smallest that holds it, and the rest is padding.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
-_CACHE_TYPES = {CacheType.F32: torch.float32, CacheType.F16: torch.float16, CacheType.BF16: torch.bfloat16}
+_CACHE_TYPES = {
+    CacheType.F32: torch.float32,
+    CacheType.F16: torch.float16,
+    CacheType.BF16: torch.bfloat16,
+    CacheType.Q8_0: torch.uint8,
+    CacheType.FP8: torch.uint8,
+}
+_BLOCKS: dict[CacheType, Blocks] = {CacheType.Q8_0: "q8_0", CacheType.FP8: "fp8"}
 
 
 class CudaBackend:
@@ -62,10 +70,13 @@ class CudaBackend:
         self.workspace_bytes = workspace_bytes
         self.num_pages = cache.num_pages
         self.weights = weights
+        cache_type = cache.layout.cache_type
+        self.row_dims = cache.layout.row_dims
+        self.blocks = _BLOCKS.get(cache_type)  # the format of pools of bytes
         self.pools = tuple(
             torch.empty(
-                (cache.layout.num_layers, cache.num_pages, PAGE_TOKENS, dim),
-                dtype=_CACHE_TYPES[cache.layout.cache_type],
+                (cache.layout.num_layers, cache.num_pages, PAGE_TOKENS, cache_type.columns(dim)),
+                dtype=_CACHE_TYPES[cache_type],
                 device=device,
             )
             for dim in cache.layout.row_dims

@@ -22,6 +22,7 @@ from kvfold.backends.cuda_weights import Rows
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, Pairing, RopeConfig, Scoring
 from kvfold.kernels import row_product, rows, tile_product
+from kvfold.kernels.cached_blocks import append_blocks, gather_blocks
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.mla_decode import mla_decode
 from kvfold.kernels.mla_prefill import mla_prefill
@@ -276,19 +277,33 @@ class CudaOps:
         )
         self._latent = Latent()
 
-    def append_latent(self, name: str, layer: int, c_kv: Value, k_rope: Value) -> None:
-        pool = self._backend.pools[0][layer].flatten(0, 1)
-        self._append(c_kv, pool, self._step.slots, self._backend.model.config.mla)
-
-    def append_full(self, name: str, layer: int, c_kv: Value, k_rope: Value, kv_up: KvUp, mla: MlaConfig) -> None:
-        latents = torch.empty(self._step.num_rows, mla.latent_dim, dtype=self._dtype, device=self._backend.device)
+    def _latents(self, c_kv: Value, dtype: torch.dtype, mla: MlaConfig) -> Tensor:
+        """The rows' latents beside the cache: [T, latent_dim]."""
+        latents = torch.empty(self._step.num_rows, mla.latent_dim, dtype=dtype, device=self._backend.device)
         slots = torch.arange(self._step.num_rows, device=latents.device)
         self._append(c_kv, latents, slots, mla)
+        return latents
+
+    def append_latent(self, name: str, layer: int, c_kv: Value, k_rope: Value) -> None:
+        mla = self._backend.model.config.mla
+        pool = self._backend.pools[0][layer].flatten(0, 1)
+        if self._backend.blocks is None:
+            self._append(c_kv, pool, self._step.slots, mla)
+        else:
+            latents = self._latents(c_kv, torch.float32, mla)
+            append_blocks(latents, self._step.slots, pool, self._backend.blocks)
+
+    def append_full(self, name: str, layer: int, c_kv: Value, k_rope: Value, kv_up: KvUp, mla: MlaConfig) -> None:
+        latents = self._latents(c_kv, self._dtype, mla)
         k_nope, v = self._expand(latents, kv_up, mla)
         k_rope_rows = latents[:, None, mla.kv_lora_rank :].expand(-1, mla.num_heads, -1)
         k = torch.cat([k_nope, k_rope_rows], dim=-1)
         for array, new in zip(self._backend.pools, (k, v), strict=True):
-            array[layer].flatten(0, 1)[self._step.slots] = new.flatten(1).to(array.dtype)
+            pool = array[layer].flatten(0, 1)
+            if self._backend.blocks is None:
+                pool[self._step.slots] = new.flatten(1).to(array.dtype)
+            else:
+                append_blocks(new.flatten(1), self._step.slots, pool, self._backend.blocks)
 
     # Attention
 
@@ -332,6 +347,7 @@ class CudaOps:
                     launch.workspace,
                     scale=mla.softmax_scale,
                     kv_lora=mla.kv_lora_rank,
+                    blocks=self._backend.blocks,
                 )
             if not self._step.launches:
                 for sequence, part, _ in self._sequences(Path.ABSORBED):
@@ -459,8 +475,13 @@ class CudaOps:
         assert step is not None
         at = int(step.page_starts[sequence])
         pages = self._step.pages[at + start // PAGE_TOKENS : at - (-stop // PAGE_TOKENS)]
-        picked = self._backend.pools[array][layer][pages].flatten(0, 1)[: stop - start]
-        return picked.to(self._dtype)
+        pool = self._backend.pools[array][layer]
+        if self._backend.blocks is None:
+            return pool[pages].flatten(0, 1)[: stop - start].to(self._dtype)
+        width = self._backend.row_dims[array]
+        picked = torch.empty(stop - start, width, dtype=self._dtype, device=pool.device)
+        gather_blocks(pool, pages, picked, self._backend.blocks)
+        return picked
 
 
 def _alone(part: Rows) -> Matrix:

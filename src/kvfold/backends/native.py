@@ -23,7 +23,7 @@ from kvfold.model.program import Buffer, OpRecord, Segment, Value, record
 from kvfold.model.step import Step
 from kvfold.quant.tensor import QuantTensor, Weight, Weights
 
-_CACHE_TYPES = {CacheType.F32: 0, CacheType.F16: 1, CacheType.BF16: 2, CacheType.Q8_0: 3}
+CACHE_TYPES = {CacheType.F32: 0, CacheType.F16: 1, CacheType.BF16: 2, CacheType.Q8_0: 3}
 
 
 class NativeBackend:
@@ -65,7 +65,7 @@ class NativeBackend:
         self._program = _native.Program(
             segments=[_segment(s) for s in recorded.segments],
             weights=[(name, *_layout(weights[name]), _parts(weights[name])) for name in recorded.weight_names],
-            cache_type=_CACHE_TYPES[cache.layout.cache_type],
+            cache_type=CACHE_TYPES[cache.layout.cache_type],
             # C++ reads a half as its 16 bits.
             cache=[a.view(np.uint16) if a.dtype == np.float16 else a for a in cache.arrays],
             threads=threads,

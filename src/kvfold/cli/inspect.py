@@ -62,7 +62,12 @@ def _show(console: Console, found: Inspection) -> None:
             "Cache, bytes per token",
             ("type", ">latent", ">full K and V", ">ratio"),
             [
-                (c.cache_type, f"{c.latent_bytes:,}", f"{c.full_bytes:,}", f"{c.full_bytes / c.latent_bytes:.1f}")
+                (
+                    c.cache_type,
+                    f"{c.latent_bytes:,}",
+                    "" if c.full_bytes is None else f"{c.full_bytes:,}",
+                    "" if c.full_bytes is None else f"{c.full_bytes / c.latent_bytes:.1f}",
+                )
                 for c in found.cache
             ],
         )

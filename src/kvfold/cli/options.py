@@ -136,7 +136,7 @@ CacheTypeOption = Annotated[
         "--cache-type",
         "-ctk",
         "--cache-type-k",
-        metavar="auto|f16|q8_0|bf16|f32",
+        metavar="auto|f16|q8_0|bf16|f32|fp8",
         envvar="KVFOLD_CACHE_TYPE",
         help="Number format of the cached rows.",
     ),

@@ -102,6 +102,8 @@ def _memory(found: PlanReport) -> Iterator[tuple[str, str, str]]:
         yield part.part, human_bytes(part.nbytes), ""
     if memory.cache_bytes == memory.full_cache_bytes:
         other = f"as latents: {human_bytes(memory.latent_cache_bytes)}"
+    elif memory.full_cache_bytes is None:
+        other = f"mla=0 has no {memory.cache_type}"
     else:
         other = f"as full K and V: {human_bytes(memory.full_cache_bytes)}"
     yield f"cache, {n_ctx:,} tokens in {memory.cache_type}", human_bytes(memory.cache_bytes), other

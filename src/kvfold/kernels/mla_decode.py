@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvfold.kernels.cached_blocks import Blocks, load_bfloat16, load_coded
 from kvfold.kernels.mla_schedule import (
     BATCH_BLOCK,
     EVEN_SHARE,
@@ -88,7 +89,7 @@ def schedule_decode(kv_lens: torch.Tensor, workspace: DecodeWorkspace) -> None:
 
 def mla_decode(
     q: torch.Tensor,  # [B * s_q, H, latent]      rows of a sequence are neighbours
-    pool: torch.Tensor,  # [num_pages, 64, latent]   one layer; rows [c_kv | k_rope]
+    pool: torch.Tensor,  # [num_pages, 64, latent]   one layer; rows [c_kv | k_rope], or bytes of `blocks`
     pages: torch.Tensor,  # int32 [..]
     page_starts: torch.Tensor,  # int32 [B + 1]
     kv_lens: torch.Tensor,  # int32 [B]  row i of s_q sees kv_len - s_q + 1 + i keys
@@ -97,20 +98,24 @@ def mla_decode(
     *,
     scale: float,
     kv_lora: int,
+    blocks: Blocks | None = None,
     form: Form | None = None,
 ) -> None:
     """Softmax attention of every query row over its sequence's latents: [B * s_q, H, kv_lora] into `out`.
 
     Queries and the weights of values are rounded to the type of `out`; cached rows are converted to it; sums are
-    float32. A row that sees no key (kv_len 0: padding) gets zeros. `form` forces a kernel.
+    float32. A row that sees no key (kv_len 0: padding) gets zeros. `blocks` is the format of a pool of bytes
+    (kernels/cached_blocks.py). `form` forces a kernel.
     """
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
     if form is None:
         form = "gluon" if hopper and _gluon_serves(q, pool, out, kv_lora) else "triton"
-    launch = _launch_triton
     if form == "gluon":
         from kvfold.kernels.mla_decode_gluon import launch  # names of Triton's experimental room, which move
-    launch(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, hopper)
+
+        launch(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, hopper)
+    else:
+        _launch_triton(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, hopper, blocks)
     _combine(out, workspace, hopper)
 
 
@@ -129,9 +134,10 @@ def _gluon_serves(q: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, kv_lor
 def _launch_triton(
     q: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, page_starts: torch.Tensor, kv_lens: torch.Tensor,
     out: torch.Tensor, workspace: DecodeWorkspace, scale_log2: float, pdl: bool,
+    blocks: Blocks | None,
 ) -> None:  # fmt: skip
     rows = workspace.rows_per_sequence * workspace.num_heads
-    latent, kv_lora = pool.shape[-1], workspace.kv_lora
+    latent, kv_lora = q.shape[-1], workspace.kv_lora
     block_lora = max(triton.next_power_of_2(kv_lora), 16)
     block_rope = max(triton.next_power_of_2(latent - kv_lora), 16)
     # Queries and one tile of keys wait in shared memory: 110 KB for 64 rows and 32 keys of 576 16-bit numbers, 55 KB for
@@ -157,8 +163,9 @@ def _launch_triton(
         BLOCK_LORA=block_lora,
         BLOCK_ROPE=block_rope,
         TILE=TILE_TOKENS,
+        BLOCKS=blocks,
         PDL=pdl,
-        num_warps=8 if block_rows > 32 else 4,
+        num_warps=8 if block_rows > 32 or blocks else 4,
         num_stages=1,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -194,6 +201,31 @@ def _combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool) -> None:
 
 
 @triton.jit
+def _load_latents(
+    row, held, KV_LORA: tl.constexpr, ROPE: tl.constexpr, BLOCK_LORA: tl.constexpr, BLOCK_ROPE: tl.constexpr,
+    NUMBER: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """c_kv [K, BLOCK_LORA] and k_rope [K, BLOCK_ROPE] of the rows at pointers `row` [K], as numbers of the compute type;
+    zeros where a row is not held."""
+    rope = tl.arange(0, BLOCK_ROPE)[None, :]
+    rope_held = held[:, None] & (rope < ROPE)
+    if BLOCKS == "fp8":
+        c_kv = load_coded(row, held, 0, KV_LORA, BLOCK_LORA, NUMBER, True)
+        k_rope = load_bfloat16(row[:, None] + KV_LORA + KV_LORA // 32 + 2 * rope, rope_held).to(NUMBER)
+    elif BLOCKS == "q8_0":
+        c_kv = load_coded(row, held, 0, KV_LORA, BLOCK_LORA, NUMBER, False)
+        k_rope = load_coded(row, held, KV_LORA, KV_LORA + ROPE, BLOCK_ROPE, NUMBER, False)
+    else:
+        lora = tl.arange(0, BLOCK_LORA)[None, :]
+        c_kv = tl.load(row[:, None] + lora, mask=held[:, None] & (lora < KV_LORA), other=0)
+        k_rope = tl.load(row[:, None] + KV_LORA + rope, mask=rope_held, other=0)
+        if c_kv.dtype != NUMBER:
+            c_kv = c_kv.to(tl.float32).to(NUMBER)
+            k_rope = k_rope.to(tl.float32).to(NUMBER)
+    return c_kv, k_rope
+
+
+@triton.jit
 def _decode_kernel(
     q, pool, pages, page_starts, kv_lens, part_starts,
     out,
@@ -204,7 +236,7 @@ def _decode_kernel(
     q_stride, q_head_stride, page_stride, slot_stride, out_stride, out_head_stride,
     S_Q: tl.constexpr, HEADS: tl.constexpr, KV_LORA: tl.constexpr, ROPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_LORA: tl.constexpr, BLOCK_ROPE: tl.constexpr,
-    TILE: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row block, part): the part's tiles of every sequence it crosses, for BLOCK_ROWS (row, head) pairs."""
     if PDL:
@@ -243,13 +275,11 @@ def _decode_kernel(
         values = tl.zeros([BLOCK_ROWS, BLOCK_LORA], tl.float32)
         for start in range(lo * TILE, tl.minimum(hi * TILE, kv_len), BLOCK_KEYS):
             page = tl.load(page_list + start // TILE).to(tl.int64)
-            latent_row = (pool + page * page_stride + (start % TILE + key) * slot_stride)[:, None]
-            in_length = (start + key < kv_len)[:, None]  # unused slots may hold NaN: a zero weight would keep it
-            c_kv = tl.load(latent_row + lora[None, :], mask=in_length & (lora < KV_LORA)[None, :], other=0)
-            k_rope = tl.load(latent_row + KV_LORA + rope[None, :], mask=in_length & (rope < ROPE)[None, :], other=0)
-            if c_kv.dtype != dtype:
-                c_kv = c_kv.to(tl.float32).to(dtype)
-                k_rope = k_rope.to(tl.float32).to(dtype)
+            in_length = start + key < kv_len  # unused slots may hold NaN: a zero weight would keep it
+            latent_row = pool + page * page_stride + (start % TILE + key) * slot_stride
+            c_kv, k_rope = _load_latents(
+                latent_row, in_length, KV_LORA, ROPE, BLOCK_LORA, BLOCK_ROPE, NUMBER=dtype, BLOCKS=BLOCKS
+            )
 
             score = tl.dot(q_lora, tl.trans(c_kv), input_precision="ieee")
             score = tl.dot(q_rope, tl.trans(k_rope), score, input_precision="ieee")
