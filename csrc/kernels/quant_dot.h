@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -19,15 +20,18 @@ inline int64_t padded(int64_t k) { return (k + kDotChunk - 1) / kDotChunk * kDot
 // Activations of a shape, and rows through take_apart().
 template <class S, class Like>
 struct AnyDot {
-  static int64_t bytes(int64_t k) { return padded(k) + 2 * padded(k) / Like::kRun * 4; }
+  // Bytes for each code: where weights need all of int8 its magnitude and its sign follow.
+  static constexpr int kCodes = Like::kWide ? 3 : 1;
+  static int64_t bytes(int64_t k) { return kCodes * padded(k) + 2 * padded(k) / Like::kRun * 4; }
 
   static DotRow view(const uint8_t* prepared, int64_t k) {
-    const auto* scales = reinterpret_cast<const float*>(prepared + padded(k));
-    return {reinterpret_cast<const int8_t*>(prepared), scales, scales + padded(k) / Like::kRun};
+    const auto* codes = reinterpret_cast<const int8_t*>(prepared);
+    const auto* scales = reinterpret_cast<const float*>(prepared + kCodes * padded(k));
+    return {codes, prepared + padded(k), codes + 2 * padded(k), scales, scales + padded(k) / Like::kRun};
   }
 
   static void prepare(const float* x, int64_t k, int (*place)(int), uint8_t* prepared) {
-    auto* scales = reinterpret_cast<float*>(prepared + padded(k));
+    auto* scales = reinterpret_cast<float*>(prepared + kCodes * padded(k));
     float* sums = scales + padded(k) / Like::kRun;
     std::memset(prepared, 0, bytes(k));
     for (int64_t at = 0; at < k; at += kBlock) {
@@ -36,7 +40,9 @@ struct AnyDot {
       const float scale = S::quantize(x + at, codes, halves);
       for (int piece = 0; piece < 2; piece++) {
         const int64_t from = at / 16 + piece;
-        std::memcpy(prepared + 16 * (from / 8 * 8 + place(from % 8)), codes + 16 * piece, 16);
+        uint8_t* to = prepared + 16 * (from / 8 * 8 + place(from % 8));
+        std::memcpy(to, codes + 16 * piece, 16);
+        if (Like::kWide) halves[piece] = take_signs(codes + 16 * piece, to + padded(k), to + 2 * padded(k));
       }
       for (int run = 0; run < Like::kRuns; run++) {
         const int32_t sum = Like::kRuns == 2 ? halves[run] : halves[0] + halves[1];
@@ -44,6 +50,17 @@ struct AnyDot {
         sums[at / Like::kRun + run] = scale * static_cast<float>(sum);
       }
     }
+  }
+
+  // Of 16 codes. Returns the sum of the negative ones.
+  static int32_t take_signs(const int8_t* codes, uint8_t* magnitudes, uint8_t* signs) {
+    int32_t negative = 0;
+    for (int i = 0; i < 16; i++) {
+      signs[i] = codes[i] < 0 ? 0xff : 0;
+      magnitudes[i] = static_cast<uint8_t>(std::abs(codes[i]));
+      negative += std::min<int>(codes[i], 0);
+    }
+    return negative;
   }
 
   // A block type as bytes.

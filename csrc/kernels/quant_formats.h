@@ -60,11 +60,13 @@ inline TakeApart best_take_apart() {
   }
 }
 
-// A row of x as dot reads it.
+// A row of x as dot reads it. Magnitudes and signs are there for weights that need all of int8.
 struct DotRow {
-  const int8_t* codes;  // [K]
-  const float* scales;  // [K / run]
-  const float* sums;    // [K / run]: scale times the sum of the run's codes
+  const int8_t* codes;        // [K]
+  const uint8_t* magnitudes;  // [K]
+  const int8_t* signs;        // [K]: -1 of negative codes, 0 of others
+  const float* scales;        // [K / run]
+  const float* sums;  // [K / run]: scale times the sum of the run's codes, or times that of its negative ones
 };
 
 }  // namespace

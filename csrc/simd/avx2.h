@@ -176,6 +176,13 @@ struct Avx2 {
   }
   static Floats load_half(const uint8_t* p) { return _mm256_cvtph_ps(load16(p)); }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  // Every line of the next `bytes` of a row dot, so far ahead.
+  static constexpr int64_t kAhead = 4096;
+  template <int64_t bytes>
+  static void prefetch_all(const uint8_t* p) {
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < bytes; line += 64) prefetch(p + kAhead + line);
+  }
 
   // Attention over latents.
   static constexpr int kLatentKeys = 4, kLatentCodeKeys = 4, kLatentColumns = 4;
@@ -207,9 +214,9 @@ template <class T>
 struct Codes32;
 
 inline __m256i nibbles(const uint8_t* p) {  // of 16 bytes, low ones first
-  const __m128i packed = Avx2::load16(p);
-  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
-  return _mm256_and_si256(both, _mm256_set1_epi8(15));
+  const __m256i both = _mm256_broadcastsi128_si256(Avx2::load16(p));
+  return _mm256_and_si256(_mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)),
+                          _mm256_set1_epi8(15));
 }
 
 template <>
@@ -218,59 +225,214 @@ struct Codes32<blocks::Q4_0> {
 };
 template <>
 struct Codes32<blocks::IQ4_NL> {
-  static __m256i codes(const uint8_t* p) {
+  static __m256i of(__m256i nibbles) {
     const __m128i levels =
         _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles(p + 2));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles);
   }
+  static __m256i codes(const uint8_t* p) { return of(nibbles(p + 2)); }
 };
 template <>
 struct Codes32<blocks::Q8_0> {
   static __m256i codes(const uint8_t* p) { return Avx2::load_codes(p + 2); }
 };
 
-template <class T>
-struct Fast32 {
-  static constexpr bool kDot = true, kUnpack = false, kTakeApart = true;
-  static constexpr int place(int piece) { return piece; }
-  using Like = typename Format<Avx2, T>::Like;
-  static constexpr int64_t kAhead = 4096;
+// Row dots are bound by the four vector ports of Zen 3 and by what waits in their schedulers: work goes in
+// stages, each for all blocks of a group, so that little of what was issued waits for what was issued just
+// before it. (A block at a time, the same instructions took a fifth longer.)
 
-  static float scale(const uint8_t* p) { return _cvtsh_ss(blocks::load16(p)); }
+// Sums of a row that do not wait for each other: a multiply-add takes 4 cycles.
+constexpr int dot_chains(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+
+template <int rows>
+struct DotSums {
+  static constexpr int kChains = dot_chains(rows);
+  __m256 sum[rows][kChains], minus[rows];
+
+  DotSums() {
+    for (int r = 0; r < rows; r++) {
+      minus[r] = _mm256_setzero_ps();
+      for (auto& s : sum[r]) s = _mm256_setzero_ps();
+    }
+  }
+  void add(int r, int i, __m256i products, __m256 scale) {
+    sum[r][i % kChains] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, sum[r][i % kChains]);
+  }
+  float total(int r) const {
+    __m256 all = sum[r][0];
+    for (int i = 1; i < kChains; i++) all = _mm256_add_ps(all, sum[r][i]);
+    return Avx2::sum(all);
+  }
+};
+
+inline __m256i fours(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+
+// float16 scales of 8, 4, 2 or 1 blocks, then zeros. Words that follow a first one in memory are replaced.
+template <int64_t bytes, int count>
+inline __m256 block_scales(const uint8_t* p) {
+  if constexpr (count == 1) return _mm256_cvtph_ps(_mm_cvtsi32_si128(blocks::load16(p)));
+  const auto some = [](const uint8_t* q) {
+    __m128i words = _mm_cvtsi32_si128(static_cast<int>(blocks::load32(q)));
+    words = _mm_insert_epi16(words, blocks::load16(q + bytes), 1);
+    if constexpr (count > 2) {
+      words = _mm_insert_epi16(words, blocks::load16(q + 2 * bytes), 2);
+      words = _mm_insert_epi16(words, blocks::load16(q + 3 * bytes), 3);
+    }
+    return words;
+  };
+  __m128i words = some(p);
+  if constexpr (count == 8) words = _mm_unpacklo_epi64(words, some(p + 4 * bytes));
+  return _mm256_cvtph_ps(words);
+}
+
+// Weights that need all of int8, times x as magnitudes m and signs s, 0 or -1: w x = m (w ^ s) - m s, of
+// which the second part is known beforehand. An exclusive or may take any port, a sign has two.
+inline __m256i wide_pairs(__m256i w, const DotRow& x, int64_t at) {
+  return _mm256_maddubs_epi16(Avx2::load_codes(x.magnitudes + at),
+                              _mm256_xor_si256(w, Avx2::load_codes(x.signs + at)));
+}
+
+// 32 nibbles under one float16, 18 bytes a block, two blocks a vector: a lane has 16 weights of one.
+template <class T>
+struct Dot18 {
+  static constexpr int64_t kBytes = 18;
+  static constexpr bool kWide = Format<Avx2, T>::Like::kWide;
+  // Of 128 codes: the low nibbles of two blocks side by side, then the high ones.
+  static constexpr int place(int piece) { return piece / 4 * 4 + piece % 2 * 2 + piece % 4 / 2; }
+
+  // Products of both vectors of two blocks with 64 codes of x: sums of four in int32.
+  static __m256i products(__m256i low, __m256i high, const DotRow& x, int64_t at) {
+    if constexpr (kWide) {
+      return _mm256_add_epi32(fours(wide_pairs(low, x, at)), fours(wide_pairs(high, x, at + 32)));
+    } else {  // 4 * 15 * 127 fits int16
+      return fours(_mm256_add_epi16(_mm256_maddubs_epi16(low, Avx2::load_codes(x.codes + at)),
+                                    _mm256_maddubs_epi16(high, Avx2::load_codes(x.codes + at + 32))));
+    }
+  }
+
+  template <int rows, int blocks>
+  static void group(const uint8_t* p, const DotRow* x, int64_t block, DotSums<rows>& sums) {
+    constexpr int kPairs = blocks / 2;
+    const __m256 d = block_scales<kBytes, blocks>(p);
+    __m256 scale[rows];  // a lane: of one block of each pair
+    for (int r = 0; r < rows; r++) {
+      scale[r] = _mm256_permutevar8x32_ps(_mm256_mul_ps(d, _mm256_loadu_ps(x[r].scales + block)),
+                                          _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+      sums.minus[r] = _mm256_fmadd_ps(d, _mm256_loadu_ps(x[r].sums + block), sums.minus[r]);
+    }
+    __m256i low[kPairs], high[kPairs];
+    const __m256i nibble = _mm256_set1_epi8(15);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; i++) {
+      const uint8_t* q = p + 2 * i * kBytes + 2;
+      low[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(Avx2::load16(q)), Avx2::load16(q + kBytes), 1);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; i++) high[i] = _mm256_and_si256(_mm256_srli_epi16(low[i], 4), nibble);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; i++) low[i] = _mm256_and_si256(low[i], nibble);
+    if constexpr (kWide) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; i++) low[i] = Codes32<T>::of(low[i]), high[i] = Codes32<T>::of(high[i]);
+    }
+    for (int r = 0; r < rows; r++) {
+      __m256i sum[kPairs];
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; i++) sum[i] = products(low[i], high[i], x[r], 32 * (block + 2 * i));
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; i++) {
+        const __m256 d_x = i == 0   ? _mm256_permute_ps(scale[r], 0x00)
+                           : i == 1 ? _mm256_permute_ps(scale[r], 0x55)
+                           : i == 2 ? _mm256_permute_ps(scale[r], 0xaa)
+                                    : _mm256_permute_ps(scale[r], 0xff);
+        sums.add(r, i, sum[i], d_x);
+      }
+    }
+  }
 
   template <int rows>
   static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
-    __m256 sum[rows];
-    float minus[rows] = {};
-    for (auto& s : sum) s = _mm256_setzero_ps();
-    for (int64_t block = 0; block < k / 32; block++, row += sizeof(T)) {
-      Avx2::prefetch(row + kAhead);
-      const __m256i codes = Codes32<T>::codes(row);
-      const float d = scale(row);
-      for (int r = 0; r < rows; r++) {
-        const __m256i dot =
-            Avx2::dot<Like::kWide>(_mm256_setzero_si256(), codes, Avx2::load_codes(x[r].codes + 32 * block));
-        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(d * x[r].scales[block]), sum[r]);
-        if (Like::kHasZero) minus[r] += d * x[r].sums[block];
-      }
+    DotSums<rows> sums;
+    const int64_t num_blocks = k / 32;
+    int64_t block = 0;
+    for (; block + 8 <= num_blocks; block += 8, row += 8 * kBytes) {
+      Avx2::prefetch_all<8 * kBytes>(row);
+      group<rows, 8>(row, x, block, sums);
     }
-    for (int r = 0; r < rows; r++)
-      y[r] = Avx2::sum(sum[r]) - static_cast<float>(Format<Avx2, T>::kZero) * minus[r];
+    if (block < num_blocks) Avx2::prefetch_all<8 * kBytes>(row);
+    if (block + 4 <= num_blocks) {
+      group<rows, 4>(row, x, block, sums);
+      block += 4, row += 4 * kBytes;
+    }
+    if (block < num_blocks) {  // up to three; x has zeros after them
+      uint8_t last[4 * kBytes] = {};
+      std::memcpy(last, row, (num_blocks - block) * kBytes);
+      group<rows, 4>(last, x, block, sums);
+    }
+    for (int r = 0; r < rows; r++) {
+      const float zero = kWide ? 1.0f : static_cast<float>(Format<Avx2, T>::kZero);
+      y[r] = sums.total(r) - zero * Avx2::sum(sums.minus[r]);
+    }
+  }
+};
+
+// 32 signed bytes under one float16: 34 bytes a block.
+struct Dot34 {
+  static constexpr int64_t kBytes = 34;
+  static constexpr int place(int piece) { return piece; }
+
+  template <int rows, int blocks>
+  static void group(const uint8_t* p, const DotRow* x, int64_t block, DotSums<rows>& sums) {
+    const __m256 d = block_scales<kBytes, blocks>(p);
+    alignas(32) float scale[rows][8];
+    for (int r = 0; r < rows; r++) {
+      _mm256_store_ps(scale[r], _mm256_mul_ps(d, _mm256_loadu_ps(x[r].scales + block)));
+      sums.minus[r] = _mm256_fmadd_ps(d, _mm256_loadu_ps(x[r].sums + block), sums.minus[r]);
+    }
+    for (int r = 0; r < rows; r++) {
+      __m256i sum[blocks];
+#pragma GCC unroll 8
+      for (int i = 0; i < blocks; i++)
+        sum[i] = fours(wide_pairs(Avx2::load_codes(p + i * kBytes + 2), x[r], 32 * (block + i)));
+#pragma GCC unroll 8
+      for (int i = 0; i < blocks; i++) sums.add(r, i, sum[i], _mm256_broadcast_ss(scale[r] + i));
+    }
   }
 
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+    DotSums<rows> sums;
+    const int64_t num_blocks = k / 32;
+    int64_t block = 0;
+    for (; block + 8 <= num_blocks; block += 8, row += 8 * kBytes) {
+      Avx2::prefetch_all<8 * kBytes>(row);
+      group<rows, 8>(row, x, block, sums);
+    }
+    if (block < num_blocks) Avx2::prefetch_all<8 * kBytes>(row);
+    for (; block + 2 <= num_blocks; block += 2, row += 2 * kBytes) group<rows, 2>(row, x, block, sums);
+    if (block < num_blocks) group<rows, 1>(row, x, block, sums);
+    for (int r = 0; r < rows; r++) y[r] = sums.total(r) - Avx2::sum(sums.minus[r]);
+  }
+};
+
+template <class T, class Dot>
+struct Fast32 : Dot {
+  static constexpr bool kDot = true, kUnpack = false, kTakeApart = true;
+
+  static float scale(const uint8_t* p) { return _cvtsh_ss(blocks::load16(p)); }
   static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float*) {
     Avx2::store_codes(codes, Codes32<T>::codes(block));
     scales[0] = scale(block);
   }
 };
 template <>
-struct Fast<Avx2, blocks::Q4_0> : Fast32<blocks::Q4_0> {};
+struct Fast<Avx2, blocks::Q4_0> : Fast32<blocks::Q4_0, Dot18<blocks::Q4_0>> {};
 template <>
-struct Fast<Avx2, blocks::IQ4_NL> : Fast32<blocks::IQ4_NL> {};
+struct Fast<Avx2, blocks::IQ4_NL> : Fast32<blocks::IQ4_NL, Dot18<blocks::IQ4_NL>> {};
 template <>
-struct Fast<Avx2, blocks::Q8_0> : Fast32<blocks::Q8_0> {};
+struct Fast<Avx2, blocks::Q8_0> : Fast32<blocks::Q8_0, Dot34> {};
 
-// Types of 256 weights: eight vectors of codes, and the scales of all runs.
+// Types of 256 weights: eight vectors of codes.
 template <class T>
 struct Codes256;
 
@@ -283,7 +445,49 @@ struct Codes256<blocks::Q4_K> {
       out[2 * pair + 1] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), _mm256_set1_epi8(15));
     }
   }
+
+  // Eight bytes of scales or minimums times the float16 at `half`.
+  static __m256 times_half(uint64_t bytes, const uint8_t* half) {
+    const __m256i codes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(_cvtsh_ss(blocks::load16(half))));
+  }
+  // Eight of six bits each out of twelve bytes (decode_blocks.h, k_scale), four to a word.
+  static void scales(const uint8_t* p, __m256& scale, __m256& minimum) {
+    const uint32_t first = blocks::load32(p + 4), second = blocks::load32(p + 8),
+                   third = blocks::load32(p + 12);
+    const uint64_t last_scales = (third & 0x0f0f0f0f) | (first >> 2 & 0x30303030),
+                   last_minimums = (third >> 4 & 0x0f0f0f0f) | (second >> 2 & 0x30303030);
+    scale = times_half((first & 0x3f3f3f3f) | last_scales << 32, p);
+    minimum = times_half((second & 0x3f3f3f3f) | last_minimums << 32, p + 2);
+  }
+
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+    DotSums<rows> sums;
+    for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q4_K)) {
+      Avx2::prefetch_all<sizeof(blocks::Q4_K)>(row);
+      __m256 d, minimum;
+      scales(row, d, minimum);
+      alignas(32) float scale[rows][8];
+      for (int r = 0; r < rows; r++) {
+        _mm256_store_ps(scale[r], _mm256_mul_ps(d, _mm256_loadu_ps(x[r].scales + at / 32)));
+        sums.minus[r] = _mm256_fmadd_ps(minimum, _mm256_loadu_ps(x[r].sums + at / 32), sums.minus[r]);
+      }
+      __m256i vectors[8];
+      codes(row, vectors);
+      for (int r = 0; r < rows; r++) {
+        __m256i sum[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+          sum[i] = fours(_mm256_maddubs_epi16(vectors[i], Avx2::load_codes(x[r].codes + at + 32 * i)));
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) sums.add(r, i, sum[i], _mm256_broadcast_ss(scale[r] + i));
+      }
+    }
+    for (int r = 0; r < rows; r++) y[r] = sums.total(r) - Avx2::sum(sums.minus[r]);
+  }
 };
+
 template <>
 struct Codes256<blocks::Q6_K> {
   static void codes(const uint8_t* p, __m256i* out) {
@@ -301,46 +505,60 @@ struct Codes256<blocks::Q6_K> {
                                _mm256_and_si256(_mm256_srli_epi16(high, 2), top));
     }
   }
+
+  // A block of activations meets two runs, a lane each. Their scales are whole numbers, so the product that
+  // widens the sums of a lane multiplies by them: 4 * 63 * 127 * 128 is far from 2^31.
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+    __m256 sum[rows], minus[rows];
+    for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm256_setzero_ps();
+    for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q6_K)) {
+      Avx2::prefetch_all<sizeof(blocks::Q6_K)>(row);
+      const uint8_t* runs = row + 192;
+      const __m256 d = _mm256_set1_ps(_cvtsh_ss(blocks::load16(row + 208)));
+      // Scales of even runs in the lower lane, of odd ones in the upper, as words.
+      const __m256i bytes = _mm256_broadcastsi128_si256(Avx2::load16(runs));
+      const __m256i words =
+          _mm256_srai_epi16(_mm256_blend_epi32(_mm256_slli_epi16(bytes, 8), bytes, 0xf0), 8);
+      const __m256 first = Avx2::load_bytes(reinterpret_cast<const int8_t*>(runs)),
+                   second = Avx2::load_bytes(reinterpret_cast<const int8_t*>(runs + 8));
+      __m256i vectors[8], scale[8];
+      codes(row, vectors);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++)
+        scale[i] =
+            _mm256_shuffle_epi8(words, _mm256_set1_epi16(static_cast<int16_t>((2 * i + 1) << 8 | 2 * i)));
+      for (int r = 0; r < rows; r++) {
+        const float *x_scales = x[r].scales + at / 16, *x_sums = x[r].sums + at / 16;
+        const __m256 zeros = _mm256_fmadd_ps(second, _mm256_loadu_ps(x_sums + 8),
+                                             _mm256_mul_ps(first, _mm256_loadu_ps(x_sums)));
+        minus[r] = _mm256_fmadd_ps(d, zeros, minus[r]);
+        __m256i products[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+          const __m256i pairs = _mm256_maddubs_epi16(vectors[i], Avx2::load_codes(x[r].codes + at + 32 * i));
+          products[i] = _mm256_madd_epi16(pairs, scale[i]);
+        }
+        __m256 part[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+          part[i % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[i]),
+                                        _mm256_broadcast_ss(x_scales + 2 * i), part[i % 2]);
+        sum[r] = _mm256_fmadd_ps(d, _mm256_add_ps(part[0], part[1]), sum[r]);
+      }
+    }
+    for (int r = 0; r < rows; r++) y[r] = Avx2::sum(sum[r]) - 32.0f * Avx2::sum(minus[r]);
+  }
 };
 
 template <class T>
 struct Fast256 {
   static constexpr bool kDot = true, kUnpack = false, kTakeApart = true;
   static constexpr int place(int piece) { return piece; }
-  using Like = typename Format<Avx2, T>::Like;
-  static constexpr int64_t kAhead = 4096;
-  static constexpr int kRuns = 256 / Like::kRun;
 
   template <int rows>
   static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
-    __m256 sum[rows], minus[rows];
-    for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm256_setzero_ps();
-    for (int64_t at = 0; at < k; at += 256, row += sizeof(T)) {
-      for (int line = 0; line < 4; line++) Avx2::prefetch(row + kAhead + 64 * line);
-      alignas(32) float scales[kRuns], minimums[kRuns];
-      Parts<T>::scales(reinterpret_cast<const T&>(*row), scales, minimums);
-      __m256i codes[8];
-      Codes256<T>::codes(row, codes);
-      for (int r = 0; r < rows; r++) {
-        alignas(32) float both[kRuns];
-        for (int run = 0; run < kRuns; run += 8) {
-          const __m256 scale = _mm256_load_ps(scales + run);
-          const float* x_runs = x[r].scales + at / Like::kRun + run;
-          const __m256 x_sums = _mm256_loadu_ps(x[r].sums + at / Like::kRun + run);
-          _mm256_store_ps(both + run, _mm256_mul_ps(scale, _mm256_loadu_ps(x_runs)));
-          minus[r] = Like::kHasMin ? _mm256_fmadd_ps(_mm256_load_ps(minimums + run), x_sums, minus[r])
-                                   : _mm256_fmadd_ps(scale, x_sums, minus[r]);
-        }
-        for (int i = 0; i < 8; i++) {
-          const __m256i dot =
-              Avx2::dot<false>(_mm256_setzero_si256(), codes[i], Avx2::load_codes(x[r].codes + at + 32 * i));
-          sum[r] =
-              _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), Avx2::scales_of<Like::kRun>(both, 32 * i), sum[r]);
-        }
-      }
-    }
-    const float zero = Like::kHasMin ? 1.0f : static_cast<float>(Format<Avx2, T>::kZero);
-    for (int r = 0; r < rows; r++) y[r] = Avx2::sum(sum[r]) - zero * Avx2::sum(minus[r]);
+    Codes256<T>::template dot<rows>(row, k, x, y);
   }
 
   static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float* minimums) {
@@ -361,7 +579,7 @@ struct Decode32 {
     for (const float* end = out + k; out < end; out += 32, p += sizeof(T)) {
       alignas(32) int8_t codes[32];
       _mm256_store_si256(reinterpret_cast<__m256i*>(codes), Codes32<T>::codes(p));
-      const __m256 scale = _mm256_set1_ps(Fast32<T>::scale(p)),
+      const __m256 scale = _mm256_set1_ps(Fast<Avx2, T>::scale(p)),
                    zero = _mm256_set1_ps(Parts<T>::kWide ? 0 : 8);
       for (int i = 0; i < 32; i += 8) {
         _mm256_storeu_ps(out + i, _mm256_mul_ps(scale, _mm256_sub_ps(Avx2::load_bytes(codes + i), zero)));
