@@ -203,6 +203,17 @@ def cache_layout(config: ModelConfig, settings: Settings) -> CacheLayout:
     return layout
 
 
+def _cache_sizes(config: ModelConfig, settings: Settings) -> dict[CacheType, int]:
+    """Bytes per token of every cache type that this model can have."""
+    sizes = {}
+    for cache_type in CacheType:
+        try:
+            sizes[cache_type] = cache_layout(config, replace(settings, cache_type=cache_type)).bytes_per_token
+        except SettingError:
+            continue
+    return sizes
+
+
 def default_context(config: ModelConfig, layout: CacheLayout) -> int:
     """The model's own context, or what fits a quarter of the free memory if that is less (at least one page)."""
     free = available_memory_bytes()
@@ -214,7 +225,10 @@ def default_context(config: ModelConfig, layout: CacheLayout) -> int:
 def needs_of(checkpoint: Checkpoint, settings: Settings) -> Needs:
     """What a model asks of a backend under these settings."""
     per_token = cache_layout(checkpoint.config, settings).bytes_per_token
-    room = Room(checkpoint.nbytes, settings.workspace_bytes, per_token, settings.n_ctx)
+    smaller = tuple(
+        (other.value, size) for other, size in _cache_sizes(checkpoint.config, settings).items() if size < per_token
+    )
+    room = Room(checkpoint.nbytes, settings.workspace_bytes, per_token, settings.n_ctx, smaller)
     types = types_of(checkpoint.tensors.values())
     return Needs(types, settings.dtype, settings.device, settings.cache_type, room, settings.native)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +13,7 @@ from kit.tiny_models import tiny_model, write_gguf
 from kvfold import LLM
 from kvfold.backends import choose, gpu
 from kvfold.backends.choose import Room
-from kvfold.errors import KvfoldError, SettingError
+from kvfold.errors import KvfoldError, MissingExtra, SettingError
 from kvfold.explain import plan_report
 from kvfold.formats.checkpoint import open_checkpoint
 from kvfold.load import GPU_WINDOW_ROWS, Settings
@@ -24,6 +27,7 @@ TURING = gpu.Gpu("Tesla T4", (7, 5), 16 << 30)
     [
         (gpu.Driver(0, ()), "cuda", "cuda: no NVIDIA driver was found"),
         (gpu.Driver(13000, ()), "cuda", "cuda: the NVIDIA driver finds no GPU"),
+        (gpu.Driver(13000, (), "CUDA_ERROR_UNKNOWN (999)"), "cuda", "does not start: CUDA_ERROR_UNKNOWN"),
         (gpu.Driver(13000, (HOPPER,)), "cuda:2", "there is no GPU 2: this machine has 1, the first is cuda:0"),
         (gpu.Driver(13000, (TURING,)), "cuda:0", "Tesla T4 has compute capability 7.5, the kernels need 8.0"),
     ],
@@ -34,6 +38,119 @@ def test_a_reason_names_what_is_missing(
     monkeypatch.setattr(gpu, "driver", lambda: driver)
     with pytest.raises(SettingError, match=sentence):
         LLM(device=device)
+
+
+class FakeLibrary:
+    """libcuda.so.1 as ctypes would load it: `fails` are the codes that functions return instead of 0."""
+
+    def __init__(self, gpus: list[gpu.Gpu], version: int = 13000, **fails: int) -> None:
+        self.gpus, self.version, self.fails = gpus, version, fails
+
+    def __getattr__(self, function: str) -> Any:
+        return lambda *arguments: self.fails.get(function) or getattr(self, f"_{function}")(*arguments) or 0
+
+    def _cuInit(self, flags: int) -> None:
+        pass
+
+    def _cuDriverGetVersion(self, out: Any) -> None:
+        out._obj.value = self.version
+
+    def _cuDeviceGetCount(self, out: Any) -> None:
+        out._obj.value = len(self.gpus)
+
+    def _cuDeviceGet(self, out: Any, index: int) -> None:
+        out._obj.value = index
+
+    def _cuDeviceGetName(self, out: Any, size: int, device: Any) -> None:
+        out.value = self.gpus[device.value].name.encode()
+
+    def _cuDeviceTotalMem_v2(self, out: Any, device: Any) -> None:
+        out._obj.value = self.gpus[device.value].total_bytes
+
+    def _cuDeviceGetAttribute(self, out: Any, attribute: int, device: Any) -> None:
+        out._obj.value = self.gpus[device.value].capability[attribute - 75]
+
+    def _cuGetErrorName(self, error: int, out: Any) -> None:
+        out._obj.value = {803: b"CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"}.get(error)
+
+
+@pytest.mark.parametrize(
+    ("library", "expected"),
+    [
+        (FakeLibrary([HOPPER, TURING]), gpu.Driver(13000, (HOPPER, TURING))),
+        (FakeLibrary([]), gpu.Driver(13000, ())),
+        (FakeLibrary([], cuInit=100), gpu.Driver(13000, ())),
+        (
+            FakeLibrary([], 12040, cuInit=803),
+            gpu.Driver(12040, (), "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH (803)"),
+        ),
+        (FakeLibrary([], cuDeviceGetCount=3), gpu.Driver(13000, (), "an error without a name (3)")),
+        (None, gpu.Driver(0, ())),
+    ],
+)
+def test_the_drivers_answers_are_read_without_torch(
+    library: FakeLibrary | None, expected: gpu.Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> FakeLibrary:
+        if library is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return library
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", load)
+    assert gpu.driver.__wrapped__() == expected
+
+
+@pytest.mark.parametrize(("name", "version", "need"), [("torch", "2.7.1+cu126", "2.8"), ("triton", "3.5.1", "3.6")])
+def test_a_package_that_is_too_old_is_named_with_the_one_needed(
+    name: str, version: str, need: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER,)))
+    monkeypatch.setattr(gpu, "_version", lambda package: version if package == name else "")
+    with pytest.raises(
+        MissingExtra, match=rf"{name} {re.escape(version)} is too old, {need} is needed: pip install -U"
+    ):
+        LLM(device="cuda")
+
+
+def test_a_gpu_that_takes_no_work_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER,)))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def refuse(index: int) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    assert gpu.refusals("cuda") == [
+        "NVIDIA H200 takes no work: CUDA error: all CUDA-capable devices are busy or unavailable"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"dtype": "int8"}, "cuda: computes in bfloat16 and float32 only"),
+        ({"deterministic": True}, r"cuda: has no deterministic \(native has, on device=cpu\)"),
+        ({"profile": True}, "cuda: has no profile"),
+        ({"check_numerics": True}, "cuda: has no check_numerics"),
+        ({"isa": "generic"}, "cuda: has no isa"),
+        ({"cache_type": "fp8", "mla": "0"}, "fp8 holds latents, and mla=0 caches none: use q8_0"),
+        ({"cache_type": "q4_0"}, "cache_type=q4_0: allowed are f32, f16, bf16, q8_0, fp8"),
+        ({"backend": "native"}, "native: computes on the CPU"),
+        ({"backend": "plain"}, "plain: computes on the CPU"),
+        ({"n_ctx": 1 << 24}, "of n_ctx=16777216 tokens .* fit .* with cache_type=q8_0, .* with cache_type=fp8"),
+    ],
+)
+def test_what_cuda_cannot_serve_is_refused_before_loading(
+    settings: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER,)))
+    monkeypatch.setattr(gpu, "refusals", lambda device: [])
+    monkeypatch.setattr(gpu, "free_bytes", lambda device: 16 << 30)
+    with pytest.raises(SettingError, match=sentence):
+        LLM(device="cuda", **settings)
 
 
 @pytest.mark.parametrize("missing", ["torch", "triton"])
@@ -47,6 +164,7 @@ def test_a_torch_that_cannot_use_the_driver_says_which_it_was_built_for(monkeypa
     import torch
 
     monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(12020, (HOPPER,)))
+    monkeypatch.setattr(gpu, "_version", lambda name: "")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in gpu.refusals("cuda")[0]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -64,7 +182,11 @@ def test_too_little_memory_says_what_would_fit() -> None:
     room = Room(weight_bytes=6 << 30, workspace_bytes=1 << 30, bytes_per_token=1 << 20, n_ctx=4096)
     assert choose._room_refusals(room, 16 << 30) == []
     assert "of n_ctx=4096 tokens 1024 fit" in choose._room_refusals(room, 10 << 30)[0]
-    assert "device=cpu" in choose._room_refusals(room, 9 << 30)[0]
+    smaller = dataclasses.replace(room, smaller=(("q8_0", 1 << 19),))
+    assert choose._room_refusals(smaller, 10 << 30)[0].endswith("that are free, 2048 with cache_type=q8_0")
+    # 9 GiB: 2 are reserved, 1 is workspace, 64 MiB the smallest cache
+    assert choose._room_refusals(room, 9 << 30)[0].endswith("at most 6.38 GB fits, or use device=cpu")
+    assert "no model fits" in choose._room_refusals(room, 2 << 30)[0]
 
 
 def test_auto_without_a_gpu_is_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,17 +56,19 @@ class NativeOptions:
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes a model takes under its settings. n_ctx: tokens of the cache; None: as many as fit."""
+    """Bytes a model takes under its settings. n_ctx: tokens of the cache; None: as many as fit. smaller: cache types that
+    take fewer bytes a token, and those bytes."""
 
     weight_bytes: int
     workspace_bytes: int
     bytes_per_token: int
     n_ctx: int | None
+    smaller: tuple[tuple[str, int], ...] = ()
 
-    def tokens_in(self, free_bytes: int) -> int:
+    def tokens_in(self, free_bytes: int, bytes_per_token: int | None = None) -> int:
         """Whole pages of the cache, in tokens, that fit this GPU memory beside everything else; below 0 for too little."""
         left = free_bytes - self.weight_bytes - self.workspace_bytes - GPU_RESERVE_BYTES
-        return left // (self.bytes_per_token * PAGE_TOKENS) * PAGE_TOKENS
+        return left // ((bytes_per_token or self.bytes_per_token) * PAGE_TOKENS) * PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _cuda_refusals(needs: Needs) -> list[str]:
     reasons = gpu.refusals(needs.device)
     if needs.dtype == "int8":
         reasons.append("computes in bfloat16 and float32 only")
-    reasons += [f"has no {name}" for name in needs.native.asked]
+    reasons += [f"has no {name} (native has, on device=cpu)" for name in needs.native.asked]
     if not reasons and needs.room is not None:
         reasons += _room_refusals(needs.room, gpu.free_bytes(needs.device))
     return reasons
@@ -144,13 +146,19 @@ def _room_refusals(room: Room, free_bytes: int) -> list[str]:
     if fits >= (PAGE_TOKENS if room.n_ctx is None else room.n_ctx):
         return []
     if fits >= PAGE_TOKENS:
+        others = "".join(
+            f", {room.tokens_in(free_bytes, bytes_per_token)} with cache_type={name}"
+            for name, bytes_per_token in room.smaller
+        )
         return [
-            f"of n_ctx={room.n_ctx} tokens {fits} fit the {free_bytes / 1e9:.3g} GB of GPU memory that are free"
+            f"of n_ctx={room.n_ctx} tokens {fits} fit the {free_bytes / 1e9:.3g} GB of GPU memory that are free{others}"
         ]
     needed = room.weight_bytes + room.workspace_bytes + GPU_RESERVE_BYTES
+    largest = free_bytes - room.workspace_bytes - GPU_RESERVE_BYTES - room.bytes_per_token * PAGE_TOKENS
+    serves = f"a type of the model of at most {largest / 1e9:.3g} GB fits" if largest > 0 else "no model fits"
     return [
-        f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory and {free_bytes / 1e9:.3g} GB are free: use a "
-        f"smaller type of the model, or device=cpu"
+        f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory and {free_bytes / 1e9:.3g} GB are free: {serves}, "
+        f"or use device=cpu"
     ]
 
 

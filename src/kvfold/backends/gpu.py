@@ -6,7 +6,9 @@ Owns the reasons why a GPU cannot serve, each with what would. Everything that c
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import importlib.util
+import re
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +16,9 @@ from functools import cache
 from kvfold.errors import SettingError
 
 SMALLEST_CAPABILITY = (8, 0)  # bf16 on the matrix units, asynchronous copies
+OLDEST = {"torch": (2, 8), "triton": (3, 6)}  # torch.mm into another type; Gluon for Hopper
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Driver:
-    """version: the newest CUDA it serves, 13000 for 13.0; 0 without a driver."""
+    """version: the newest CUDA it serves, 13000 for 13.0; 0 without a driver. failure: why one that is there does not
+    start, in its own words; empty if it does."""
 
     version: int
     gpus: tuple[Gpu, ...]
+    failure: str = ""
 
 
 @cache
@@ -43,13 +49,17 @@ def driver() -> Driver:
     except OSError:
         return Driver(0, ())
     version, count = ctypes.c_int(), ctypes.c_int()
-    if (
-        cuda.cuInit(0)
-        or cuda.cuDriverGetVersion(ctypes.byref(version))
-        or cuda.cuDeviceGetCount(ctypes.byref(count))
-    ):
-        return Driver(version.value, ())
+    cuda.cuDriverGetVersion(ctypes.byref(version))  # needs no start
+    error = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    if error:
+        return Driver(version.value, (), "" if error == _NO_DEVICE else _error_name(cuda, error))
     return Driver(version.value, tuple(_gpu(cuda, index) for index in range(count.value)))
+
+
+def _error_name(cuda: ctypes.CDLL, error: int) -> str:
+    name = ctypes.c_char_p()
+    cuda.cuGetErrorName(error, ctypes.byref(name))
+    return (name.value or b"an error without a name").decode(errors="replace") + f" ({error})"
 
 
 def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
@@ -91,6 +101,8 @@ def refusals(device: str) -> list[str]:
     found = driver()
     if not found.version:
         return ["no NVIDIA driver was found"]
+    if found.failure:
+        return [f"the NVIDIA driver is there but does not start: {found.failure}. nvidia-smi says more"]
     if not found.gpus:
         return ["the NVIDIA driver finds no GPU"]
     index = device_index(device)
@@ -103,6 +115,11 @@ def refusals(device: str) -> list[str]:
     missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
     if missing:
         return [f"{' and '.join(missing)} not installed: pip install 'kvfold[cuda]'"]
+    for name, oldest in OLDEST.items():
+        installed = _version(name)
+        if installed and _numbers(installed) < oldest:
+            need = ".".join(map(str, oldest))
+            return [f"{name} {installed} is too old, {need} is needed: pip install -U 'kvfold[cuda]'"]
     import torch
 
     if torch.version.cuda is None:
@@ -116,7 +133,24 @@ def refusals(device: str) -> list[str]:
             f"the NVIDIA driver serves CUDA {serves} and torch was built for {torch.version.cuda}: update the driver, "
             f"or install a torch for CUDA {serves}"
         ]
+    try:
+        free_bytes(device)
+    except RuntimeError as error:
+        return [f"{gpu.name} takes no work: {str(error).splitlines()[0]}"]
     return []
+
+
+def _version(name: str) -> str:
+    """Empty where a package comes under another name, as nightly builds do."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(2, 11, 0) of 2.11.0+cu130."""
+    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:3]))
 
 
 def free_bytes(device: str) -> int:
