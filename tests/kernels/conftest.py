@@ -3,6 +3,7 @@
 import pytest
 
 from kit.interpreter import torch
+from kit.poison import poisoned_memory  # noqa: F401
 
 
 @pytest.fixture
