@@ -1,7 +1,7 @@
 #include "cpus.h"
 
 #include <algorithm>
-#include <fstream>
+#include <cstdio>
 #include <limits>
 #include <thread>
 
@@ -27,14 +27,28 @@ int whole_cpus(double quota_us, double period_us) {
   return static_cast<int>(std::clamp(quota_us / period_us, 1.0, 1e6));
 }
 
+// Whole files through C, not iostreams: an extension built by another compiler than the process's libstdc++
+// crashed in std::ifstream on a machine with GCC of its own under /opt. Empty where there is no such file.
+std::string text_of(const std::string& path) {
+  std::string text;
+  if (std::FILE* file = std::fopen(path.c_str(), "r")) {
+    char piece[4096];
+    for (size_t n; (n = std::fread(piece, 1, sizeof(piece), file)) > 0;) text.append(piece, n);
+    std::fclose(file);
+  }
+  return text;
+}
+
 // Of the cgroup in this folder alone.
 int folder_quota(const std::string& folder) {
   double quota, period;
-  std::ifstream version2(folder + "/cpu.max");  // "200000 100000", or "max 100000", which is no number
-  if (version2 >> quota >> period) return whole_cpus(quota, period);
-  std::ifstream quota_file(folder + "/cpu.cfs_quota_us"), period_file(folder + "/cpu.cfs_period_us");
-  if (quota_file >> quota && period_file >> period) return whole_cpus(quota, period);  // -1: no quota
-  return kNoQuota;
+  const std::string version2 = text_of(folder + "/cpu.max");  // "200000 100000", or "max 100000"
+  if (std::sscanf(version2.c_str(), "%lf %lf", &quota, &period) == 2) return whole_cpus(quota, period);
+  const std::string quota_text = text_of(folder + "/cpu.cfs_quota_us");  // -1: no quota
+  const std::string period_text = text_of(folder + "/cpu.cfs_period_us");
+  const bool has_both = std::sscanf(quota_text.c_str(), "%lf", &quota) == 1 &&
+                        std::sscanf(period_text.c_str(), "%lf", &period) == 1;
+  return has_both ? whole_cpus(quota, period) : kNoQuota;
 }
 
 // Of a cgroup and those above it. Inside a container the path may be the host's, of which only the root is
@@ -49,8 +63,10 @@ int path_quota(const std::string& mount, std::string path) {
 
 int quota_cpus(const std::string& own, const std::string& root) {
   int cpus = kNoQuota;
-  std::ifstream file(own);
-  for (std::string line; std::getline(file, line);) {  // number:controllers:/path
+  const std::string text = text_of(own);
+  for (size_t start = 0, end; start < text.size(); start = end + 1) {  // number:controllers:/path
+    end = std::min(text.find('\n', start), text.size());
+    const std::string line = text.substr(start, end - start);
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (second == std::string::npos || line.compare(second + 1, 1, "/") != 0) continue;
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
