@@ -29,7 +29,8 @@ from kvfold.cache.pages import PagePool, Sequence
 from kvfold.config import ModelConfig
 from kvfold.engine.batch import Work, build_batch
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
-from kvfold.kernels.matrix import Matrix
+from kvfold.kernels import rounded_product
+from kvfold.kernels.matrix import PLANES, Matrix, planes
 from kvfold.mla.plan import H200, Fa, Mla, MlaPlan, choose
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.quant.types import by_name
@@ -37,25 +38,32 @@ from kvfold.quant.types import by_name
 ROOT = Path(__file__).parents[1]
 
 
-def random_weights(model: DeepseekModel, type: str, device: torch.device) -> DeviceWeights:
-    """Matrices of one block type with tame scales; q and kv_a, gate and up lie together as `upload` lays them."""
+def random_matrix(
+    type: str, rows: int, cols: int, device: torch.device, parts: int = 1, rounds: bool = True
+) -> Matrix:
+    """Of this type, or Q8_0 where a row has no whole blocks of it, with tame scales."""
+    name = type if cols % by_name(type).block_elements == 0 else "Q8_0"
+    if name == "BF16":
+        numbers = torch.randn(parts * rows, cols, device=device, dtype=torch.bfloat16) / cols**0.5
+        return Matrix(name, rows, cols, numbers.view(torch.uint8), None, parts)
+    block = by_name(name)
+    shape = parts * rows, cols // block.block_elements, block.block_bytes
+    raw = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
+    small = torch.tensor([0.002], dtype=torch.float16, device=device).view(torch.uint8)
+    for at in {"Q4_K": (0, 2), "Q6_K": (208,)}.get(name, (0,)):
+        raw[:, :, at : at + 2] = small
+    raw = raw.view(parts * rows, -1)
+    raw = planes(name, raw) if name in PLANES else raw
+    return Matrix(name, rows, cols, raw, None, parts, rounds and name in rounded_product.TYPES)
+
+
+def random_weights(model: DeepseekModel, type: str, device: torch.device, rounds: bool) -> DeviceWeights:
+    """Matrices of one block type; q and kv_a, gate and up lie together as `upload` lays them."""
     config, out = model.config, DeviceWeights()
     specs = {s.name: s.shape for s in expected_tensors(config, KvLayout.KV_B)}
 
     def matrix(rows: int, cols: int, parts: int = 1) -> Matrix:
-        name = type if cols % by_name(type).block_elements == 0 else "Q8_0"
-        if name == "BF16":
-            raw = (torch.randn(parts * rows, cols, device=device, dtype=torch.bfloat16) / cols**0.5).view(
-                torch.uint8
-            )
-            return Matrix(name, rows, cols, raw, None, parts)
-        block = by_name(name)
-        raw = torch.randint(0, 256, (parts * rows, cols // block.block_elements, block.block_bytes), device=device,
-                            dtype=torch.uint8)  # fmt: skip
-        small = torch.tensor([0.002], dtype=torch.float16, device=device).view(torch.uint8)
-        for at in {"Q4_K": (0, 2), "Q6_K": (208,)}.get(name, (0,)):
-            raw[:, :, at : at + 2] = small
-        return Matrix(name, rows, cols, raw.view(parts * rows, -1), None, parts)
+        return random_matrix(type, rows, cols, device, parts, rounds)
 
     pairs = {"attn_kv_a_mqa": "attn_q", "ffn_up": "ffn_gate", "ffn_up_shexp": "ffn_gate_shexp"}
     if config.mla.q_lora_rank is not None:
@@ -171,6 +179,7 @@ def main() -> None:
     parser.add_argument("--config", default="deepseek-v2-lite")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--type", default="BF16")
+    parser.add_argument("--dtype", default="int8", choices=["int8", "bfloat16"])
     parser.add_argument("--batch", default="1")
     parser.add_argument("--depth", default="128")
     parser.add_argument("--prompt", default="")
@@ -184,7 +193,7 @@ def main() -> None:
     model = DeepseekModel(ModelConfig.from_hf(read), splits_kv_b=False, standard=False)
     batches, depths = ([int(n) for n in text.split(",")] for text in (options.batch, options.depth))
     prompts = [int(n) for n in options.prompt.split(",") if n]
-    weights = random_weights(model, options.type, device)
+    weights = random_weights(model, options.type, device, options.dtype == "int8")
     tokens = max([b * (d + 256) for b in batches for d in depths] + [p + 64 for p in prompts])
     cache = PagedCache(CacheLayout.latent(model.config, CacheType.BF16), tokens // PAGE_TOKENS + max(batches))
     backend = CudaBackend(model, weights, cache, device=device, dtype=torch.bfloat16, workspace_bytes=1 << 30)

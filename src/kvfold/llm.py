@@ -77,8 +77,8 @@ class LLM:
 
     model:      None (embedded), a .gguf file, a Hugging Face directory, or a hub name such as "org/repo"
     mla, fa:    "auto", or the peers' numbers: mla 0 to 3, fa 0 or 1
-    dtype:      "float32"; "int8", activations rounded for quantized weights; "bfloat16" (plain);
-                "auto" is int8 on native and float32 on plain
+    dtype:      "float32"; "int8", activations rounded for quantized weights; "bfloat16" (plain, cuda);
+                "auto" is int8 on native and cuda, float32 on plain
     cache_type: "f16", "q8_0", "bf16", "f32" or "fp8" (latents only, not on backend native); "auto" is bf16 on a GPU, f16
                 elsewhere
     backend:    "auto", "cuda", "native" or "plain"

@@ -8,7 +8,7 @@ import torch
 
 from kvfold.kernels import row_product, tile_product
 from kvfold.kernels.block_weights import TYPES
-from kvfold.kernels.matrix import Matrix
+from kvfold.kernels.matrix import PLANES, Matrix, planes
 from kvfold.quant.decode import decode
 from kvfold.quant.types import by_name
 
@@ -35,7 +35,7 @@ def blocks(name: str, rows: int, cols: int, parts: int = 1, seed: int = 0) -> np
 
 
 def matrix(
-    name: str, rows: int, cols: int, device: str, parts: int = 1, seed: int = 0
+    name: str, rows: int, cols: int, device: str, parts: int = 1, seed: int = 0, rounds: bool = False
 ) -> tuple[Matrix, np.ndarray]:
     """On the device, and decoded: float32 [parts, rows, cols]."""
     raw = blocks(name, rows, cols, parts, seed)
@@ -45,7 +45,9 @@ def matrix(
         values = RNG(seed).uniform(0.5, 2, (parts, -(-rows // 128), -(-cols // 128))).astype(np.float32)
         dense = dense * values.repeat(128, 1)[:, :rows].repeat(128, 2)[:, :, :cols]
         scale = torch.from_numpy(values).to(device)
-    return Matrix(name, rows, cols, torch.from_numpy(raw).to(device), scale, parts), dense
+    laid = torch.from_numpy(raw).to(device)
+    laid = planes(name, laid) if name in PLANES else laid
+    return Matrix(name, rows, cols, laid, scale, parts, rounds), dense
 
 
 def same(actual: torch.Tensor, expected: np.ndarray, relative: float) -> None:
@@ -146,7 +148,7 @@ def test_groups_are_a_stable_sort(num_rows: int, device: str, monkeypatch: pytes
 
 
 def test_rows_of_bfloat16_times_blocks(device: str) -> None:
-    """What a GPU reads two at a time, and looks up by its own instructions."""
+    """Loads and conversions that the interpreter does not have."""
     if device == "cpu":
         pytest.skip("the interpreter computes bfloat16 wrongly")
     for name in sorted(TYPES):

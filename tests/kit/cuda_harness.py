@@ -13,7 +13,7 @@ from kit.harness import Harness
 
 
 def cuda_harness(
-    path: Path, *, dtype: torch.dtype = torch.float32, captures: bool = True, **settings: Any
+    path: Path, *, dtype: torch.dtype = torch.float32, rounds: bool = False, captures: bool = True, **settings: Any
 ) -> Harness:
     from kvfold.backends.cuda import CudaBackend
     from kvfold.backends.cuda_weights import upload
@@ -23,7 +23,7 @@ def cuda_harness(
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     backend = CudaBackend(
         loaded.model,
-        upload(loaded.model, loaded.checkpoint.tensors, device, dtype),
+        upload(loaded.model, loaded.checkpoint.tensors, device, dtype, rounds=rounds),
         loaded.cache,
         device=device,
         dtype=dtype,

@@ -17,8 +17,9 @@ from kvfold.quant.tensor import Weight, Weights
 from kvfold.quant.types import BlockType
 
 DTYPES = ("auto", "int8", "float32", "bfloat16")
-"""int8: linear layers and experts round their activations as quant/activations.py says, all else is float32.
-auto: bfloat16 on cuda, int8 on native, float32 on plain."""
+"""int8: linear layers and experts round their activations as quant/activations.py says, all else is float32 (on cuda:
+rows that are few, where a weight has a kernel for it; all else is bfloat16).
+auto: int8 on cuda and native, float32 on plain."""
 
 # On a GPU, beside weights, cache and workspace: the context of CUDA, compiled kernels, the values of a step.
 GPU_RESERVE_BYTES = 2 << 30
@@ -128,8 +129,6 @@ def _cuda_refusals(needs: Needs) -> list[str]:
     if needs.device == "cpu":
         return ["device=cpu was asked for"]
     reasons = gpu.refusals(needs.device)
-    if needs.dtype == "int8":
-        reasons.append("computes in bfloat16 and float32 only")
     reasons += [f"has no {name} (native has, on device=cpu)" for name in needs.native.asked]
     if not reasons and needs.room is not None:
         reasons += _room_refusals(needs.room, gpu.free_bytes(needs.device))
@@ -174,7 +173,7 @@ def _cuda_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machi
     try:
         return CudaBackend(
             model,
-            upload(model, weights, device, dtype, machine.progress),
+            upload(model, weights, device, dtype, machine.progress, rounds=machine.dtype in ("auto", "int8")),
             cache,
             device=device,
             dtype=dtype,

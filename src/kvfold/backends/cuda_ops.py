@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -138,7 +138,7 @@ class CudaOps:
         is_plain = w.is_plain(x.dtype)
         if len(x) == 1 or (len(x) <= ROW_PRODUCT_ROWS and not is_plain):
             row_product.linear(x, w, out)
-        elif len(x) <= TILE_PRODUCT_ROWS and not is_plain:
+        elif (len(x) <= TILE_PRODUCT_ROWS and not is_plain) or tile_product.rounds(w):
             tile_product.linear(x, w, out)
         else:
             numbers = w.plain() if is_plain else tile_product.decode(w, x.dtype)
@@ -246,7 +246,7 @@ class CudaOps:
         w_gate, w_up, w_down = (self._rows(w).matrix for w in (gate, up, down))
         out = torch.empty(len(x.tensor), w_down.rows, dtype=self._dtype, device=x.tensor.device)
         if len(x.tensor) <= ROW_PRODUCT_ROWS:
-            hidden = row_product.gate_up(x.tensor, w_gate, w_up, ids.tensor, self._dtype)
+            hidden = row_product.gate_up(x.tensor, w_gate, w_up, ids.tensor, self._dtype, w_down)
             row_product.down(hidden, w_down, ids.tensor, weights.tensor, out)
         else:
             scratch = self._backend.workspace_bytes
@@ -489,4 +489,4 @@ def _alone(part: Rows) -> Matrix:
     if (part.start, part.stop) == (0, part.matrix.rows):
         return part.matrix
     m = part.matrix
-    return Matrix(m.type, part.stop - part.start, m.cols, m.raw[part.start : part.stop], m.scale)
+    return replace(m, rows=part.stop - part.start, raw=m.raw[part.start : part.stop])

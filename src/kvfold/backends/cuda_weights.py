@@ -2,22 +2,23 @@
 
 What lies there in another form than in the file: norms and biases (float32), the router (float32), the up-projections
 (the compute type: 113 MB for DeepSeek-V2-Lite, 2 GB for V3; they are 1 % of a model and read in two orders), and types
-that block_weights.TYPES lacks (the compute type). Matrices that multiply the same rows lie below each other where they
+that block_weights.TYPES lacks (the compute type). Rows of the types in matrix.PLANES keep their bytes in another order.
+Matrices that multiply the same rows lie below each other where they
 are of one type, so that one launch serves both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvfold.kernels import block_weights, tile_product
-from kvfold.kernels.matrix import Matrix
+from kvfold.kernels import block_weights, rounded_product, tile_product
+from kvfold.kernels.matrix import PLANES, Matrix, planes
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.quant.decode import decode_tensor
@@ -26,6 +27,8 @@ from kvfold.quant.tensor import QuantTensor
 Weight = QuantTensor | tuple[QuantTensor, ...]
 Progress = Callable[[int, int], None]
 
+ROUNDED_TYPES = rounded_product.TYPES | {"F8_E4M3"}
+PLANES_BYTES = 256 << 20  # of the copy that a piece of a matrix needs while its rows are laid out
 STAGE_BYTES = 32 << 20  # two pinned buffers of this size: one is filled while the other is copied
 _NUMBERS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -64,8 +67,13 @@ def upload(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
+    *,
+    rounds: bool = False,
 ) -> DeviceWeights:
-    """torch.cuda.OutOfMemoryError where the memory is too small."""
+    """rounds: few rows are rounded to 8 bits where a type has kernels for that.
+
+    torch.cuda.OutOfMemoryError where the memory is too small.
+    """
     out = DeviceWeights()
     stage = _Stage(device, sum(part.nbytes for w in weights.values() for part in _tensors(w)), progress)
     names = [name for name in weights if not _is_up(name)]
@@ -82,6 +90,7 @@ def upload(
         else:
             group = joined.get(name, (name,))
             matrix = _matrix([weights[member] for member in group], stage, dtype)
+            matrix = replace(matrix, rounds=rounds and matrix.type in ROUNDED_TYPES)
             start = 0
             for member in group:
                 rows = sum(part.rows for part in _tensors(weights[member]))
@@ -144,6 +153,9 @@ def _matrix(weights: list[Weight], stage: _Stage, dtype: torch.dtype) -> Matrix:
     for part in parts:
         stage.copy(part.raw, raw[start : start + part.rows])
         start += part.rows
+    if first.type.name in PLANES:
+        for piece in raw.split(max(1, PLANES_BYTES // raw.shape[1])):
+            piece.copy_(planes(first.type.name, piece))
     scale = None
     if first.scale is not None:
         scale = stage.numbers(np.stack([p.scale for p in parts if p.scale is not None]))

@@ -1,8 +1,8 @@
 """One weight of a block format, in Triton: quant/decode.py said once more, for any grid of (row, column).
 
-Owns what each bit means on a GPU. `weight` serves every kernel that wants a tile of weights; a product of one row reads its
-bytes plane by plane instead (linear.py), which loads each byte and each scale once. Types that are missing here are decoded
-on the host when they are uploaded.
+Owns what each bit means on a GPU. Rows of the types in matrix.PLANES have the fields of their blocks apart. `weight` serves
+every kernel that wants a tile of weights; rounded_product.py reads whole blocks by the word instead. Types that are missing
+here are decoded on the host when they are uploaded.
 """
 
 from __future__ import annotations
@@ -68,58 +68,6 @@ def whole(q):
 
 
 @triton.jit
-def word16(raw, at, mask):
-    """The two bytes at `at` (even), int32: four nibbles, of the weights j, j + 16, j + 1 and j + 17 of a run of 32."""
-    return tl.load((raw + at).to(tl.pointer_type(tl.uint16), bitcast=True), mask=mask, other=0).to(tl.int32)
-
-
-@triton.jit
-def word32(raw, at, mask):
-    """The four bytes at `at` (a multiple of 4), int32."""
-    return tl.load((raw + at).to(tl.pointer_type(tl.int32), bitcast=True), mask=mask, other=0)
-
-
-@triton.jit
-def iq4_of_word(word):
-    """The levels of the four nibbles of a 16-bit word, float32."""
-    if COMPILED:
-        # A byte permutation looks four nibbles up at once, twice for the halves of the codebook, and picks by bit 3; then
-        # each byte goes below the exponent of 2^23. 14 instructions for four weights, where selects take 56.
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 s, t, low, high, a, b, magic;
-            and.b32 s, $4, 0x7777;
-            mov.b32 a, 0x3E2C1700;
-            mov.b32 b, 0x75695C4E;
-            prmt.b32 low, a, b, s;
-            mov.b32 a, 0xA5988C80;
-            mov.b32 b, 0xF0D8C4B4;
-            prmt.b32 high, a, b, s;
-            shr.u32 t, $4, 1;
-            and.b32 t, t, 0x4444;
-            or.b32 t, t, 0x3210;
-            prmt.b32 t, low, high, t;
-            mov.b32 magic, 0x4B000000;
-            prmt.b32 $0, t, magic, 0x7650;
-            prmt.b32 $1, t, magic, 0x7651;
-            prmt.b32 $2, t, magic, 0x7652;
-            prmt.b32 $3, t, magic, 0x7653;
-            sub.f32 $0, $0, 0f4B00007F;
-            sub.f32 $1, $1, 0f4B00007F;
-            sub.f32 $2, $2, 0f4B00007F;
-            sub.f32 $3, $3, 0f4B00007F;
-            }""",
-            "=f,=f,=f,=f,r",
-            [word],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return iq4(word & 15), iq4((word >> 4) & 15), iq4((word >> 8) & 15), iq4((word >> 12) & 15)
-
-
-@triton.jit
 def iq4(q):
     """Level q of IQ4_NL's codebook: four of its sixteen bytes, 127 added, in each word."""
     low = tl.where(q < 4, 0x3E2C1700, 0x75695C4E)
@@ -130,10 +78,33 @@ def iq4(q):
 
 @triton.jit
 def e4m3(code):
-    """F8_E4M3fn: exponent and mantissa in a float32's place are the value times 2^-120, subnormals included."""
+    """F8_E4M3fn of uint8, float32."""
+    if COMPILED and tl.target_info.cuda_capability_geq(8, 9):
+        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        return _e4m3_of_bits(code.to(tl.int32))
+
+
+@triton.jit
+def _e4m3_of_bits(code):
+    """Exponent and mantissa in a float32's place are the value times 2^-120, subnormals included."""
     magnitude = ((code & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
     magnitude = tl.where((code & 127) == 127, float("nan"), magnitude)
     return tl.where(code < 128, magnitude, -magnitude)
+
+
+@triton.jit
+def to_e4m3(x):
+    """float32 of at most 448 to the nearest F8_E4M3, ties to even."""
+    if COMPILED:
+        return x.to(tl.float8e4nv)
+    else:  # the interpreter loses the carry from mantissa to exponent
+        bits = x.to(tl.int32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 120 * 8
+        below = (tl.abs(x) * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 15
+        code = tl.where(size < 0x3C800000, below, normal) | ((bits >> 24) & 128)
+        return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
@@ -163,17 +134,17 @@ def weight(raw, scale, row, col, mask, row_bytes, scale_cols, TYPE: tl.constexpr
         return number(raw, row, col, mask, row_bytes, tl.bfloat16).to(tl.float32)
     elif TYPE == "F8_E4M3":
         factor = tl.load(scale + row // 128 * scale_cols + col // 128, mask=mask, other=0.0)
-        return e4m3(u8(raw, start + col, mask)) * factor
+        return e4m3(tl.load(raw + start + col, mask=mask, other=0)) * factor
     elif TYPE == "Q8_0":
-        at = start + col // 32 * 34
-        return f16(raw, at, mask) * i8(raw, at + 2 + col % 32, mask)
-    elif TYPE == "Q4_0":
-        at = start + col // 32 * 18
-        q = (u8(raw, at + 2 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15
-        return f16(raw, at, mask) * (q.to(tl.float32) - 8.0)
-    elif TYPE == "IQ4_NL":
-        at = start + col // 32 * 18
-        return f16(raw, at, mask) * iq4((u8(raw, at + 2 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15)
+        d = f16(raw, start + row_bytes // 34 * 32 + col // 32 * 2, mask)
+        return d * i8(raw, start + col, mask)
+    elif TYPE == "Q4_0" or TYPE == "IQ4_NL":  # noqa: PLR1714 (a set is no constant to Triton)
+        d = f16(raw, start + row_bytes // 18 * 16 + col // 32 * 2, mask)
+        q = (u8(raw, start + col // 32 * 16 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15
+        if TYPE == "IQ4_NL":
+            return d * iq4(q)
+        else:
+            return d * (q.to(tl.float32) - 8.0)
     elif TYPE == "Q4_1":
         at = start + col // 32 * 20
         q = (u8(raw, at + 4 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15
@@ -214,10 +185,12 @@ def weight(raw, scale, row, col, mask, row_bytes, scale_cols, TYPE: tl.constexpr
         level, minimum = k_scale(raw, at + 4, j // 32, mask)
         return f16(raw, at, mask) * level * q.to(tl.float32) - f16(raw, at + 2, mask) * minimum
     elif TYPE == "Q6_K":
-        at, j = start + col // 256 * 210, col % 256
-        q = (u8(raw, at + j // 128 * 64 + j % 64, mask) >> (j % 128 // 64 * 4)) & 15
-        q = q | (((u8(raw, at + 128 + j // 128 * 32 + j % 32, mask) >> (j % 128 // 32 * 2)) & 3) << 4)
-        return f16(raw, at + 208, mask) * i8(raw, at + 192 + j // 16, mask) * (q - 32).to(tl.float32)
+        blocks = row_bytes // 210
+        q = (u8(raw, start + col // 128 * 64 + col % 64, mask) >> (col % 128 // 64 * 4)) & 15
+        top = u8(raw, start + blocks * 128 + col // 128 * 32 + col % 32, mask)
+        q = q | (((top >> (col % 128 // 32 * 2)) & 3) << 4)
+        d = f16(raw, start + blocks * 208 + col // 256 * 2, mask)
+        return d * i8(raw, start + blocks * 192 + col // 16, mask) * (q - 32).to(tl.float32)
     else:
         tl.static_assert(TYPE == "IQ4_XS", "a type of TYPES")
         at, j = start + col // 256 * 136, col % 256

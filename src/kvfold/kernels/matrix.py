@@ -1,22 +1,24 @@
-"""A weight in the memory of a GPU, in the blocks of its file."""
+"""A weight in the memory of a GPU: the bytes of its file, fields of odd blocks apart."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """`parts` equal matrices below each other: the experts of a layer, or one.
 
-    type:  a name of block_weights.TYPES
-    raw:   uint8 [parts * rows, row_bytes]
-    scale: float32 [parts, ceil(rows / 128), ceil(cols / 128)] of F8_E4M3, else None
+    type:   a name of block_weights.TYPES
+    raw:    uint8 [parts * rows, row_bytes], rows as `planes` lays them
+    scale:  float32 [parts, ceil(rows / 128), ceil(cols / 128)] of F8_E4M3, else None
+    rounds: rows that meet it are rounded to 8 bits, as quant/activations.py says: few of them to whole numbers, by
+            rounded_product.py, many of them to F8_E4M3 where the weights are, by tile_product.py
     """
 
     type: str
@@ -25,6 +27,7 @@ class Matrix:
     raw: Tensor
     scale: Tensor | None = None
     parts: int = 1
+    rounds: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -54,6 +57,22 @@ class Matrix:
     def part(self, start: int, stop: int) -> Matrix:
         """Parts [start, stop), sharing memory."""
         scale = None if self.scale is None else self.scale[start:stop]
-        return Matrix(
-            self.type, self.rows, self.cols, self.raw[start * self.rows : stop * self.rows], scale, stop - start
-        )
+        raw = self.raw[start * self.rows : stop * self.rows]
+        return replace(self, raw=raw, scale=scale, parts=stop - start)
+
+
+# Fields (first byte, bytes) of a block, in the order in which a row has them, each for all of its blocks: loads of 8 or 16
+# bytes, which blocks of 18, 34 and 210 bytes do not have. A row keeps its size.
+PLANES = {
+    "Q4_0": ((2, 16), (0, 2)),
+    "IQ4_NL": ((2, 16), (0, 2)),
+    "Q8_0": ((2, 32), (0, 2)),
+    "Q6_K": ((0, 128), (128, 64), (192, 16), (208, 2)),
+}
+
+
+def planes(type: str, raw: Tensor) -> Tensor:
+    """Rows [rows, row_bytes] of blocks of a type in PLANES, as a Matrix has them."""
+    fields = PLANES[type]
+    blocks = raw.view(len(raw), -1, sum(size for _, size in fields))
+    return torch.cat([blocks[:, :, at : at + size].flatten(1) for at, size in fields], dim=1)

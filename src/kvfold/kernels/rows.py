@@ -138,6 +138,11 @@ def _route(
 
 
 @triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def _swiglu(gate, up, out, width, gate_stride, up_stride, WIDTH: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
         wait_for_inputs()
@@ -145,7 +150,7 @@ def _swiglu(gate, up, out, width, gate_stride, up_stride, WIDTH: tl.constexpr, E
     i = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     g = tl.load(gate + t * gate_stride + i, mask=i < width, other=0.0).to(tl.float32)
     u = tl.load(up + t * up_stride + i, mask=i < width, other=0.0).to(tl.float32)
-    tl.store(out + t * width + i, g / (1.0 + tl.exp(-g)) * u, mask=i < width)
+    tl.store(out + t * width + i, silu(g) * u, mask=i < width)
 
 
 @triton.jit

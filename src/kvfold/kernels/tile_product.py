@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.block_weights import number, weight
+from kvfold.kernels.block_weights import number, to_e4m3, weight
 from kvfold.kernels.matrix import Matrix
-from kvfold.kernels.row_product import silu
+from kvfold.kernels.overlap import overlaps, wait_for_inputs
+from kvfold.kernels.rows import silu
 
 FEATURES = 64  # output features of a tile
 DEPTH = 64  # weights of a row in one pass
@@ -38,7 +39,7 @@ def _weight_tile(raw, scale, row, col, rows, cols, row_bytes, scale_cols, TYPE: 
 
 @triton.jit
 def _experts(
-    a, a_stride, w0, scale0, w1, scale1, out, pairs, starts, tiles, rows, cols, bytes0, bytes1, scale_rows, scale_cols,
+    a, a_scale, a_stride, w0, scale0, w1, scale1, out, pairs, starts, tiles, rows, cols, bytes0, bytes1, scale_rows, scale_cols,
     first_expert, last_expert,
     PER_ROW: tl.constexpr, TWO: tl.constexpr, TYPE0: tl.constexpr, TYPE1: tl.constexpr, NUMBER: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
@@ -64,10 +65,18 @@ def _experts(
         col = first + tl.arange(0, DEPTH)
         x = tl.load(a_row + col[None, :], mask=is_row[:, None] & (col < cols)[None, :], other=0.0).to(NUMBER)
         w = _weight_tile(w0, scale0, feature, col, rows, cols, bytes0, scale_cols, TYPE0, NUMBER)
-        y0 = tl.dot(x, w, y0, input_precision="ieee")
+        if tl.float8e4nv == NUMBER:
+            at = feature // 128 * scale_cols + first // 128
+            s = tl.load(a_scale + (pair // PER_ROW) * scale_cols + first // 128, mask=is_row, other=0.0)[:, None]
+            y0 += s * tl.load(scale0 + at, mask=feature < rows, other=0.0)[None, :] * tl.dot(x, w)
+        else:
+            y0 = tl.dot(x, w, y0, input_precision="ieee")
         if TWO:
             w = _weight_tile(w1, scale1, feature, col, rows, cols, bytes1, scale_cols, TYPE1, NUMBER)
-            y1 = tl.dot(x, w, y1, input_precision="ieee")
+            if tl.float8e4nv == NUMBER:
+                y1 += s * tl.load(scale1 + at, mask=feature < rows, other=0.0)[None, :] * tl.dot(x, w)
+            else:
+                y1 = tl.dot(x, w, y1, input_precision="ieee")
     if TWO:
         y0 = silu(y0) * y1
     inside = is_row[:, None] & (feature < rows)[None, :]
@@ -76,7 +85,7 @@ def _experts(
 
 @triton.jit
 def _linear(
-    x, x_stride, raw, scale, out, out_stride, num_rows, rows, cols, row_bytes, scale_cols,
+    x, x_scale, x_stride, raw, scale, out, out_stride, num_rows, rows, cols, row_bytes, scale_cols,
     TYPE: tl.constexpr, NUMBER: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     m = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -88,9 +97,36 @@ def _linear(
         mask = is_row[:, None] & (col < cols)[None, :]
         a = tl.load(x + m[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(NUMBER)
         w = _weight_tile(raw, scale, feature, col, rows, cols, row_bytes, scale_cols, TYPE, NUMBER)
-        y = tl.dot(a, w, y, input_precision="ieee")
+        if tl.float8e4nv == NUMBER:
+            at = feature // 128 * scale_cols + first // 128
+            s = tl.load(x_scale + m * scale_cols + first // 128, mask=is_row, other=0.0)[:, None]
+            y += s * tl.load(scale + at, mask=feature < rows, other=0.0)[None, :] * tl.dot(a, w)
+        else:
+            y = tl.dot(a, w, y, input_precision="ieee")
     inside = is_row[:, None] & (feature < rows)[None, :]
     tl.store(out + m[:, None] * out_stride + feature[None, :], y, mask=inside)
+
+
+@triton.jit
+def _round_rows(x, codes, scales, cols, x_stride, scale_cols, EARLY: tl.constexpr):
+    """128 neighbours of x to F8_E4M3 and a scale, as quant/activations.py says."""
+    if EARLY:
+        wait_for_inputs()
+    t = tl.program_id(0).to(tl.int64)
+    square = tl.program_id(1) * 8 + tl.arange(0, 8)
+    col = square[:, None] * 128 + tl.arange(0, 128)[None, :]
+    v = tl.load(x + t * x_stride + col, mask=col < cols, other=0.0).to(tl.float32)
+    largest = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # what is not finite is larger than all
+    is_finite = largest < 0x7F800000
+    is_used = is_finite & (largest >= 0x03800000)  # 2^-120
+    most = tl.full([8], 448.0, tl.float32)
+    size = tl.where(is_used, largest, 0x43E00000).to(tl.float32, bitcast=True)  # 448
+    inverse = tl.div_rn(most, size)
+    v = tl.where(is_used[:, None], v * inverse[:, None], 0.0)
+    tl.store(codes + t * cols + col, to_e4m3(v), mask=col < cols)
+    scale = tl.where(is_used, tl.div_rn(size, most), 0.0)
+    scale = tl.where(is_finite, scale, float("nan"))
+    tl.store(scales + t * scale_cols + square, scale, mask=square < scale_cols)
 
 
 @triton.jit
@@ -129,11 +165,34 @@ def _weighted_sum(y, weights, out, cols, PER_ROW: tl.constexpr, WIDTH: tl.conste
     tl.store(out + t * cols + col, total, mask=col < cols)
 
 
-_NUMBERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_NUMBERS = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
 
 
 def _type(w: Matrix, dtype: torch.dtype) -> str:
     return "PLAIN" if w.is_plain(dtype) else w.type
+
+
+def rounds(w: Matrix) -> bool:
+    """Whether rows that meet w are rounded to F8_E4M3 and both multiplied in it, scales applied once per 128 weights."""
+    return w.rounds and w.type == "F8_E4M3"
+
+
+def _rounded(x: Tensor, w: Matrix) -> tuple[Tensor, Tensor]:
+    """(rows, their scales) as the product with w takes them: x itself where it does not round."""
+    if not rounds(w):
+        return x, x
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(len(x), w.scale_cols, device=x.device)
+    early = overlaps(x)
+    _round_rows[(len(x), triton.cdiv(w.scale_cols, 8))](
+        x, codes, scales, w.cols, x.stride(0), w.scale_cols, EARLY=early, launch_pdl=early
+    )
+    return codes, scales
 
 
 def _rows_of_tile(rows: int) -> int:
@@ -143,9 +202,10 @@ def _rows_of_tile(rows: int) -> int:
 def linear(x: Tensor, w: Matrix, out: Tensor) -> None:
     """out [T, rows] = x [T, cols] @ w^T in x's type, each weight decoded once for every tile of rows."""
     rows = _rows_of_tile(len(x))
+    x, x_scale = _rounded(x, w)
     _linear[(triton.cdiv(w.rows, FEATURES), triton.cdiv(len(x), rows))](
-        x, x.stride(0), w.raw, w.scale_or_raw, out, out.stride(0), len(x), w.rows, w.cols, w.row_bytes, w.scale_cols,
-        TYPE=_type(w, x.dtype), NUMBER=_NUMBERS[x.dtype], ROWS=rows, FEATURES=FEATURES, DEPTH=DEPTH,
+        x, x_scale, x.stride(0), w.raw, w.scale_or_raw, out, out.stride(0), len(x), w.rows, w.cols, w.row_bytes, w.scale_cols,
+        TYPE=_type(w, x.dtype), NUMBER=_NUMBERS[x.dtype], ROWS=rows, FEATURES=FEATURES, DEPTH=_depth(x),
     )  # fmt: skip
 
 
@@ -244,15 +304,20 @@ def group_by_expert(ids: Tensor, num_experts: int) -> Groups:
     return Groups(pairs, starts, tiles, rows)
 
 
+def _depth(x: Tensor) -> int:
+    return 128 if x.dtype == torch.float8_e4m3fn else DEPTH
+
+
 def _run_experts(
     a: Tensor, per_row: int, w: Matrix, other: Matrix | None, groups: Groups, out: Tensor, first: int, last: int
 ) -> None:
     second = w if other is None else other
+    a, a_scale = _rounded(a, w)
     _experts[(triton.cdiv(w.rows, FEATURES), len(groups.tiles))](
-        a, a.stride(0), w.raw, w.scale_or_raw, second.raw, second.scale_or_raw, out, groups.pairs, groups.starts,
+        a, a_scale, a.stride(0), w.raw, w.scale_or_raw, second.raw, second.scale_or_raw, out, groups.pairs, groups.starts,
         groups.tiles, w.rows, w.cols, w.row_bytes, second.row_bytes, w.scale_rows, w.scale_cols, first, last,
         PER_ROW=per_row, TWO=other is not None, TYPE0=_type(w, a.dtype), TYPE1=_type(second, a.dtype), NUMBER=_NUMBERS[a.dtype],
-        ROWS=groups.rows, FEATURES=FEATURES, DEPTH=DEPTH,
+        ROWS=groups.rows, FEATURES=FEATURES, DEPTH=_depth(a),
     )  # fmt: skip
 
 
@@ -269,7 +334,9 @@ def experts(
     y = torch.empty(ids.numel(), down.rows, dtype=x.dtype, device=x.device)
     size = gate.parts
     if groups.rows > FEW_ROWS:
-        each = x.element_size() * sum(w.rows * w.cols for w in (gate, up, down) if not w.is_plain(x.dtype))
+        each = x.element_size() * sum(
+            w.rows * w.cols for w in (gate, up, down) if not _multiplies_as_it_is(w, x.dtype)
+        )
         size = gate.parts if each == 0 else max(1, min(gate.parts, scratch_bytes // each))
     for first in range(0, gate.parts, size):
         last = min(first + size, gate.parts)
@@ -283,9 +350,13 @@ def experts(
     )
 
 
+def _multiplies_as_it_is(w: Matrix, dtype: torch.dtype) -> bool:
+    return w.is_plain(dtype) or rounds(w)
+
+
 def _plain(w: Matrix, dtype: torch.dtype) -> Matrix:
-    """The same matrix in numbers of this type."""
-    if w.is_plain(dtype):
+    """The same matrix in numbers of this type, if it has to be."""
+    if _multiplies_as_it_is(w, dtype):
         return w
     name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     return Matrix(name, w.rows, w.cols, decode(w, dtype).view(torch.uint8), None, w.parts)

@@ -19,7 +19,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfold.quant.decode import decode_tensor
+from kvfold.quant.decode import FP8_BLOCK, decode_tensor
 from kvfold.quant.tensor import QuantTensor
 from kvfold.quant.types import BlockType
 
@@ -29,6 +29,8 @@ BLOCK = 32
 """Consecutive values that share a scale."""
 
 _TINY = np.float32(2.0**-120)
+
+_E4M3_MOST = np.float32(448)
 
 
 class Rounding(Enum):
@@ -68,6 +70,29 @@ def quantize(x: Floats) -> tuple[NDArray[np.int8], Floats]:
     codes = np.rint(np.where(used[..., None], blocks, 0) * inverse[..., None]).astype(np.int8)
     scales = np.where(finite, np.where(used, largest / np.float32(127), 0), np.nan).astype(np.float32)
     return codes.reshape(x.shape), scales
+
+
+def quantize_e4m3(x: Floats) -> tuple[NDArray[np.uint8], Floats]:
+    """float32 [..., K] -> codes of F8_E4M3 [..., K], scales float32 [..., ceil(K / 128)]: what meets block-scaled fp8
+    weights on a GPU in products of many rows.
+
+    scale = largest / 448, the largest of 128 values, and code = x * (448 / largest) to the nearest, ties to even. Values
+    that are not finite, and tiny ones, as in `quantize`.
+    """
+    padding = -x.shape[-1] % FP8_BLOCK
+    blocks = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]).reshape(*x.shape[:-1], -1, FP8_BLOCK)
+    largest = np.abs(blocks).max(-1)
+    finite = np.isfinite(largest)
+    used = finite & (largest >= _TINY)
+    inverse = _E4M3_MOST / np.where(used, largest, _E4M3_MOST)
+    scaled = np.where(used[..., None], blocks, 0) * inverse[..., None]
+    # Three bits of mantissa, from 2^-6 on; below that all steps are 2^-9.
+    exponent = np.maximum(np.frexp(np.abs(scaled))[1] - 1, -6)
+    level = np.rint(np.abs(np.ldexp(scaled, 3 - exponent))).astype(np.int32)  # 8 to 16 above 2^-6
+    code = np.where(level < 8, level, (exponent + 6) * 8 + level) | np.where(scaled < 0, 128, 0)
+    codes = code.astype(np.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    scales = np.where(finite, np.where(used, largest / _E4M3_MOST, 0), np.nan).astype(np.float32)
+    return codes, scales
 
 
 def rounded(x: Floats, rounding: Rounding) -> NDArray[np.float64]:

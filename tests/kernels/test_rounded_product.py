@@ -1,0 +1,136 @@
+"""Products of rows rounded to 8 bits against quant/activations.py: through the launchers that the cuda backend calls."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_linear import matrix, same
+
+from kvfold.kernels import rounded_product, row_product, tile_product
+from kvfold.quant.activations import quantize, quantize_e4m3
+from kvfold.quant.decode import decode
+from kvfold.quant.types import by_name
+
+RNG = np.random.default_rng
+TYPES = sorted(rounded_product.TYPES)
+
+
+def rounded(x: torch.Tensor) -> np.ndarray:
+    """The numbers that rounding leaves: float64."""
+    codes, scales = quantize(x.float().cpu().numpy())
+    return codes.astype(np.float64) * scales.repeat(32, axis=-1)
+
+
+def activations(rows: int, cols: int, device: str, seed: int = 1) -> torch.Tensor:
+    """Rows of a wider tensor, of the type that the device is good at."""
+    x = torch.from_numpy(RNG(seed).standard_normal((rows, cols + 32)).astype(np.float32)).to(device)
+    x[0, :32] = 0.0  # a block of zeros
+    x[-1, 40] = 2.0**-130  # lost beside others
+    return (x if device == "cpu" else x.bfloat16())[:, :cols]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_rows_are_rounded_as_the_definition_says(name: str, device: str) -> None:
+    """Row counts that no program divides; widths of one pass, of several, and that no pass divides."""
+    for rows, cols in ((5, 256), (9, 2304)):
+        w, dense = matrix(name, rows, cols, device, seed=3, rounds=True)
+        x = activations(2, cols, device)
+        out = torch.full((2, rows + 2), torch.nan, device=device)
+        row_product.linear(x, w, out)
+        same(out[:, :rows], rounded(x) @ dense[0].T.astype(np.float64), 1e-6)
+        assert out[:, rows:].isnan().all()
+
+
+def test_what_is_not_finite_spoils_its_row_alone(device: str) -> None:
+    w, dense = matrix("IQ4_NL", 8, 256, device, rounds=True)
+    x = activations(3, 256, device)
+    x[0, 77], x[2, 5] = torch.inf, torch.nan
+    out = torch.zeros(3, 8, device=device)
+    row_product.linear(x, w, out)
+    assert out[0].isnan().all() and out[2].isnan().all()
+    same(out[1:2], rounded(x[1:2]) @ dense[0].T.astype(np.float64), 1e-6)
+
+
+@pytest.mark.parametrize(("name", "down_name", "width"), [("Q4_K", "Q8_0", 96), ("IQ4_NL", "Q6_K", 256)])
+def test_experts_round_their_rows(name: str, down_name: str, width: int, device: str) -> None:
+    num_experts, k, hidden, out_rows = 3, 2, 256, 11
+    gate, gate_dense = matrix(name, width, hidden, device, num_experts, 1, rounds=True)
+    up, up_dense = matrix(name, width, hidden, device, num_experts, 2, rounds=True)
+    down, down_dense = matrix(down_name, out_rows, width, device, num_experts, 3, rounds=True)
+    x = activations(2, hidden, device)
+    ids = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32, device=device)
+    weights = torch.from_numpy(RNG(5).uniform(0.1, 1, (2, k)).astype(np.float32)).to(device)
+    pairs = row_product.gate_up(x, gate, up, ids, torch.float32)
+    assert isinstance(pairs, torch.Tensor)
+    values = rounded(x)
+    for pair, expert in enumerate(ids.flatten().tolist()):
+        g = gate_dense[expert].astype(np.float64) @ values[pair // k]
+        u = up_dense[expert].astype(np.float64) @ values[pair // k]
+        same(pairs[pair], g / (1 + np.exp(-g)) * u, 1e-5)
+    out = torch.full((2, out_rows), torch.nan, device=device)
+    row_product.down(pairs if device == "cpu" else pairs.bfloat16(), down, ids, weights, out)
+    values = rounded(pairs if device == "cpu" else pairs.bfloat16())
+    expected = np.zeros((2, out_rows))
+    for pair, expert in enumerate(ids.flatten().tolist()):
+        expected[pair // k] += float(weights.flatten()[pair]) * (
+            down_dense[expert].astype(np.float64) @ values[pair]
+        )
+    same(out, expected, 1e-6)
+    # The production form: rounded where they are made, from the same float32.
+    between = row_product.gate_up(x, gate, up, ids, x.dtype, down)
+    assert isinstance(between, rounded_product.RoundedRows)
+    row_product.down(between, down, ids, weights, out)
+    values, expected = rounded(pairs), np.zeros((2, out_rows))
+    for pair, expert in enumerate(ids.flatten().tolist()):
+        expected[pair // k] += float(weights.flatten()[pair]) * (
+            down_dense[expert].astype(np.float64) @ values[pair]
+        )
+    same(out, expected, 1e-6)
+
+
+def test_one_network_without_choices(device: str) -> None:
+    gate, gate_dense = matrix("Q8_0", 10, 320, device, seed=1, rounds=True)
+    up, up_dense = matrix("Q8_0", 10, 320, device, seed=2, rounds=True)
+    x = activations(2, 320, device) / 16
+    g, u = (rounded(x) @ dense[0].T.astype(np.float64) for dense in (gate_dense, up_dense))
+    got = row_product.gate_up(x, gate, up, None, torch.float32)
+    same(got, g / (1 + np.exp(-g)) * u, 1e-5)
+
+
+def rounded_e4m3(x: torch.Tensor) -> np.ndarray:
+    codes, scales = quantize_e4m3(x.float().cpu().numpy())
+    return decode(by_name("F8_E4M3"), codes).astype(np.float64) * scales.repeat(128, axis=-1)[:, : x.shape[1]]
+
+
+def test_many_rows_meet_fp8_in_fp8(device: str) -> None:
+    """Squares that end early in both directions, rows that no tile divides."""
+    w, dense = matrix("F8_E4M3", 136, 320, device, seed=3, rounds=True)
+    x = activations(5, 320, device)
+    out = torch.full((5, 138), torch.nan, device=device)
+    tile_product.linear(x, w, out)
+    same(out[:, :136], rounded_e4m3(x) @ dense[0].T.astype(np.float64), 1e-6)
+    assert out[:, 136:].isnan().all()
+
+
+def test_experts_meet_fp8_in_fp8(device: str) -> None:
+    num_experts, k, hidden, width, out_rows = 3, 2, 256, 136, 24
+    gate, gate_dense = matrix("F8_E4M3", width, hidden, device, num_experts, 1, rounds=True)
+    up, up_dense = matrix("F8_E4M3", width, hidden, device, num_experts, 2, rounds=True)
+    down, down_dense = matrix("F8_E4M3", out_rows, width, device, num_experts, 3, rounds=True)
+    x = activations(6, hidden, device) / 16
+    ids = torch.tensor([[2, 0], [0, 1], [2, 1], [0, 2], [2, 0], [2, 1]], dtype=torch.int32, device=device)
+    weights = torch.from_numpy(RNG(5).uniform(0.1, 1, (6, k)).astype(np.float32)).to(device)
+    out = torch.full((6, out_rows), torch.nan, device=device)
+    tile_product.experts(x, ids, weights, gate, up, down, out, scratch_bytes=1)
+    values, expected = rounded_e4m3(x), np.zeros((6, out_rows))
+    between = np.zeros((12, width))
+    for pair, expert in enumerate(ids.flatten().tolist()):
+        g = gate_dense[expert].astype(np.float64) @ values[pair // k]
+        between[pair] = g / (1 + np.exp(-g)) * (up_dense[expert].astype(np.float64) @ values[pair // k])
+    again = rounded_e4m3(torch.from_numpy(between).to(x.dtype))
+    for pair, expert in enumerate(ids.flatten().tolist()):
+        factor = float(weights.flatten()[pair])
+        expected[pair // k] += factor * (down_dense[expert].astype(np.float64) @ again[pair])
+    # a sum of float32 in another order may round to the next of 16 steps
+    same(out, expected, 2e-3 if device == "cpu" else 1e-2)
