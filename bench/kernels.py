@@ -3,6 +3,7 @@
     python bench/kernels.py dot  [--types IQ4_NL,Q6_K] [--threads 2] [--isa avx512]
     python bench/kernels.py tile [--types IQ4_NL] [--rows 48,512] [--shapes 1408x2048]
     python bench/kernels.py absorbed [--types IQ4_NL] [--layout kv_b] [--cache f16,q8_0] [--depths 1024,4096,8192] [--rows 1]
+    python bench/kernels.py paths [--types IQ4_NL] [--cache f16,q8_0] [--depths 0,1024,4096,8192] [--rows 1,16,256]
     python bench/kernels.py prompt [--types IQ4_NL] [--rows 512,2048,8192] [--heads 16] [--layout kv_b]
 
 Each round times every ceiling and every kernel once, so that a noisy neighbour hits all of them; a share is the median of a
@@ -27,6 +28,7 @@ from kvfold.backends.native import _segment
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, encode
 from kvfold.config import MlaConfig
 from kvfold.mla.absorb import KvUp
+from kvfold.mla.plan import ARITHMETIC, Path, choose
 from kvfold.model.program import Program, Recorder, Value, record
 from kvfold.quant.types import BlockType, by_name
 
@@ -121,7 +123,9 @@ class Prompt:
     num_segments = 2
     layers = 4  # the memory of a step is new to the first one, as in a model
 
-    def __init__(self, t: BlockType, rows: int, args: argparse.Namespace) -> None:
+    def __init__(
+        self, t: BlockType, rows: int, args: argparse.Namespace, cache_type: CacheType = CacheType.F32
+    ) -> None:
         self.mla = mla = MlaConfig(args.heads, 128, 64, 128, 512, None, 0.1)
         self.config = argparse.Namespace(hidden_size=mla.num_heads * mla.qk_head_dim + mla.latent_dim)
         self.up = KvUp(kv_b="kv_b") if args.layout == "kv_b" else KvUp(k_b="k_b", v_b="v_b")
@@ -135,8 +139,8 @@ class Prompt:
             name: (t.id, len(raw), shapes[name][1], [(raw, None)]) for name, raw in raws.items()
         }
         self.rows, self.pages = rows, -(-rows // 64)
-        cache = np.empty((1, self.pages, 64, mla.latent_dim), np.float32)
-        self.program = program_of(recorded, stored, CacheType.F32, cache, args)
+        cache = np.empty((1, self.pages, 64, cache_type.columns(mla.latent_dim)), cache_type.storage)
+        self.program = program_of(recorded, stored, cache_type, cache, args)
 
     def segment_name(self, index: int) -> str:
         return ("embed", "attend")[index]
@@ -148,26 +152,28 @@ class Prompt:
         mla, width, end = self.mla, x.width - self.mla.latent_dim, x.width - self.mla.qk_rope_head_dim
         ops.append_latent("append", 0, ops.columns(x, width, end), ops.columns(x, end, x.width))
         q = ops.columns(x, 0, width)
-        o_latent = ops.attend_latent("latent", 0, ops.fold_q("fold", q, self.up, mla), mla)  # of no rows
-        into = ops.unfold_v("unfold", o_latent, self.up, mla)
-        out = into
-        for layer in range(self.layers):
+        for layer in range(self.layers):  # of which a step runs one path, and the other has no rows
+            o_latent = ops.attend_latent("latent", 0, ops.fold_q("fold", q, self.up, mla), mla)
+            out = ops.unfold_v("unfold", o_latent, self.up, mla)
             out = ops.attend_expanded(f"attend.{layer}", 0, q, self.up, mla, into=out)
         ops.output("out", ops.take_outputs("take", out))
         return None
 
-    def seconds(self, clock: Clock, count: int) -> float:
-        """Of the last `count` rows over all keys, a layer."""
-        at = np.arange(self.rows - count, self.rows)
+    def seconds(
+        self, clock: Clock, count: int, *, keys: int | None = None, path: Path = Path.DECOMPRESSED
+    ) -> float:
+        """Of the last `count` rows over `keys` (None: all), a layer."""
+        keys = self.rows if keys is None else keys
+        at = np.arange(keys - count, keys)
         run = _native.StepRun(
             self.program,
             token_ids=at.astype(np.int32),
             slots=at.astype(np.int64),
             row_starts=np.asarray([0, count], np.int32),
-            kv_lens=np.asarray([self.rows], np.int32),
+            kv_lens=np.asarray([keys], np.int32),
             page_starts=np.asarray([0, self.pages], np.int32),
             pages=np.arange(self.pages, dtype=np.int32),
-            segments=np.asarray([[2, 1, 0, 1]], np.int32),
+            segments=np.asarray([[path.value, 1, 0, 1]], np.int32),
             output_rows=np.asarray([0], np.int32),
             is_prompt=np.ones(1, np.int32),
             cos=np.zeros((count, 0), np.float32),
@@ -176,6 +182,29 @@ class Prompt:
         )
         run.run(1)
         return clock(partial(run.run, 2)) / self.layers
+
+
+def bench_paths(clock: Clock, args: argparse.Namespace) -> None:
+    """Rows over cached keys by both latent paths, and which of them the plan takes."""
+    print(f"paths, {args.heads} heads, {args.layout}, {args.threads} threads, {args.dtype}, {_native.isa()}")
+    print(
+        "| type | cache | cached | rows | absorbed ms | decompressed ms | the plan takes | beside the faster |\n|---|---|---|---|---|---|---|---|"
+    )
+    most = max(args.rows or [256])
+    depths = [int(depth) for depth in args.depths.split(",")]
+    for name, cache in product(args.types.split(","), args.cache.split(",")):
+        rig = Prompt(by_name(name), max(depths) + most, args, CacheType(cache))
+        rig.seconds(clock, rig.rows)  # fills the cache
+        for cached, rows in product(depths, args.rows or [1, 4, 16, 32, 64, 96, 128, 192, 256]):
+            took: dict[Path, list[float]] = {Path.ABSORBED: [], Path.DECOMPRESSED: []}
+            for _, (path, seconds) in product(range(args.repeat), took.items()):
+                seconds.append(rig.seconds(clock, rows, keys=cached + rows, path=path))
+            ms = {path: 1e3 * statistics.median(seconds) for path, seconds in took.items()}
+            plan = choose(rig.mla, new_rows=rows, cached_rows=cached, is_prompt=True, machine=ARITHMETIC)
+            print(
+                f"| {name} | {cache} | {cached} | {rows} | {ms[Path.ABSORBED]:.2f} | {ms[Path.DECOMPRESSED]:.2f} | {plan.path.name.lower()} | {ms[plan.path] / min(ms.values()):.2f} |",
+                flush=True,
+            )
 
 
 def bench_prompt(clock: Clock, args: argparse.Namespace) -> None:
@@ -329,7 +358,7 @@ def bench_tile(kernels: _native.Kernels, clock: Clock, args: argparse.Namespace)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("form", choices=["dot", "tile", "absorbed", "prompt"])
+    parser.add_argument("form", choices=["dot", "tile", "absorbed", "prompt", "paths"])
     parser.add_argument("--types", default="IQ4_NL,Q4_0,Q4_K,Q6_K,Q8_0,F16,BF16,F32")
     parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], help="rows of x")
     parser.add_argument("--cols", type=int, default=2048, help="of row dots")
@@ -353,6 +382,8 @@ def main() -> None:
     clock = Clock(args.clock == "cpu")
     if args.form == "prompt":
         return bench_prompt(clock, args)
+    if args.form == "paths":
+        return bench_paths(clock, args)
     if args.form == "absorbed":
         return bench_absorbed(clock, args)
     kernels = _native.Kernels(args.threads)

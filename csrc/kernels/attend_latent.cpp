@@ -11,23 +11,19 @@ namespace kvfold {
 namespace {
 
 struct LatentOp {
-  const Machine& machine;
-  const Step& step;
+  const AbsorbedRows& rows;
   const MlaDims& dims;
   float scale;
   const CacheArray& cache;
   int64_t layer;
   Matrix q, out;
-  int64_t first_row;  // of the range: where q and out start
 
   int64_t groups() const { return ceil_div(dims.heads, kTileQueries); }
-  int64_t visible(int64_t i) const { return step.visible[first_row + i]; }
-  int64_t num_runs(int64_t i) const { return ceil_div(visible(i), run_keys(visible(i))); }
   int64_t partial_floats() const { return kTileQueries * dims.kv_lora + kStateFloats; }
 
   // `heads` heads of row i from `head` on.
   QueryTile queries(int64_t i, int64_t head, int64_t heads) const {
-    return {q.row(i) + head * dims.latent(), dims.latent(), heads, dims.latent(), visible(i), 0, scale};
+    return {q.row(i) + head * dims.latent(), dims.latent(), heads, dims.latent(), rows.visible(i), 0, scale};
   }
   ValueTile values(int64_t i, int64_t head, SoftmaxState* states) const {
     return {out.row(i) + head * dims.kv_lora, dims.kv_lora, dims.kv_lora, states};
@@ -38,43 +34,40 @@ struct LatentOp {
 
   // One latent row is key and, its first kv_lora numbers, value.
   Keys block(int64_t i, int64_t key, int64_t keys, float* tile) const {
-    const int32_t page = step.page_list(step.sequence_of[first_row + i])[key / kPageTokens];
-    return read_page(cache, layer, page, keys, 0, dims.latent(), tile);
+    return read_page(cache, layer, rows.page(i, key), keys, 0, dims.latent(), tile);
   }
 
   // A run's softmax into `into`. memory: scores and a tile of keys.
   void attend_run(int64_t i, int64_t group, int64_t run, const ValueTile& into, float* memory) const {
     const int64_t head = group * kTileQueries, heads = std::min(kTileQueries, dims.heads - head);
     const QueryTile tile = queries(i, head, heads);
-    const int64_t first = run * run_keys(visible(i)),
-                  last = std::min(visible(i), first + run_keys(visible(i)));
     start(into, heads);
-    for_blocks(first, last, [&](int64_t key, int64_t keys) {
+    rows.for_pages(i, run, [&](int64_t key, int64_t keys) {
       const Keys latents = block(i, key, keys, memory + kScoreFloats);
       absorb_keys(tile, key, keys, latents, latents, into, memory);
     });
   }
 
-  // Joins the runs of a row in order. next(run): their softmaxes.
+  // Joins the runs of a row in order. next(run): where their softmaxes are.
   template <typename Next>
   void join_runs(int64_t i, int64_t group, float* memory, const Next& next) const {
     const int64_t head = group * kTileQueries, heads = std::min(kTileQueries, dims.heads - head);
     const ValueTile into = values(i, head, states_at(memory));
     start(into, heads);
-    for (int64_t run = 0; run < num_runs(i); run++) merge(next(run), into, heads);
+    for (int64_t run = 0; run < rows.num_runs(i); run++) merge(partial(next(run)), into, heads);
     finish(into, heads);
   }
 
   void attend_stored(int64_t i, int64_t head, int64_t heads, float* scores, float* memory) const {
     const QueryTile tile = queries(i, head, heads);
     const ValueTile into = values(i, head, states_at(memory));
-    const int64_t stride = visible(i);
-    for_blocks(0, visible(i), [&](int64_t key, int64_t keys) {
+    const int64_t stride = rows.visible(i);
+    for_blocks(0, rows.visible(i), [&](int64_t key, int64_t keys) {
       store_scores(tile, key, keys, block(i, key, keys, memory + kScoreFloats), scores, stride);
     });
     normalise_scores(tile, scores, stride);
     start(into, heads);
-    for_blocks(0, visible(i), [&](int64_t key, int64_t keys) {
+    for_blocks(0, rows.visible(i), [&](int64_t key, int64_t keys) {
       weigh_values(tile, key, keys, scores, stride, block(i, key, keys, memory + kScoreFloats), into);
     });
   }
@@ -101,20 +94,18 @@ int64_t attend_latent_floats(const MlaDims& dims, bool rounds) {
 void attend_latent(const Machine& machine, const Step& step, const MlaDims& dims, float scale,
                    const CacheArray& cache, int64_t layer, Matrix q, Matrix out) {
   const PathRange& range = step.range(Path::kAbsorbed);
-  const int64_t rows = range.num_rows();
-  if (rows == 0) return;
-  if (machine.rounds) return attend_latent_rounded(machine, step, dims, scale, cache, layer, q, out);
-  const LatentOp op{machine, step, dims, scale, cache, layer, q, out, range.first_row};
-  int64_t longest = 0, runs = 0;
-  for (int64_t i = 0; i < rows; i++) {
-    longest = std::max(longest, op.visible(i));
-    runs = std::max(runs, op.num_runs(i));
+  const AbsorbedRows rows{step, range.first_row, range.num_rows()};
+  if (rows.num_rows == 0) return;
+  if (machine.rounds) {
+    return attend_latent_rounded(machine, rows, range.fused, dims, scale, cache, layer, q, out);
   }
-
+  const LatentOp op{rows, dims, scale, cache, layer, q, out};
   if (!range.fused) {
+    int64_t longest = 0;
+    for (int64_t i = 0; i < rows.num_rows; i++) longest = std::max(longest, rows.visible(i));
     const int64_t heads = std::min({kTileQueries, dims.heads, stored_floats(machine) / longest});
     const int64_t groups = ceil_div(dims.heads, heads);
-    machine.team.for_each(rows * groups, [&](int64_t unit, int member) {
+    machine.team.for_each(rows.num_rows * groups, [&](int64_t unit, int member) {
       const int64_t head = unit % groups * heads;
       op.attend_stored(unit / groups, head, std::min(heads, dims.heads - head),
                        machine.shared + member * stored_floats(machine), machine.of(member));
@@ -122,40 +113,17 @@ void attend_latent(const Machine& machine, const Step& step, const MlaDims& dims
     return;
   }
 
-  // Enough tiles for every member: each goes through the runs of its row by itself.
-  const int64_t groups = op.groups();
-  const int64_t row_partials = runs * groups * op.partial_floats();
-  const int64_t window = machine.shared_floats / row_partials;
   const int64_t tile_memory = kScoreFloats + kPageTokens * dims.latent();
-  if (runs == 1 || rows * groups >= 8 * machine.team.size() || window == 0) {
-    machine.team.for_each(rows * groups, [&](int64_t unit, int member) {
-      const int64_t i = unit / groups, group = unit % groups;
-      float* memory = machine.of(member);
-      op.join_runs(i, group, memory + tile_memory, [&](int64_t run) {
-        const ValueTile partial = op.partial(memory + tile_memory + kStateFloats);
-        op.attend_run(i, group, run, partial, memory);
-        return partial;
+  rows.for_runs(
+      machine, op.groups(), op.partial_floats(),
+      [&](int member) { return machine.of(member) + tile_memory + kStateFloats; },
+      [](int64_t, int64_t, int) {},
+      [&](int64_t i, int64_t group, int64_t run, float* partial, int member) {
+        op.attend_run(i, group, run, op.partial(partial), machine.of(member));
+      },
+      [&](int64_t i, int64_t group, int member, const auto& next) {
+        op.join_runs(i, group, machine.of(member) + tile_memory, next);
       });
-    });
-    return;
-  }
-
-  // Few tiles: the runs are spread over members, and then joined.
-  for (int64_t first = 0; first < rows; first += window) {
-    const int64_t n = std::min(window, rows - first);
-    const auto partial = [&](int64_t i, int64_t group, int64_t run) {
-      return op.partial(machine.shared + (((i - first) * groups + group) * runs + run) * op.partial_floats());
-    };
-    machine.team.for_each(n * groups * runs, [&](int64_t unit, int member) {
-      const int64_t i = first + unit / (groups * runs), group = unit / runs % groups, run = unit % runs;
-      if (run >= op.num_runs(i)) return;
-      op.attend_run(i, group, run, partial(i, group, run), machine.of(member));
-    });
-    machine.team.for_each(n * groups, [&](int64_t unit, int member) {
-      const int64_t i = first + unit / groups, group = unit % groups;
-      op.join_runs(i, group, machine.of(member), [&](int64_t run) { return partial(i, group, run); });
-    });
-  }
 }
 
 }  // namespace kvfold

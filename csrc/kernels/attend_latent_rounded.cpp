@@ -19,7 +19,7 @@ int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
 
 // Floats of each part of a member's scratch, whole lines.
 struct Parts {
-  int64_t tiles_of_group, query, state, weighted, keys, values, scores, words;
+  int64_t tiles_of_group, query, state, weighted, keys, values, shares, scores, words;
 
   explicit Parts(const MlaDims& dims) {
     const int64_t columns = ceil_div(dims.kv_lora, kValueColumns) * kValueColumns;
@@ -30,33 +30,31 @@ struct Parts {
     weighted = columns * kHeadLanes;
     keys = whole_lines((kPageTokens * key_stride(dims) + kValueColumns) / 2 + 1);  // blocks are read whole
     values = columns * kPagePairs;
+    shares = ceil_div(dims.kv_lora / kQ8Block, kShareBlocks) * kShareBlocks * (kPagePairs + 1);
     scores = kPageTokens * kHeadLanes;
     words = kPagePairs * kHeadLanes;
   }
   static int64_t key_stride(const MlaDims& dims) { return 2 * pairs_of(dims.latent()); }
   int64_t partial() const { return state + weighted; }  // of a tile
-  int64_t tile() const { return keys + values + scores + words; }
+  int64_t tile() const { return keys + values + shares + scores + words; }
   // Queries and two softmaxes of a group's tiles, and what a page becomes.
   int64_t total() const { return tiles_of_group * (query + 2 * partial()) + tile(); }
 };
 
 struct RoundedLatentOp {
   const Machine& machine;
-  const Step& step;
+  const AbsorbedRows& rows;
   const MlaDims& dims;
   float scale_log2e;
   const CacheArray& cache;
   int64_t layer;
   Matrix q, out;
-  int64_t first_row;  // of the range: where q and out start
   LatentKernels kernels;
   Parts parts;
 
   int64_t columns() const { return ceil_div(dims.kv_lora, kValueColumns) * kValueColumns; }
   bool in_codes() const { return cache.type == CacheType::kQ8_0; }
   int64_t groups() const { return ceil_div(dims.heads, parts.tiles_of_group * kHeadLanes); }
-  int64_t visible(int64_t i) const { return step.visible[first_row + i]; }
-  int64_t num_runs(int64_t i) const { return ceil_div(visible(i), run_keys(visible(i))); }
   int64_t first_head(int64_t group, int64_t tile) const {
     return (group * parts.tiles_of_group + tile) * kHeadLanes;
   }
@@ -100,24 +98,30 @@ struct RoundedLatentOp {
     }
   }
 
-  // A page of up to kPageTokens keys. score(): of each of a group's tiles; values as words.
+  // What up to kPageTokens keys are in a member's memory.
   struct Page {
     const uint8_t* raw;
     const uint16_t* rows;  // unless in codes
     int64_t stride;
     int64_t keys;
+    CodeValues values;  // codes: words of bfloat16, unless in codes
   };
   Page page(int64_t i, int64_t key, int64_t keys, float* tile) const {
-    const int32_t index = step.page_list(step.sequence_of[first_row + i])[key / kPageTokens];
-    const uint8_t* raw = cache.row(layer, index * kPageTokens);
-    const int64_t stride = Parts::key_stride(dims);
-    if (in_codes()) return {raw, nullptr, 0, keys};
+    const uint8_t* raw = cache.row(layer, rows.page(i, key) * kPageTokens);
+    auto* words = reinterpret_cast<uint32_t*>(tile + parts.keys);
+    float* largest = tile + parts.keys + parts.values + parts.shares / (kPagePairs + 1) * kPagePairs;
+    Page page{raw, nullptr, 0, keys, {words, words + parts.values, largest}};
+    if (in_codes()) return page;
     if (cache.type == CacheType::kBF16 && dims.latent() % 2 == 0 && dims.kv_lora % kValueColumns == 0) {
-      return {raw, reinterpret_cast<const uint16_t*>(raw), dims.latent(), keys};
+      page.rows = reinterpret_cast<const uint16_t*>(raw);
+      page.stride = dims.latent();
+      return page;
     }
-    auto* rows = reinterpret_cast<uint16_t*>(tile);
-    kernels.widen(cache.type, raw, cache.row_bytes(), keys, dims.latent(), rows, stride);
-    return {raw, rows, stride, keys};
+    auto* widened = reinterpret_cast<uint16_t*>(tile);
+    page.rows = widened;
+    page.stride = Parts::key_stride(dims);
+    kernels.widen(cache.type, raw, cache.row_bytes(), keys, dims.latent(), widened, page.stride);
+    return page;
   }
   void score(const Page& page, const uint32_t* query, float* scores) const {
     if (in_codes()) {
@@ -126,32 +130,45 @@ struct RoundedLatentOp {
       kernels.score_pairs(query, pairs_of(dims.latent()), page.rows, page.stride, page.keys, scores);
     }
   }
-  uint32_t* values(const Page& page, float* tile) const {
-    auto* words = reinterpret_cast<uint32_t*>(tile + parts.keys);
+  void make_values(const Page& page) const {
     if (in_codes()) {
-      kernels.pair_codes(page.raw, cache.row_bytes(), page.keys, dims.kv_lora, words);
+      kernels.pair_codes(page.raw, cache.row_bytes(), page.keys, dims.kv_lora, page.values);
     } else {
-      kernels.pair_values(page.rows, page.stride, page.keys, columns(), words);
+      kernels.pair_values(page.rows, page.stride, page.keys, columns(), page.values.codes);
     }
-    return words;
+  }
+  float* scores_of(float* tile) const { return tile + parts.keys + parts.values + parts.shares; }
+
+  // Weights of a page's scores times its values into the softmax at `partial`. exponents: of the page's
+  // scores, which the softmax has met.
+  void add(const Page& page, const float* scores, const float* exponents, float* partial, int64_t tile,
+           uint32_t* words) const {
+    LatentState* s = state(partial, tile);
+    float* into = weighted(partial, tile);
+    if (!in_codes()) {
+      kernels.weigh(scores, page.keys, scale_log2e, s, words);
+      kernels.add_values(words, page.keys, page.values.codes, columns(), into);
+      return;
+    }
+    alignas(64) float factors[kHeadLanes];
+    kernels.weigh_codes(scores, page.keys, scale_log2e, exponents, s, words, factors);
+    kernels.add_codes(words, factors, page.keys, page.values, dims.kv_lora, into);
   }
 
   // Keys of a run into the softmax at `partial`.
   void attend_run(int64_t i, int64_t group, int64_t run, float* partial, const Memory& m) const {
     start(partial, tiles(group));
-    const int64_t first = run * run_keys(visible(i)),
-                  last = std::min(visible(i), first + run_keys(visible(i)));
-    float* scores = m.tile + parts.keys + parts.values;
+    float* scores = scores_of(m.tile);
     auto* words = reinterpret_cast<uint32_t*>(scores + parts.scores);
-    for_blocks(first, last, [&](int64_t key, int64_t keys) {
+    alignas(64) float exponents[kHeadLanes];
+    rows.for_pages(i, run, [&](int64_t key, int64_t keys) {
       const Page latents = page(i, key, keys, m.tile);
-      const uint32_t* value_words = values(latents, m.tile);
+      make_values(latents);
       for (int64_t tile = 0; tile < tiles(group); tile++) {
-        LatentState* s = state(partial, tile);
         score(latents, m.query + tile * parts.query, scores);
-        kernels.raise(scores, keys, scale_log2e, s, weighted(partial, tile), columns());
-        kernels.weigh(scores, keys, scale_log2e, s, words);
-        kernels.add_values(words, keys, value_words, columns(), weighted(partial, tile));
+        kernels.exponents(scores, keys, scale_log2e, exponents);
+        kernels.raise(exponents, state(partial, tile), weighted(partial, tile), columns());
+        add(latents, scores, exponents, partial, tile, words);
       }
     });
   }
@@ -176,19 +193,29 @@ struct RoundedLatentOp {
     }
   }
 
+  // Joins the runs of a row in order. next(run): where their softmaxes are.
+  template <class Next>
+  void join_runs(int64_t i, int64_t group, const Memory& m, const Next& next) const {
+    start(m.row, tiles(group));
+    for (int64_t run = 0; run < rows.num_runs(i); run++) merge(next(run), m.row, tiles(group));
+    finish(i, group, m.row);
+  }
+
   // fa=0: all scores of a tile [keys][kHeadLanes], then their softmax in a second pass.
   void attend_stored(int64_t i, int64_t tile, float* scores, const Memory& m) const {
-    const int64_t keys_of_row = visible(i);
-    LatentState* s = state(m.row, tile);
+    const int64_t keys_of_row = rows.visible(i);
     for_blocks(0, keys_of_row, [&](int64_t key, int64_t keys) {
       score(page(i, key, keys, m.tile), m.query + tile * parts.query, scores + key * kHeadLanes);
     });
-    kernels.raise(scores, keys_of_row, scale_log2e, s, weighted(m.row, tile), columns());
-    auto* words = reinterpret_cast<uint32_t*>(m.tile + parts.keys + parts.values);
+    alignas(64) float exponents[kHeadLanes];
+    kernels.exponents(scores, keys_of_row, scale_log2e, exponents);
+    kernels.raise(exponents, state(m.row, tile), weighted(m.row, tile), columns());
+    auto* words = reinterpret_cast<uint32_t*>(scores_of(m.tile));
     for_blocks(0, keys_of_row, [&](int64_t key, int64_t keys) {
-      kernels.weigh(scores + key * kHeadLanes, keys, scale_log2e, s, words);
       const Page latents = page(i, key, keys, m.tile);
-      kernels.add_values(words, keys, values(latents, m.tile), columns(), weighted(m.row, tile));
+      make_values(latents);
+      if (in_codes()) kernels.exponents(scores + key * kHeadLanes, keys, scale_log2e, exponents);
+      add(latents, scores + key * kHeadLanes, exponents, m.row, tile, words);
     });
   }
 };
@@ -197,20 +224,14 @@ struct RoundedLatentOp {
 
 int64_t attend_latent_rounded_floats(const MlaDims& dims) { return Parts(dims).total(); }
 
-void attend_latent_rounded(const Machine& machine, const Step& step, const MlaDims& dims, float scale,
-                           const CacheArray& cache, int64_t layer, Matrix q, Matrix out) {
-  const PathRange& range = step.range(Path::kAbsorbed);
-  const int64_t rows = range.num_rows();
-  const RoundedLatentOp op{
-      machine,         step,          dims,       static_cast<float>(scale * 1.4426950408889634),
-      cache,           layer,         q,          out,
-      range.first_row, *isa().latent, Parts(dims)};
+void attend_latent_rounded(const Machine& machine, const AbsorbedRows& rows, bool fused, const MlaDims& dims,
+                           float scale, const CacheArray& cache, int64_t layer, Matrix q, Matrix out) {
+  const RoundedLatentOp op{machine,       rows,       dims, static_cast<float>(scale * 1.4426950408889634),
+                           cache,         layer,      q,    out,
+                           *isa().latent, Parts(dims)};
   const int64_t groups = op.groups();
-  int64_t runs = 0;
-  for (int64_t i = 0; i < rows; i++) runs = std::max(runs, op.num_runs(i));
-
-  if (!range.fused) {
-    machine.team.for_each(rows * groups, [&](int64_t unit, int member) {
+  if (!fused) {
+    machine.team.for_each(rows.num_rows * groups, [&](int64_t unit, int member) {
       const int64_t i = unit / groups, group = unit % groups;
       const auto memory = op.memory(member);
       op.pack(i, group, memory.query);
@@ -222,48 +243,15 @@ void attend_latent_rounded(const Machine& machine, const Step& step, const MlaDi
     });
     return;
   }
-
-  // Enough rows for every member: each goes through the runs of its row by itself.
-  const int64_t row_partials = runs * groups * op.group_partial();
-  const int64_t window = machine.shared_floats / row_partials;
-  if (runs == 1 || rows * groups >= 8 * machine.team.size() || window == 0) {
-    machine.team.for_each(rows * groups, [&](int64_t unit, int member) {
-      const int64_t i = unit / groups, group = unit % groups;
-      const auto memory = op.memory(member);
-      op.pack(i, group, memory.query);
-      op.start(memory.row, op.tiles(group));
-      for (int64_t run = 0; run < op.num_runs(i); run++) {
-        op.attend_run(i, group, run, memory.run, memory);
-        op.merge(memory.run, memory.row, op.tiles(group));
-      }
-      op.finish(i, group, memory.row);
-    });
-    return;
-  }
-
-  // Few rows: the runs are spread over members, and then joined.
-  for (int64_t first = 0; first < rows; first += window) {
-    const int64_t n = std::min(window, rows - first);
-    const auto partial = [&](int64_t i, int64_t group, int64_t run) {
-      return machine.shared + (((i - first) * groups + group) * runs + run) * op.group_partial();
-    };
-    machine.team.for_each(n * groups * runs, [&](int64_t unit, int member) {
-      const int64_t i = first + unit / (groups * runs), group = unit / runs % groups, run = unit % runs;
-      if (run >= op.num_runs(i)) return;
-      const auto memory = op.memory(member);
-      op.pack(i, group, memory.query);
-      op.attend_run(i, group, run, partial(i, group, run), memory);
-    });
-    machine.team.for_each(n * groups, [&](int64_t unit, int member) {
-      const int64_t i = first + unit / groups, group = unit % groups;
-      const auto memory = op.memory(member);
-      op.start(memory.row, op.tiles(group));
-      for (int64_t run = 0; run < op.num_runs(i); run++) {
-        op.merge(partial(i, group, run), memory.row, op.tiles(group));
-      }
-      op.finish(i, group, memory.row);
-    });
-  }
+  rows.for_runs(
+      machine, groups, op.group_partial(), [&](int member) { return op.memory(member).run; },
+      [&](int64_t i, int64_t group, int member) { op.pack(i, group, op.memory(member).query); },
+      [&](int64_t i, int64_t group, int64_t run, float* partial, int member) {
+        op.attend_run(i, group, run, partial, op.memory(member));
+      },
+      [&](int64_t i, int64_t group, int member, const auto& next) {
+        op.join_runs(i, group, op.memory(member), next);
+      });
 }
 
 }  // namespace kvfold

@@ -6,8 +6,10 @@
 
 namespace kvfold {
 
-void attend_latent_rounded(const Machine& machine, const Step& step, const MlaDims& dims, float scale,
-                           const CacheArray& cache, int64_t layer, Matrix q, Matrix out);
+struct AbsorbedRows;  // attention_tiles.h
+
+void attend_latent_rounded(const Machine& machine, const AbsorbedRows& rows, bool fused, const MlaDims& dims,
+                           float scale, const CacheArray& cache, int64_t layer, Matrix q, Matrix out);
 
 // Of a member's scratch.
 int64_t attend_latent_rounded_floats(const MlaDims& dims);

@@ -15,21 +15,85 @@ constexpr int64_t kStateFloats = kTileQueries * sizeof(SoftmaxState) / sizeof(fl
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A row's pages go in runs of this many, each with a softmax of its own; a function of the row's keys alone.
-// 256 keys, or as many as keep the runs at 64: a unit is then at least 256 * 16 heads * 1088 = 4.5 M
-// multiply-adds. More keys may be fewer runs: 256 pages are 64 runs of 4, 257 are 52 of 5.
-inline int64_t run_keys(int64_t visible) {
-  constexpr int64_t kMinPages = 4, kMaxRuns = 64;
-  return std::max(kMinPages, ceil_div(ceil_div(visible, kPageTokens), kMaxRuns)) * kPageTokens;
-}
-
-inline SoftmaxState* states_at(float* memory) { return reinterpret_cast<SoftmaxState*>(memory); }
-
 // Calls use(first_key, keys) for the pages' blocks of [first, last), `first` at a page.
 template <typename Use>
 void for_blocks(int64_t first, int64_t last, const Use& use) {
   for (int64_t key = first; key < last; key += kPageTokens) use(key, std::min(kPageTokens, last - key));
 }
+
+// Rows of the absorbed range. The pages of a row go in runs, each with a softmax of its own: a function of
+// the keys that it sees alone.
+struct AbsorbedRows {
+  const Step& step;
+  int64_t first_row;  // of the range: where q and out start
+  int64_t num_rows;
+
+  int64_t visible(int64_t i) const { return step.visible[first_row + i]; }
+  int32_t page(int64_t i, int64_t key) const {
+    return step.page_list(step.sequence_of[first_row + i])[key / kPageTokens];
+  }
+
+  // 256 keys, or as many as keep the runs at 64: a unit is then at least 256 * 16 heads * 1088 = 4.5 M
+  // multiply-adds. Of fewer than 1024 keys a quarter, whole pages, so that a second thread has work.
+  // More keys may be fewer runs: 256 pages are 64 runs of 4, 257 are 52 of 5.
+  int64_t run_keys(int64_t i) const {
+    constexpr int64_t kFewRuns = 4, kFewPages = 4, kMostRuns = 64;
+    const int64_t pages = ceil_div(visible(i), kPageTokens);
+    return std::max(std::min(kFewPages, ceil_div(pages, kFewRuns)), ceil_div(pages, kMostRuns)) * kPageTokens;
+  }
+  int64_t num_runs(int64_t i) const { return ceil_div(visible(i), run_keys(i)); }
+  int64_t most_runs() const {
+    int64_t most = 0;
+    for (int64_t i = 0; i < num_rows; i++) most = std::max(most, num_runs(i));
+    return most;
+  }
+  // Calls use(first key, keys) for the pages of a run.
+  template <class Use>
+  void for_pages(int64_t i, int64_t run, const Use& use) const {
+    for_blocks(run * run_keys(i), std::min(visible(i), (run + 1) * run_keys(i)), use);
+  }
+
+  // The softmaxes of all rows and `groups` of heads, with the work of each spread as there are many or few:
+  //   prepare(i, group, member)                before a member attends
+  //   attend(i, group, run, partial, member)   a run's softmax into partial_floats
+  //   join(i, group, member, next)             joins next(0), next(1) ... next(num_runs(i) - 1)
+  // own(member): partial_floats of a member.
+  template <class Own, class Prepare, class Attend, class Join>
+  void for_runs(const Machine& machine, int64_t groups, int64_t partial_floats, const Own& own,
+                const Prepare& prepare, const Attend& attend, const Join& join) const {
+    const int64_t runs = most_runs(), window = machine.shared_floats / (runs * groups * partial_floats);
+    // Enough for every member: each goes through the runs of its row by itself.
+    if (runs == 1 || num_rows * groups >= 8 * machine.team.size() || window == 0) {
+      machine.team.for_each(num_rows * groups, [&](int64_t unit, int member) {
+        const int64_t i = unit / groups, group = unit % groups;
+        prepare(i, group, member);
+        join(i, group, member, [&](int64_t run) {
+          attend(i, group, run, own(member), member);
+          return own(member);
+        });
+      });
+      return;
+    }
+    for (int64_t first = 0; first < num_rows; first += window) {
+      const int64_t n = std::min(window, num_rows - first);
+      const auto partial = [&](int64_t i, int64_t group, int64_t run) {
+        return machine.shared + (((i - first) * groups + group) * runs + run) * partial_floats;
+      };
+      machine.team.for_each(n * groups * runs, [&](int64_t unit, int member) {
+        const int64_t i = first + unit / (groups * runs), group = unit / runs % groups, run = unit % runs;
+        if (run >= num_runs(i)) return;
+        prepare(i, group, member);
+        attend(i, group, run, partial(i, group, run), member);
+      });
+      machine.team.for_each(n * groups, [&](int64_t unit, int member) {
+        const int64_t i = first + unit / groups, group = unit % groups;
+        join(i, group, member, [&](int64_t run) { return partial(i, group, run); });
+      });
+    }
+  }
+};
+
+inline SoftmaxState* states_at(float* memory) { return reinterpret_cast<SoftmaxState*>(memory); }
 
 // Scores that a member may store without fusing.
 inline int64_t stored_floats(const Machine& machine) { return machine.shared_floats / machine.team.size(); }

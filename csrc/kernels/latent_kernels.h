@@ -9,8 +9,12 @@
 //             or, for a q8_0 cache, a record for each 32 numbers: codes [8][kHeadLanes] words of four,
 //             scales [kHeadLanes]
 //   keys      [keys][stride]                 bfloat16, or q8_0 in the cache itself
-//   values    [columns / 16][pairs of keys of a page][16]   words
+//   values    [columns / 16][pairs of keys of a page][16]   words of two bfloat16, or of two codes as int16
 //   weighted  [columns][kHeadLanes]          float32 sums of weights times values
+//
+// Values of a q8_0 cache are multiplied as the whole numbers they are. A weight is then a whole number of 15
+// bits for each page, times the scale of the value's block as a share, in 15 bits again, of the largest of
+// the page: an int16 for each head, key and 32 columns.
 //
 // Shapes are the same on every instruction set, so what a workspace holds does not depend on which one runs.
 #pragma once
@@ -30,6 +34,17 @@ constexpr int64_t kPagePairs = kPageTokens / 2;
 struct LatentState {
   alignas(64) float exponent[kHeadLanes];  // whole; minus infinity before the first key
   float sum[kHeadLanes];                   // of 2^(score - exponent) as bfloat16
+};
+
+constexpr float kWholeOne = 32767.0f;  // weights and shares of 1
+constexpr int64_t kShareBlocks = 16;   // of 512 columns
+
+// Values of a q8_0 page.
+struct CodeValues {
+  uint32_t* codes;   // [columns / kValueColumns][kPagePairs][kValueColumns], of two keys each
+  uint32_t* shares;  // [blocks / kShareBlocks][kPagePairs][kShareBlocks], of two keys each: scales in units
+                     // of largest / kWholeOne
+  float* largest;    // [blocks] scales of the page. Blocks of kQ8Block columns, rounded up to kShareBlocks
 };
 
 // `k` weights of a row to float32, as kernels/decode.h has them.
@@ -54,7 +69,7 @@ struct LatentKernels {
   // Values out of bfloat16 rows and out of q8_0 rows. Whole blocks of kValueColumns are read; after an odd
   // number of keys come zeros.
   void (*pair_values)(const uint16_t* rows, int64_t stride, int64_t keys, int64_t columns, uint32_t* to);
-  void (*pair_codes)(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t columns, uint32_t* to);
+  void (*pair_codes)(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t columns, CodeValues to);
 
   // scores [keys][kHeadLanes].
   void (*score_pairs)(const uint32_t* q, int64_t pairs, const uint16_t* rows, int64_t stride, int64_t keys,
@@ -62,13 +77,20 @@ struct LatentKernels {
   void (*score_codes)(const uint32_t* q, int64_t blocks, const uint8_t* rows, int64_t row_bytes, int64_t keys,
                       float* scores);
 
-  // Exponents that no score of the tile passes by 1; where one rises, sum and weighted values follow.
-  void (*raise)(const float* scores, int64_t keys, float scale_log2e, LatentState* state, float* weighted,
-                int64_t columns);
-  // words [pairs of keys][kHeadLanes] of 2^(score * scale_log2e - exponent), added up in state.
+  // exponents [kHeadLanes]: whole numbers, round(the largest score * scale_log2e + 1/2).
+  void (*exponents)(const float* scores, int64_t keys, float scale_log2e, float* exponents);
+  // The state's exponents to no less than these; where one rises, sum and weighted values follow.
+  void (*raise)(const float* exponents, LatentState* state, float* weighted, int64_t columns);
+  // words [pairs of keys][kHeadLanes] of 2^(score * scale_log2e - the state's exponent), added up in state.
   void (*weigh)(const float* scores, int64_t keys, float scale_log2e, LatentState* state, uint32_t* words);
   void (*add_values)(const uint32_t* words, int64_t keys, const uint32_t* values, int64_t columns,
                      float* weighted);
+  // The same with the exponents of a page, which the state's are no less than. factors [kHeadLanes]: what a
+  // product of words, shares and codes is to be multiplied with, but for the largest scale.
+  void (*weigh_codes)(const float* scores, int64_t keys, float scale_log2e, const float* exponents,
+                      LatentState* state, uint32_t* words, float* factors);
+  void (*add_codes)(const uint32_t* words, const float* factors, int64_t keys, CodeValues values,
+                    int64_t columns, float* weighted);
   // Joins the softmax over other keys.
   void (*merge)(const LatentState& other, const float* other_weighted, LatentState* state, float* weighted,
                 int64_t columns);

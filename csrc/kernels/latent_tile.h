@@ -12,6 +12,8 @@
 #include "kernels/quant_formats.h"
 
 #define KVFOLD_UNROLLED_LATENT _Pragma("GCC unroll 16")
+// Otherwise GCC 12 moves sums from register to register once a step: 61 instead of 74 GMAC/s of AVX2.
+#define KVFOLD_FOUR_STEPS _Pragma("GCC unroll 4")
 
 namespace kvfold {
 namespace {
@@ -65,35 +67,42 @@ struct LatentTile {
   // Numbers of a query that are rounded at a time: 64 bytes.
   static constexpr int64_t kChunk = 32;
 
-  static void pack_pairs(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to) {
-    std::memset(to, 0, (latent + 1) / 2 * kHeadLanes * 4);
-    for (int64_t head = 0; head < heads; head++) {
-      uint32_t* word = to + head;
-      for (int64_t at = 0; at < latent; at += kChunk) {
-        const int64_t n = std::min(kChunk, latent - at);
-        uint16_t halves[kChunk] = {};
-        S::to_bf16(q + head * stride + at, halves, n);
-        uint32_t words[kChunk / 2];
-        std::memcpy(words, halves, sizeof words);
-        for (int64_t i = 0; i < (n + 1) / 2; i++, word += kHeadLanes) *word = words[i];
+  // Rows of up to 16 words, kHeadLanes of them one after the other, to words [num_words][kHeadLanes].
+  static void turn(const void* rows, int64_t row_words, int64_t num_words, uint32_t* to) {
+    for (int64_t at = 0; at < num_words; at += 4) {
+      for (int64_t lane = 0; lane < kHeadLanes; lane += S::kLanes) {
+        Ints four[4];
+        S::transpose(static_cast<const uint8_t*>(rows) + (lane * row_words + at) * 4, row_words * 4, four);
+        for (int64_t i = 0; i < std::min<int64_t>(4, num_words - at); i++) {
+          S::store_codes(to + (at + i) * kHeadLanes + lane, four[i]);
+        }
       }
     }
   }
 
-  static void pack_codes(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to) {
-    std::memset(to, 0, latent / kQ8Block * kRecord * 4);
-    for (int64_t head = 0; head < heads; head++) {
-      uint32_t* word = to + head;
-      for (int64_t at = 0; at < latent; at += kQ8Block, word += kRecord) {
-        int8_t codes[kQ8Block];
-        int32_t halves[2];
-        const float scale = S::quantize(q + head * stride + at, codes, halves);
-        for (int8_t& code : codes) code = static_cast<int8_t>(code + S::kWideZero);
-        uint32_t words[8];
-        std::memcpy(words, codes, sizeof words);
-        for (int i = 0; i < 8; i++) word[i * kHeadLanes] = words[i];
-        std::memcpy(word + 8 * kHeadLanes, &scale, 4);
+  static void pack_pairs(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to) {
+    alignas(64) uint16_t halves[kHeadLanes][kChunk] = {};
+    for (int64_t at = 0; at < latent; at += kChunk, to += kChunk / 2 * kHeadLanes) {
+      const int64_t n = std::min(kChunk, latent - at);
+      for (int64_t head = 0; head < heads; head++) {
+        if (n < kChunk) halves[head][n] = 0;  // beside the last of an odd number
+        S::to_bf16(q + head * stride + at, halves[head], n);
       }
+      turn(halves, kChunk / 2, (n + 1) / 2, to);
+    }
+  }
+
+  static void pack_codes(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to) {
+    alignas(64) int8_t codes[kHeadLanes][kQ8Block] = {};
+    for (int64_t at = 0; at < latent; at += kQ8Block, to += kRecord) {
+      float scales[kHeadLanes] = {};
+      for (int64_t head = 0; head < heads; head++) {
+        int32_t halves[2];
+        scales[head] = S::quantize(q + head * stride + at, codes[head], halves);
+        for (int8_t& code : codes[head]) code = static_cast<int8_t>(code + S::kWideZero);
+      }
+      turn(codes, kQ8Block / 4, kQ8Block / 4, to);
+      std::memcpy(to + kQ8Block / 4 * kHeadLanes, scales, sizeof scales);
     }
   }
 
@@ -134,31 +143,36 @@ struct LatentTile {
   }
 
   static void pair_codes(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t columns,
-                         uint32_t* to) {
-    constexpr int64_t kHeads = 32;
-    float scales[kPageTokens][kHeads];
-    int32_t starts[kHeads];
-    const int64_t num_blocks = columns / kQ8Block;
-    for (int64_t at = 0; at < num_blocks; at += kHeads) {
-      const int64_t heads = std::min(kHeads, num_blocks - at);
+                         CodeValues to) {
+    alignas(64) float scales[kPageTokens + 1][kShareBlocks];
+    const int64_t num_blocks = columns / kQ8Block, pairs = (keys + 1) / 2;
+    for (int64_t at = 0; at < num_blocks; at += kShareBlocks) {
+      const int64_t some = std::min(kShareBlocks, num_blocks - at);
       for (int64_t key = 0; key < keys; key++) {
-        S::q8_heads(rows + key * row_bytes + at * kQ8Bytes, heads, scales[key], starts);
+        S::q8_scales(rows + key * row_bytes + at * kQ8Bytes, some, scales[key]);
+        std::fill(scales[key] + some, scales[key] + kShareBlocks, 0.0f);
       }
-      for (int64_t b = 0; b < heads; b++) {
-        for (int64_t half = 0; half < kQ8Block; half += kValueColumns) {
-          const uint8_t* codes = rows + (at + b) * kQ8Bytes + 2 + half;
-          uint32_t* block = to + ((at + b) * kQ8Block + half) * kPagePairs;
-          const auto values = [&](int64_t key, int64_t i) {
-            const auto* from = reinterpret_cast<const int8_t*>(codes + key * row_bytes + i);
-            return S::mul(S::load_bytes(from), S::set(scales[key][b]));
-          };
-          for (int64_t key = 0; key < keys; key += 2, block += kValueColumns) {
-            for (int64_t i = 0; i < kValueColumns; i += S::kLanes) {
-              const auto odd = key + 1 < keys ? values(key + 1, i) : S::zero();
-              S::store_codes(block + i, S::bf16_pairs(values(key, i), odd));
-            }
-          }
+      std::fill_n(scales[keys], kShareBlocks, 0.0f);
+      for (int64_t lane = 0; lane < kShareBlocks; lane += S::kLanes) {
+        auto largest = S::zero();
+        for (int64_t key = 0; key < keys; key++) largest = S::max(S::load(scales[key] + lane), largest);
+        S::store(to.largest + at + lane, largest);
+        // No scale is smaller but zero, whose codes are zero.
+        const auto to_shares = S::div(S::set(kWholeOne), S::max(largest, S::set(0x1p-24f)));
+        for (int64_t j = 0; j < pairs; j++) {
+          S::store_codes(to.shares + (at / kShareBlocks * kPagePairs + j) * kShareBlocks + lane,
+                         S::whole_pairs(S::mul(S::load(scales[2 * j] + lane), to_shares),
+                                        S::mul(S::load(scales[2 * j + 1] + lane), to_shares)));
         }
+      }
+    }
+    static constexpr int8_t zeros[kValueColumns] = {};
+    for (int64_t c = 0; c < columns; c += kValueColumns) {
+      const auto* codes = reinterpret_cast<const int8_t*>(rows + c / kQ8Block * kQ8Bytes + 2 + c % kQ8Block);
+      uint32_t* block = to.codes + c * kPagePairs;
+      for (int64_t key = 0; key < keys; key += 2, block += kValueColumns) {
+        const int8_t* even = codes + key * row_bytes;
+        S::pair_bytes(even, key + 1 < keys ? even + row_bytes : zeros, block);
       }
     }
   }
@@ -220,30 +234,43 @@ struct LatentTile {
           const int64_t heads = std::min(kHeads, num_blocks - at);
           const uint8_t* k = rows + key * row_bytes + at * kQ8Bytes;
           for (int j = 0; j < n; j++) S::q8_heads(k + j * row_bytes, heads, scales[j], starts[j]);
-          for (int p = 0; p < kParts; p++) {
-            const int64_t lane = p * S::kLanes;
-            Floats out[n];
-            KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
-              out[j] = at == 0 ? S::zero() : S::load(to + j * kHeadLanes + lane);
+          Floats out[n][kParts];
+          KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
+            KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+              out[j][p] = at == 0 ? S::zero() : S::load(to + j * kHeadLanes + p * S::kLanes);
             }
-            const uint32_t* record = q + at * kRecord + lane;
-            const uint8_t* codes = k + 2;
-            for (int64_t b = 0; b < heads; b++, record += kRecord, codes += kQ8Bytes) {
-              Ints sum[n];
-              KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) sum[j] = S::set_ints(starts[j][b]);
-              KVFOLD_UNROLLED_LATENT for (int i = 0; i < 8; i++) {
-                const Ints query = S::load_codes(record + i * kHeadLanes);
-                KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
-                  sum[j] = S::template dot<true>(sum[j], query, S::four_codes(codes + j * row_bytes + 4 * i));
+          }
+          const uint32_t* record = q + at * kRecord;
+          const uint8_t* codes = k + 2;
+          for (int64_t b = 0; b < heads; b++, record += kRecord, codes += kQ8Bytes) {
+            Ints sum[n][kParts];
+            KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
+              KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) sum[j][p] =
+                  S::kWideZero == 0 ? S::zero_ints() : S::set_ints(starts[j][b]);
+            }
+            KVFOLD_UNROLLED_LATENT for (int i = 0; i < 8; i++) {
+              Ints query[kParts];
+              KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+                query[p] = S::load_codes(record + i * kHeadLanes + p * S::kLanes);
+              }
+              KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
+                const Ints four = S::four_codes(codes + j * row_bytes + 4 * i);
+                KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+                  sum[j][p] = S::template dot<true>(sum[j][p], query[p], four);
                 }
               }
-              const auto scale = S::load(reinterpret_cast<const float*>(record + 8 * kHeadLanes));
+            }
+            KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+              const auto scale =
+                  S::load(reinterpret_cast<const float*>(record + 8 * kHeadLanes + p * S::kLanes));
               KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
-                out[j] = S::fma(S::mul(S::to_floats(sum[j]), scale), S::set(scales[j][b]), out[j]);
+                out[j][p] = S::fma(S::mul(S::to_floats(sum[j][p]), scale), S::set(scales[j][b]), out[j][p]);
               }
             }
-            KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
-              S::store(to + j * kHeadLanes + lane, out[j]);
+          }
+          KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
+            KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+              S::store(to + j * kHeadLanes + p * S::kLanes, out[j][p]);
             }
           }
         }
@@ -264,18 +291,21 @@ struct LatentTile {
     return std::all_of(lanes, lanes + S::kLanes, [](float x) { return x == 1.0f; });
   }
 
-  static void raise(const float* scores, int64_t keys, float scale_log2e, LatentState* state, float* weighted,
-                    int64_t columns) {
+  static void exponents(const float* scores, int64_t keys, float scale_log2e, float* exponents) {
     const auto factor = S::set(scale_log2e), half = S::set(0.5f);
     for (int p = 0; p < kParts; p++) {
       auto most = S::load(scores + p * S::kLanes);
       for (int64_t j = 1; j < keys; j++) {
         most = S::max(S::load(scores + j * kHeadLanes + p * S::kLanes), most);
       }
+      S::store(exponents + p * S::kLanes, S::round(S::fma(most, factor, half)));
+    }
+  }
+
+  static void raise(const float* exponents, LatentState* state, float* weighted, int64_t columns) {
+    for (int p = 0; p < kParts; p++) {
       float* exponent = state->exponent + p * S::kLanes;
-      const auto before = S::load(exponent);
-      // A whole number that is at least most * factor - 1/2: any does, see quant/attention.py.
-      const auto now = S::max(S::round(S::fma(most, factor, half)), before);
+      const auto before = S::load(exponent), now = S::max(S::load(exponents + p * S::kLanes), before);
       const auto shrink = exp2<S>(S::sub(before, now));
       S::store(exponent, now);
       if (is_one(shrink)) continue;
@@ -328,6 +358,74 @@ struct LatentTile {
     }
   }
 
+  static void weigh_codes(const float* scores, int64_t keys, float scale_log2e, const float* exponents,
+                          LatentState* state, uint32_t* words, float* factors) {
+    const auto factor = S::set(scale_log2e), one = S::set(kWholeOne);
+    for (int p = 0; p < kParts; p++) {
+      const int64_t lane = p * S::kLanes;
+      const auto exponent = S::load(exponents + lane), minus = S::mul(exponent, S::set(-1.0f));
+      auto sum = S::zero();
+      for (int64_t key = 0; key < keys; key += 2) {
+        const float* at = scores + key * kHeadLanes + lane;
+        const auto even = exp2<S>(S::fma(S::load(at), factor, minus));
+        const auto odd =
+            key + 1 < keys ? exp2<S>(S::fma(S::load(at + kHeadLanes), factor, minus)) : S::zero();
+        S::store_codes(words + key / 2 * kHeadLanes + lane,
+                       S::whole_pairs(S::mul(even, one), S::mul(odd, one)));
+        sum = S::add(sum, S::add(even, odd));
+      }
+      const auto share = exp2<S>(S::sub(exponent, S::load(state->exponent + lane)));
+      S::store(state->sum + lane, S::fma(sum, share, S::load(state->sum + lane)));
+      // Of a product of two int16 the higher half is kept, rounded: a unit of 2^15.
+      S::store(factors + lane, S::mul(share, S::set(0x1p15f / (kWholeOne * kWholeOne))));
+    }
+  }
+
+  static void add_codes(const uint32_t* words, const float* factors, int64_t keys, CodeValues values,
+                        int64_t columns, float* weighted) {
+    const int64_t pairs = (keys + 1) / 2;
+    alignas(64) uint32_t scaled[kPagePairs * kHeadLanes];
+    for (int64_t block = 0; block < columns / kQ8Block; block++) {
+      const uint32_t* shares =
+          values.shares + block / kShareBlocks * kShareBlocks * kPagePairs + block % kShareBlocks;
+      for (int64_t j = 0; j < pairs; j++) {
+        const Ints share = S::four_codes(shares + j * kShareBlocks);
+        for (int64_t lane = j * kHeadLanes; lane < (j + 1) * kHeadLanes; lane += S::kLanes) {
+          S::store_codes(scaled + lane, S::multiply_shares(S::load_codes(words + lane), share));
+        }
+      }
+      Floats factor[kParts];
+      for (int p = 0; p < kParts; p++) {
+        factor[p] = S::mul(S::load(factors + p * S::kLanes), S::set(values.largest[block]));
+      }
+      for (int64_t c = block * kQ8Block; c < (block + 1) * kQ8Block; c += kColumns) {
+        const uint32_t* v = values.codes + c / kValueColumns * kValueColumns * kPagePairs + c % kValueColumns;
+        const uint32_t* weights = scaled;
+        Ints sum[kColumns][kParts];
+        KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
+          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) sum[i][p] = S::zero_ints();
+        }
+        KVFOLD_FOUR_STEPS for (int64_t j = 0; j < pairs; j++, weights += kHeadLanes, v += kValueColumns) {
+          Ints w[kParts];
+          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) w[p] =
+              S::load_codes(weights + p * S::kLanes);
+          KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
+            const Ints value = S::four_codes(v + i);
+            KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+              sum[i][p] = S::dot_shorts(sum[i][p], w[p], value);
+            }
+          }
+        }
+        KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
+          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+            float* out = weighted + (c + i) * kHeadLanes + p * S::kLanes;
+            S::store(out, S::fma(S::to_floats(sum[i][p]), factor[p], S::load(out)));
+          }
+        }
+      }
+    }
+  }
+
   static void merge(const LatentState& other, const float* other_weighted, LatentState* state,
                     float* weighted, int64_t columns) {
     for (int p = 0; p < kParts; p++) {
@@ -347,8 +445,9 @@ struct LatentTile {
   }
 
   static constexpr LatentKernels kernels() {
-    return {pack_pairs, pack_codes, widen,      pair_values, pair_codes,     score_pairs, score_codes,
-            raise,      weigh,      add_values, merge,       fast_decode<S>, fast_fold<S>};
+    return {pack_pairs,  pack_codes, widen,          pair_values, pair_codes, score_pairs,
+            score_codes, exponents,  raise,          weigh,       add_values, weigh_codes,
+            add_codes,   merge,      fast_decode<S>, fast_fold<S>};
   }
 };
 

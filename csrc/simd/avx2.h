@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -185,7 +186,7 @@ struct Avx2 {
   }
 
   // Attention over latents.
-  static constexpr int kLatentKeys = 4, kLatentCodeKeys = 4, kLatentColumns = 4;
+  static constexpr int kLatentKeys = 4, kLatentCodeKeys = 2, kLatentColumns = 4;
   static Floats load_bytes(const int8_t* p) {
     const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
@@ -195,11 +196,23 @@ struct Avx2 {
     const __m256i b = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(high)));
     return _mm256_or_si256(a, _mm256_slli_epi32(b, 16));
   }
+  static Ints whole_pairs(Floats low, Floats high) {
+    return _mm256_or_si256(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16));
+  }
+  static Ints multiply_shares(Ints a, Ints b) { return _mm256_mulhrs_epi16(a, b); }
+  static Ints dot_shorts(Ints sum, Ints a, Ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+  static void pair_bytes(const int8_t* low, const int8_t* high, uint32_t* to) {
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
+    store_codes(to, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)));
+    store_codes(to + 8, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)));
+  }
+  static void q8_scales(const uint8_t* row, int64_t num_blocks, float* scales) {
+    for (int64_t b = 0; b < num_blocks; b++) scales[b] = _cvtsh_ss(blocks::load16(row + 34 * b));
+  }
   static void q8_heads(const uint8_t* row, int64_t num_blocks, float* scales, int32_t* starts) {
-    for (int64_t b = 0; b < num_blocks; b++) {
-      scales[b] = _cvtsh_ss(blocks::load16(row + 34 * b));
-      starts[b] = 0;
-    }
+    q8_scales(row, num_blocks, scales);
+    std::fill_n(starts, num_blocks, 0);
   }
 
   static Floats low_half(Ints v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }

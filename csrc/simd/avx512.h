@@ -158,6 +158,19 @@ struct Avx512 {
     const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
     return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
   }
+  static Ints whole_pairs(Floats low, Floats high) {
+    return _mm512_or_si512(_mm512_cvtps_epi32(low), _mm512_slli_epi32(_mm512_cvtps_epi32(high), 16));
+  }
+  static Ints multiply_shares(Ints a, Ints b) { return _mm512_mulhrs_epi16(a, b); }
+  static Ints dot_shorts(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  static void pair_bytes(const int8_t* low, const int8_t* high, uint32_t* to) {
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
+    store_codes(to, _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b))));
+  }
+  static void q8_scales(const uint8_t* row, int64_t num_blocks, float* scales) {
+    for (int64_t b = 0; b < num_blocks; b++) scales[b] = _cvtsh_ss(blocks::load16(row + 34 * b));
+  }
   // Sums of 32 codes plus 128 each, as four words of a half.
   static __m256i eights(const uint8_t* codes) {
     const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));

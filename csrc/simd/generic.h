@@ -195,19 +195,51 @@ struct Generic {
   // Attention over latents: kernels/latent_tile.h.
   static constexpr int kLatentKeys = 2, kLatentCodeKeys = 2,
                        kLatentColumns = 2;  // of register tiles with a vector of heads each
-  static Floats load_bytes(const int8_t* p) {
-    return make<Floats>([=](int i) { return static_cast<float>(p[i]); });
-  }
   static Ints interleave(const uint16_t* low, const uint16_t* high) {  // a number of each in a lane
     return make<Ints>(
         [=](int i) { return static_cast<int32_t>(low[i] | static_cast<uint32_t>(high[i]) << 16); });
   }
+  // Whole numbers of 16 bits, two a lane.
+  template <class Make>
+  static Ints shorts(const Make& half) {  // half(lane, 0 or 1)
+    return make<Ints>([&](int i) {
+      return static_cast<int32_t>((half(i, 0) & 0xffffu) | static_cast<uint32_t>(half(i, 1)) << 16);
+    });
+  }
+  static int32_t short_of(Ints v, int lane, int half) {
+    return static_cast<int16_t>(static_cast<uint32_t>(v.lane[lane]) >> 16 * half);
+  }
+  // Numbers in 0 .. 32767.4 to the nearest whole; what NaN becomes is of no account.
+  static Ints whole_pairs(Floats low, Floats high) {
+    return shorts([&](int i, int h) {
+      const float x = h == 0 ? low.lane[i] : high.lane[i];
+      return static_cast<uint32_t>(x >= 0.0f && x < 32767.5f ? std::lrintf(x) : 0);
+    });
+  }
+  // Products of numbers in 0 .. 32767 in units of 2^15, a half rounded up.
+  static Ints multiply_shares(Ints a, Ints b) {
+    return shorts([&](int i, int h) {
+      return static_cast<uint32_t>((short_of(a, i, h) * short_of(b, i, h) + 0x4000) >> 15);
+    });
+  }
+  static Ints dot_shorts(Ints sum, Ints a, Ints b) {
+    return make<Ints>([&](int i) {
+      return sum.lane[i] + short_of(a, i, 0) * short_of(b, i, 0) + short_of(a, i, 1) * short_of(b, i, 1);
+    });
+  }
+  // 16 bytes of each to words.
+  static void pair_bytes(const int8_t* low, const int8_t* high, uint32_t* to) {
+    for (int i = 0; i < 16; i++) {
+      to[i] = (static_cast<uint32_t>(low[i]) & 0xffffu) | static_cast<uint32_t>(high[i]) << 16;
+    }
+  }
+  static void q8_scales(const uint8_t* row, int64_t num_blocks, float* scales) {
+    for (int64_t b = 0; b < num_blocks; b++) scales[b] = blocks::half_at(row + 34 * b);
+  }
   // The float16 scales of q8_0 blocks, and where sums of their codes times codes plus kWideZero start.
   static void q8_heads(const uint8_t* row, int64_t num_blocks, float* scales, int32_t* starts) {
-    for (int64_t b = 0; b < num_blocks; b++) {
-      scales[b] = blocks::half_at(row + 34 * b);
-      starts[b] = 0;
-    }
+    q8_scales(row, num_blocks, scales);
+    std::fill_n(starts, num_blocks, 0);
   }
 };
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvfold import _native
 from kvfold.backends.native import CACHE_TYPES, NativeBackend
-from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache, decode, encode
+from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache, codes_and_scales, decode, encode
 from kvfold.config import MlaConfig, MoeConfig, RopeConfig, Scoring
 from kvfold.errors import SettingError
 from kvfold.formats.synthetic import random_matrix, synthetic_types
@@ -29,7 +29,7 @@ from kvfold.model.program import Recorder, Value
 from kvfold.model.step import Step
 from kvfold.quant.activations import product, rounded, rounding_for
 from kvfold.quant.attention import attend as attend_rounded
-from kvfold.quant.attention import attend_latents
+from kvfold.quant.attention import attend_codes, attend_latents
 from kvfold.quant.decode import decode_tensor
 from kvfold.quant.tensor import QuantTensor, Weight
 from kvfold.quant.types import by_id, by_name
@@ -264,8 +264,8 @@ def _attended(x: Floats, kv_b: Floats, cache_type: CacheType, path: Path, rounds
             latents = cached(c_kv[rows]), cached(k_rope[rows])
             parts.append(_ordinary(q[rows], *_expanded(*latents, w_uk, w_uv, lambda numbers: numbers), rounds))
         elif rounds:
-            joined = np.concatenate([cached(c_kv[rows]), cached(k_rope[rows])], -1)
-            parts.append(_absorbed(q[rows], joined, w_uk, w_uv, in_codes=cache_type is CacheType.Q8_0))
+            joined = np.concatenate([c_kv[rows], k_rope[rows]], -1)
+            parts.append(_absorbed(q[rows], encode(joined, cache_type), cache_type, w_uk, w_uv))
         else:
             parts.append(attend(q[rows], cached(c_kv[rows]), cached(k_rope[rows]), w_uk, w_uv, _MLA))
     return np.concatenate(parts).reshape(len(x), -1)
@@ -280,14 +280,20 @@ def _expanded(
     return k, cached(np.einsum("lc,hvc->lhv", c_kv, w_uv))
 
 
-def _absorbed(q: Floats, latents: Floats, w_uk: Floats, w_uv: Floats, *, in_codes: bool) -> NDArray[np.floating]:
-    """Causal attention of folded queries over rows of latents, on bfloat16: [T, H, v]."""
+def _absorbed(
+    q: Floats, stored: NDArray[np.generic], cache_type: CacheType, w_uk: Floats, w_uv: Floats
+) -> NDArray[np.floating]:
+    """Causal attention of folded queries over rows of the cache, in the numbers of quant/attention.py: [T, H, v]."""
+    lora, scale = _MLA.kv_lora_rank, _MLA.softmax_scale
+
+    def over(row: Floats, seen: NDArray[np.generic]) -> NDArray[np.floating]:
+        if cache_type is CacheType.Q8_0:
+            return attend_codes(row, *codes_and_scales(seen), lora, scale)
+        return attend_latents(row, decode(seen, cache_type), lora, scale)
+
     nope = _MLA.qk_nope_head_dim
     folded = np.concatenate([np.einsum("rhn,hnc->rhc", q[..., :nope], w_uk), q[..., nope:]], -1)
-    means = [
-        attend_latents(row, latents[: i + 1], _MLA.kv_lora_rank, _MLA.softmax_scale, in_codes=in_codes)
-        for i, row in enumerate(folded)
-    ]
+    means = [over(row, stored[: i + 1]) for i, row in enumerate(folded)]
     out: NDArray[np.floating] = np.einsum("rhc,hvc->rhv", np.stack(means), w_uv)
     return out
 

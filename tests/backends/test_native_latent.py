@@ -18,14 +18,14 @@ from kit.harness import Harness
 from kit.tiny_models import tiny_model
 from kvfold import _native
 from kvfold.backends.native import CACHE_TYPES
-from kvfold.cache.latent import CacheType, decode, encode
+from kvfold.cache.latent import CacheType, codes_and_scales, decode, encode
 from kvfold.config import MlaConfig, ModelConfig
 from kvfold.errors import SettingError
 from kvfold.formats.synthetic import synthesize
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
 from kvfold.model.program import Recorder, Value
 from kvfold.quant.activations import rounded, rounding_for
-from kvfold.quant.attention import attend_latents
+from kvfold.quant.attention import attend_codes, attend_latents
 from kvfold.quant.decode import decode_tensor
 from kvfold.quant.tensor import QuantTensor
 from kvfold.quant.types import by_name
@@ -100,16 +100,15 @@ class Layer:
 
     def definition(self) -> NDArray[np.float64]:
         mla, out, start = self.mla, [], 0
-        cached = decode(encode(self.latents, self.cache), self.cache)
+        stored = encode(self.latents, self.cache)
         for length in self.lengths:
             for row in range(start, start + length):
-                o_latent = attend_latents(
-                    self.folded(self.q[row]),
-                    cached[start : row + 1],
-                    mla.kv_lora_rank,
-                    mla.softmax_scale,
-                    in_codes=self.cache is CacheType.Q8_0,
-                )
+                folded, seen = self.folded(self.q[row]), stored[start : row + 1]
+                if self.cache is CacheType.Q8_0:
+                    o_latent = attend_codes(folded, *codes_and_scales(seen), mla.kv_lora_rank, mla.softmax_scale)
+                else:
+                    latents = decode(seen, self.cache)
+                    o_latent = attend_latents(folded, latents, mla.kv_lora_rank, mla.softmax_scale)
                 o_rounded = rounded(o_latent.astype(np.float32), rounding_for(by_name(self.type)))
                 out.append(np.einsum("hc,hvc->hv", o_rounded, self.w_uv).reshape(-1))
             start += length
@@ -198,8 +197,9 @@ def test_bits_do_not_depend_on_threads_or_workspace(cache: CacheType, fused: boo
     assert runs >= 2
 
 
-def test_nan_reaches_the_rows_that_see_it_and_no_other() -> None:
-    layer = Layer(BLOCKS, lengths=(30, 9))
+@pytest.mark.parametrize("cache", [CacheType.F16, CacheType.Q8_0])
+def test_nan_reaches_the_rows_that_see_it_and_no_other(cache: CacheType) -> None:
+    layer = Layer(BLOCKS, cache=cache, lengths=(30, 9))
     clean = layer.run()
     layer.latents[20, 7] = np.nan
     got = layer.run()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold import _native
-from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache, decode, encode
+from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache, codes_and_scales, decode, encode
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, RopeConfig, Scoring
 from kvfold.errors import Cancelled
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
@@ -26,7 +26,8 @@ from kvfold.mla.plan import Path
 from kvfold.mla.rope import cos_sin, pair_columns
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.step import Step
-from kvfold.quant.activations import Rounding, experts_round, rounded, rounding_for
+from kvfold.quant.activations import experts_round, rounded, rounding_for
+from kvfold.quant.attention import attend_codes
 from kvfold.quant.tensor import QuantTensor, Weights
 from kvfold.quant.types import BlockType
 
@@ -148,11 +149,6 @@ class _OnlineRounded(_Online):
 def _bf16(x: Tensor) -> Tensor:
     """The nearest bfloat16 values, as float32."""
     return x.bfloat16().float()
-
-
-def _in_codes(x: Tensor) -> Tensor:
-    """As quant/activations.py rounds activations to 8 bits."""
-    return torch.from_numpy(rounded(x.numpy(), Rounding.INT8).astype(np.float32))
 
 
 class PlainOps:
@@ -325,12 +321,18 @@ class PlainOps:
         self, array: int, layer: int, sequence: int, start: int, stop: int, columns: slice = slice(None)
     ) -> Tensor:
         """Columns of the cached rows of tokens [start, stop) of a sequence, `start` at a page: [stop - start, ..]."""
+        stored = self._stored(array, layer, sequence, start, stop, columns)
+        return torch.from_numpy(decode(stored, self._backend.cache.layout.cache_type)).to(self._dtype)
+
+    def _stored(
+        self, array: int, layer: int, sequence: int, start: int, stop: int, columns: slice = slice(None)
+    ) -> NDArray[np.generic]:
         pages = self._step.page_list(sequence)[start // PAGE_TOKENS : -(-stop // PAGE_TOKENS)]
         slots = pages.astype(np.int64)[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)
         cache_type = self._backend.cache.layout.cache_type
         stored = slice(*(None if at is None else cache_type.columns(at) for at in (columns.start, columns.stop)))
-        picked = self._cached(array, layer)[:, stored][slots.reshape(-1)[: stop - start]]
-        return torch.from_numpy(decode(picked, cache_type)).to(self._dtype)
+        picked: NDArray[np.generic] = self._cached(array, layer)[:, stored][slots.reshape(-1)[: stop - start]]
+        return picked
 
     def append_latent(self, name: str, layer: int, c_kv: Tensor, k_rope: Tensor) -> None:
         self._write(0, layer, self._done(name, torch.cat([c_kv, k_rope], dim=-1)))
@@ -357,18 +359,31 @@ class PlainOps:
 
     def attend_latent(self, name: str, layer: int, q_latent: Tensor, mla: MlaConfig) -> Tensor:
         out = q_latent.new_empty(len(q_latent), mla.num_heads * mla.kv_lora_rank)
+        in_codes = self._backend.rounds_activations and self._backend.cache.layout.cache_type is CacheType.Q8_0
         for sequence, rows, fused in self._sequences(Path.ABSORBED):
+            if in_codes:
+                out[rows] = self._attend_codes(q_latent[rows], layer, sequence, mla)
+                continue
 
             def latents(start: int, stop: int, sequence: int = sequence) -> tuple[Tensor, Tensor]:
                 keys = self._keys(0, layer, sequence, start, stop)[None]
                 return keys, keys[..., : mla.kv_lora_rank]
 
             q = q_latent[rows].view(-1, mla.num_heads, mla.latent_dim).transpose(0, 1)
-            in_codes = self._backend.cache.layout.cache_type is CacheType.Q8_0
-            out[rows] = self._attend(
-                q, latents, sequence, mla.softmax_scale, fused, mla.latent_dim, in_codes=in_codes
-            )
+            out[rows] = self._attend(q, latents, sequence, mla.softmax_scale, fused, mla.latent_dim)
         return self._done(name, out)
+
+    def _attend_codes(self, q_latent: Tensor, layer: int, sequence: int, mla: MlaConfig) -> Tensor:
+        """quant/attention.py on a q8_0 cache, row by row: [R, H * kv_lora]."""
+        num_keys = int(self._step.kv_lens[sequence])
+        codes, scales = codes_and_scales(self._stored(0, layer, sequence, 0, num_keys))
+        first = num_keys - len(q_latent)  # of these rows; each sees itself
+        per_head = q_latent.view(len(q_latent), mla.num_heads, -1).numpy()
+        means = [
+            attend_codes(q, codes[:seen], scales[:seen], mla.kv_lora_rank, mla.softmax_scale)
+            for seen, q in enumerate(per_head, first + 1)
+        ]
+        return torch.from_numpy(np.stack(means)).flatten(1).to(self._dtype)
 
     def unfold_v(self, name: str, o_latent: Tensor, kv_up: KvUp, mla: MlaConfig) -> Tensor:
         out = o_latent.new_empty(len(o_latent), mla.num_heads * mla.v_head_dim)
@@ -451,17 +466,16 @@ class PlainOps:
         scale: float,
         fused: bool,
         key_width: int,  # numbers that keys_values holds per key
-        in_codes: bool = False,  # keys come out of a q8_0 cache, which scores use as it is
     ) -> Tensor:
         """Causal attention of a sequence's last R tokens, tile by tile: [R, H * v]."""
         rounds = self._backend.rounds_activations
         if rounds:
             exact, scale = keys_values, scale * math.log2(math.e)
-            q = _in_codes(q) if in_codes else _bf16(q)
+            q = _bf16(q)
 
             def keys_values(start: int, stop: int) -> tuple[Tensor, Tensor]:
                 k, v = exact(start, stop)
-                return k if in_codes else _bf16(k), _bf16(v)
+                return _bf16(k), _bf16(v)
 
         num_heads, num_rows, _ = q.shape
         num_keys = int(self._step.kv_lens[sequence])

@@ -153,10 +153,17 @@ def decode(stored: NDArray[np.generic], cache_type: CacheType) -> Floats:
         return _decode_fp8(np.ascontiguousarray(stored).view(np.uint8))
     if cache_type is not CacheType.Q8_0:
         return stored.astype(np.float32)
+    codes, scales = codes_and_scales(stored)
+    values: Floats = codes * scales.repeat(Q8_BLOCK, axis=-1)
+    return values
+
+
+def codes_and_scales(stored: NDArray[np.generic]) -> tuple[NDArray[np.int8], Floats]:
+    """q8_0 as it is stored, [.., columns(n)]: int8 [.., n] and float32 [.., n / 32]."""
     blocks = np.ascontiguousarray(stored).reshape(*stored.shape[:-1], stored.shape[-1] // _Q8_BYTES, _Q8_BYTES)
-    scale = blocks[..., :2].view("<f2").astype(np.float32)
-    values: Floats = blocks[..., 2:].view(np.int8) * scale
-    return values.reshape(*stored.shape[:-1], blocks.shape[-2] * Q8_BLOCK)
+    codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
+    scales = np.ascontiguousarray(blocks[..., :2]).view("<f2").astype(np.float32)[..., 0]
+    return codes.reshape(*stored.shape[:-1], -1), scales
 
 
 def parse_cache_type(value: str) -> CacheType:

@@ -14,8 +14,10 @@ The absorbed path attends in the same way, its keys the cached rows and its valu
 products around it per head:
 
     W_UK^T q       by rows (k_b) on activations rounded as the type asks; by columns (kv_b) exactly, in float32
-    score[q, k]    where the cache is q8_0: the query in whole numbers as activations are, the key as it is cached
     W_UV o         on activations rounded as the type asks
+
+Where the cache is q8_0 it is multiplied as it lies there, in whole numbers: a query is rounded as activations are, and a
+weight to an int16 for each head, key and 32 columns, in which the key's scale is (`attend_codes`).
 
 M is a whole number, so another M (the largest score so far, say) multiplies a weight by a power of two and rounds it to
 the same bits: the result does not depend on the order in which keys are met, nor on how they are cut into tiles.
@@ -27,7 +29,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfold.quant.activations import Rounding, product, rounded, to_bf16
+from kvfold.quant.activations import BLOCK, Rounding, product, rounded, to_bf16
 from kvfold.quant.decode import decode_tensor
 from kvfold.quant.tensor import QuantTensor
 
@@ -52,14 +54,49 @@ def fold_by_rows(q_nope: Floats, weight: QuantTensor) -> Wide:
     return product(q_nope, weight)
 
 
-def attend_latents(q: Floats, latents: Floats, kv_lora: int, scale: float, *, in_codes: bool) -> Wide:
-    """All heads of a row over the latents it sees: q [H, latent], latents [L, latent] as cached: [H, kv_lora].
+def attend_latents(q: Floats, latents: Floats, kv_lora: int, scale: float) -> Wide:
+    """All heads of a row over the latents it sees, where they are no q8_0: q [H, latent], latents [L, latent] as cached.
 
-    in_codes: the cache is q8_0.
+    [H, kv_lora].
     """
-    q64 = rounded(q, Rounding.INT8 if in_codes else Rounding.BF16)
-    scores = q64 @ (latents if in_codes else to_bf16(latents)).astype(np.float64).T
+    scores = rounded(q, Rounding.BF16) @ to_bf16(latents).astype(np.float64).T
     return _mean(scores * (scale * _LOG2_E), to_bf16(latents[:, :kv_lora]).astype(np.float64))
+
+
+PAGE_KEYS = 64
+"""Keys whose weights share a scale: a page of the cache."""
+
+_ONE = 32767.0
+
+
+def attend_codes(q: Floats, codes: NDArray[np.int8], scales: Floats, kv_lora: int, scale: float) -> Wide:
+    """The same over q8_0: q [H, latent], codes [L, latent], their scales [L, latent / 32]. [H, kv_lora].
+
+    Of each page, with E = round(largest score + 1/2) for each head and D = largest scale for each 32 columns:
+
+        whole[q, k] = round(32767 * 2^(score[q, k] - E))           exactly 2^(score - E) in the sum of weights
+        share[k, b] = round(32767 * scale[k, b] / D[b])
+        sum[q, c]   = sum over k of  ((whole[q, k] share[k, b] + 2^14) >> 15) code[k, c]       fits 32 bits
+        out[q, c]  += 2^E D[b] 2^15 / 32767^2 sum[q, c]
+    """
+    keys = codes.astype(np.float64) * scales.astype(np.float64).repeat(BLOCK, axis=1)
+    scores = rounded(q, Rounding.INT8) @ keys.T * (scale * _LOG2_E)
+    highest = np.rint(scores.max(1) + 0.5)
+    total, out = np.zeros(len(q)), np.zeros((len(q), kv_lora // BLOCK, BLOCK))
+    for start in range(0, len(codes), PAGE_KEYS):
+        page = slice(start, start + PAGE_KEYS)
+        exponent = np.rint(scores[:, page].max(1) + 0.5)
+        weights = np.exp2(scores[:, page] - exponent[:, None])
+        page_scales = scales[page, : kv_lora // BLOCK].astype(np.float64)
+        largest = page_scales.max(0)
+        shares = np.rint(_ONE * page_scales / np.where(largest > 0, largest, 1))
+        products = np.floor((np.rint(_ONE * weights)[:, :, None] * shares + 2**14) / 2**15)
+        values = codes[page, :kv_lora].reshape(len(shares), -1, BLOCK).astype(np.float64)
+        share_of_page = np.exp2(exponent - highest)
+        sums = np.einsum("hkb,kbc->hbc", products, values)
+        out += share_of_page[:, None, None] * (largest * 2**15 / _ONE**2)[:, None] * sums
+        total += share_of_page * weights.sum(1)
+    return out.reshape(len(q), kv_lora) / total[:, None]
 
 
 def attend(q: Floats, k: Floats, v: Floats, scale: float) -> Wide:
