@@ -163,7 +163,7 @@ def codes_and_scales(stored: NDArray[np.generic]) -> tuple[NDArray[np.int8], Flo
     blocks = np.ascontiguousarray(stored).reshape(*stored.shape[:-1], stored.shape[-1] // _Q8_BYTES, _Q8_BYTES)
     codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
     scales = np.ascontiguousarray(blocks[..., :2]).view("<f2").astype(np.float32)[..., 0]
-    return codes.reshape(*stored.shape[:-1], -1), scales
+    return codes.reshape(*stored.shape[:-1], blocks.shape[-2] * Q8_BLOCK), scales
 
 
 def parse_cache_type(value: str) -> CacheType:
