@@ -42,6 +42,7 @@ struct MatrixKernels {
   // Tiles. Rows of x are prepared in groups of tile_cols, tile_bytes(k) a group; row i of a group is
   // x + pick[i] * ldx, or x + i * ldx where pick is null.
   int32_t tile_rows, tile_cols;
+  bool near_panels;  // a tile is fast only on a panel in the first-level cache, for any number of rows
   int64_t (*tile_bytes)(int64_t k);
   void (*prepare_tile)(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k,
                        uint8_t* prepared);

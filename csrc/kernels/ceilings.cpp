@@ -76,7 +76,10 @@ constexpr int kChains = 12;
     }                                                                                              \
   }
 
-// %0 sum, %1 a free register, %2 and %3 the operands, %4 ones of 16 bits
+// AVX2 has no dot of bytes: one operand of vpmaddubsw is unsigned and pairs of products fit int16 only if
+// that is at most 127. This is the shortest sequence for such codes, bound by the two multipliers; codes of 4
+// bits add several pairs before widening them and may pass it. %0 sum, %1 a free register, %2 and %3 the
+// operands, %4 ones of 16 bits
 KVFOLD_PEAK(int8_avx512, 64, "avx512f,avx512vnni", "vpdpbusd %2, %3, %0")
 KVFOLD_PEAK(int8_avx2, 32, "avx2", "vpmaddubsw %2, %3, %1\n vpmaddwd %4, %1, %1\n vpaddd %1, %0, %0")
 KVFOLD_PEAK(bf16_avx512, 64, "avx512f,avx512bf16", "vdpbf16ps %2, %3, %0")

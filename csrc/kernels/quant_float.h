@@ -181,10 +181,10 @@ struct FloatMatrix {
   static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t group_bytes,
                    int64_t rows, const float* start, int64_t ld_start, float* y, int64_t ldy,
                    const uint8_t* next, int64_t next_bytes) {
-    for_groups<S>(x, group_bytes, rows, start, ld_start, y, ldy, next, next_bytes,
-                  [&](auto cols, const uint8_t* group_x, const float* from, float* to) {
-                    group<decltype(cols)::value>(panel, n, k, group_x, from, ld_start, to, ldy);
-                  });
+    for_groups<S, kCols>(x, group_bytes, rows, start, ld_start, y, ldy, next, next_bytes,
+                         [&](auto cols, const uint8_t* group_x, const float* from, float* to) {
+                           group<decltype(cols)::value>(panel, n, k, group_x, from, ld_start, to, ldy);
+                         });
   }
 };
 

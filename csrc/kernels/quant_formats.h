@@ -24,17 +24,26 @@ struct Format {
   static constexpr int kZero =
       Parts<T>::kWide ? S::kWideZero : Parts<T>::kZero;  // what codes have on top of levels
   using Like = Shape<Parts<T>::kRun, kZero != 0, Parts<T>::kHasMin, Parts<T>::kWide && S::kWideZero == 0>;
+  // Sums of two products that add up in int16, where the set has them: of 8, of 2 or of none.
+  static constexpr int kPairs = !S::kPairSums || Like::kWide             ? 1
+                                : 8 * 2 * 127 * Parts<T>::kMost <= 32767 ? 8
+                                : 2 * 2 * 127 * Parts<T>::kMost <= 32767 ? 2
+                                                                         : 1;
 };
 
 // Vector code of an instruction set S for a type T; a specialization in simd/ replaces what it is faster at.
 //   kDot     has  template <int rows> static void dot(const uint8_t* row, int64_t k, const DotRow* x, float*
 //   y)
 //            for x whose 16-code pieces were moved to place(piece), piece counted within 128 codes
-//   kUnpack  has  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel)  for
-//   whole panels kTakeApart  has  take_apart, as quant_types.h
+//   kUnpack  has  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel)
+//            for whole panels
+//   kQuads   has  static Floats quads(const uint8_t* raw, int64_t row_bytes, Ints (&out)[8])
+//            for blocks of 32 weights, kBytes each, one of as many rows as a vector has lanes: four codes a
+//            lane and vector, in order, and their scales
+//   kTakeApart  has  take_apart, as quant_types.h
 template <class S, class T>
 struct Fast {
-  static constexpr bool kDot = false, kUnpack = false, kTakeApart = false;
+  static constexpr bool kDot = false, kUnpack = false, kQuads = false, kTakeApart = false;
   static constexpr int place(int piece) { return piece; }
 };
 

@@ -16,21 +16,22 @@ constexpr MatrixKernels quantized(int32_t id) {
   using Dot = QuantDot<S, T>;
   using Tile = QuantTile<S, T>;
   using Any = typename Tile::Any;
-  return {id,         Rounding::kInt8,  Dot::Any::bytes, Dot::prepare,       Dot::dot,         Any::kRows,
-          Any::kCols, Any::group_bytes, Tile::prepare,   Any::kPanelColumns, Any::panel_bytes, Tile::unpack,
-          Any::tile};
+  return {
+      id,           Rounding::kInt8, Dot::Any::bytes,  Dot::prepare,  Dot::dot,           Any::kRows,
+      Any::kCols,   S::kNearPanels,  Any::group_bytes, Tile::prepare, Any::kPanelColumns, Any::panel_bytes,
+      Tile::unpack, Any::tile};
 }
 
 template <class S, class T>
 constexpr MatrixKernels numbers() {
   using M = FloatMatrix<S, T>;
-  return {T::kId,          T::kPairs ? Rounding::kBf16 : Rounding::kNone,
-          M::dot_bytes,    M::prepare_dot,
-          M::dot,          M::kRows,
-          M::kCols,        M::group_bytes,
-          M::prepare_tile, M::kPanelColumns,
-          M::panel_bytes,  M::unpack,
-          M::tile};
+  return {T::kId,           T::kPairs ? Rounding::kBf16 : Rounding::kNone,
+          M::dot_bytes,     M::prepare_dot,
+          M::dot,           M::kRows,
+          M::kCols,         S::kNearPanels,
+          M::group_bytes,   M::prepare_tile,
+          M::kPanelColumns, M::panel_bytes,
+          M::unpack,        M::tile};
 }
 
 template <class S>

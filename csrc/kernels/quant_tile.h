@@ -52,11 +52,10 @@ inline void load_tile(const float* start, int64_t ld, int64_t n, typename S::Flo
 }
 
 // Calls group(columns as a constant, group of x, start, y) for the rows of x, kCols at a time.
-template <class S, class Group>
+template <class S, int kCols, class Group>
 inline void for_groups(const uint8_t* x, int64_t group_bytes, int64_t rows, const float* start,
                        int64_t ld_start, float* y, int64_t ldy, const uint8_t* next, int64_t next_bytes,
                        const Group& group) {
-  constexpr int kCols = S::kTileCols;
   const int64_t groups = (rows + kCols - 1) / kCols, share = (next_bytes + groups - 1) / groups;
   for (int64_t g = 0; g < groups; g++, x += group_bytes, y += kCols * ldy) {
     for (int64_t i = g * share; i < std::min(next_bytes, (g + 1) * share); i += 64) {
@@ -72,9 +71,10 @@ constexpr int32_t columns_of_panel(int64_t bytes_of_256) {
   return static_cast<int32_t>(std::max<int64_t>(1, (20 << 10) / bytes_of_256) * 256);
 }
 
-template <class S, class F>
+// Where `pairs` of two products fit int16 they are added there, and widened together.
+template <class S, class F, int pairs>
 struct AnyTile {
-  static constexpr int kVectors = S::kTileVectors, kCols = S::kTileCols, kRows = kVectors * S::kLanes;
+  static constexpr int kVectors = S::kCodeVectors, kCols = S::kCodeCols, kRows = kVectors * S::kLanes;
 
   // A record of a panel, in bytes.
   static constexpr int64_t kCodeBytes = 32 * kRows, kScaleBytes = F::kRuns * kRows * 4;
@@ -152,6 +152,19 @@ struct AnyTile {
     }
   }
 
+  // Of types with quads(); whole panels only.
+  template <class Fast>
+  static void unpack_quads(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
+    for (int64_t at = 0; at < k; at += kBlock, raw += Fast::kBytes, panel += kRecord) {
+      for (int v = 0; v < kVectors; v++) {
+        typename S::Ints quads[8];
+        const auto scales = Fast::quads(raw + v * S::kLanes * row_bytes, row_bytes, quads);
+        for (int q = 0; q < 8; q++) S::store_codes(panel + (q * kVectors + v) * S::kLanes * 4, quads[q]);
+        S::store(reinterpret_cast<float*>(panel + kCodeBytes) + v * S::kLanes, scales);
+      }
+    }
+  }
+
   // One group: `cols` rows of x by the n rows of the panel.
   template <int cols>
   static void group(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, const float* start,
@@ -168,15 +181,27 @@ struct AnyTile {
           const auto start = F::kHasZero ? S::set_ints(words[kStarts + run * kCols + c]) : S::zero_ints();
           KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) sum[v][c] = start;
         }
-        KVFOLD_UNROLLED for (int q = run * 8 / F::kRuns; q < (run + 1) * 8 / F::kRuns; q++) {
+        constexpr int kQuads = 8 / F::kRuns, kTogether = std::min(pairs, kQuads);
+        [[maybe_unused]] typename S::Ints together[kVectors][cols];
+        KVFOLD_UNROLLED for (int i = 0; i < kQuads; i++) {
+          const int q = run * kQuads + i;
           typename S::Ints w[kVectors];
           KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
             w[v] = S::load_codes(panel + (q * kVectors + v) * S::kLanes * 4);
+            if constexpr (pairs > 1) w[v] = S::held(w[v]);
           }
           KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
             const auto four = S::four_codes(words + q * kCols + c);
             KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
-              sum[v][c] = S::template dot<F::kWide>(sum[v][c], w[v], four);
+              if constexpr (pairs == 1) {
+                sum[v][c] = S::template dot<F::kWide>(sum[v][c], w[v], four);
+              } else {
+                const auto two = S::pairs(w[v], four);
+                together[v][c] = i % kTogether == 0 ? two : S::add_words(together[v][c], two);
+                if (i % kTogether == kTogether - 1) {
+                  sum[v][c] = S::add_ints(sum[v][c], S::widened(together[v][c]));
+                }
+              }
             }
           }
         }
@@ -203,16 +228,177 @@ struct AnyTile {
   static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t group_bytes,
                    int64_t rows, const float* start, int64_t ld_start, float* y, int64_t ldy,
                    const uint8_t* next, int64_t next_bytes) {
-    for_groups<S>(x, group_bytes, rows, start, ld_start, y, ldy, next, next_bytes,
-                  [&](auto cols, const uint8_t* group_x, const float* from, float* to) {
-                    group<decltype(cols)::value>(panel, n, k, group_x, from, ld_start, to, ldy);
-                  });
+    for_groups<S, kCols>(x, group_bytes, rows, start, ld_start, y, ldy, next, next_bytes,
+                         [&](auto cols, const uint8_t* group_x, const float* from, float* to) {
+                           group<decltype(cols)::value>(panel, n, k, group_x, from, ld_start, to, ldy);
+                         });
+  }
+};
+
+// Weights that need all of int8 where a set has no dot for them, from half of the products (S. Winograd,
+// 1968):
+//
+//   w0 x0 + w1 x1 = (w0 + x1) (w1 + x0) - w0 w1 - x0 x1
+//
+// The last two terms belong to a row of weights and to a row of x, and are where sums start. Four weights a
+// lane take two additions of words, a product that adds pairs, and an addition, of which one is bound to a
+// multiplier: on Zen 3 1.08 cycles for 32 weights, where magnitudes and signs in bytes take 1.40 and products
+// of words 1.25.
+//
+// As above, but codes of a panel are words [8 quads][vectors][even, odd][lanes][2], then the starts [vectors]
+// [lanes]; those of x are [8 quads][rows][odd, even][2], scales [rows], starts [rows].
+template <class S, class F>
+struct CrossTile {
+  static_assert(F::kRuns == 1 && !F::kHasZero && !F::kHasMin);
+  static constexpr int kVectors = 2, kCols = 4, kRows = kVectors * S::kLanes;
+
+  static constexpr int64_t kCodeBytes = 64 * kRows, kRecord = kCodeBytes + 2 * 4 * kRows;
+  static constexpr int64_t kScales = 16 * kCols, kStarts = kScales + kCols, kGroup = kStarts + kCols;
+
+  static int64_t group_bytes(int64_t k) { return k / kBlock * kGroup * 4; }
+  static constexpr int32_t kPanelColumns = columns_of_panel(256 / kBlock * kRecord);
+  static int64_t panel_bytes(int64_t k) { return k / kBlock * kRecord; }
+
+  static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k, int,
+                      uint8_t* prepared) {
+    for (int64_t first = 0; first < rows; first += kCols, prepared += group_bytes(k)) {
+      for (int64_t c = 0; c < std::min<int64_t>(kCols, rows - first); c++) {
+        auto* record = reinterpret_cast<int32_t*>(prepared);
+        const float* row = x + (pick ? pick[first + c] : first + c) * ldx;
+        for (int64_t at = 0; at < k; at += kBlock, record += kGroup) {
+          alignas(64) int8_t codes[kBlock];
+          alignas(64) int32_t even[8], odd[8], products[8];
+          int32_t halves[2];
+          const float scale = S::quantize(row + at, codes, halves);
+          const auto even_words = S::even_words(S::load_codes(codes)),
+                     odd_words = S::odd_words(S::load_codes(codes));
+          S::store_codes(even, even_words);
+          S::store_codes(odd, odd_words);
+          S::store_codes(products, S::dot_words(even_words, odd_words));
+          int32_t start = 0;
+          for (int q = 0; q < 8; q++) {
+            record[(q * kCols + c) * 2] = odd[q];
+            record[(q * kCols + c) * 2 + 1] = even[q];
+            start -= products[q];
+          }
+          std::memcpy(record + kScales + c, &scale, 4);
+          record[kStarts + c] = start;
+        }
+      }
+    }
+  }
+
+  // A vector of codes to its place in the record of a panel; adds its share of the start.
+  static void store_quad(uint8_t* record, int q, int v, typename S::Ints codes, typename S::Ints& start) {
+    const auto even = S::even_words(codes), odd = S::odd_words(codes);
+    uint8_t* to = record + (q * kVectors + v) * 2 * S::kLanes * 4;
+    S::store_codes(to, even);
+    S::store_codes(to + S::kLanes * 4, odd);
+    start = S::sub_ints(start, S::dot_words(even, odd));
+  }
+
+  static void unpack(TakeApart take_apart, int elements, int bytes, int zero, const uint8_t* raw,
+                     int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel) {
+    constexpr int kMost = 256;  // weights of the largest block
+    for (int64_t at = 0; at < k; at += elements, raw += bytes) {
+      alignas(64) uint8_t codes[kRows][kMost];
+      float scales[kRows][kMost / kBlock], none[kMost / kBlock];
+      for (int64_t i = 0; i < kRows; i++) {
+        if (i < n) {
+          take_apart(raw + i * row_bytes, zero, codes[i], scales[i], none);
+        } else {
+          std::memset(codes[i], 0, elements);
+          std::memset(scales[i], 0, elements / kBlock * 4);
+        }
+      }
+      for (int block = 0; block < elements / kBlock; block++, panel += kRecord) {
+        for (int v = 0; v < kVectors; v++) {
+          auto start = S::zero_ints();
+          for (int half = 0; half < 2; half++) {
+            typename S::Ints quads[4];
+            S::transpose(codes[v * S::kLanes] + kBlock * block + 16 * half, kMost, quads);
+            for (int j = 0; j < 4; j++) store_quad(panel, 4 * half + j, v, quads[j], start);
+          }
+          S::store_codes(panel + kCodeBytes + v * S::kLanes * 4, start);
+        }
+        auto* to = reinterpret_cast<float*>(panel + kCodeBytes + 4 * kRows);
+        for (int i = 0; i < kRows; i++) to[i] = scales[i][block];
+      }
+    }
+  }
+
+  template <class Fast>
+  static void unpack_quads(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
+    for (int64_t at = 0; at < k; at += kBlock, raw += Fast::kBytes, panel += kRecord) {
+      for (int v = 0; v < kVectors; v++) {
+        typename S::Ints quads[8];
+        const auto scales = Fast::quads(raw + v * S::kLanes * row_bytes, row_bytes, quads);
+        auto start = S::zero_ints();
+        for (int q = 0; q < 8; q++) store_quad(panel, q, v, quads[q], start);
+        S::store_codes(panel + kCodeBytes + v * S::kLanes * 4, start);
+        S::store(reinterpret_cast<float*>(panel + kCodeBytes + 4 * kRows) + v * S::kLanes, scales);
+      }
+    }
+  }
+
+  template <int cols>
+  static void group(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, const float* start,
+                    int64_t ld_start, float* y, int64_t ldy) {
+    typename S::Floats out[kVectors][cols];
+    load_tile<S, kVectors, cols>(start, ld_start, n, out);
+    const auto* words = reinterpret_cast<const int32_t*>(x);
+    for (int64_t at = 0; at < k; at += kBlock, panel += kRecord, words += kGroup) {
+      const uint8_t* starts = panel + kCodeBytes;
+      const auto* scales = reinterpret_cast<const float*>(starts + 4 * kRows);
+      typename S::Ints sum[kVectors][cols];
+      KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+        const auto of_x = S::four_codes(words + kStarts + c);
+        KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
+          sum[v][c] = S::add_ints(of_x, S::load_codes(starts + v * S::kLanes * 4));
+        }
+      }
+      KVFOLD_UNROLLED for (int q = 0; q < 8; q++) {
+        typename S::Ints even[kVectors], odd[kVectors];
+        KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
+          const uint8_t* from = panel + (q * kVectors + v) * 2 * S::kLanes * 4;
+          even[v] = S::held(S::load_codes(from));
+          odd[v] = S::held(S::load_codes(from + S::kLanes * 4));
+        }
+        KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+          const auto x_odd = S::four_codes(words + (q * kCols + c) * 2),
+                     x_even = S::four_codes(words + (q * kCols + c) * 2 + 1);
+          KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
+            const auto both = S::dot_words(S::add_words(even[v], x_odd), S::add_words(odd[v], x_even));
+            sum[v][c] = S::add_ints(sum[v][c], both);
+          }
+        }
+      }
+      const auto* x_scales = reinterpret_cast<const float*>(words + kScales);
+      KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
+        const auto scale = S::load(scales + v * S::kLanes);
+        KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+          out[v][c] = S::fma(S::mul(S::to_floats(sum[v][c]), scale), S::set(x_scales[c]), out[v][c]);
+        }
+      }
+    }
+    store_tile<S, kVectors, cols>(out, n, y, ldy);
+  }
+
+  static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t group_bytes,
+                   int64_t rows, const float* start, int64_t ld_start, float* y, int64_t ldy,
+                   const uint8_t* next, int64_t next_bytes) {
+    for_groups<S, kCols>(x, group_bytes, rows, start, ld_start, y, ldy, next, next_bytes,
+                         [&](auto cols, const uint8_t* group_x, const float* from, float* to) {
+                           group<decltype(cols)::value>(panel, n, k, group_x, from, ld_start, to, ldy);
+                         });
   }
 };
 
 template <class S, class T>
 struct QuantTile {
-  using Any = AnyTile<S, typename Format<S, T>::Like>;
+  using Like = typename Format<S, T>::Like;
+  using Any = std::conditional_t<S::kPairSums && Like::kWide, CrossTile<S, Like>,
+                                 AnyTile<S, Like, Format<S, T>::kPairs>>;
   static constexpr int kZero = Format<S, T>::kZero;
 
   static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k,
@@ -223,6 +409,9 @@ struct QuantTile {
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel) {
     if constexpr (Fast<S, T>::kUnpack) {
       if (n == Any::kRows) return Fast<S, T>::unpack(raw, row_bytes, k, panel);
+    }
+    if constexpr (Fast<S, T>::kQuads) {
+      if (n == Any::kRows) return Any::template unpack_quads<Fast<S, T>>(raw, row_bytes, k, panel);
     }
     Any::unpack(best_take_apart<S, T>(), T::elements, sizeof(T), kZero, raw, row_bytes, n, k, panel);
   }

@@ -17,6 +17,7 @@ namespace kvfold {
 // A block type T of decode_blocks.h taken apart.
 //   kRun       weights that share a scale: 16 or 32
 //   kZero      what is added to levels so that none is negative. kWide: levels need all of int8
+//   kMost      the largest code, level + kZero; of no meaning with kWide
 //   kUnit      levels = decode of a block of unit scales * kUnit
 //   set_unit   makes all scales of a block one and its minimums zero
 //   scales     [elements / kRun] of them; minimums where kHasMin
@@ -31,7 +32,7 @@ inline void set_one(uint8_t* half) { std::memcpy(half, kHalfOne, 2); }
 
 template <class T, int zero>
 struct OneScale {  // float16 d for the whole block
-  static constexpr int kRun = 32, kZero = zero;
+  static constexpr int kRun = 32, kZero = zero, kMost = zero == 1 ? 3 : 2 * zero - 1;
   static constexpr bool kWide = zero == 128, kHasMin = false;
   static constexpr float kUnit = 1.0f;
   static void set_unit(T& b) { set_one(b.d); }
@@ -41,9 +42,9 @@ struct OneScale {  // float16 d for the whole block
   }
 };
 
-template <class T>
+template <class T, int most>
 struct OneScaleAndMin {
-  static constexpr int kRun = 32, kZero = 0;
+  static constexpr int kRun = 32, kZero = 0, kMost = most;
   static constexpr bool kWide = false, kHasMin = true;
   static constexpr float kUnit = 1.0f;
   static void set_unit(T& b) {
@@ -56,9 +57,9 @@ struct OneScaleAndMin {
   }
 };
 
-template <class T>
+template <class T, int most>
 struct RunsOf32 {  // Q4_K, Q5_K
-  static constexpr int kRun = 32, kZero = 0;
+  static constexpr int kRun = 32, kZero = 0, kMost = most;
   static constexpr bool kWide = false, kHasMin = true;
   static constexpr float kUnit = 1.0f;
   static void set_unit(T& b) {
@@ -80,7 +81,7 @@ struct RunsOf32 {  // Q4_K, Q5_K
 // The codebook types: 4-bit scales s of runs, weight = d * (s + 1/2) * factor * level.
 template <class T, int run_weights>
 struct HalfSteps {
-  static constexpr int kRun = run_weights, kZero = 64;
+  static constexpr int kRun = run_weights, kZero = 64, kMost = 127;
   static constexpr bool kWide = false, kHasMin = false;
   static constexpr float kUnit = 8.0f;  // of (0 + 1/2) / 4
   static void set_unit(T& b) {
@@ -117,13 +118,13 @@ struct Parts<blocks::TQ1_0> : parts::OneScale<blocks::TQ1_0, 1> {};
 template <>
 struct Parts<blocks::TQ2_0> : parts::OneScale<blocks::TQ2_0, 1> {};
 template <>
-struct Parts<blocks::Q4_1> : parts::OneScaleAndMin<blocks::Q4_1> {};
+struct Parts<blocks::Q4_1> : parts::OneScaleAndMin<blocks::Q4_1, 15> {};
 template <>
-struct Parts<blocks::Q5_1> : parts::OneScaleAndMin<blocks::Q5_1> {};
+struct Parts<blocks::Q5_1> : parts::OneScaleAndMin<blocks::Q5_1, 31> {};
 template <>
-struct Parts<blocks::Q4_K> : parts::RunsOf32<blocks::Q4_K> {};
+struct Parts<blocks::Q4_K> : parts::RunsOf32<blocks::Q4_K, 15> {};
 template <>
-struct Parts<blocks::Q5_K> : parts::RunsOf32<blocks::Q5_K> {};
+struct Parts<blocks::Q5_K> : parts::RunsOf32<blocks::Q5_K, 31> {};
 template <>
 struct Parts<blocks::IQ2_XS> : parts::HalfSteps<blocks::IQ2_XS, 16> {};
 template <>
@@ -159,7 +160,7 @@ struct Parts<blocks::NVFP4> : parts::OneScale<blocks::NVFP4, 16> {
 
 template <>
 struct Parts<blocks::Q2_K> {
-  static constexpr int kRun = 16, kZero = 0;
+  static constexpr int kRun = 16, kZero = 0, kMost = 3;
   static constexpr bool kWide = false, kHasMin = true;
   static constexpr float kUnit = 1.0f;
   static void set_unit(blocks::Q2_K& b) {
@@ -178,7 +179,7 @@ struct Parts<blocks::Q2_K> {
 
 template <>
 struct Parts<blocks::Q3_K> {
-  static constexpr int kRun = 16, kZero = 4;
+  static constexpr int kRun = 16, kZero = 4, kMost = 7;
   static constexpr bool kWide = false, kHasMin = false;
   static constexpr float kUnit = 1.0f;
   static void set_unit(blocks::Q3_K& b) {  // every scale 33 - 32
@@ -197,7 +198,7 @@ struct Parts<blocks::Q3_K> {
 
 template <>
 struct Parts<blocks::Q6_K> {
-  static constexpr int kRun = 16, kZero = 32;
+  static constexpr int kRun = 16, kZero = 32, kMost = 63;
   static constexpr bool kWide = false, kHasMin = false;
   static constexpr float kUnit = 1.0f;
   static void set_unit(blocks::Q6_K& b) {
@@ -212,7 +213,7 @@ struct Parts<blocks::Q6_K> {
 
 template <>
 struct Parts<blocks::IQ4_XS> {
-  static constexpr int kRun = 32, kZero = 128;
+  static constexpr int kRun = 32, kZero = 128, kMost = 255;
   static constexpr bool kWide = true, kHasMin = false;
   static constexpr float kUnit = 1.0f;
   static void set_unit(blocks::IQ4_XS& b) {  // every scale 33 - 32
@@ -232,7 +233,7 @@ struct Parts<blocks::IQ4_XS> {
 
 template <>
 struct Parts<blocks::IQ2_XXS> {
-  static constexpr int kRun = 32, kZero = 64;
+  static constexpr int kRun = 32, kZero = 64, kMost = 127;
   static constexpr bool kWide = false, kHasMin = false;
   static constexpr float kUnit = 8.0f;
   static void set_unit(blocks::IQ2_XXS& b) {
@@ -248,7 +249,7 @@ struct Parts<blocks::IQ2_XXS> {
 
 template <>
 struct Parts<blocks::IQ3_XXS> {
-  static constexpr int kRun = 32, kZero = 64;
+  static constexpr int kRun = 32, kZero = 64, kMost = 127;
   static constexpr bool kWide = false, kHasMin = false;
   static constexpr float kUnit = 4.0f;
   static void set_unit(blocks::IQ3_XXS& b) {
@@ -264,7 +265,7 @@ struct Parts<blocks::IQ3_XXS> {
 
 template <>
 struct Parts<blocks::IQ3_S> {
-  static constexpr int kRun = 32, kZero = 16;
+  static constexpr int kRun = 32, kZero = 16, kMost = 31;
   static constexpr bool kWide = false, kHasMin = false;
   static constexpr float kUnit = 1.0f;
   static void set_unit(blocks::IQ3_S& b) {
@@ -281,7 +282,7 @@ struct Parts<blocks::IQ3_S> {
 // Levels of -1, 0, 1 that are shifted by an eighth: whole numbers of eighths.
 template <>
 struct Parts<blocks::IQ1_S> {
-  static constexpr int kRun = 32, kZero = 16;
+  static constexpr int kRun = 32, kZero = 16, kMost = 31;
   static constexpr bool kWide = false, kHasMin = false;
   static constexpr float kUnit = 8.0f;
   static void set_unit(blocks::IQ1_S& b) {
@@ -297,7 +298,7 @@ struct Parts<blocks::IQ1_S> {
 
 template <>
 struct Parts<blocks::IQ1_M> {
-  static constexpr int kRun = 16, kZero = 16;
+  static constexpr int kRun = 16, kZero = 16, kMost = 31;
   static constexpr bool kWide = false, kHasMin = false;
   static constexpr float kUnit = 8.0f;
   static void set_unit(blocks::IQ1_M& b) {  // the float16 1.0, 0x3c00, a nibble on top of each word

@@ -19,6 +19,10 @@ struct Avx2 {
   // 4 sums in int32 and 4 in float32, a vector of weights, four codes of x and what a dot needs: 14 of 16
   // registers.
   static constexpr int kTileVectors = 1, kTileCols = 4;
+  // 8 sums, two vectors of weights, four codes of x, a product and ones: 13 registers. The sums in float32
+  // wait in memory for the end of a block.
+  static constexpr int kCodeVectors = 2, kCodeCols = 4;
+  static constexpr bool kPairSums = true, kNearPanels = true;
 
   using Floats = __m256;
   using Ints = __m256i;
@@ -70,8 +74,25 @@ struct Avx2 {
   static Ints dot(Ints sum, Ints w, Ints x) {
     const Ints pairs =
         wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return add_ints(sum, widened(pairs));
   }
+  // Sums of two products in int16, before anything widens them. Not for `wide`.
+  static Ints pairs(Ints w, Ints x) { return _mm256_maddubs_epi16(w, x); }
+  static Ints add_words(Ints a, Ints b) { return held(_mm256_add_epi16(a, b)); }
+  static Ints add_ints(Ints a, Ints b) { return held(_mm256_add_epi32(a, b)); }
+  // In a register, now. GCC turns a chain of additions into a tree and spills its leaves (41 instead of 57
+  // GMAC/s), and loads again for every use what there is no register for while others wait for the end of a
+  // block.
+  static Ints held(Ints v) {
+    __asm__("" : "+x"(v));
+    return v;
+  }
+  static Ints sub_ints(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+  static Ints widened(Ints pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+  // Signed bytes 0 and 2 of each lane as words, and bytes 1 and 3.
+  static Ints even_words(Ints codes) { return _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8); }
+  static Ints odd_words(Ints codes) { return _mm256_srai_epi16(codes, 8); }
+  static Ints dot_words(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
   template <int run>
   static Floats scales_of(const float* scales, int at) {
     if constexpr (run == 32) return _mm256_set1_ps(scales[at / 32]);
@@ -313,6 +334,16 @@ struct Dot18 {
   // Of 128 codes: the low nibbles of two blocks side by side, then the high ones.
   static constexpr int place(int piece) { return piece / 4 * 4 + piece % 2 * 2 + piece % 4 / 2; }
 
+  static void quad_codes(const uint8_t* raw, int64_t row_bytes, __m256i (&out)[8]) {
+    __m256i packed[4];
+    Avx2::transpose(raw, row_bytes, packed);
+    for (int j = 0; j < 4; j++) {
+      out[j] = _mm256_and_si256(packed[j], _mm256_set1_epi8(15));
+      out[4 + j] = _mm256_and_si256(_mm256_srli_epi16(packed[j], 4), _mm256_set1_epi8(15));
+      if constexpr (kWide) out[j] = Codes32<T>::of(out[j]), out[4 + j] = Codes32<T>::of(out[4 + j]);
+    }
+  }
+
   // Products of both vectors of two blocks with 64 codes of x: sums of four in int32.
   static __m256i products(__m256i low, __m256i high, const DotRow& x, int64_t at) {
     if constexpr (kWide) {
@@ -394,6 +425,11 @@ struct Dot34 {
   static constexpr int64_t kBytes = 34;
   static constexpr int place(int piece) { return piece; }
 
+  static void quad_codes(const uint8_t* raw, int64_t row_bytes, __m256i (&out)[8]) {
+    Avx2::transpose(raw, row_bytes, out);
+    Avx2::transpose(raw + 16, row_bytes, out + 4);
+  }
+
   template <int rows, int blocks>
   static void group(const uint8_t* p, const DotRow* x, int64_t block, DotSums<rows>& sums) {
     const __m256 d = block_scales<kBytes, blocks>(p);
@@ -430,7 +466,13 @@ struct Dot34 {
 
 template <class T, class Dot>
 struct Fast32 : Dot {
-  static constexpr bool kDot = true, kUnpack = false, kTakeApart = true;
+  static constexpr bool kDot = true, kUnpack = false, kQuads = true, kTakeApart = true;
+
+  static __m256 quads(const uint8_t* raw, int64_t row_bytes, __m256i (&out)[8]) {
+    Dot::quad_codes(raw + 2, row_bytes, out);
+    const auto at = [&](int64_t i) { return static_cast<int16_t>(blocks::load16(raw + i * row_bytes)); };
+    return _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
+  }
 
   static float scale(const uint8_t* p) { return _cvtsh_ss(blocks::load16(p)); }
   static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float*) {
@@ -472,6 +514,13 @@ struct Codes256<blocks::Q4_K> {
                    last_minimums = (third >> 4 & 0x0f0f0f0f) | (second >> 2 & 0x30303030);
     scale = times_half((first & 0x3f3f3f3f) | last_scales << 32, p);
     minimum = times_half((second & 0x3f3f3f3f) | last_minimums << 32, p + 2);
+  }
+
+  static void take_scales(const uint8_t* p, float* scale, float* minimum) {
+    __m256 d, m;
+    scales(p, d, m);
+    _mm256_storeu_ps(scale, d);
+    _mm256_storeu_ps(minimum, m);
   }
 
   template <int rows>
@@ -517,6 +566,13 @@ struct Codes256<blocks::Q6_K> {
       out[3] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(b, 4), nibble),
                                _mm256_and_si256(_mm256_srli_epi16(high, 2), top));
     }
+  }
+
+  static void take_scales(const uint8_t* p, float* scale, float*) {
+    const __m256 d = _mm256_set1_ps(_cvtsh_ss(blocks::load16(p + 208)));
+    for (int i = 0; i < 16; i += 8)
+      _mm256_storeu_ps(scale + i,
+                       _mm256_mul_ps(Avx2::load_bytes(reinterpret_cast<const int8_t*>(p + 192 + i)), d));
   }
 
   // A block of activations meets two runs, a lane each. Their scales are whole numbers, so the product that
@@ -566,7 +622,7 @@ struct Codes256<blocks::Q6_K> {
 
 template <class T>
 struct Fast256 {
-  static constexpr bool kDot = true, kUnpack = false, kTakeApart = true;
+  static constexpr bool kDot = true, kUnpack = false, kQuads = false, kTakeApart = true;
   static constexpr int place(int piece) { return piece; }
 
   template <int rows>
@@ -575,7 +631,7 @@ struct Fast256 {
   }
 
   static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float* minimums) {
-    Parts<T>::scales(reinterpret_cast<const T&>(*block), scales, minimums);
+    Codes256<T>::take_scales(block, scales, minimums);
     __m256i vectors[8];
     Codes256<T>::codes(block, vectors);
     for (int i = 0; i < 8; i++) Avx2::store_codes(codes + 32 * i, vectors[i]);

@@ -23,6 +23,8 @@ struct Avx512 {
   // x is loaded once for two dots, 8 loads for 12 of them; with one vector of weights and 12 rows it is 13
   // for 12.
   static constexpr int kTileVectors = 2, kTileCols = 6;
+  static constexpr int kCodeVectors = 2, kCodeCols = 6;
+  static constexpr bool kPairSums = false, kNearPanels = false;
 
   using Floats = __m512;
   using Ints = __m512i;
@@ -233,7 +235,7 @@ struct Nibbles<blocks::IQ4_NL> {
 // 32 nibbles under one float16: 18 bytes a block.
 template <class T>
 struct Fast18 {
-  static constexpr bool kDot = true, kUnpack = true, kTakeApart = false;
+  static constexpr bool kDot = true, kUnpack = true, kQuads = false, kTakeApart = false;
   static constexpr int64_t kBytes = 18;
   // Of 128 codes: the low nibbles of four blocks side by side, then the high ones. Both have the same scales
   // a lane.
@@ -372,7 +374,7 @@ struct Fast<Avx512, blocks::IQ4_NL> : Fast18<blocks::IQ4_NL> {};
 // 32 signed bytes under one float16: 34 bytes a block.
 template <>
 struct Fast<Avx512, blocks::Q8_0> {
-  static constexpr bool kDot = true, kUnpack = true, kTakeApart = false;
+  static constexpr bool kDot = true, kUnpack = true, kQuads = false, kTakeApart = false;
   static constexpr int64_t kBytes = 34;
   static constexpr int place(int piece) { return piece; }
 
@@ -472,7 +474,7 @@ inline void transpose_floats(const float* rows, int64_t stride, int64_t count, _
 // 256 nibbles, eight runs of 32 with 6-bit scales and minimums: 144 bytes.
 template <>
 struct Fast<Avx512, blocks::Q4_K> {
-  static constexpr bool kDot = true, kUnpack = true, kTakeApart = false;
+  static constexpr bool kDot = true, kUnpack = true, kQuads = false, kTakeApart = false;
   // The 64 bytes of two pairs of runs are the low nibbles of runs 0 and 2, and the high ones of 1 and 3.
   static constexpr int place(int piece) { return piece / 2 % 2 * 4 + piece / 4 * 2 + piece % 2; }
 
@@ -574,7 +576,7 @@ struct Fast<Avx512, blocks::Q4_K> {
 // 256 codes of 6 bits, sixteen runs of 16 with int8 scales: 210 bytes.
 template <>
 struct Fast<Avx512, blocks::Q6_K> {
-  static constexpr bool kDot = true, kUnpack = true, kTakeApart = false;
+  static constexpr bool kDot = true, kUnpack = true, kQuads = false, kTakeApart = false;
   static constexpr int place(int piece) { return piece; }
 
   static __m512 scales(const uint8_t* p) {

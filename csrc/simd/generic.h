@@ -18,6 +18,9 @@ struct Generic {
   static constexpr int kWideZero = 0;  // what is added to levels that need all of int8, for dot<true>
   static constexpr int kTileVectors = 1,
                        kTileCols = 2;  // of a register tile: vectors of weight rows, rows of x
+  static constexpr int kCodeVectors = 1, kCodeCols = 2;  // of one of codes
+  static constexpr bool kPairSums = false;    // products of codes come as sums of two in int16: avx2.h
+  static constexpr bool kNearPanels = false;  // tiles are fast from the first-level cache only
 
   struct Floats {
     float lane[kLanes];
