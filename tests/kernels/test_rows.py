@@ -57,6 +57,35 @@ def test_rotation_norm_and_append_in_one(pairing: Pairing, device: str) -> None:
     assert pool[[0, 1, 2, 3, 5, 6, 7]].isnan().all()
 
 
+@pytest.mark.parametrize("pairing", list(Pairing))
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_folding_rotation_and_append_in_one(pairing: Pairing, num_rows: int, device: str) -> None:
+    """What rope_append and per_head do in two launches, and q stays."""
+    num_heads, nope, lora, rope_dim = 5, 24, 48, 12
+    q = on(device, RNG(0).standard_normal((num_rows, num_heads * (nope + rope_dim))).astype(np.float32))
+    kv_a = on(device, RNG(1).standard_normal((num_rows, lora + rope_dim + 7)).astype(np.float32))
+    weight = on(device, RNG(2).uniform(0.5, 2, lora).astype(np.float32))
+    w_uk = on(device, RNG(3).standard_normal((num_heads, nope, lora)).astype(np.float32))
+    positions = on(device, np.array([5, 0, 77], np.int32)[:num_rows])
+    slots = on(device, np.array([4, -1, 8], np.int64)[:num_rows])
+    cos, sin = (
+        on(device, a) for a in cos_sin(RopeConfig(10000.0, rope_dim, pairing), np.arange(100, dtype=np.int32))
+    )
+    is_half_split = pairing is Pairing.HALF_SPLIT
+    pools = [torch.full((9, lora + rope_dim), torch.nan, device=device) for _ in range(2)]
+    outs = [torch.full((num_rows, num_heads, lora + rope_dim), torch.nan, device=device) for _ in range(2)]
+    before = q.clone()
+    rows.fold_append(
+        q, w_uk, outs[0], kv_a, weight, 1e-6, positions, slots, cos, sin, pools[0], is_half_split=is_half_split
+    )
+    assert torch.equal(q, before)
+    rows.rope_append(q, kv_a, weight, 1e-6, positions, slots, cos, sin, pools[1], num_heads=num_heads,
+                     head_dim=nope + rope_dim, is_half_split=is_half_split)  # fmt: skip
+    rows.per_head(q.view(num_rows, num_heads, -1), w_uk, outs[1], depth=nope, width=lora, extra=rope_dim)
+    np.testing.assert_allclose(outs[0].cpu(), outs[1].cpu(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(pools[0].cpu(), pools[1].cpu())
+
+
 def routed(
     logits: np.ndarray, bias: np.ndarray | None, k: int, groups: int, kept: int, rule: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -81,10 +110,12 @@ def routed(
 def test_routing_is_the_released_rule(experts: int, k: int, groups: int, kept: int, rule: str, device: str) -> None:
     logits = (2 * RNG(0).standard_normal((17, experts))).astype(np.float32)
     bias = RNG(1).standard_normal(experts).astype(np.float32) / 4 if rule == "top2" else None
+    is_v3 = rule == "top2"
     ids, weights = rows.route(
-        on(device, logits), None if bias is None else on(device, bias), per_row=k, num_groups=groups,
-        groups_kept=kept, is_sigmoid=rule == "top2", is_top2=rule == "top2", is_normed=rule == "top2", factor=2.5,
-    )  # fmt: skip
+        on(device, logits),
+        None if bias is None else on(device, bias),
+        rows.RoutingRule(k, groups, kept, is_sigmoid=is_v3, is_top2=is_v3, is_normed=is_v3, factor=2.5),
+    )
     expected, scores = routed(logits, bias, k, groups, kept, rule)
     np.testing.assert_array_equal(ids.cpu(), expected)
     chosen = np.take_along_axis(scores, expected, 1)
@@ -94,10 +125,8 @@ def test_routing_is_the_released_rule(experts: int, k: int, groups: int, kept: i
 
 
 def test_routing_of_nan_stays_inside(device: str) -> None:
-    ids, _ = rows.route(
-        torch.full((2, 9), torch.nan, device=device), None, per_row=3, num_groups=3, groups_kept=2, is_sigmoid=True,
-        is_top2=True, is_normed=True, factor=1.0,
-    )  # fmt: skip
+    rule = rows.RoutingRule(3, 3, 2, is_sigmoid=True, is_top2=True, is_normed=True, factor=1.0)
+    ids, _ = rows.route(torch.full((2, 9), torch.nan, device=device), None, rule)
     assert ((ids >= 0) & (ids < 9)).all()
 
 

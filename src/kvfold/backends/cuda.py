@@ -84,6 +84,7 @@ class CudaBackend:
         # Of every position that fits the cache: 32 numbers each for 64 rotary dimensions, 8 MB for 32k tokens.
         positions = np.arange(cache.num_pages * PAGE_TOKENS, dtype=np.int32)
         self.cos, self.sin = (torch.from_numpy(a).to(device) for a in cos_sin(model.config.rope, positions))
+        self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # number_product.route_gate_up's
         self._graphs = _Graphs(self) if captures and device.type == "cuda" and not model.standard else None
 
     def start(self, step: Step) -> CudaRun:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,11 +22,13 @@ from kvfold.backends.cuda_step import DeviceStep
 from kvfold.backends.cuda_weights import Rows
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, Pairing, RopeConfig, Scoring
-from kvfold.kernels import row_product, rows, tile_product
+from kvfold.kernels import number_product, row_product, rows, tile_product
 from kvfold.kernels.cached_blocks import append_blocks, gather_blocks
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.mla_decode import mla_decode
 from kvfold.kernels.mla_prefill import mla_prefill
+from kvfold.kernels.number_product import Norm
+from kvfold.kernels.rows import RoutingRule
 from kvfold.mla.absorb import KvUp
 from kvfold.mla.plan import Path
 
@@ -68,6 +71,15 @@ def made(tensor: Tensor) -> Value:
     return value
 
 
+class Normed(Value):
+    """The RMS norm of rows; a product of few rows takes them as they are and norms them itself."""
+
+    def __init__(self, x: Value, norm: Norm, make: Callable[[], Tensor]) -> None:
+        super().__init__(make)
+        self.x = x
+        self.norm = norm
+
+
 class Product(Value):
     """x @ W^T, not multiplied yet."""
 
@@ -81,23 +93,47 @@ class Product(Value):
         self.x = None
 
 
+class Gated(Value):
+    """silu(gate) * up."""
+
+    def __init__(self, gate: Value, up: Value, make: Callable[[], Tensor]) -> None:
+        super().__init__(make)
+        self.gate = gate
+        self.up = up
+
+
+class Choice(Value):
+    """Expert ids of rows x."""
+
+    def __init__(
+        self, x: Value, router: Matrix, bias: Tensor | None, rule: RoutingRule, make: Callable[[], Tensor]
+    ) -> None:
+        super().__init__(make)
+        self.x = x
+        self.router = router
+        self.bias = bias
+        self.rule = rule
+
+
+class Experts(Value):
+    """The chosen experts' weighted sum; matrices: gate, up, down."""
+
+    def __init__(self, choice: Value, matrices: tuple[Matrix, Matrix, Matrix], make: Callable[[], Tensor]) -> None:
+        super().__init__(make)
+        self.choice = choice
+        self.matrices = matrices
+
+
 class Sum(Value):
     """Two or three values, float32; the first is the hidden rows."""
 
-    def __init__(self, terms: tuple[Value, ...]) -> None:
-        super().__init__(lambda: self.normed(None, 0.0, torch.float32))
+    def __init__(self, terms: tuple[Value, ...], make: Callable[[], Tensor]) -> None:
+        super().__init__(make)
         self.terms = terms
 
     def set(self, tensor: Tensor) -> None:
         super().set(tensor)
         self.terms = ()
-
-    def normed(self, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-        """Makes the sum, and returns its norm (the sum again where weight is None)."""
-        first, *others = (term.tensor for term in self.terms)
-        total, normed = rows.add_norm(first, tuple(others), weight, eps, dtype)
-        self.set(total)
-        return normed
 
 
 class Columns(Value):
@@ -115,6 +151,8 @@ class Latent:
     eps: float = 0.0
     q: Value | None = None
     head_dim: int = 0
+    kv_a: Tensor | None = None  # with pool: left to the launch that folds q too
+    pool: Tensor | None = None
 
 
 class CudaOps:
@@ -136,7 +174,9 @@ class CudaOps:
         """x @ w^T, [T, rows] of dtype: the compute type or float32."""
         out = torch.empty(len(x), w.rows, dtype=dtype, device=x.device)
         is_plain = w.is_plain(x.dtype)
-        if len(x) == 1 or (len(x) <= ROW_PRODUCT_ROWS and not is_plain):
+        if number_product.serves(len(x), w):
+            number_product.linear(x, w, out)
+        elif len(x) <= ROW_PRODUCT_ROWS and not is_plain:
             row_product.linear(x, w, out)
         elif (len(x) <= TILE_PRODUCT_ROWS and not is_plain) or tile_product.rounds(w):
             tile_product.linear(x, w, out)
@@ -148,14 +188,24 @@ class CudaOps:
                 out = torch.mm(x, numbers.T, out_dtype=dtype)
         return out
 
+    def _is_few(self, *weights: Matrix) -> bool:
+        """Whether products of the step's rows with these take norms, additions and routing along."""
+        return number_product.serves(self._step.num_rows, *weights)
+
     def linear(self, name: str, x: Value, weight: str) -> Value:
         part = self._rows(weight)
+        dtype = torch.float32 if name == "head" else self._dtype
 
         def make() -> Tensor:
             key = id(x), id(part.matrix)
             if key not in self._products:
-                dtype = torch.float32 if name == "head" else self._dtype
-                self._products[key] = x, self._multiply(x.tensor, part.matrix, dtype)
+                w = part.matrix
+                if isinstance(x, Normed) and not x.is_made and self._is_few(w):
+                    out = torch.empty(len(x.x.tensor), w.rows, dtype=dtype, device=self._backend.device)
+                    number_product.linear(x.x.tensor, w, out, norm=x.norm)
+                else:
+                    out = self._multiply(x.tensor, w, dtype)
+                self._products[key] = x, out
             return self._products[key][1][:, part.start : part.stop]
 
         return Product(x, part, make)
@@ -163,12 +213,19 @@ class CudaOps:
     def swiglu(self, name: str, gate: Value, up: Value) -> Value:
         def make() -> Tensor:
             if isinstance(gate, Product) and isinstance(up, Product) and gate.x is not None:
-                x = gate.x.tensor
-                if len(x) <= ROW_PRODUCT_ROWS:
-                    return row_product.gate_up(x, _alone(gate.weight), _alone(up.weight), None, self._dtype)
+                x, w_gate, w_up = gate.x, _alone(gate.weight), _alone(up.weight)
+                if self._is_few(w_gate, w_up):
+                    source, norm = (x.x, x.norm) if isinstance(x, Normed) and not x.is_made else (x, None)
+                    out = torch.empty(
+                        len(source.tensor), w_gate.rows, dtype=self._dtype, device=self._backend.device
+                    )
+                    number_product.gate_up(source.tensor, w_gate, w_up, out, norm)
+                    return out
+                if len(x.tensor) <= ROW_PRODUCT_ROWS:
+                    return row_product.gate_up(x.tensor, w_gate, w_up, None, self._dtype)
             return rows.swiglu(gate.tensor, up.tensor)
 
-        return Value(make)
+        return Gated(gate, up, make)
 
     # Row-wise ops
 
@@ -180,14 +237,17 @@ class CudaOps:
         if isinstance(x, Columns) and x.start == 0:  # c_kv: append_latent norms it
             self._latent.weight, self._latent.eps = weight, eps
             return x
-        vector = self._backend.weights.vectors[weight]
+        norm = Norm(self._backend.weights.vectors[weight], eps)
 
         def make() -> Tensor:
-            if isinstance(x, Sum) and not x.is_made:
-                return x.normed(vector, eps, self._dtype)
-            return rows.add_norm(x.tensor, (), vector, eps, self._dtype)[1]
+            if isinstance(x, Sum) and not x.is_made and self._sum_in_product(x.terms) is None:
+                first, *others = (term.tensor for term in x.terms)
+                total, normed = rows.add_norm(first, tuple(others), norm.weight, eps, self._dtype)
+                x.set(total)
+                return normed
+            return rows.add_norm(x.tensor, (), norm.weight, eps, self._dtype)[1]
 
-        return Value(make)
+        return Normed(x, norm, make)
 
     def columns(self, x: Value, start: int, stop: int) -> Value:
         return Columns(x, start, stop)
@@ -200,7 +260,61 @@ class CudaOps:
     def add(self, name: str, x: Value, y: Value) -> Value:
         terms = (x, *y.terms) if isinstance(y, Sum) and not y.is_made else (x, y)
         self._products.clear()  # of the half layer that ends here
-        return Sum(terms)
+
+        def make() -> Tensor:
+            sum_in_product = self._sum_in_product(terms)
+            if sum_in_product is not None:
+                return sum_in_product()
+            first, *others = (term.tensor for term in terms)
+            return rows.add_norm(first, tuple(others), None, 0.0, torch.float32)[0]
+
+        return Sum(terms, make)
+
+    def _sum_in_product(self, terms: tuple[Value, ...]) -> Callable[[], Tensor] | None:
+        """Launches the last product of a half layer of few rows so that it adds the hidden rows; None where it cannot."""
+        x, last, *more = terms
+        if isinstance(last, Product) and not more and last.x is not None and self._is_few(last.weight.matrix):
+            source, w = last.x, _alone(last.weight)
+
+            def product() -> Tensor:
+                out = torch.empty(self._step.num_rows, w.rows, device=self._backend.device)
+                number_product.linear(source.tensor, w, out, add=x.tensor)
+                return out
+
+            return product
+        if isinstance(last, Experts) and not last.is_made:
+            return self._mixture(x, last, *more)
+        return None
+
+    def _mixture(self, x: Value, experts: Experts, shared: Value | None = None) -> Callable[[], Tensor] | None:
+        """x plus routed and shared experts of few rows in three launches, norm and routing among them."""
+        choice = experts.choice
+        if not isinstance(choice, Choice) or not isinstance(choice.x, Normed) or choice.x.x is not x:
+            return None
+        w_shared: tuple[Matrix, Matrix, Matrix] | None = None
+        if shared is not None:
+            gated = shared.x if isinstance(shared, Product) else None
+            if not isinstance(shared, Product) or not isinstance(gated, Gated):
+                return None
+            gate, up = gated.gate, gated.up
+            if not isinstance(gate, Product) or not isinstance(up, Product) or gate.x is not choice.x:
+                return None
+            w_shared = _alone(gate.weight), _alone(up.weight), _alone(shared.weight)
+        if not self._is_few(choice.router, *experts.matrices, *(w_shared or ())):
+            return None
+        norm = choice.x.norm
+
+        def mixture() -> Tensor:
+            hidden_rows = x.tensor
+            routed = number_product.route_gate_up(
+                hidden_rows, norm, choice.router, choice.bias, choice.rule, w_shared and w_shared[:2],
+                self._backend.arrived, self._dtype,
+            )  # fmt: skip
+            out = torch.empty_like(hidden_rows)
+            number_product.experts(hidden_rows, routed, *experts.matrices, w_shared and w_shared[2], out)
+            return out
+
+        return mixture
 
     def take_outputs(self, name: str, x: Value) -> Value:
         output_rows = self._step.output_rows
@@ -212,15 +326,9 @@ class CudaOps:
     # Experts
 
     def route(self, name: str, x: Value, weight: str, bias: str | None, moe: MoeConfig) -> tuple[Value, Value]:
-        w = self._rows(weight).matrix
-        if len(x.tensor) <= ROW_PRODUCT_ROWS:
-            logits = torch.empty(len(x.tensor), w.rows, device=x.tensor.device)
-            row_product.linear(x.tensor, w, logits)
-        else:
-            logits = torch.mm(x.tensor.float(), w.plain().T)
-        ids, weights = rows.route(
-            logits,
-            None if bias is None else self._backend.weights.vectors[bias],
+        router = self._rows(weight).matrix
+        vector = None if bias is None else self._backend.weights.vectors[bias]
+        rule = RoutingRule(
             per_row=moe.num_experts_per_tok,
             num_groups=moe.num_groups,
             groups_kept=moe.num_groups_per_tok,
@@ -229,7 +337,18 @@ class CudaOps:
             is_normed=moe.norm_topk_prob,
             factor=moe.routed_scaling_factor,
         )
-        return made(ids), made(weights)
+
+        @cache
+        def ids_and_weights() -> tuple[Tensor, Tensor]:
+            if number_product.serves(len(x.tensor), router):
+                logits = torch.empty(len(x.tensor), router.rows, device=x.tensor.device)
+                number_product.linear(x.tensor, router, logits)
+            else:
+                logits = torch.mm(x.tensor.float(), router.plain().T)
+            return rows.route(logits, vector, rule)
+
+        ids = Choice(x, router, vector, rule, lambda: ids_and_weights()[0])
+        return ids, Value(lambda: ids_and_weights()[1])
 
     def experts(
         self,
@@ -244,14 +363,18 @@ class CudaOps:
     ) -> Value:
         assert subset is None, "every expert lies on this device"
         w_gate, w_up, w_down = (self._rows(w).matrix for w in (gate, up, down))
-        out = torch.empty(len(x.tensor), w_down.rows, dtype=self._dtype, device=x.tensor.device)
-        if len(x.tensor) <= ROW_PRODUCT_ROWS:
-            hidden = row_product.gate_up(x.tensor, w_gate, w_up, ids.tensor, self._dtype, w_down)
-            row_product.down(hidden, w_down, ids.tensor, weights.tensor, out)
-        else:
-            scratch = self._backend.workspace_bytes
-            tile_product.experts(x.tensor, ids.tensor, weights.tensor, w_gate, w_up, w_down, out, scratch)
-        return made(out)
+
+        def make() -> Tensor:
+            out = torch.empty(len(x.tensor), w_down.rows, dtype=self._dtype, device=x.tensor.device)
+            if len(x.tensor) <= ROW_PRODUCT_ROWS:
+                hidden = row_product.gate_up(x.tensor, w_gate, w_up, ids.tensor, self._dtype, w_down)
+                row_product.down(hidden, w_down, ids.tensor, weights.tensor, out)
+            else:
+                scratch = self._backend.workspace_bytes
+                tile_product.experts(x.tensor, ids.tensor, weights.tensor, w_gate, w_up, w_down, out, scratch)
+            return out
+
+        return Experts(ids, (w_gate, w_up, w_down), make)
 
     # The cache
 
@@ -285,10 +408,14 @@ class CudaOps:
         return latents
 
     def append_latent(self, name: str, layer: int, c_kv: Value, k_rope: Value) -> None:
-        mla = self._backend.model.config.mla
+        mla, step = self._backend.model.config.mla, self._step
         pool = self._backend.pools[0][layer].flatten(0, 1)
-        if self._backend.blocks is None:
-            self._append(c_kv, pool, self._step.slots, mla)
+        is_few = step.num_rows <= number_product.MOST_ROWS and step.absorbed == slice(0, step.num_rows)
+        if self._backend.blocks is None and is_few:
+            assert isinstance(c_kv, Columns)
+            self._latent.kv_a, self._latent.pool = c_kv.x.tensor, pool
+        elif self._backend.blocks is None:
+            self._append(c_kv, pool, step.slots, mla)
         else:
             latents = self._latents(c_kv, torch.float32, mla)
             append_blocks(latents, self._step.slots, pool, self._backend.blocks)
@@ -315,13 +442,38 @@ class CudaOps:
         return k_nope.view(len(latents), mla.num_heads, -1), v.view(len(latents), mla.num_heads, -1)
 
     def fold_q(self, name: str, q: Value, kv_up: KvUp, mla: MlaConfig) -> Value:
+        w_uk, _ = self._backend.weights.up[kv_up]
+
+        def fold(num_rows: int) -> Tensor:
+            return torch.empty(
+                num_rows, mla.num_heads, mla.latent_dim, dtype=self._dtype, device=self._backend.device
+            )
+
+        latent = self._latent
+        if latent.pool is not None and latent.kv_a is not None:
+            backend = self._backend
+            out = fold(self._step.num_rows)
+            rows.fold_append(
+                q.tensor,
+                w_uk,
+                out,
+                latent.kv_a,
+                backend.weights.vectors[latent.weight],
+                latent.eps,
+                self._step.positions,
+                self._step.slots,
+                backend.cos,
+                backend.sin,
+                latent.pool,
+                is_half_split=backend.model.config.rope.pairing is Pairing.HALF_SPLIT,
+            )
+            self._latent = Latent()
+            return made(out.flatten(1))
+
         def make() -> Tensor:
             """Absorbed rows only: [rows, H * latent_dim]."""
             per_head = q.tensor[self._step.absorbed].unflatten(1, (mla.num_heads, mla.qk_head_dim))
-            out = torch.empty(
-                len(per_head), mla.num_heads, mla.latent_dim, dtype=self._dtype, device=per_head.device
-            )
-            w_uk, _ = self._backend.weights.up[kv_up]
+            out = fold(len(per_head))
             rows.per_head(
                 per_head, w_uk, out, depth=mla.qk_nope_head_dim, width=mla.kv_lora_rank, extra=mla.qk_rope_head_dim
             )
@@ -364,8 +516,10 @@ class CudaOps:
             device = self._backend.device
             out = torch.empty(self._step.num_rows, mla.num_heads * mla.v_head_dim, dtype=self._dtype, device=device)
             absorbed = self._step.absorbed
-            if absorbed.stop > absorbed.start:
-                _, w_uv = self._backend.weights.up[kv_up]
+            _, w_uv = self._backend.weights.up[kv_up]
+            if absorbed == slice(0, len(out)) and len(out) <= number_product.MOST_ROWS:
+                number_product.linear(o_latent.tensor, Matrix.of(w_uv.flatten(0, 1)), out)
+            elif absorbed.stop > absorbed.start:
                 rows.per_head(
                     o_latent.tensor.unflatten(1, (mla.num_heads, mla.kv_lora_rank)),
                     w_uv.transpose(1, 2),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+_NAMES = {dtype: name for name, dtype in _TORCH.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,12 @@ class Matrix:
     scale: Tensor | None = None
     parts: int = 1
     rounds: bool = False
+
+    @staticmethod
+    def of(numbers: Tensor) -> Matrix:
+        """These numbers [rows, cols], sharing memory."""
+        rows, cols = numbers.shape
+        return Matrix(_NAMES[numbers.dtype], rows, cols, numbers.view(torch.uint8))
 
     @property
     def row_bytes(self) -> int:

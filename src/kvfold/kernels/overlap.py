@@ -1,8 +1,15 @@
 """Programmatic dependent launch (sm_90 on): a kernel starts while the one before it ends.
 
-A step of one row is 400 launches of 2 to 20 us, and a launch alone takes 1 us. Each kernel first waits until the one
-before it has ended and then lets its successor start, so that no more than two are under way and what an older one
-wrote is there. Before it waits it may touch what no kernel writes: rows of weights are asked into L2.
+A step of one row is some 200 launches of 2 to 20 us, and a launch alone takes 1 us. A kernel that has let its successor
+start shares the multiprocessors with it; the successor waits until every kernel before it has ended and what they wrote is
+there. Before it waits it may read what no kernel writes, weights above all. Two orders:
+
+- `wait_for_inputs` alone waits and then lets the next one start: that one may read, before it waits, whatever kernels
+  before this one wrote.
+- `let_next_start` at the very beginning, `wait_for_inputs` later: for short kernels. Several may be under way, each with
+  its weights in registers while an older one computes.
+
+Every kernel waits, also where it needs nothing: that its successor may wait for it alone rests on this.
 """
 
 from __future__ import annotations
@@ -26,6 +33,11 @@ def _serves(device: torch.device) -> bool:
 def overlaps(x: Tensor) -> bool:
     """Whether kernels on x's device may start early: the launchers' `launch_pdl`."""
     return x.is_cuda and _serves(x.device)
+
+
+@triton.jit
+def let_next_start():
+    gdc_launch_dependents()
 
 
 @triton.jit

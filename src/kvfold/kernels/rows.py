@@ -5,12 +5,15 @@ One program a row. Hidden rows stay float32 from layer to layer; what a product 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.overlap import overlaps, wait_for_inputs
+from kvfold.kernels.overlap import let_next_start, overlaps, wait_for_inputs
 
 
 @triton.jit
@@ -44,6 +47,35 @@ def _rotate(x, at, pairs, cos, sin, mask, FIRST: tl.constexpr, SECOND: tl.conste
 
 
 @triton.jit
+def _append(
+    t, c, s, pair, is_pair, kv_a, weight, eps, kv_lora, slots, pool, latent,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, LORA: tl.constexpr,
+):  # fmt: skip
+    """[norm(c_kv) | k_rope rotated by c and s] of row t, at kv_a, to its slot."""
+    slot = tl.load(slots + t).to(tl.int64)
+    if slot >= 0:  # padding has none
+        i = tl.arange(0, LORA)
+        v = tl.load(kv_a + i, mask=i < kv_lora, other=0.0).to(tl.float32)
+        v *= tl.rsqrt(tl.sum(v * v, 0) / kv_lora + eps)
+        v *= tl.load(weight + i, mask=i < kv_lora, other=0.0)
+        tl.store(pool + slot * latent + i, v, mask=i < kv_lora)
+        k_a, k_b = _rotate(kv_a, kv_lora, pair, c, s, is_pair, FIRST, SECOND)
+        tl.store(pool + slot * latent + kv_lora + pair * FIRST, k_a, mask=is_pair)
+        tl.store(pool + slot * latent + kv_lora + pair * FIRST + SECOND, k_b, mask=is_pair)
+
+
+@triton.jit
+def _angles(t, positions, cos, sin, ROPE: tl.constexpr, PAIRS: tl.constexpr):
+    """cos and sin of row t's pairs, the pairs, and which of them there are."""
+    position = tl.load(positions + t).to(tl.int64)
+    pair = tl.arange(0, PAIRS)
+    is_pair = pair < ROPE // 2
+    c = tl.load(cos + position * (ROPE // 2) + pair, mask=is_pair, other=0.0)
+    s = tl.load(sin + position * (ROPE // 2) + pair, mask=is_pair, other=0.0)
+    return c, s, pair, is_pair
+
+
+@triton.jit
 def _rope_append(
     q, q_stride, num_heads, head_dim, kv_a, kv_stride, weight, eps, kv_lora, positions, slots, cos, sin, pool, latent,
     ROPE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
@@ -53,47 +85,72 @@ def _rope_append(
     if EARLY:
         wait_for_inputs()
     t = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions + t).to(tl.int64)
-    pair = tl.arange(0, PAIRS)
-    is_pair = pair < ROPE // 2
-    c = tl.load(cos + position * (ROPE // 2) + pair, mask=is_pair, other=0.0)
-    s = tl.load(sin + position * (ROPE // 2) + pair, mask=is_pair, other=0.0)
-
+    c, s, pair, is_pair = _angles(t, positions, cos, sin, ROPE, PAIRS)
     head = tl.arange(0, HEADS)
     mask = (head < num_heads)[:, None] & is_pair[None, :]
     at = t * q_stride + (head * head_dim + head_dim - ROPE)[:, None] + 0 * pair[None, :]
     a, b = _rotate(q, at, pair[None, :], c[None, :], s[None, :], mask, FIRST, SECOND)
     tl.store(q + at + pair[None, :] * FIRST, a, mask=mask)
     tl.store(q + at + pair[None, :] * FIRST + SECOND, b, mask=mask)
-
-    slot = tl.load(slots + t).to(tl.int64)
-    if slot >= 0:  # padding has none
-        i = tl.arange(0, LORA)
-        v = tl.load(kv_a + t * kv_stride + i, mask=i < kv_lora, other=0.0).to(tl.float32)
-        v *= tl.rsqrt(tl.sum(v * v, 0) / kv_lora + eps)
-        v *= tl.load(weight + i, mask=i < kv_lora, other=0.0)
-        tl.store(pool + slot * latent + i, v, mask=i < kv_lora)
-        k_a, k_b = _rotate(kv_a, t * kv_stride + kv_lora, pair, c, s, is_pair, FIRST, SECOND)
-        tl.store(pool + slot * latent + kv_lora + pair * FIRST, k_a, mask=is_pair)
-        tl.store(pool + slot * latent + kv_lora + pair * FIRST + SECOND, k_b, mask=is_pair)
+    _append(
+        t, c, s, pair, is_pair, kv_a + t * kv_stride, weight, eps, kv_lora, slots, pool, latent, FIRST, SECOND, LORA
+    )
 
 
 @triton.jit
-def _route(
-    logits, bias, ids, weights, num_experts, per_group, num_groups, groups_kept, per_row, factor,
-    SIGMOID: tl.constexpr, BIAS: tl.constexpr, TOP2: tl.constexpr, NORM: tl.constexpr,
-    GROUPS: tl.constexpr, EACH: tl.constexpr, PLACES: tl.constexpr,
+def _fold_append(
+    q, q_stride, num_heads, head_dim, w, out, kv_a, kv_stride, weight, eps, kv_lora, positions, slots, cos, sin, pool,
+    latent,
+    NOPE: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    ROPE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, PAIRS: tl.constexpr, LORA: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
+    """Program (head, WIDTH columns of W_UK): folds q_nope of every row; the first of a head rotates its q_rope. Behind
+    the heads: program (num_heads, 0) appends the latents."""
     if EARLY:
-        wait_for_inputs()
-    t = tl.program_id(0).to(tl.int64)
+        let_next_start()
+    head = tl.program_id(0)
+    if head < num_heads:
+        k = tl.arange(0, PADDED)
+        n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        mask = (k < NOPE)[:, None] & (n < kv_lora)[None, :]
+        at = head.to(tl.int64) * NOPE * kv_lora
+        tile = tl.load(w + at + k[:, None] * kv_lora + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if EARLY:
+            wait_for_inputs()
+        for t in tl.static_range(TOKENS):
+            x = tl.load(q + t * q_stride + head * head_dim + k, mask=k < NOPE, other=0.0).to(tl.float32)
+            to = out + (t * num_heads + head) * latent
+            tl.store(to + n, tl.sum(tile * x[:, None], 0), mask=n < kv_lora)
+            if tl.program_id(1) == 0:
+                c, s, pair, is_pair = _angles(t, positions, cos, sin, ROPE, PAIRS)
+                a, b = _rotate(q, t * q_stride + head * head_dim + NOPE, pair, c, s, is_pair, FIRST, SECOND)
+                tl.store(to + kv_lora + pair * FIRST, a, mask=is_pair)
+                tl.store(to + kv_lora + pair * FIRST + SECOND, b, mask=is_pair)
+    else:
+        if EARLY:
+            wait_for_inputs()
+        if tl.program_id(1) == 0:
+            for t in tl.static_range(TOKENS):
+                c, s, pair, is_pair = _angles(t, positions, cos, sin, ROPE, PAIRS)
+                _append(t, c, s, pair, is_pair, kv_a + t * kv_stride, weight, eps, kv_lora, slots, pool, latent, FIRST,
+                        SECOND, LORA)  # fmt: skip
+
+
+@triton.jit
+def choose_experts(
+    t, logits, bias, ids, weights, num_experts, per_group, num_groups, groups_kept, per_row, factor,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr, TOP2: tl.constexpr, NORM: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """ids and weights of row t by its logits."""
     group = tl.arange(0, GROUPS)
     each = tl.arange(0, EACH)
     expert = group[:, None] * per_group + each[None, :]
     inside = (group < num_groups)[:, None] & (each < per_group)[None, :]
     low = float("-inf")
-    x = tl.load(logits + t * num_experts + expert, mask=inside, other=low)
+    # volatile: other programs of the same launch may have written them (number_product.py)
+    x = tl.load(logits + t * num_experts + expert, mask=inside, other=low, volatile=True)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-x))
     else:
@@ -135,6 +192,21 @@ def _route(
         chosen_weights = chosen_weights / (tl.sum(chosen_weights, 0) + 1e-20)
     tl.store(ids + t * per_row + place, chosen_ids, mask=place < per_row)
     tl.store(weights + t * per_row + place, chosen_weights * factor, mask=place < per_row)
+
+
+@triton.jit
+def _route(
+    logits, bias, ids, weights, num_experts, per_group, num_groups, groups_kept, per_row, factor,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr, TOP2: tl.constexpr, NORM: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, PLACES: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        wait_for_inputs()
+    choose_experts(
+        tl.program_id(0).to(tl.int64), logits, bias, ids, weights, num_experts, per_group, num_groups, groups_kept,
+        per_row, factor, SIGMOID, BIAS, TOP2, NORM, GROUPS, EACH, PLACES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -232,30 +304,78 @@ def rope_append(
     )  # fmt: skip
 
 
-def route(
-    logits: Tensor,
-    bias: Tensor | None,
+def fold_append(
+    q: Tensor,
+    w_uk: Tensor,
+    out: Tensor,
+    kv_a: Tensor,
+    weight: Tensor,
+    eps: float,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pool: Tensor,
     *,
-    per_row: int,
-    num_groups: int,
-    groups_kept: int,
-    is_sigmoid: bool,
-    is_top2: bool,
-    is_normed: bool,
-    factor: float,
-) -> tuple[Tensor, Tensor]:
+    is_half_split: bool,
+) -> None:
+    """Of a few rows: out [T, H, latent] = [q_nope @ w_uk | rotated q_rope], and the append of `rope_append`.
+
+    q [T, H * (nope + rope)] stays as it is; w_uk [H, nope, kv_lora] contiguous; the rest as in `rope_append`.
+    """
+    num_heads, nope, kv_lora = w_uk.shape
+    rope = 2 * cos.shape[1]
+    # 8 KB of bfloat16 weights: 256 programs for 16 heads of 128 x 512.
+    padded, width = triton.next_power_of_2(nope), 32
+    early = overlaps(q)
+    _fold_append[(num_heads + 1, triton.cdiv(kv_lora, width))](
+        q, q.stride(0), num_heads, nope + rope, w_uk, out, kv_a, kv_a.stride(0), weight, eps, kv_lora, positions, slots,
+        cos, sin, pool, kv_lora + rope,
+        NOPE=nope, PADDED=padded, WIDTH=width, TOKENS=len(q), ROPE=rope, FIRST=1 if is_half_split else 2,
+        SECOND=rope // 2 if is_half_split else 1, PAIRS=triton.next_power_of_2(rope // 2),
+        LORA=triton.next_power_of_2(kv_lora), EARLY=early, launch_pdl=early,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """per_row experts a row, of the groups_kept best of num_groups groups; is_top2: a group ranks by its two best
+    experts' sum, else by the best. factor: of the weights."""
+
+    per_row: int
+    num_groups: int
+    groups_kept: int
+    is_sigmoid: bool
+    is_top2: bool
+    is_normed: bool
+    factor: float
+
+    def arguments(self, num_experts: int) -> tuple[int, int, int, int, int, float]:
+        """Of choose_experts, behind `weights`."""
+        per_group = num_experts // self.num_groups
+        return num_experts, per_group, self.num_groups, self.groups_kept, self.per_row, self.factor
+
+    def constants(self, num_experts: int, has_bias: bool) -> dict[str, Any]:
+        return {
+            "SIGMOID": self.is_sigmoid,
+            "BIAS": has_bias,
+            "TOP2": self.is_top2,
+            "NORM": self.is_normed,
+            "GROUPS": triton.next_power_of_2(self.num_groups),
+            "EACH": triton.next_power_of_2(num_experts // self.num_groups),
+            "PLACES": triton.next_power_of_2(self.per_row),
+        }
+
+
+def route(logits: Tensor, bias: Tensor | None, rule: RoutingRule) -> tuple[Tensor, Tensor]:
     """Expert ids int32 [T, k], the lowest where two are equal, and weights float32 [T, k] of logits float32 [T, E]."""
     num_rows, num_experts = logits.shape
-    ids = torch.empty(num_rows, per_row, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(num_rows, per_row, dtype=torch.float32, device=logits.device)
-    per_group = num_experts // num_groups
+    ids = torch.empty(num_rows, rule.per_row, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(num_rows, rule.per_row, dtype=torch.float32, device=logits.device)
     early = overlaps(logits)
     _route[(num_rows,)](
-        logits, logits if bias is None else bias, ids, weights, num_experts, per_group, num_groups, groups_kept,
-        per_row, factor,
-        SIGMOID=is_sigmoid, BIAS=bias is not None, TOP2=is_top2, NORM=is_normed,
-        GROUPS=triton.next_power_of_2(num_groups), EACH=triton.next_power_of_2(per_group),
-        PLACES=triton.next_power_of_2(per_row), num_warps=1, EARLY=early, launch_pdl=early,
+        logits, logits if bias is None else bias, ids, weights, *rule.arguments(num_experts),
+        **rule.constants(num_experts, bias is not None), num_warps=1, EARLY=early, launch_pdl=early,
     )  # fmt: skip
     return ids, weights
 
