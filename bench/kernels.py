@@ -24,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold import _native
+from kvfold.backends.choose import native_profile
 from kvfold.backends.native import _segment
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, encode
 from kvfold.config import MlaConfig
 from kvfold.mla.absorb import KvUp
-from kvfold.mla.plan import ARITHMETIC, Path, choose
+from kvfold.mla.plan import Path, choose
 from kvfold.model.program import Program, Recorder, Value, record
 from kvfold.quant.types import BlockType, by_name
 
@@ -200,7 +201,7 @@ def bench_paths(clock: Clock, args: argparse.Namespace) -> None:
             for _, (path, seconds) in product(range(args.repeat), took.items()):
                 seconds.append(rig.seconds(clock, rows, keys=cached + rows, path=path))
             ms = {path: 1e3 * statistics.median(seconds) for path, seconds in took.items()}
-            plan = choose(rig.mla, new_rows=rows, cached_rows=cached, is_prompt=True, machine=ARITHMETIC)
+            plan = choose(rig.mla, new_rows=rows, cached_rows=cached, is_prompt=True, machine=native_profile())
             print(
                 f"| {name} | {cache} | {cached} | {rows} | {ms[Path.ABSORBED]:.2f} | {ms[Path.DECOMPRESSED]:.2f} | {plan.path.name.lower()} | {ms[plan.path] / min(ms.values()):.2f} |",
                 flush=True,

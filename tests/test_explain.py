@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
+from kvfold.backends.choose import native_profile
 from kvfold.explain import inspect_file, phase, plan_report, weight_group
 from kvfold.formats.checkpoint import open_checkpoint
 from kvfold.formats.synthetic import SHAPES, shape_with_layers, synthesize
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
 from kvfold.load import Settings
 from kvfold.mla.plan import Path as AttentionPath
-from kvfold.mla.plan import choose, multiply_adds
+from kvfold.mla.plan import choose, crossover_rows, multiply_adds
 from kvfold.model.program import Buffer, Domain, OpRecord, Program, Segment, Value
 from kvfold.prompt_window import step_buffer_bytes
 
@@ -236,7 +237,10 @@ def test_a_v3_file_of_two_layers_plans_as_the_paper_counts(tmp_path: Path) -> No
     synthesize(config, file, legacy_kv_b=True)
     report = plan_report(open_checkpoint(file), settings(n_ctx=163840), batch_rows=2048)
     assert report.memory.latent_cache_bytes == 163840 * 2 * 576 * 2
-    assert [(c.depth, c.rows) for c in report.crossovers][:3] == [(0, 1), (256, 135), (1024, 159)]
+    assert report.crossovers[0].rows == 1  # tests/mla/test_plan.py has the paper's numbers, this machine its own
+    assert [c.rows for c in report.crossovers] == [
+        crossover_rows(config.mla, c.depth, native_profile()) for c in report.crossovers
+    ]
     first, half, whole_context, generation = report.phases
     assert (first.new_rows, half.cached_rows, whole_context.new_rows) == (512, 81920, 163840)
     assert generation.steps == ((AttentionPath.ABSORBED, 1),)

@@ -304,7 +304,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
     config = checkpoint.config
     needs = needs_of(checkpoint, settings)
     candidate, backend = _backend(settings, needs)
-    machine = ARITHMETIC if candidate is None else candidate.profile
+    machine = ARITHMETIC if candidate is None else candidate.profile()
     own_memory = None if candidate is None else candidate.free_bytes
     free_bytes = available_memory_bytes() if own_memory is None else own_memory(settings.device)
     if candidate is None:

@@ -54,7 +54,7 @@ def test_decompressed_never_loses_without_a_cache() -> None:
 
 
 def test_a_measured_profile_moves_the_crossover() -> None:
-    slow_expansion = MachineProfile("measured", absorbed_tmacs=2.0, decompressed_tmacs=1.0)
+    slow_expansion = MachineProfile("measured", latents=2.0, folding=2.0)
     even, moved = crossover_rows(V3, 4096), crossover_rows(V3, 4096, slow_expansion)
     assert even is not None
     assert moved is not None

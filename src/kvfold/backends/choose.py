@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 from kvfold.backends import gpu
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import MissingExtra, SettingError
-from kvfold.mla.plan import ARITHMETIC, H200, MachineProfile
+from kvfold.mla.plan import ARITHMETIC, CPU, H200, MachineProfile
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.step import Steps
 from kvfold.quant.tensor import Weight, Weights
@@ -113,7 +113,7 @@ class Candidate:
     name: str
     refusals: Callable[[Needs], list[str]]  # empty: it can run
     build: Callable[[DeepseekModel, Weights, PagedCache, Machine], Backend]
-    profile: MachineProfile = ARITHMETIC
+    profile: Callable[[], MachineProfile] = lambda: ARITHMETIC
     free_bytes: Callable[[str], int] | None = None
     moves_weights: bool = False
 
@@ -203,6 +203,13 @@ def _native_refusals(needs: Needs) -> list[str]:
     return reasons
 
 
+def native_profile() -> MachineProfile:
+    """Of the instruction set in use."""
+    from kvfold import _native
+
+    return CPU.get(_native.isa(), ARITHMETIC)
+
+
 def _native_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machine: Machine) -> Backend:
     from kvfold import _native
     from kvfold.backends.native import NativeBackend
@@ -250,8 +257,8 @@ def _plain_build(model: DeepseekModel, weights: Weights, cache: PagedCache, mach
 
 
 CANDIDATES = (
-    Candidate("cuda", _cuda_refusals, _cuda_build, H200, _cuda_free_bytes),
-    Candidate("native", _native_refusals, _native_build, moves_weights=True),
+    Candidate("cuda", _cuda_refusals, _cuda_build, lambda: H200, _cuda_free_bytes),
+    Candidate("native", _native_refusals, _native_build, native_profile, moves_weights=True),
     Candidate("plain", _plain_refusals, _plain_build),
 )
 

@@ -58,27 +58,33 @@ def parse_fa(value: str | int) -> Fa:
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """What the plan knows of a machine: multiply-adds per second of each path's products, tera per second.
+    """What the plan knows of a machine: multiply-adds a second of each product, all in one unit.
 
     Equal rates make the plan a pure count; measured profiles replace them.
     """
 
     name: str = "arithmetic"
-    absorbed_tmacs: float = 1.0
-    decompressed_tmacs: float = 1.0
-    standard_tmacs: float = 1.0
+    latents: float = 1.0  # scores and values over latents
+    folding: float = 1.0  # W_UK into a query row, and W_UV after it
+    expansion: float = 1.0  # keys and values out of latents
+    heads: float = 1.0  # scores and values over the keys and values of heads
 
-    def tmacs(self, path: Path) -> float:
-        if path is Path.ABSORBED:
-            return self.absorbed_tmacs
-        return self.decompressed_tmacs if path is Path.DECOMPRESSED else self.standard_tmacs
+    def seconds(self, path: Path, work: AttentionWork) -> float:
+        """Up to the unit of the rates."""
+        over = self.latents if path is Path.ABSORBED else self.heads
+        return work.pairs / over + work.up / (self.folding if path is Path.ABSORBED else self.expansion)
 
 
 ARITHMETIC = MachineProfile()
 
 # An H200 in bf16, 128 heads, long contexts: 2 multiply-adds of FlashMLA's decode kernel at 590 TFLOP/s (docs of the
 # figures: bench/results), of a causal 192/128 prefill kernel at 650 and of cuBLAS, which expands, at 700.
-H200 = MachineProfile("H200", absorbed_tmacs=295.0, decompressed_tmacs=330.0, standard_tmacs=330.0)
+H200 = MachineProfile("H200", latents=295.0, folding=295.0, expansion=350.0, heads=325.0)
+
+# GMAC/s of one thread in dtype int8 with a q8_0 cache, by instruction set: bench/kernels.py paths, docs/notes/cpu-attention.md.
+CPU = {
+    "avx2": MachineProfile("AVX2", latents=33.0, folding=21.0, expansion=40.0, heads=28.0),
+}
 
 
 @dataclass(frozen=True)
@@ -96,14 +102,28 @@ def query_key_pairs(new_rows: int, cached_rows: int) -> int:
     return new_rows * cached_rows + new_rows * (new_rows + 1) // 2
 
 
+@dataclass(frozen=True)
+class AttentionWork:
+    """Multiply-adds of one layer: over (query, key) pairs, and of the up-projections."""
+
+    pairs: int
+    up: int
+
+
+def attention_work(path: Path, mla: MlaConfig, new_rows: int, cached_rows: int) -> AttentionWork:
+    pairs = mla.num_heads * query_key_pairs(new_rows, cached_rows)
+    # 131,072 a head: per key, or per query row
+    up = mla.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
+    if path is Path.ABSORBED:
+        return AttentionWork(pairs * (mla.latent_dim + mla.kv_lora_rank), new_rows * up)
+    keys_expanded = new_rows + (cached_rows if path is Path.DECOMPRESSED else 0)
+    return AttentionWork(pairs * (mla.qk_head_dim + mla.v_head_dim), keys_expanded * up)
+
+
 def multiply_adds(path: Path, mla: MlaConfig, new_rows: int, cached_rows: int) -> int:
     """Multiply-adds of one layer's attention and up-projections."""
-    pairs = query_key_pairs(new_rows, cached_rows)
-    up = (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank  # 131,072: per key, or per query row
-    if path is Path.ABSORBED:
-        return mla.num_heads * (pairs * (mla.latent_dim + mla.kv_lora_rank) + new_rows * up)
-    keys_expanded = new_rows + (cached_rows if path is Path.DECOMPRESSED else 0)
-    return mla.num_heads * (pairs * (mla.qk_head_dim + mla.v_head_dim) + keys_expanded * up)
+    work = attention_work(path, mla, new_rows, cached_rows)
+    return work.pairs + work.up
 
 
 def choose(
@@ -139,7 +159,7 @@ def choose(
     if by_role:
         return plan(Path.DECOMPRESSED if is_prompt else Path.ABSORBED, "deterministic: by role of the rows")
 
-    seconds = {path: macs / machine.tmacs(path) for path, macs in costs}
+    seconds = {path: machine.seconds(path, attention_work(path, mla, new_rows, cached_rows)) for path in considered}
     best = min(considered, key=lambda path: seconds[path])
     other = max(considered, key=lambda path: seconds[path])
     ratio = seconds[other] / seconds[best]
@@ -152,7 +172,7 @@ def crossover_rows(mla: MlaConfig, cached_rows: int, machine: MachineProfile = A
 
     def decompressed_wins(rows: int) -> bool:
         absorbed, decompressed = (
-            multiply_adds(path, mla, rows, cached_rows) / machine.tmacs(path)
+            machine.seconds(path, attention_work(path, mla, rows, cached_rows))
             for path in (Path.ABSORBED, Path.DECOMPRESSED)
         )
         return decompressed < absorbed
@@ -160,7 +180,7 @@ def crossover_rows(mla: MlaConfig, cached_rows: int, machine: MachineProfile = A
     low, high = 1, 1 << 20
     if not decompressed_wins(high):
         return None
-    while low < high:  # monotonic: each further row saves 768 multiply-adds per key, expansion is paid once
+    while low < high:  # monotonic: each further row saves time per key, expansion is paid once
         middle = (low + high) // 2
         low, high = (low, middle) if decompressed_wins(middle) else (middle + 1, high)
     return low
