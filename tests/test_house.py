@@ -70,6 +70,7 @@ MAY_IMPORT = {
             "load",
             "machine",
             "backends.profile",
+            "backends.choose.OnDevice",
             "engine.batch",
             "formats",
             "mla.plan",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +20,12 @@ from kvfold.bench.measure import (
     disk_reads,
     undisturbed,
 )
+from kvfold.bench.report import markdown, row
+from kvfold.bench.sweep import Result, Variant
 from kvfold.cache.latent import decode
 from kvfold.formats.checkpoint import Checkpoint
 from kvfold.formats.synthetic import SHAPES, synthetic_checkpoint
-from kvfold.load import Settings, load
+from kvfold.load import Loaded, Settings, load
 from kvfold.mla.plan import Path, multiply_adds
 
 
@@ -196,3 +200,48 @@ def test_a_meter_refuses_what_it_does_not_have() -> None:
         _native.Meter([], 0)
     with pytest.raises(TypeError):
         meter.read(np.array([0], np.int64))
+
+
+# --- a device ---------------------------------------------------------------------------------------------------------
+
+
+class Device:
+    """A native backend that says its cache lies on a device, and takes its rows as one would."""
+
+    device_name = "NVIDIA H200"
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self.written: set[tuple[int, int]] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loaded.backend, name)
+
+    def write_pages(self, array: int, layer: int, pages: list[int], stored: np.ndarray) -> None:
+        self._loaded.cache.arrays[array][layer][pages] = stored
+        self.written.add((array, layer))
+
+    def ceilings(self) -> tuple[float, dict[str, float]]:
+        return 4.5e12, {"bf16": 350e12, "f32": 25e12}
+
+
+def test_a_device_is_given_its_cached_rows_and_measured_by_its_own_ceilings(checkpoint: Checkpoint) -> None:
+    cases = [Case(40, 0, 0), Case(0, 2, 100)]
+    settings = Settings.parse(threads=1, n_ctx=context_for(cases), backend="native", cache_type="bf16")
+    loaded = load(checkpoint, settings)
+    device = Device(loaded)
+    rig = Rig(replace(loaded, backend=device), cases, batch_rows=64)  # type: ignore[arg-type]
+    assert device.written == {(0, layer) for layer in range(checkpoint.config.num_layers)}
+    prompt, generated = (rig.sample(case)[0] for case in cases)
+    assert generated.ceilings.read_rate == pytest.approx(4.5e12, rel=1e-3)
+    assert prompt.ceilings.multiply_adds == {"int8": 0.0, "bf16": 350e12, "f32": 25e12}
+    found = [
+        row(Result(Variant(settings, 64), rig.loaded, rig.meter.peak_isa, case, (sample,), (), ()))
+        for case, sample in zip(cases, (prompt, generated), strict=True)
+    ]
+    assert [one["bound_by"] for one in found] == ["bf16", "read"]
+    assert found[0]["share"] == pytest.approx(1e9 * prompt.run.multiply_adds / prompt.run.ns / 350e12)
+    assert (found[0]["backends"], found[0]["gpu_info"]) == ("CUDA", "NVIDIA H200")
+    lines = list(markdown(found))
+    assert any("ceilings of NVIDIA H200" in line and "bf16 350000 GMAC/s" in line for line in lines)
+    assert "int8" not in "".join(lines)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvfold.backends import gpu
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import MissingExtra, SettingError
@@ -90,6 +93,20 @@ class MovesWeights(Protocol):
 
     def move_weight(self, name: str, weight: Weight) -> None:
         """The same weight elsewhere in memory; the old arrays are not read any more when this returns."""
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """A backend whose cache lies in the memory of a device, which has ceilings of its own."""
+
+    @property
+    def device_name(self) -> str: ...
+
+    def write_pages(self, array: int, layer: int, pages: list[int], stored: NDArray[np.generic]) -> None:
+        """Cached rows [pages, PAGE_TOKENS, columns] as cache/latent.py stores them."""
+
+    def ceilings(self) -> tuple[float, dict[str, float]]:
+        """Bytes read a second, and multiply-adds a second by kind of operand ("bf16", "f32"), measured now."""
 
 
 @dataclass(frozen=True)

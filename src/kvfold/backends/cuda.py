@@ -22,6 +22,7 @@ from kvfold.backends.cuda_weights import DeviceWeights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import Cancelled
 from kvfold.kernels.cached_blocks import Blocks
+from kvfold.kernels.ceilings import Ceilings
 from kvfold.kernels.mla_decode import DecodeWorkspace
 from kvfold.mla.plan import Path
 from kvfold.mla.rope import cos_sin
@@ -85,7 +86,25 @@ class CudaBackend:
         positions = np.arange(cache.num_pages * PAGE_TOKENS, dtype=np.int32)
         self.cos, self.sin = (torch.from_numpy(a).to(device) for a in cos_sin(model.config.rope, positions))
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # number_product.route_gate_up's
+        self._ceilings: Ceilings | None = None
         self._graphs = _Graphs(self) if captures and device.type == "cuda" and not model.standard else None
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    def write_pages(self, array: int, layer: int, pages: list[int], stored: NDArray[np.generic]) -> None:
+        """Cached rows [pages, PAGE_TOKENS, columns] as cache/latent.py stores them."""
+        pool = self.pools[array][layer]
+        pool[pages] = torch.from_numpy(stored).to(self.device).view(pool.dtype)
+
+    def ceilings(self) -> tuple[float, dict[str, float]]:
+        """Bytes read a second, and multiply-adds a second by kind of operand, measured now."""
+        if self._ceilings is None:
+            self._ceilings = Ceilings(self.device)
+        kinds = {"bf16": torch.bfloat16, "f32": torch.float32}
+        rates = {kind: self._ceilings.multiply_adds(dtype) for kind, dtype in kinds.items()}
+        return self._ceilings.read_rate(), rates
 
     def start(self, step: Step) -> CudaRun:
         """ValueError where one path comes in two forms: an op works on one range of rows."""

@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from kvfold import _native
+from kvfold.backends.choose import OnDevice
 from kvfold.backends.profile import Totals
 from kvfold.bench.work import LinearWork, TokenWeights, linear_work
 from kvfold.cache.latent import PAGE_TOKENS, encode
@@ -95,7 +97,7 @@ class Discarded:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine did at most just after a sample, with as many threads.
+    """What the machine, or the GPU, did at most just after a sample, with as many threads.
 
     multiply_adds: a second, by kind of operand; 0 where the machine has no instruction for it
     read_ns:       of each read of the weights of one token; the experts are drawn anew each time
@@ -147,8 +149,44 @@ def undisturbed(
         discarded.append(Discarded(done.ns, disk))
 
 
-class Meter:
-    """The ceilings of the machine for one loaded model: reads of its own weights where they lie, on as many threads."""
+class Meter(Protocol):
+    """The ceilings of the machine for one loaded model.
+
+    weights:  that a generated token reads
+    peak_isa: by kind of operand, what multiplies them at the peak
+    """
+
+    weights: TokenWeights
+    peak_isa: dict[str, str]
+
+    def ceilings(self, num_reads: int) -> Ceilings:
+        """Every peak once, and `num_reads` reads of the weights of a token."""
+        ...
+
+
+def meter_of(loaded: Loaded, *, seed: int = 0) -> Meter:
+    if isinstance(loaded.backend, OnDevice):
+        return DeviceMeter(loaded, loaded.backend)
+    return CpuMeter(loaded, seed=seed)
+
+
+class DeviceMeter:
+    """Of a GPU: what a kernel that only reads reaches on a buffer past its caches, and the library's matrix products."""
+
+    def __init__(self, loaded: Loaded, device: OnDevice) -> None:
+        self.weights = TokenWeights(loaded.model.config, loaded.checkpoint.tensors)
+        self.peak_isa = dict.fromkeys(PEAKS, "cuBLAS")
+        self._device = device
+
+    def ceilings(self, num_reads: int) -> Ceilings:
+        """One read, in the time that the weights of a token would take."""
+        rate, peaks = self._device.ceilings()
+        read_ns = round(1e9 * self.weights.nbytes / rate)
+        return Ceilings(dict.fromkeys(PEAKS, 0.0) | peaks, (read_ns,), self.weights.nbytes)
+
+
+class CpuMeter:
+    """Of a processor: reads of the model's own weights where they lie, on as many threads."""
 
     def __init__(self, loaded: Loaded, *, seed: int = 0) -> None:
         self.weights = TokenWeights(loaded.model.config, loaded.checkpoint.tensors)
@@ -190,7 +228,7 @@ class Rig:
     def __init__(self, loaded: Loaded, cases: list[Case], *, batch_rows: int, seed: int = 0) -> None:
         self.loaded = loaded
         self.batch_rows = batch_rows
-        self.meter = Meter(loaded, seed=seed)
+        self.meter = meter_of(loaded, seed=seed)
         self._rng = np.random.default_rng(seed)
         self._linear: LinearWork = linear_work(loaded.model.config)
         self._deep = loaded.pool.take(_deep_pages(cases))
@@ -220,7 +258,9 @@ class Rig:
             window = tokens[start : start + rows]
             outputs = int(not is_prompt or start + rows >= len(tokens))
             batch = build_batch([Work(sequence, window, is_prompt, outputs)], self.loaded.plan)
-            self.loaded.backend.start(batch.step).run()
+            step = self.loaded.backend.start(batch.step)
+            step.run()
+            step.outputs["logits"]  # a GPU computes until somebody wants them
             batch.commit()
             plans += batch.plans
             ends.append(time.perf_counter_ns())
@@ -256,7 +296,11 @@ class Rig:
         cache = self.loaded.cache
         if not pages:
             return
-        for array, dim in zip(cache.arrays, cache.layout.row_dims, strict=True):
-            for layer in array:
+        for array, dim in enumerate(cache.layout.row_dims):
+            for layer in range(cache.layout.num_layers):
                 values = self._rng.standard_normal((len(pages), PAGE_TOKENS, dim), np.float32)
-                layer[pages] = encode(values, cache.layout.cache_type)
+                stored = encode(values, cache.layout.cache_type)
+                if isinstance(self.loaded.backend, OnDevice):
+                    self.loaded.backend.write_pages(array, layer, pages, stored)
+                else:
+                    cache.arrays[array][layer][pages] = stored

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from kvfold.backends.profile import Totals
-from kvfold.bench.measure import Ceilings, Meter
+from kvfold.bench.measure import Ceilings, meter_of
 from kvfold.errors import SettingError
 from kvfold.load import Loaded
 
@@ -40,7 +40,7 @@ def profile_of(loaded: Loaded) -> list[dict[str, Any]]:
     profile = getattr(loaded.backend, "profile", None)
     if profile is None:
         raise SettingError("profile: the model was loaded without it. Load it with profile=True.")
-    return lines_of(profile.take(), [Meter(loaded).ceilings(TOKEN_READS)])
+    return lines_of(profile.take(), [meter_of(loaded).ceilings(TOKEN_READS)])
 
 
 def lines_of(totals: Totals, ceilings: Sequence[Ceilings]) -> list[dict[str, Any]]:

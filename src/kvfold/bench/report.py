@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvfold import __version__
+from kvfold.backends.choose import OnDevice
 from kvfold.backends.profile import merged
 from kvfold.bench import profile
 from kvfold.bench.measure import PEAKS, Case, Sample
@@ -25,25 +26,26 @@ from kvfold.mla.plan import Fa, Mla
 
 
 def row(result: Result) -> dict[str, Any]:
-    """One row: the fields of llama-bench that a CPU run has, under its names, then ours.
+    """One row: the fields of llama-bench that mean something here, under its names, then ours.
 
     Of llama-bench's: avg_* and stddev_* are over the samples, -1 in flash_attn and mla_attn (ik_llama.cpp's field)
     means auto, n_ubatch is n_batch because a window of rows is one step.
 
-    Ours: rates and shares are those of `bound_by`, "int8" multiply-adds for prompts, bytes "read" for generation; a
-    share is a sample's rate over the ceiling measured just after it, and `share` the median of them. token_ms and
+    Ours: rates and shares are those of `bound_by`, multiply-adds for prompts ("int8", on a GPU "bf16" or "f32"), bytes
+    "read" for generation; a share is a sample's rate over the ceiling measured just after it, and `share` the median of them. token_ms and
     read_ms pool all generated tokens, and all reads of a token's weights that were made beside them. ratio_to_best is
     the median over the rounds of ours over the fastest opponent's.
     """
     loaded, settings, case = result.loaded, result.variant.settings, result.case
     ns = [sample.run.ns for sample in result.samples]
     shares = shares_of(result)
+    gpu_name = loaded.backend.device_name if isinstance(loaded.backend, OnDevice) else ""
     values: dict[str, Any] = {
         "build_commit": f"kvfold {__version__}",
         "build_number": 0,
         "cpu_info": cpu_name(),
-        "gpu_info": "",
-        "backends": "CPU",
+        "gpu_info": gpu_name,
+        "backends": "CUDA" if gpu_name else "CPU",
         "model_filename": str(loaded.checkpoint.path),
         "model_type": model_type(loaded.checkpoint),
         "model_size": loaded.checkpoint.nbytes,
@@ -53,7 +55,7 @@ def row(result: Result) -> dict[str, Any]:
         "n_threads": settings.threads,
         "type_k": settings.cache_type.value,
         "type_v": settings.cache_type.value,
-        "n_gpu_layers": 0,
+        "n_gpu_layers": loaded.model.config.num_layers if gpu_name else 0,
         "flash_attn": -1 if settings.fa is Fa.AUTO else int(settings.fa.value),
         "mla_attn": -1 if settings.mla is Mla.AUTO else int(settings.mla.value),
         "n_prompt": case.n_prompt,
@@ -93,8 +95,12 @@ def row(result: Result) -> dict[str, Any]:
 
 
 def bound_by(result: Result) -> str:
-    """The ceiling that a case is compared with."""
-    return "int8" if result.case.n_prompt else "read"
+    """The ceiling that a case is compared with; a GPU multiplies prompts in the compute type."""
+    if not result.case.n_prompt:
+        return "read"
+    if isinstance(result.loaded.backend, OnDevice):
+        return "f32" if result.variant.settings.dtype == "float32" else "bf16"
+    return "int8"
 
 
 def shares_of(result: Result) -> list[float]:
@@ -103,7 +109,7 @@ def shares_of(result: Result) -> list[float]:
     def share(sample: Sample) -> float:
         run, ceilings = sample.run, sample.ceilings
         if result.case.n_prompt:
-            return 1e9 * run.multiply_adds / run.ns / ceilings.multiply_adds["int8"]
+            return 1e9 * run.multiply_adds / run.ns / ceilings.multiply_adds[bound_by(result)]
         return 1e9 * run.nbytes / run.ns / ceilings.read_rate
 
     return [share(sample) for sample in result.samples]
@@ -200,7 +206,8 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield ""
             yield f"profile of {_name(row)}, {row['n_threads']} threads"
             yield from profile.markdown(row["profile"])
-    yield f"build: {rows[0]['build_commit']}, {rows[0]['cpu_info']}"
+    machine = ", ".join(name for name in (rows[0]["gpu_info"], rows[0]["cpu_info"]) if name)
+    yield f"build: {rows[0]['build_commit']}, {machine}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -261,7 +268,8 @@ def _ceilings_line(threads: int, rows: list[dict[str, Any]]) -> str:
     reads = [row["ceilings"]["read"] for row in rows]
     rate = statistics.median(one["gbs"] for one in reads)
     parts.append(f"read {rate:.1f} GB/s (best {max(one['best_gbs'] for one in reads):.1f})")
-    return f"ceilings of {threads} threads, measured beside the samples: {', '.join(parts)}"
+    where = rows[0]["gpu_info"] or f"{threads} threads"
+    return f"ceilings of {where}, measured beside the samples: {', '.join(parts)}"
 
 
 def _remarks(rows: list[dict[str, Any]]) -> Iterator[str]:

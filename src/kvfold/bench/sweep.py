@@ -100,6 +100,7 @@ def variants(
     dtype: str,
     backend: str,
     workspace_bytes: int | None,
+    device: str = "auto",
     mmap: str = "auto",
     isa: str = "auto",
     deterministic: bool = False,
@@ -115,7 +116,7 @@ def variants(
                 dtype=dtype,
                 cache_type=one_type,
                 backend=backend,
-                device="cpu",  # its ceilings are the processor's; bench/gpu_model.py has a GPU's
+                device=device,
                 threads=one_threads,
                 n_ctx=context_for(cases),
                 workspace_bytes=workspace_bytes,
