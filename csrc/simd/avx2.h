@@ -284,6 +284,7 @@ struct DotSums {
   __m256 sum[rows][kChains], minus[rows];
 
   DotSums() {
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
       minus[r] = _mm256_setzero_ps();
       for (auto& s : sum[r]) s = _mm256_setzero_ps();
@@ -359,6 +360,7 @@ struct Dot18 {
     constexpr int kPairs = blocks / 2;
     const __m256 d = block_scales<kBytes, blocks>(p);
     __m256 scale[rows];  // a lane: of one block of each pair
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
       scale[r] = _mm256_permutevar8x32_ps(_mm256_mul_ps(d, _mm256_loadu_ps(x[r].scales + block)),
                                           _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
@@ -379,6 +381,7 @@ struct Dot18 {
 #pragma GCC unroll 4
       for (int i = 0; i < kPairs; i++) low[i] = Codes32<T>::of(low[i]), high[i] = Codes32<T>::of(high[i]);
     }
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
       __m256i sum[kPairs];
 #pragma GCC unroll 4
@@ -413,6 +416,7 @@ struct Dot18 {
       std::memcpy(last, row, (num_blocks - block) * kBytes);
       group<rows, 4>(last, x, block, sums);
     }
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
       const float zero = kWide ? 1.0f : static_cast<float>(Format<Avx2, T>::kZero);
       y[r] = sums.total(r) - zero * Avx2::sum(sums.minus[r]);
@@ -434,10 +438,12 @@ struct Dot34 {
   static void group(const uint8_t* p, const DotRow* x, int64_t block, DotSums<rows>& sums) {
     const __m256 d = block_scales<kBytes, blocks>(p);
     alignas(32) float scale[rows][8];
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
       _mm256_store_ps(scale[r], _mm256_mul_ps(d, _mm256_loadu_ps(x[r].scales + block)));
       sums.minus[r] = _mm256_fmadd_ps(d, _mm256_loadu_ps(x[r].sums + block), sums.minus[r]);
     }
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
       __m256i sum[blocks];
 #pragma GCC unroll 8
@@ -460,6 +466,7 @@ struct Dot34 {
     if (block < num_blocks) Avx2::prefetch_all<8 * kBytes>(row);
     for (; block + 2 <= num_blocks; block += 2, row += 2 * kBytes) group<rows, 2>(row, x, block, sums);
     if (block < num_blocks) group<rows, 1>(row, x, block, sums);
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) y[r] = sums.total(r) - Avx2::sum(sums.minus[r]);
   }
 };
@@ -531,12 +538,14 @@ struct Codes256<blocks::Q4_K> {
       __m256 d, minimum;
       scales(row, d, minimum);
       alignas(32) float scale[rows][8];
+#pragma GCC unroll 4
       for (int r = 0; r < rows; r++) {
         _mm256_store_ps(scale[r], _mm256_mul_ps(d, _mm256_loadu_ps(x[r].scales + at / 32)));
         sums.minus[r] = _mm256_fmadd_ps(minimum, _mm256_loadu_ps(x[r].sums + at / 32), sums.minus[r]);
       }
       __m256i vectors[8];
       codes(row, vectors);
+#pragma GCC unroll 4
       for (int r = 0; r < rows; r++) {
         __m256i sum[8];
 #pragma GCC unroll 8
@@ -546,6 +555,7 @@ struct Codes256<blocks::Q4_K> {
         for (int i = 0; i < 8; i++) sums.add(r, i, sum[i], _mm256_broadcast_ss(scale[r] + i));
       }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) y[r] = sums.total(r) - Avx2::sum(sums.minus[r]);
   }
 };
@@ -580,6 +590,7 @@ struct Codes256<blocks::Q6_K> {
   template <int rows>
   static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
     __m256 sum[rows], minus[rows];
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm256_setzero_ps();
     for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q6_K)) {
       Avx2::prefetch_all<sizeof(blocks::Q6_K)>(row);
@@ -597,6 +608,7 @@ struct Codes256<blocks::Q6_K> {
       for (int i = 0; i < 8; i++)
         scale[i] =
             _mm256_shuffle_epi8(words, _mm256_set1_epi16(static_cast<int16_t>((2 * i + 1) << 8 | 2 * i)));
+#pragma GCC unroll 4
       for (int r = 0; r < rows; r++) {
         const float *x_scales = x[r].scales + at / 16, *x_sums = x[r].sums + at / 16;
         const __m256 zeros = _mm256_fmadd_ps(second, _mm256_loadu_ps(x_sums + 8),
@@ -616,6 +628,7 @@ struct Codes256<blocks::Q6_K> {
         sum[r] = _mm256_fmadd_ps(d, _mm256_add_ps(part[0], part[1]), sum[r]);
       }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) y[r] = Avx2::sum(sum[r]) - 32.0f * Avx2::sum(minus[r]);
   }
 };
