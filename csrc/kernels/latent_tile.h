@@ -340,20 +340,29 @@ struct LatentTile {
                          float* weighted) {
     const int64_t pairs = (keys + 1) / 2;
     for (int64_t c = 0; c < columns; c += kColumns) {
-      const uint32_t* block = values + c / kValueColumns * kValueColumns * kPagePairs + c % kValueColumns;
-      for (int p = 0; p < kParts; p++) {
-        float* out = weighted + c * kHeadLanes + p * S::kLanes;
-        Floats sum[kColumns];
-        KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) sum[i] = S::load(out + i * kHeadLanes);
-        const uint32_t* weights = words + p * S::kLanes;
-        const uint32_t* v = block;
-        for (int64_t j = 0; j < pairs; j++, weights += kHeadLanes, v += kValueColumns) {
-          const Ints w = S::load_codes(weights);
-          KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
-            sum[i] = S::dot_bf16(sum[i], w, S::four_codes(v + i));
+      const uint32_t* v = values + c / kValueColumns * kValueColumns * kPagePairs + c % kValueColumns;
+      const uint32_t* weights = words;
+      float* out = weighted + c * kHeadLanes;
+      Floats sum[kColumns][kParts];
+      KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
+        KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+          sum[i][p] = S::load(out + i * kHeadLanes + p * S::kLanes);
+        }
+      }
+      for (int64_t j = 0; j < pairs; j++, weights += kHeadLanes, v += kValueColumns) {
+        Ints w[kParts];
+        KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) w[p] = S::load_codes(weights + p * S::kLanes);
+        KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
+          const Ints value = S::four_codes(v + i);
+          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+            sum[i][p] = S::dot_bf16(sum[i][p], w[p], value);
           }
         }
-        KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) S::store(out + i * kHeadLanes, sum[i]);
+      }
+      KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
+        KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+          S::store(out + i * kHeadLanes + p * S::kLanes, sum[i][p]);
+        }
       }
     }
   }

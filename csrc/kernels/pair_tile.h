@@ -39,7 +39,8 @@ struct PairTile {
       KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) w[v] = S::load_codes(panel + v * S::kLanes);
       KVFOLD_UNROLLED_PAIRS for (int r = 0; r < rows; r++) {
         const auto x = S::four_codes(a + r * row_step);
-        KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) sum[v][r] = S::add_words(sum[v][r], w[v], x);
+        KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) sum[v][r] =
+            S::add_products(sum[v][r], w[v], x);
       }
     }
   }
@@ -135,7 +136,7 @@ struct PairTile {
         for (; j % (kNumbers * S::kLanes) != 0; j++) to[j] = 0;
         auto sum = S::zero();
         for (int64_t at = 0; at < j / kNumbers; at += S::kLanes) {
-          sum = S::add_words(sum, S::load_codes(words + at), S::set_ints(S::kOnes));
+          sum = S::add_products(sum, S::load_codes(words + at), S::set_ints(S::kOnes));
         }
         states[i].sum += S::sum(sum);
       }

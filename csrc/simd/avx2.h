@@ -171,7 +171,7 @@ struct Avx2 {
     if (i < n) store_first(out + i, _mm256_castsi256_ps(nearest_bf16(load_first(x + i, n - i))), n - i);
   }
   static void store_numbers(Number* p, Floats v) { store(p, _mm256_castsi256_ps(nearest_bf16(v))); }
-  static Floats add_words(Floats sum, Ints w, Ints x) {
+  static Floats add_products(Floats sum, Ints w, Ints x) {
     return _mm256_fmadd_ps(_mm256_castsi256_ps(w), _mm256_castsi256_ps(x), sum);
   }
   static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }

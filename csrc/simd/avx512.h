@@ -131,7 +131,7 @@ struct Avx512 {
   static constexpr int32_t kOnes = 0x3f803f80;
   static void to_numbers(const float* x, Number* out, int64_t n) { to_bf16(x, out, n); }
   static void store_numbers(Number* p, Floats v) { store_bf16(p, v); }
-  static Floats add_words(Floats sum, Ints w, Ints x) { return dot_bf16(sum, w, x); }
+  static Floats add_products(Floats sum, Ints w, Ints x) { return dot_bf16(sum, w, x); }
   static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static float largest(Floats v) { return _mm512_reduce_max_ps(v); }
   static __m256i halves(Floats v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }

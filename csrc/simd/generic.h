@@ -178,7 +178,7 @@ struct Generic {
   static constexpr int32_t kOnes = 0x3f803f80;           // a word of them
   static void to_numbers(const float* x, Number* out, int64_t n) { to_bf16(x, out, n); }
   static void store_numbers(Number* p, Floats v) { to_bf16(v.lane, p, kLanes); }
-  static Floats add_words(Floats sum, Ints w, Ints x) { return dot_bf16(sum, w, x); }
+  static Floats add_products(Floats sum, Ints w, Ints x) { return dot_bf16(sum, w, x); }
   static Floats sub(Floats a, Floats b) {
     return make<Floats>([&](int i) { return a.lane[i] - b.lane[i]; });
   }
