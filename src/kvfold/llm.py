@@ -338,13 +338,15 @@ class Stream(Iterator[str]):
         self._reader = _Reader(llm.tokenizer.stream(stop=params.stop))
         self._num_read = 0
         self._is_finished = False
+        sampler = Sampler(params, llm.vocab_size, llm.tokenizer.eos_ids)
         self._request: Request = self._runner.submit(
             prompt_ids,
-            Sampler(params, llm.vocab_size, llm.tokenizer.eos_ids).sample,
+            sampler.sample,
             min(params.max_tokens, llm.loaded.n_ctx - len(prompt_ids)),
             frozenset() if params.ignore_eos else frozenset(llm.tokenizer.eos_ids),
             accept=self._reader,
             session=session,
+            takes_likeliest=sampler.takes_likeliest,
         )
         weakref.finalize(self, self._runner.drop, self._request)
 

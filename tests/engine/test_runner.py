@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -392,3 +394,129 @@ def test_an_idle_step_does_nothing(path: Path) -> None:
     _, runner = _runner(path)
     runner.step()
     assert runner.is_idle
+
+
+class _Choosing:
+    """A backend that chooses tokens itself: a step may name what the one before it said."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._chosen = np.zeros(0, np.int32)
+        self.num_ahead = 0
+
+    def chooses(self, step: Step) -> bool:
+        return len(step.output_rows) == step.num_rows == len(step.kv_lens)
+
+    def start(self, step: Step) -> Any:
+        tokens = step.token_ids.copy()
+        named = tokens < 0
+        self.num_ahead += bool(named.any())
+        tokens[named] = np.maximum(self._chosen[-1 - tokens[named]], 0)
+        run = self._backend.start(dataclasses.replace(step, token_ids=tokens))
+        choosing = self
+
+        class Run:
+            outputs = property(lambda self: run.outputs)
+            position = property(lambda self: run.position)
+
+            def run(self, last: int | None = None) -> int:
+                end = run.run(last)
+                if choosing.chooses(step) and "logits" in run.outputs:
+                    logits = run.outputs["logits"]
+                    self.chosen = np.where(np.isfinite(logits.max(1)), logits.argmax(1), -1).astype(np.int32)
+                    choosing._chosen = self.chosen
+                return end
+
+        return Run()
+
+
+def _choosing_runner(path: Path) -> tuple[Harness, Runner, _Choosing]:
+    harness, runner = _runner(path)
+    backend = _Choosing(harness.loaded.backend)
+    runner._backend = backend
+    return harness, runner, backend
+
+
+def _alone(path: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    _, runner = _runner(path)
+    request = runner.submit(prompt, _greedy, num_tokens, NO_END)
+    _finish(runner)
+    return request.token_ids
+
+
+def test_steps_launched_ahead_say_the_same(path: Path) -> None:
+    """Requests of five lengths that end at different tokens, one by an end token, one by what its owner accepts."""
+    alone = [_alone(path, prompt, 20) for prompt in _prompts()]
+    harness, runner, backend = _choosing_runner(path)
+    requests = [
+        runner.submit(
+            prompt,
+            _greedy,
+            20 - 3 * i,
+            frozenset({tokens[9]}) if i == 1 else NO_END,
+            accept=(lambda token, tokens=tokens: token == tokens[5]) if i == 2 else lambda token: False,
+            takes_likeliest=True,
+        )
+        for i, (prompt, tokens) in enumerate(zip(_prompts(), alone, strict=True))
+    ]
+    _finish(runner)
+    assert backend.num_ahead > 5
+    lengths = [20, alone[1].index(alone[1][9]) + 1, alone[2].index(alone[2][5]) + 1, 11, 8]
+    assert [r.token_ids for r in requests] == [t[:n] for t, n in zip(alone, lengths, strict=True)]
+    assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages
+
+
+def test_a_newcomer_joins_steps_launched_ahead(path: Path) -> None:
+    first, second = _prompts()[1], _prompts()[4]
+    _, runner, backend = _choosing_runner(path)
+    early = runner.submit(first, _greedy, 20, NO_END, takes_likeliest=True)
+    for _ in range(5):
+        runner.step()
+    late = runner.submit(second, _greedy, 20, NO_END, takes_likeliest=True)
+    other = runner.submit(second, _greedy, 3, NO_END)  # samples by itself: nobody goes ahead beside it
+    _finish(runner)
+    assert early.token_ids == _alone(path, first, 20)
+    assert late.token_ids == _alone(path, second, 20)
+    assert other.token_ids == late.token_ids[:3]
+    assert backend.num_ahead > 5
+
+
+def test_a_session_goes_on_after_a_row_too_many(path: Path) -> None:
+    """Cancelled while the next token is under way: what the session keeps is what its owner saw."""
+    prompt = _prompts()[1]
+    harness, runner, _ = _choosing_runner(path)
+    session = Session(harness.loaded.pool)
+    request = runner.submit(prompt, _greedy, 20, NO_END, session=session, takes_likeliest=True)
+    for _ in range(6):
+        runner.step()
+    runner.cancel(request)
+    assert session.sequence.length == len(session.token_ids) <= len(prompt) + len(request.token_ids)
+    again = runner.submit([*prompt, *request.token_ids], _greedy, 20, NO_END, session=session, takes_likeliest=True)
+    _finish(runner)
+    assert request.token_ids + again.token_ids == _alone(path, prompt, 20 + len(request.token_ids))
+    session.release()
+    assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages
+
+
+def test_logits_between_steps_launched_ahead(path: Path) -> None:
+    prompt = _prompts()[1]
+    _, runner, _ = _choosing_runner(path)
+    request = runner.submit(prompt, _greedy, 20, NO_END, takes_likeliest=True)
+    for _ in range(4):
+        runner.step()
+        next(runner.logits([3]))
+    _finish(runner)
+    assert request.token_ids == _alone(path, prompt, 20)
+
+
+def test_a_row_without_a_likeliest_token_ends_its_request_alone(path: Path) -> None:
+    _, runner, _ = _choosing_runner(path)
+    requests = [runner.submit(p, _greedy, 20, NO_END, takes_likeliest=True) for p in _prompts()[1:3]]
+    while not all(len(r.token_ids) > 3 for r in requests):
+        runner.step()
+    ahead = runner._ahead
+    assert ahead is not None
+    ahead.run.chosen[0] = -1
+    _finish(runner)
+    assert isinstance(requests[0].error, NumericsError)
+    assert requests[1].token_ids == _alone(path, _prompts()[2], 20)

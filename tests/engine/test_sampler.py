@@ -326,3 +326,19 @@ def test_a_full_vocabulary_is_sampled_in_a_millisecond(settings: dict[str, Any])
         sampler.sample(logits, history)
         times.append(time.process_time() - start)
     assert sorted(times)[25] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"top_k": 5, "top_p": 0.5, "repetition_penalty": 1.3, "penalty_last_n": 0}, True),
+        ({"temperature": 0.1}, False),
+        ({"logit_bias": {3: 1.0}}, False),
+        ({"ignore_eos": True}, False),
+        ({"presence_penalty": 0.5}, False),
+    ],
+)
+def test_whether_the_likeliest_token_is_taken_is_known(settings: dict[str, Any], expected: bool) -> None:
+    sampler = Sampler(SamplingParams(**{"temperature": 0, **settings}), 10, eos_ids=[2])
+    assert sampler.takes_likeliest is expected

@@ -37,6 +37,7 @@ class Request:
     end_ids: frozenset[int]
     sequence: CachedSequence
     session: Session | None = None  # keeps the sequence when the request ends
+    takes_likeliest: bool = False  # `sample` is the lowest id of the highest logit, whatever came before
     num_reused: int = 0  # prompt tokens found in the session's cache
     token_ids: list[int] = field(default_factory=list)  # generated
     finish_reason: FinishReason | None = None
@@ -71,4 +72,6 @@ class Request:
         if self.session is None:
             self.sequence.release()
         else:
+            # a step that was launched ahead may have cached a row whose token nobody knows
+            self.sequence.truncate(min(self.sequence.length, len(self.history)))
             self.session.record(self.history)

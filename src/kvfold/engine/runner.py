@@ -10,6 +10,10 @@ PROMPT_SHARE of the time is the open prompt's: a slice lasts 4 x as long as what
 layer. So a prompt beside others takes at most 1.25 x as long as alone, and a generated token waits for one slice of
 one window, never for a whole prompt. Alone, a slice ends after QUIET_SECONDS, which is what a new request waits.
 
+Where the backend chooses tokens itself and every generating request takes the likeliest one, the next step of them is
+launched before the tokens of the last are known; a request that ends meanwhile has a row too many in it, which nobody
+reads. What arrives in between waits until that step is taken.
+
 Any thread may call any method; they take turns. What fails in one request (NaN logits, say) ends that request alone;
 what fails in a step ends the requests of that step, each with the error. After either, and after an interrupt, the
 others go on.
@@ -23,6 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +36,9 @@ from kvfold.cache.pages import PagePool, Sequence
 from kvfold.cache.session import Session
 from kvfold.engine.batch import Batch, Planner, Work, build_batch
 from kvfold.engine.request import Accept, FinishReason, Request, Sample
+from kvfold.engine.sampler import no_distribution
 from kvfold.engine.scheduler import Scheduler
-from kvfold.model.step import StepRun, Steps
+from kvfold.model.step import Choosing, ChoosingRun, StepRun, Steps
 
 PROMPT_SHARE = 0.8
 QUIET_SECONDS = 0.1
@@ -50,6 +56,7 @@ class _OpenStep:
     scheduled: Scheduled
     batch: Batch
     run: StepRun
+    chooses: bool  # the run is a ChoosingRun, and its requests take the likeliest token
 
 
 class Runner:
@@ -73,6 +80,7 @@ class Runner:
         self._clock = clock
         self._scheduler = Scheduler(pool, max_prompt_rows)
         self._prompt: _OpenStep | None = None
+        self._ahead: _OpenStep | None = None  # runs, and its tokens are not taken yet
         self._turn = threading.Lock()
         self._asking: deque[object] = deque()  # one entry for each thread that waits for a turn
         self._dropped: deque[Request] = deque()  # to be cancelled within the next turn
@@ -90,6 +98,7 @@ class Runner:
         *,
         accept: Accept = lambda token: False,
         session: Session | None = None,
+        takes_likeliest: bool = False,
     ) -> Request:
         """Queue a prompt of at least one token; what its session has cached of it is not computed again.
 
@@ -99,7 +108,9 @@ class Runner:
             if session is not None:
                 session.check_free()
             sequence = session.sequence if session else Sequence(self._pool)
-            request = Request(prompt_ids, sample, accept, max_tokens, end_ids, sequence, session)
+            request = Request(
+                prompt_ids, sample, accept, max_tokens, end_ids, sequence, session, takes_likeliest=takes_likeliest
+            )
             self._scheduler.submit(request)
             request.num_reused = session.begin(prompt_ids) if session else 0
             return request
@@ -154,6 +165,7 @@ class Runner:
             for start in range(0, len(token_ids), rows):
                 window = token_ids[start : start + rows]
                 with self._take_turn():
+                    self._settle()
                     work = Work(sequence, window, is_prompt=True, outputs=len(window))
                     batch = build_batch([work], self._planner)
                     run = self._backend.start(batch.step)
@@ -185,8 +197,8 @@ class Runner:
     def _step(self) -> None:
         self._scheduler.admit()
         started = self._clock()
-        others = self._scheduler.generation()
-        self._run_whole(others)
+        others = self._ahead.scheduled if self._ahead else self._scheduler.generation()
+        self._generate(others)
         if self._prompt is not None:
             short = self._scheduler.short_prompts(without=[request for request, _ in self._prompt.scheduled])
             self._run_whole(short)
@@ -194,19 +206,46 @@ class Runner:
         took = self._clock() - started
         self._go_on(took * PROMPT_SHARE / (1 - PROMPT_SHARE) if others else QUIET_SECONDS)
 
+    def _generate(self, scheduled: Scheduled) -> None:
+        """The step that was launched ahead, or one of these; where possible the next is launched before it is taken."""
+        step, self._ahead = self._ahead or self._launch(scheduled), None
+        if step is not None:
+            self._take_all(step, self._following(step))
+
+    def _settle(self) -> None:
+        """Takes the step that was launched ahead and launches none: the next step may be anybody's."""
+        step, self._ahead = self._ahead, None
+        if step is not None:
+            self._take_all(step, [])
+
     def _run_whole(self, scheduled: Scheduled) -> None:
         """A step from its first segment to its last."""
-        if not scheduled:
-            return
-        step = self._start(scheduled)
+        step = self._launch(scheduled)
+        if step is not None:
+            self._take_all(step, [])
+
+    def _launch(self, scheduled: Scheduled) -> _OpenStep | None:
+        step = self._start(scheduled) if scheduled else None
         if step is None:
-            return
+            return None
         try:
             step.run.run()
         except Exception as error:
             self._fail(scheduled, error)
-            return
-        self._take_all(step)
+            return None
+        step.batch.commit()
+        return step
+
+    def _following(self, step: _OpenStep) -> Scheduled:
+        """The next row of each request of a step whose tokens are not known yet; nothing where it has to wait for them."""
+        working = [request for request, _ in step.scheduled if request.finish_reason is None]
+        if not step.chooses or self._prompt is not None or len(working) < len(self._scheduler.running):
+            return []
+        return [
+            (request, Work(request.sequence, [-1 - rows.start], is_prompt=False))
+            for (request, _), rows in zip(step.scheduled, step.batch.output_slices, strict=True)
+            if request.finish_reason is None and len(request.token_ids) + 1 < request.max_tokens
+        ]
 
     def _go_on(self, seconds: float) -> None:
         """The prompts' step, from where it stands, for so long and at least a segment."""
@@ -226,7 +265,8 @@ class Runner:
             self._fail(step.scheduled, error)
             return
         self._prompt = None
-        self._take_all(step)
+        step.batch.commit()
+        self._take_all(step, [])
 
     def _start(self, scheduled: Scheduled) -> _OpenStep | None:
         """Before its first segment. None: it cannot run, and its requests have ended."""
@@ -235,7 +275,12 @@ class Runner:
             request.prompt_started_at = request.prompt_started_at or now
         try:
             batch = build_batch([work for _, work in scheduled], self._planner)
-            return _OpenStep(scheduled, batch, self._backend.start(batch.step))
+            chooses = (
+                all(request.takes_likeliest for request, _ in scheduled)
+                and isinstance(self._backend, Choosing)
+                and self._backend.chooses(batch.step)
+            )
+            return _OpenStep(scheduled, batch, self._backend.start(batch.step), chooses)
         except Exception as error:
             self._fail(scheduled, error)
             return None
@@ -244,23 +289,29 @@ class Runner:
         for request, _ in scheduled:
             self._retire(request, FinishReason.ERROR, error)
 
-    def _take_all(self, step: _OpenStep) -> None:
-        """The step has run: its rows are cached, its tokens are sampled."""
-        step.batch.commit()
-        logits = step.run.outputs["logits"]
-        untaken = [request for request, work in step.scheduled if work.outputs]
+    def _take_all(self, step: _OpenStep, following: Scheduled) -> None:
+        """The step runs or has run, its rows count as cached: its tokens are sampled. `following` is launched before."""
+        untaken = [request for request, work in step.scheduled if work.outputs and request.finish_reason is None]
         try:
+            self._ahead = self._launch(following)
+            chosen = cast(ChoosingRun, step.run).chosen.tolist() if step.chooses else None
+            logits = np.empty(0) if chosen else step.run.outputs["logits"]
             for (request, work), rows in zip(step.scheduled, step.batch.output_slices, strict=True):
-                if work.outputs:
-                    self._take(request, logits[rows][0])
+                if work.outputs and request.finish_reason is None:
+                    self._take(request, chosen[rows][0] if chosen else logits[rows][0])
                     untaken.remove(request)
         finally:  # an interrupt: its rows are in the cache and its token is not known
             for request in untaken:
                 self._retire(request, FinishReason.CANCELLED)
+        if self._ahead is not None and all(request.finish_reason for request, _ in self._ahead.scheduled):
+            self._ahead = None  # its rows are nobody's; whatever takes their pages is launched after it
 
-    def _take(self, request: Request, logits: NDArray[np.float32]) -> None:
+    def _take(self, request: Request, found: int | NDArray[np.float32]) -> None:
+        """found: the token, -1 for none, or the logits to sample it from."""
         try:
-            token = request.sample(logits, request.history)
+            token = found if isinstance(found, int) else request.sample(found, request.history)
+            if token < 0:
+                raise no_distribution("the highest logit is not finite")
             request.add(token)
             is_stopped = token in request.end_ids or request.accept(token)
         except Exception as error:

@@ -113,6 +113,13 @@ _ALLOWED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
+def no_distribution(found: str) -> NumericsError:
+    return NumericsError(
+        f"{found}: the model computed no usable distribution. "
+        "The file may be damaged (kvfold inspect), or a kernel overflowed: try --dtype float32"
+    )
+
+
 # From the scores of the tokens still in the race, the indices of those that stay.
 _Filter = Callable[[NDArray[np.float32]], NDArray[np.intp]]
 
@@ -164,6 +171,12 @@ class Sampler:
             steps += [*self._filters, temperature]
         return " -> ".join([*steps, f"draw (seed {self.seed})"])
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether `sample` is the lowest id of the highest logit, whatever came before."""
+        changes = self._bias.size or self._forbidden.size or (self._penalties and self._params.penalty_last_n)
+        return self._sharpness is None and not changes
+
     def sample(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
         """The next token id. logits: float32 [vocab], left as they are. history: the tokens so far, prompt included.
 
@@ -172,10 +185,7 @@ class Sampler:
         assert logits.shape == (self._vocab_size,), (logits.shape, self._vocab_size)
         highest = float(logits.max())  # NaN if any logit is
         if not math.isfinite(highest):
-            raise NumericsError(
-                f"the highest of {logits.size} logits is {highest}: the model computed no usable distribution. "
-                "The file may be damaged (kvfold inspect), or a kernel overflowed: try --dtype float32"
-            )
+            raise no_distribution(f"the highest of {logits.size} logits is {highest}")
         logits = self._adjusted(logits, history)
         if self._sharpness is None:
             return int(logits.argmax())  # the lowest id of equal ones

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ Int32 = NDArray[np.int32]
 class Step:
     """T rows of S sequences.
 
-    token_ids   [T]
+    token_ids   [T]      -1 - i: what a Choosing backend chose for output row i of the step run just before
     positions   [T]      0-based position in the sequence: the angle of RoPE
     slots       [T]      where the row's cache entry goes: page * PAGE_TOKENS + offset (int64: pools may be large)
     row_starts  [S + 1]  rows of sequence s are row_starts[s] .. row_starts[s + 1]
@@ -86,3 +86,19 @@ class Steps(Protocol):
     """What runs steps: every backend is one."""
 
     def start(self, step: Step) -> StepRun: ...
+
+
+class ChoosingRun(StepRun, Protocol):
+    @property
+    def chosen(self) -> Int32:
+        """Of each output row the lowest id of the highest logit, [R]; -1 where that is not finite. Waits for this step
+        alone, also when later ones are under way."""
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """A backend that can choose the likeliest tokens itself and hand them to the next step, so that it may be started
+    before anybody knows them."""
+
+    def chooses(self, step: Step) -> bool:
+        """Whether the run of this step is a ChoosingRun."""
