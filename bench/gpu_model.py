@@ -2,7 +2,8 @@
 
     PYTHONPATH=src python bench/gpu_model.py --type BF16 --batch 1,64 --depth 128,4096 --prompt 8192
 
-Decode: median wall time from a step's arrays to its logits on the host, and of the graph's replay alone by CUDA events.
+Decode: median wall time from a step's arrays to its logits on the host, of the graph's replay alone by CUDA events, and of
+a step in a loop that takes each step's likeliest tokens on the device (loop_us).
 floor: bytes that the step must read (weights of the chosen experts, each once; cache rows) over the read-only limit that is
 measured in the same run. Prompt: wall time of one step; its floor is the model's multiply-adds at cuBLAS's bf16 rate for
 8192^3, measured in the same run.
@@ -36,6 +37,7 @@ from kvfold.model.deepseek import DeepseekModel
 from kvfold.quant.types import by_name
 
 ROOT = Path(__file__).parents[1]
+LOOP_STEPS = 40
 
 
 def random_matrix(
@@ -237,11 +239,31 @@ def main() -> None:
             replay = timed(graph.replay)
             if options.profile:
                 print_profile(f"decode {batch} x {depth}", graph.replay)
+
+            def loop(sequences: list[Sequence] = sequences, batch: int = batch) -> float:
+                """Seconds a step where each takes the tokens of the one before it from the device, and they come to the
+                host when the next is under way: the engine's loop when all take the likeliest token."""
+                tokens, before = [17] * batch, None
+                start = time.perf_counter()
+                for _ in range(LOOP_STEPS):
+                    works = [Work(s, [t], is_prompt=False) for s, t in zip(sequences, tokens, strict=True)]
+                    built = build_batch(works, planner)
+                    run = backend.start(built.step)
+                    run.run()
+                    built.commit()
+                    if before is not None:
+                        assert (before.chosen >= 0).all()
+                    tokens, before = [-1 - i for i in range(batch)], run
+                assert before is not None and (before.chosen >= 0).all()
+                return (time.perf_counter() - start) / LOOP_STEPS
+
+            loop_step = loop()
             floor = step_bytes(model, weights, batch, depth) / limit
             row = {
                 "what": "decode", "type": options.type, "batch": batch, "depth": depth, "wall_us": wall * 1e6,
                 "replay_us": replay * 1e6, "tokens_per_s": batch / wall, "floor_us": floor * 1e6,
-                "share_of_floor": floor / wall,
+                "share_of_floor": floor / wall, "loop_us": loop_step * 1e6, "loop_tokens_per_s": batch / loop_step,
+                "loop_share_of_floor": floor / loop_step,
             }  # fmt: skip
             results.append(row)
             print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)

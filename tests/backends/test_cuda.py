@@ -18,6 +18,7 @@ from kit.poison import poisoned_memory  # noqa: F401
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold import LLM, SamplingParams
 from kvfold.engine.batch import Work
+from kvfold.engine.runner import Runner
 from kvfold.load import embedded_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -197,3 +198,35 @@ def test_what_a_gpu_cannot_serve_is_said_before_loading(device: str) -> None:
     n_ctx = 512 if device == "cuda:99" else 1 << 40
     with pytest.raises(Exception, match="there is no GPU 99" if device == "cuda:99" else "tokens .* fit the"):
         LLM(embedded_model(), device=device, n_ctx=n_ctx)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_tokens_chosen_in_the_graph_are_the_samplers(tmp_path: Path) -> None:
+    """Requests of five lengths that end at different tokens: steps launched ahead say what steps taken one by one say."""
+    path = write_gguf(tiny_model("v3"), tmp_path / "m.gguf")
+    said = []
+    for takes_likeliest in (False, True):
+        loaded = cuda_harness(path, mla="3").loaded
+        runner = Runner(
+            loaded.backend,
+            loaded.pool,
+            loaded.plan,
+            num_segments=loaded.model.num_segments,
+            max_prompt_rows=256,
+        )
+        requests = [
+            runner.submit(
+                ids(n, seed=n),
+                lambda logits, history: int(logits.argmax()),
+                20 + n % 7,
+                frozenset(),
+                takes_likeliest=takes_likeliest,
+            )
+            for n in (1, 63, 64, 65, 200)
+        ]
+        while not runner.is_idle:
+            runner.step()
+        assert all(r.error is None for r in requests)
+        said.append([r.token_ids for r in requests])
+    assert said[0] == said[1]

@@ -3,11 +3,13 @@
 Owns the weights, the cache and the graphs in one GPU's memory. A step whose sequences all take the absorbed path with the
 same few rows is replayed as one graph of its (batch bucket, rows a sequence): arrays of the step are copied into fixed
 buffers first, the tiles of attention are dealt on the device, and no launch depends on a length. Every other step, prompts
-above all, is launched op by op. Logits go to the host, where the engine samples.
+above all, is launched op by op. Logits go to the host, where the engine samples; the likeliest tokens of a replayed step are
+chosen in the graph too, and the next replay may take them from there (model.step.Choosing).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -23,11 +25,12 @@ from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import Cancelled
 from kvfold.kernels.cached_blocks import Blocks
 from kvfold.kernels.ceilings import Ceilings
+from kvfold.kernels.likeliest import likeliest, take_chosen
 from kvfold.kernels.mla_decode import DecodeWorkspace
 from kvfold.mla.plan import Path
 from kvfold.mla.rope import cos_sin
 from kvfold.model.deepseek import DeepseekModel
-from kvfold.model.step import Step
+from kvfold.model.step import Int32, Step
 
 # Sequences of a captured step; a step takes the smallest that holds it, and the rest is padding.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -106,6 +109,9 @@ class CudaBackend:
         rates = {kind: self._ceilings.multiply_adds(dtype) for kind, dtype in kinds.items()}
         return self._ceilings.read_rate(), rates
 
+    def chooses(self, step: Step) -> bool:
+        return self._graphs is not None and self._graphs.chooses(step)
+
     def start(self, step: Step) -> CudaRun:
         """ValueError where one path comes in two forms: an op works on one range of rows."""
         seen: set[int] = set()
@@ -117,7 +123,7 @@ class CudaBackend:
 
 
 class CudaRun:
-    """Implements model.step.StepRun."""
+    """Implements model.step.StepRun, and ChoosingRun where the backend chooses."""
 
     def __init__(self, backend: CudaBackend, step: Step, graphs: _Graphs | None) -> None:
         self._backend = backend
@@ -126,13 +132,20 @@ class CudaRun:
         self._ops: CudaOps | None = None
         self._x: Value | None = None
         self._cancelled = False
-        self._results: dict[str, Tensor] = {}
+        self._outputs = _Outputs({})
         self.position = 0
 
     @property
     def outputs(self) -> Mapping[str, NDArray[np.float32]]:
         """Each is copied to the host when it is asked for."""
-        return _Outputs(self._results)
+        return self._outputs
+
+    @property
+    def chosen(self) -> Int32:
+        assert self._outputs.chosen is not None
+        tokens, copied = self._outputs.chosen
+        copied.synchronize()
+        return tokens.numpy()
 
     def cancel(self) -> None:
         self._cancelled = True
@@ -143,9 +156,9 @@ class CudaRun:
         with torch.inference_mode():
             if self.position == 0 and stop == model.num_segments and self._graphs is not None:
                 self._check_cancelled()
-                results = self._graphs.run(self._step)
-                if results is not None:
-                    self._results, self.position = results, stop
+                outputs = self._graphs.run(self._step)
+                if outputs is not None:
+                    self._outputs, self.position = outputs, stop
                     return stop
             if self._ops is None:
                 mla = model.config.mla
@@ -155,7 +168,7 @@ class CudaRun:
                 self._check_cancelled()
                 self._x = model.run_segment(self._ops, self.position, self._x)
                 self.position += 1
-            self._results = self._ops.outputs
+            self._outputs = _Outputs(self._ops.outputs)
         return self.position
 
     def _check_cancelled(self) -> None:
@@ -165,10 +178,13 @@ class CudaRun:
 
 
 class _Outputs(Mapping[str, "NDArray[np.float32]"]):
-    """Arrays on the device, float32 on the host for who looks one up."""
+    """Arrays on the device, float32 on the host for who looks one up. chosen: tokens on the host once the event is over."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], chosen: tuple[Tensor, torch.cuda.Event] | None = None
+    ) -> None:
         self._tensors = tensors
+        self.chosen = chosen
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         tensor = self._tensors[name]
@@ -179,6 +195,10 @@ class _Outputs(Mapping[str, "NDArray[np.float32]"]):
         host.copy_(tensor, non_blocking=True)
         torch.cuda.current_stream(tensor.device).synchronize()
         return host.numpy()
+
+    def keep(self) -> None:
+        """Out of memory that another replay is about to write."""
+        self._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -218,8 +238,13 @@ class _Graphs:
             at += size
         self._host = torch.zeros(at, dtype=torch.int32, pin_memory=True)
         self._device = torch.zeros(at, dtype=torch.int32, device=backend.device)
+        self._parts = {name: self._host.numpy()[place] for name, place in self._places.items()}
+        self._chosen = torch.zeros(most_rows, dtype=torch.int32, device=backend.device)
+        self._arrived = torch.zeros(most_rows, dtype=torch.int32, device=backend.device)  # likeliest's
+        self._copied = torch.cuda.Event()  # the last copy out of the pinned buffer
+        self._last: weakref.ref[_Outputs] | None = None
 
-    def run(self, step: Step) -> dict[str, Tensor] | None:
+    def run(self, step: Step) -> _Outputs | None:
         """The step's outputs; None where no graph serves it."""
         key = self._key(step)
         if key is None:
@@ -228,13 +253,28 @@ class _Graphs:
         self._fill(step, bucket, rows)
         if key not in self._captured:
             self._captured[key] = self._capture(bucket, rows)
+        # Graphs share their memory: outputs that somebody still holds are saved before a replay of any of them writes
+        # there. Mostly nobody does, and no copy is made.
+        last = None if self._last is None else self._last()
+        if last is not None:
+            last.keep()
         captured = self._captured[key]
         captured.graph.replay()
-        # Copies: graphs share their memory, so the next replay of any of them may write here.
-        if len(step.output_rows) == step.num_rows:
-            return {name: x[: step.num_rows].clone() for name, x in captured.outputs.items()}
-        wanted = torch.from_numpy(step.output_rows).to(self._backend.device).long()
-        return {name: x[wanted] for name, x in captured.outputs.items()}
+        num_rows = step.num_rows
+        if len(step.output_rows) == num_rows:
+            tokens = torch.empty(num_rows, dtype=torch.int32, pin_memory=True)
+            tokens.copy_(self._chosen[:num_rows], non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(self._backend.device))
+            outputs = _Outputs({name: x[:num_rows] for name, x in captured.outputs.items()}, (tokens, copied))
+        else:
+            wanted = torch.from_numpy(step.output_rows).to(self._backend.device).long()
+            outputs = _Outputs({name: x[wanted] for name, x in captured.outputs.items()})
+        self._last = weakref.ref(outputs)
+        return outputs
+
+    def chooses(self, step: Step) -> bool:
+        return self._key(step) is not None and len(step.output_rows) == step.num_rows
 
     def _key(self, step: Step) -> tuple[int, int] | None:
         """(bucket, rows a sequence) of a step of generated rows alone."""
@@ -249,22 +289,28 @@ class _Graphs:
 
     def _fill(self, step: Step, bucket: int, rows: int) -> None:
         """The step's arrays into the fixed buffers, padding behind them: no keys, no slot, token 0."""
-        # the last copy of the pinned buffer has ended: outputs of its step were read, or are waited for here
-        torch.cuda.current_stream(self._backend.device).synchronize()
-        host = self._host.numpy()
-        parts = {name: host[place] for name, place in self._places.items()}
+        self._copied.synchronize()
+        parts = self._parts
         num_rows, batch = step.num_rows, len(step.kv_lens)
-        padding = {"slots": -1, "token_ids": 0, "positions": 0, "kv_lens": 0, "page_starts": 0}
-        for name, value in padding.items():
-            parts[name][:] = value
+        used = {"slots": 2 * num_rows, "token_ids": num_rows, "positions": num_rows, "kv_lens": batch}
+        sizes = {
+            "slots": 2 * bucket * rows,
+            "token_ids": bucket * rows,
+            "positions": bucket * rows,
+            "kv_lens": bucket,
+        }
+        for name, size in sizes.items():
+            parts[name][used[name] : size] = -1 if name == "slots" else 0
         parts["slots"].view(np.int64)[:num_rows] = step.slots
         parts["token_ids"][:num_rows] = step.token_ids
         parts["positions"][:num_rows] = step.positions
         parts["kv_lens"][:batch] = step.kv_lens
         parts["page_starts"][: batch + 1] = step.page_starts
+        parts["page_starts"][batch + 1 : bucket + 1] = 0
         parts["pages"][: len(step.pages)] = step.pages
-        used = self._places["pages"].start + len(step.pages)
-        self._device[:used].copy_(self._host[:used], non_blocking=True)
+        end = self._places["pages"].start + len(step.pages)
+        self._device[:end].copy_(self._host[:end], non_blocking=True)
+        self._copied.record(torch.cuda.current_stream(self._backend.device))
 
     def _capture(self, bucket: int, rows: int) -> _Captured:
         backend = self._backend
@@ -291,14 +337,16 @@ class _Graphs:
 
         def whole() -> dict[str, Tensor]:
             launch.schedule()
+            take_chosen(step.token_ids, self._chosen)
             ops = CudaOps(backend, step)
             x: Value | None = None
             for index in range(backend.model.num_segments):
                 x = backend.model.run_segment(ops, index, x)
+            likeliest(ops.outputs["logits"], self._arrived, self._chosen)
             return ops.outputs
 
         # Compiles the kernels and lets libraries set themselves up. It computes this very step, so what it writes to the
-        # cache is what the replay writes again.
+        # cache is what the replay writes again; the tokens it takes are in place then, and what it chooses nobody reads.
         side = torch.cuda.Stream(backend.device)
         side.wait_stream(torch.cuda.current_stream(backend.device))
         with torch.cuda.stream(side):
