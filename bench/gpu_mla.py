@@ -2,11 +2,11 @@
 
     PYTHONPATH=src python bench/gpu_mla.py check many            # against float64; few, many, triton or prefill
     PYTHONPATH=src python bench/gpu_mla.py sweep --out sweep.json        # batch 1, every length from 1k to 64k
-    PYTHONPATH=src python bench/gpu_mla.py prefill --out prefill.json
+    PYTHONPATH=src python bench/gpu_mla.py prefill --out prefill.json [--fa3 LIBRARY]
     PYTHONPATH=src python bench/gpu_mla.py time --heads 16 --out rows.json [--peer FOLDER]
 
-Times are CUDA events around the replay of a graph of at least 20 launches, the median of 5 to 20 replays. Every launch reads
-other pages, in random order, of a pool of random rows, so that none comes from the 60 MB of L2: the inputs rotate over
+Times are CUDA events around the replay of a graph of at least 20 launches (prefill: of 3 ms), the median of 5 to 20
+replays. Every launch reads other pages, in random order, of a pool of random rows, so that none comes from the 60 MB of L2: the inputs rotate over
 at least 320 MB. Counted bytes: latents, queries, results. Counted multiply-adds: (576 + 512) per row, head and visible
 key. The schedule (once a step for all layers) is not timed, in ours as in the peer. `--peer` is a folder with a built
 `flash_peer` extension that exports FlashMLA's dense_decode_fwd; every row then carries the peer's time, its replays and ours in turn.
@@ -22,7 +22,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +127,14 @@ class Batch:
         return torch.stack(rows)
 
 
-def captured(calls: list[Callable[[], None]]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of at least 20 of the calls in turn, replayed once, and how many there are."""
+def captured(calls: list[Callable[[], None]], least: int) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of at least so many of the calls in turn, replayed once, and how many there are."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()
     stream.synchronize()
-    launches = calls * math.ceil(20 / len(calls))
+    launches = calls * math.ceil(least / len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in launches:
@@ -143,20 +143,22 @@ def captured(calls: list[Callable[[], None]]) -> tuple[torch.cuda.CUDAGraph, int
     return graph, len(launches)
 
 
-def timed(*forms: list[Callable[[], None]], replays: int = 5, seconds: float = 0.3) -> list[float]:
+def timed(
+    *forms: list[Callable[[], None]], replays: int = 5, seconds: float = 0.3, launches: int = 20
+) -> list[float]:
     """Microseconds of one call of each form. Their graphs are replayed in turn, `replays` times or as many more, up to
     20, as fit in `seconds`; medians."""
-    graphs = [captured(calls) for calls in forms]
+    graphs = [captured(calls, launches) for calls in forms]
     times: list[list[float]] = [[] for _ in forms]
     begun = time.monotonic()
     while len(times[0]) < replays or (len(times[0]) < 20 and time.monotonic() - begun < seconds):
-        for (graph, launches), found in zip(graphs, times, strict=True):
+        for (graph, count), found in zip(graphs, times, strict=True):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             graph.replay()
             end.record()
             end.synchronize()
-            found.append(begin.elapsed_time(end) * 1e3 / launches)
+            found.append(begin.elapsed_time(end) * 1e3 / count)
     return [statistics.median(found) for found in times]
 
 
@@ -236,18 +238,22 @@ def _sum_kernel(x, out, BLOCK: tl.constexpr):
 
 
 def check_prefill() -> bool:
-    """Rows over cached prefixes, in one run of keys and in two merged ones, against float64."""
+    """Rows over cached prefixes, in one run of keys and in two merged ones, results and their logarithms, against float64."""
     fine = True
-    for rows, cached, heads in ((300, 0, 16), (64, 1000, 5), (1, 4097, 16), (1030, 65, 128)):
+    for rows, cached, heads in ((300, 0, 16), (64, 1000, 5), (1, 4097, 16), (1030, 65, 128), (512, 8000, 16)):
         q, k_nope, k_rope, v = prefill_inputs(rows, rows + cached, heads)
         keys = rows + cached
         k = torch.cat([k_nope, k_rope.expand(-1, heads, -1)], -1).double()
         score = torch.einsum("rhd,khd->hrk", q.double(), k) * SCALE
         sees = cached + torch.arange(rows, device=DEVICE)[:, None]
-        weights = score.masked_fill(torch.arange(keys, device=DEVICE)[None] > sees, float("-inf")).softmax(-1)
-        expected = torch.einsum("hrk,khv->rhv", weights, v.double())
-        for form, bounds in itertools.product(("gluon", "triton"), ((0, keys), (0, keys // 3, keys))):
-            out = torch.full((rows, heads, 128), float("nan"), device=DEVICE, dtype=torch.float32)
+        score = score.masked_fill(torch.arange(keys, device=DEVICE)[None] > sees, float("-inf"))
+        expected = torch.einsum("hrk,khv->rhv", score.softmax(-1), v.double())
+        expected_lse = score.logsumexp(-1)
+        kinds: tuple[tuple[prefill.Form, torch.dtype], ...] = (
+            ("gluon", torch.float32), ("gluon", torch.bfloat16), ("triton", torch.float32)
+        )  # fmt: skip
+        for (form, dtype), bounds in itertools.product(kinds, ((0, keys), (0, keys // 3, keys))):
+            out = torch.full((rows, heads, 128), float("nan"), device=DEVICE, dtype=dtype)
             lse = torch.full((heads, rows), float("nan"), device=DEVICE)
             for first, last in itertools.pairwise(bounds):
                 prefill.mla_prefill(
@@ -256,9 +262,12 @@ def check_prefill() -> bool:
                 )  # fmt: skip
             row_error = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
             worst = row_error.nan_to_num(nan=9.0).max().item()
-            fine &= worst < 1.6e-2
+            lse_error = (lse.double() - expected_lse).abs().nan_to_num(nan=9.0).max().item()
+            good = worst < 1.6e-2 and lse_error < 1e-4
+            fine &= good
             print(
-                f"{'ok ' if worst < 1.6e-2 else 'BAD'} {form} prefill {rows}+{cached} h{heads} {bounds}: {worst:.2e}",
+                f"{'ok ' if good else 'BAD'} {form} prefill {rows}+{cached} h{heads} {bounds} into {str(dtype)[6:]}: "
+                f"{worst:.2e}, logarithm {lse_error:.1e}",
                 flush=True,
             )
     return fine
@@ -272,43 +281,65 @@ def prefill_inputs(rows: int, keys: int, heads: int) -> tuple[torch.Tensor, ...]
     return q, expanded[..., :128], k_rope, expanded[..., 128:]
 
 
-def time_prefill(form: prefill.Form | None = None) -> list[dict[str, Any]]:
-    """Causal prompts without a prefix beside cuDNN's attention on the same numbers."""
+PREFILL_SHAPES = [  # heads, rows, cached keys before them
+    *((heads, rows, 0) for rows in (2048, 4096, 8192, 16384) for heads in (16, 128)),
+    *((16, rows, cached) for cached in (8192, 32256) for rows in (64, 256, 512)),
+    (128, 512, 7680),
+]  # fmt: skip
+
+
+def time_prefill(fa3: Path | None, form: prefill.Form | None = None) -> Iterator[dict[str, Any]]:
+    """Prompts without a prefix beside cuDNN's attention and, with its library, FlashAttention-3, and rows over a cached
+    prefix beside the latter, on the same numbers. The peers' keys are joined to 192 numbers beforehand, untimed."""
+    if fa3 is not None:
+        torch.ops.load_library(str(fa3))
+    for heads, num_rows, cached in PREFILL_SHAPES:
+        num_keys = num_rows + cached
+        turns = [prefill_inputs(num_rows, num_keys, heads) for _ in range(2)]
+        joined = [
+            (q[None], torch.cat([k_nope, k_rope.expand(-1, heads, -1)], -1)[None], v.contiguous()[None])
+            for q, k_nope, k_rope, v in turns
+        ]
+        out = torch.empty(num_rows, heads, 128, device=DEVICE, dtype=torch.bfloat16)
+        lse = torch.empty(heads, num_rows, device=DEVICE)
+        ours = functools.partial(
+            prefill.mla_prefill,
+            out=out,
+            lse=lse,
+            scale=SCALE,
+            first_row=cached,
+            first_key=0,
+            merge=False,
+            form=form,
+        )
+        forms = [[functools.partial(ours, *turn) for turn in turns]]
+        peers = []
+        if fa3 is not None:
+            peers.append("FlashAttention-3")
+            flash = functools.partial(torch.ops.flash_attn_3.fwd, softmax_scale=SCALE, is_causal=True)
+            forms.append([functools.partial(flash, *turn) for turn in joined])
+        if cached == 0:
+            peers.append("cuDNN SDPA")
+            heads_first = [[x.transpose(1, 2).contiguous() for x in turn] for turn in joined]
+            forms.append([functools.partial(cudnn_attention, *turn) for turn in heads_first])
+        flops = 2 * heads * 320 * (num_rows * cached + num_rows * num_rows // 2)
+        launches = max(2, min(20, int(3e-3 * 500e12 / flops)))  # 3 ms a replay at 500 TF
+        us, *peers_us = timed(*forms, replays=20, launches=launches)
+        for peer, peer_us in zip(peers, peers_us, strict=True):
+            row = {
+                "kernel": f"mla_prefill {form or 'auto'}", "heads": heads, "batch": 1, "keys": num_keys, "s_q": num_rows,
+                "us": round(us, 1), "tflops": round(flops / us / 1e6, 1), "peer": peer, "peer_us": round(peer_us, 1),
+                "ratio": round(peer_us / us, 3),
+            }  # fmt: skip
+            print(row, flush=True)
+            yield row
+
+
+def cudnn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    rows = []
-    for heads, length in ((16, 4096), (16, 8192), (16, 16384), (128, 4096), (128, 8192)):
-        turns = [prefill_inputs(length, length, heads) for _ in range(2)]
-        out = torch.empty(length, heads, 128, device=DEVICE, dtype=torch.bfloat16)
-        lse = torch.empty(heads, length, device=DEVICE)
-        flops = heads * length * length * 320
-
-        def calls(
-            turns: list[tuple[torch.Tensor, ...]] = turns, out: torch.Tensor = out, lse: torch.Tensor = lse
-        ) -> Any:
-            return [
-                lambda t=turn: prefill.mla_prefill(
-                    *t, out, lse, scale=SCALE, first_row=0, first_key=0, merge=False, form=form
-                )
-                for turn in turns
-            ]  # fmt: skip
-
-        q, k_nope, k_rope, v = turns[0]
-        k = torch.cat([k_nope, k_rope.expand(-1, heads, -1)], -1)
-        full = [x.transpose(0, 1).unsqueeze(0).contiguous() for x in (q, k, v)]
-        attention = functools.partial(
-            torch.nn.functional.scaled_dot_product_attention, *full, is_causal=True, scale=SCALE
-        )
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            us, peer_us = timed(calls(), [attention], seconds=0.2)
-        row = {
-            "kernel": f"mla_prefill {form or 'auto'}", "heads": heads, "batch": 1, "keys": length, "s_q": length,
-            "us": round(us, 1), "tflops": round(flops / us / 1e6, 1), "peer": "cuDNN SDPA", "peer_us": round(peer_us, 1),
-            "ratio": round(peer_us / us, 3),
-        }  # fmt: skip
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
 
 
 def sweep_keys(heads: int, form: decode.Form | None) -> list[tuple[int, float]]:
@@ -375,6 +406,7 @@ def main() -> int:
     sweep, prompts, timing = (commands.add_parser(name) for name in ("sweep", "prefill", "time"))
     sweep.add_argument("--out", type=Path, required=True)
     prompts.add_argument("--out", type=Path, required=True)
+    prompts.add_argument("--fa3", type=Path, help="library that registers torch.ops.flash_attn_3, run in turn")
     for parser_of_rows in (prompts, timing):
         parser_of_rows.add_argument(
             "--no-limits", action="store_true", help="do not measure the card's ceilings first"
@@ -409,7 +441,10 @@ def main() -> int:
         stamp |= limits()
         print(stamp, flush=True)
     if args.command == "prefill":
-        args.out.write_text(json.dumps([stamp | row for row in time_prefill()], indent=1) + "\n")
+        rows = []
+        for row in time_prefill(args.fa3):
+            rows.append(stamp | row)
+            args.out.write_text(json.dumps(rows, indent=1) + "\n")
         return 0
     peer = None
     if args.peer is not None:
