@@ -34,6 +34,21 @@ def box(rows: int, columns: int) -> str:
     return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
 
 
+def exponentials_beside_products(sass: str) -> int:
+    """The fewest exponentials between a wait that leaves one group of products running and the wait for that group."""
+    counts = []
+    count = None
+    for line in sass.splitlines():
+        if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line:
+            count = 0
+        elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
+            counts += [] if count is None else [count]
+            count = None
+        elif "MUFU.EX2" in line and count is not None:
+            count += 1
+    return min(counts, default=0)
+
+
 def main(kind: str) -> None:
     sizes: dict[str, object] = {}
     types = dict(COMMON)
@@ -52,9 +67,9 @@ def main(kind: str) -> None:
         types |= {
             name: "i32"
             for name in kernel.arg_names
-            if name.endswith("stride") or name in ("num_rows", "num_keys", "ahead")
+            if name.endswith("stride") or name.startswith("num_") or name == "ahead"
         }
-        sizes = {"HEADS_TOGETHER": 8, "MERGE": True}
+        sizes = {"HEADS_TOGETHER": 8, "PARTED": kind == "prefill_parts", "MERGE": kind == "prefill"}
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {
@@ -70,12 +85,15 @@ def main(kind: str) -> None:
         file.write_text(ptx)
         command = [knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", str(file), "-o", str(file.with_suffix(".cubin"))]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [knobs.nvidia.nvdisasm.path, "-c", str(file.with_suffix(".cubin"))]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {
         "shared_bytes": compiled.metadata.shared,
         "registers": int(re.search(r"Used (\d+) registers", listing)[1]),
         "spill_bytes": int(re.search(r"(\d+) bytes spill stores", listing)[1]),
         "wgmma": ptx.count("wgmma.mma_async"),
         "serialized": "wgmma.mma_async instructions are serialized" in listing,
+        "exponentials_beside_products": exponentials_beside_products(sass),
     }
     print(json.dumps(found))
 

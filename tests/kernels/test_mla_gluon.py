@@ -35,10 +35,12 @@ def test_the_kernel_for_few_rows_spills_nothing() -> None:
 
 
 @pytest.mark.full
-def test_the_prefill_kernel_spills_nothing() -> None:
-    found = compiled("prefill")
+@pytest.mark.parametrize("kind", ["prefill", "prefill_parts"])
+def test_the_prefill_kernel_spills_nothing(kind: str) -> None:
+    found = compiled(kind)
     assert found["shared_bytes"] <= HOPPER_SHARED_BYTES
     assert found["wgmma"] >= 2 * (12 + 8), found  # 192 / 16 for the scores, 128 / 16 for the values
+    assert found["exponentials_beside_products"] >= 64, found  # all of a thread's, while values are multiplied
     assert found["spill_bytes"] == 0 and not found["serialized"], found
 
 

@@ -1,9 +1,11 @@
 """MLA prefill against float64: causal, over a cached prefix, in runs of keys that merge."""
 
+import itertools
+
 import pytest
 import torch
 
-from kvfold.kernels.mla_prefill import mla_prefill
+from kvfold.kernels.mla_prefill import merge_parts, mla_prefill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -88,3 +90,24 @@ def test_half_precision_odd_dimensions_and_a_rope_part_per_head() -> None:
     lse = torch.full((3, 50), float("nan"), device=DEVICE)
     mla_prefill(q, k_nope, k_rope, v, out, lse, scale=0.2, first_row=30, first_key=0, merge=False)
     check(out, expected(q, k_nope, k_rope, v, 0.2, 30)[0], 1e-3)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_parts_of_the_keys_side_by_side_make_the_whole(merge: bool) -> None:
+    rows, cached, bounds = 37, 50, [0, 33, 60, 87]
+    q, k_nope, k_rope, v = inputs(rows, rows + cached, 2, 16, 16, 24, torch.float32)
+    parts = torch.full((len(bounds) - 1, rows, 2, 24), float("nan"), device=DEVICE)
+    parts_lse = torch.full((len(bounds) - 1, 2, rows), float("nan"), device=DEVICE)
+    for n, (first, last) in enumerate(itertools.pairwise(bounds)):
+        mla_prefill(
+            q, k_nope[first:last], k_rope[first:last], v[first:last], parts[n], parts_lse[n], scale=0.2,
+            first_row=cached, first_key=first, merge=False,
+        )  # fmt: skip
+    out, lse = torch.full_like(parts[0], float("nan")), torch.full_like(parts_lse[0], float("nan"))
+    if merge:
+        out, lse = parts[1].clone(), parts_lse[1].clone()
+        parts, parts_lse = parts[::2], parts_lse[::2]
+    merge_parts(parts, parts_lse, out, lse, merge)
+    want, want_lse = expected(q, k_nope, k_rope, v, 0.2, cached)
+    check(out, want, 2e-6)
+    check(lse, want_lse, 2e-6)

@@ -1,10 +1,11 @@
 """GPU kernels written in Python (Triton, and Gluon which ships inside it), one per file, launcher beside it.
 
 Owns launches and nothing else: no model, no cache, no step. A launcher takes torch tensors of one device, checks nothing
-that costs time, never synchronizes with the host, never copies between devices, and allocates only what it returns, so
-every one of them may be captured in a CUDA graph. Element types are float32, bfloat16 and float16; sums are float32, and
-products of float32 inputs are exact (`input_precision="ieee"`). Sizes are free: no dimension has to be a power of two.
-Everything multiplied by a page, slot or row number is int64. Importing this package imports neither torch nor triton.
+that costs time, never synchronizes with the host, never copies between devices, and allocates only what it returns (and
+`mla_prefill` the partial results of few rows over many keys), so every one of them may be captured in a CUDA graph.
+Element types are float32, bfloat16 and float16; sums are float32, and products of float32 inputs are exact
+(`input_precision="ieee"`). Sizes are free: no dimension has to be a power of two. Everything multiplied by a page, slot
+or row number is int64. Importing this package imports neither torch nor triton.
 
 The two attention kernels have one calling form each, so that a kernel made for one card and a plain-Triton twin that
 runs on any (and in the CPU interpreter) can stand in for one another. Which one runs is decided by card, types and

@@ -2,7 +2,8 @@
 
 Owns one launch over one run of keys. The rope part of a key is shared by all heads and is never copied next to its 128
 nope numbers: the score is the sum of two products. A long context comes as several runs of keys, each expanded into
-bounded scratch; `merge` folds a run into what earlier runs left, by log-sum-exp.
+bounded scratch; `merge` folds a run into what earlier runs left, by log-sum-exp. Few rows of few heads over many keys
+leave multiprocessors idle, so on Hopper the keys of a run are then shared out, and `merge_parts` puts the parts together.
 
 The kernel of this file is plain Triton: right on any GPU from sm_80 on and in Triton's CPU interpreter, and the judge of
 the Hopper kernel in mla_prefill_gluon.py, which `mla_prefill` takes where it applies.
@@ -48,9 +49,18 @@ def mla_prefill(
     if form == "gluon":
         from kvfold.kernels.mla_prefill_gluon import launch  # names of Triton's experimental room, which move
 
+        num_parts = _num_parts(q, k_nope)
+        if num_parts == 1:
+            parts, parts_lse = out[None], lse[None]
+        else:
+            parts = torch.empty(num_parts, *out.shape, dtype=torch.float32, device=out.device)
+            parts_lse = torch.empty(num_parts, *lse.shape, dtype=torch.float32, device=lse.device)
         launch(
-            q, k_nope, k_rope, v, out, lse, scale * LOG2_E, first_row - first_key, _heads_together(k_nope, v), merge
-        )
+            q, k_nope, k_rope, v, parts, parts_lse, scale * LOG2_E, first_row - first_key, _heads_together(k_nope, v),
+            merge and num_parts == 1,
+        )  # fmt: skip
+        if num_parts > 1:
+            merge_parts(parts, parts_lse, out, lse, merge)
         return
     num_rows, num_heads, qk_dim = q.shape
     num_keys, _, nope = k_nope.shape
@@ -79,6 +89,14 @@ def _heads_together(k_nope: torch.Tensor, v: torch.Tensor) -> int:
     num_keys, num_heads, nope = k_nope.shape
     head_bytes = max(num_keys, 1) * (nope + v.shape[2]) * k_nope.element_size()
     return max(n for n in range(1, num_heads + 1) if num_heads % n == 0 and (n == 1 or n * head_bytes <= L2_BYTES))
+
+
+def _num_parts(q: torch.Tensor, k_nope: torch.Tensor) -> int:
+    """How many parts of the keys work side by side: where row blocks and heads are fewer than multiprocessors, as many
+    as fill them, of at least 1024 keys each."""
+    multiprocessors: int = torch.cuda.get_device_properties(q.device).multi_processor_count
+    pieces = math.ceil(q.shape[0] / 128) * q.shape[1]
+    return max(1, min(multiprocessors // pieces, k_nope.shape[0] // 1024))
 
 
 def _gluon_serves(
@@ -205,3 +223,61 @@ def _prefill_kernel(
         own_lse = tl.where(both > 0, top + tl.log2(safe), float("-inf"))
     tl.store(out_row + value[None, :], values.to(out.dtype.element_ty), mask=kept)
     tl.store(lse_at, own_lse * 0.6931471805599453, mask=i < num_rows)
+
+
+def merge_parts(
+    parts: torch.Tensor,  # float32 [parts, R, H, v]
+    parts_lse: torch.Tensor,  # float32 [parts, H, R]
+    out: torch.Tensor,  # [R, H, v]
+    lse: torch.Tensor,  # float32 [H, R]
+    merge: bool,
+) -> None:
+    """Attention over all parts of the keys, and over what `out` and `lse` hold where `merge`, into `out` and `lse`."""
+    num_parts, num_rows, num_heads, width = parts.shape
+    _merge_kernel[(triton.cdiv(num_rows, 16), num_heads)](
+        parts, parts_lse, out, lse, num_parts, num_rows, width, *parts.stride()[:3], *parts_lse.stride()[:2],
+        out.stride(0), out.stride(1), lse.stride(0),
+        BLOCK_ROWS=16, BLOCK=triton.next_power_of_2(width), MERGE=merge, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge_kernel(
+    parts, parts_lse, out, lse, num_parts, num_rows, width,
+    part_stride, row_stride, head_stride, part_lse_stride, head_lse_stride, out_stride, out_head_stride, lse_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """Program: BLOCK_ROWS rows of one head."""
+    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    head = tl.program_id(1).to(tl.int64)
+    value = tl.arange(0, BLOCK)
+    real = i < num_rows
+    kept = real[:, None] & (value < width)[None, :]
+    row = i.to(tl.int64)
+    out_at = out + row[:, None] * out_stride + head * out_head_stride + value[None, :]
+    lse_at = lse + head * lse_stride + i
+    highest = tl.full([BLOCK_ROWS], NO_SCORE, tl.float32)
+    weight = tl.zeros([BLOCK_ROWS], tl.float32)
+    values = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
+    if MERGE:
+        own = tl.load(lse_at, mask=real, other=float("-inf")) * 1.4426950408889634
+        highest = tl.maximum(highest, own)
+        weight = tl.exp2(own - highest)
+        values = tl.load(out_at, mask=kept, other=0).to(tl.float32) * weight[:, None]
+    parts_at = parts + row[:, None] * row_stride + head * head_stride + value[None, :]
+    parts_lse_at = parts_lse + head * head_lse_stride + i
+    for _ in range(0, num_parts):
+        own = tl.load(parts_lse_at, mask=real, other=float("-inf")) * 1.4426950408889634
+        higher = tl.maximum(highest, own)
+        shrink = tl.exp2(highest - higher)
+        share = tl.exp2(own - higher)
+        weight = weight * shrink + share
+        values = values * shrink[:, None] + tl.load(parts_at, mask=kept, other=0) * share[:, None]
+        highest = higher
+        parts_at += part_stride
+        parts_lse_at += part_lse_stride
+    some = weight > 0
+    safe = tl.where(some, weight, 1.0)
+    tl.store(out_at, (values / safe[:, None]).to(out.dtype.element_ty), mask=kept)
+    whole = tl.where(some, highest + tl.log2(safe), float("-inf"))
+    tl.store(lse_at, whole * 0.6931471805599453, mask=real)

@@ -2,7 +2,8 @@
 
 Owns one kernel with the contract of mla_prefill.py for 16-bit inputs, and nothing else; the plain-Triton kernel is its
 judge. Two warpgroups have 64 rows each and share every tile of 128 keys; one warp loads. A warpgroup issues the scores
-of tile j + 1, then the values of tile j, and takes its softmax while the tensor cores work on the latter.
+of a tile, rescales its sums meanwhile, issues the values of the tile before, and takes its softmax while the tensor
+cores work on those.
 
 Shared memory: queries 48 KB, two stages of keys (128 * 192 * 2 B = 48 KB) and of values (32 KB): 208 KB of 227.
 """
@@ -25,15 +26,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 NO_SCORE = gl.constexpr(-1e30)
 STAGES = gl.constexpr(2)
 
-# Triton after 3.6 renamed them.
+# Triton after 3.6 renamed it.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-cta_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @gluon.jit
 def _loader(
-    q_desc, q_rope_desc, k_desc, k_rope_desc, v_desc, num_tiles, row0, q_column, k_column, k_rope_column, v_column,
-    qn, qr, kn, kr, vs, q_full, k_full, k_free, v_full, v_free,
+    q_desc, q_rope_desc, k_desc, k_rope_desc, v_desc, first_key, num_tiles, row0,
+    q_column, k_column, k_rope_column, v_column, qn, qr, kn, kr, vs, q_full, k_full, k_free, v_full, v_free,
 ):  # fmt: skip
     """One warp: the queries once, then keys and values of every tile."""
     if num_tiles > 0:
@@ -44,13 +44,14 @@ def _loader(
     for j in range(0, num_tiles):
         stage = j % STAGES
         turn = ((j // STAGES) & 1) ^ 1
+        key = first_key + j * 128
         mbarrier.wait(k_free.index(stage), turn)
         mbarrier.expect(k_full.index(stage), 128 * 192 * 2)
-        tma_load(k_desc, [j * 128, k_column], k_full.index(stage), kn.index(stage))
-        tma_load(k_rope_desc, [j * 128, k_rope_column], k_full.index(stage), kr.index(stage))
+        tma_load(k_desc, [key, k_column], k_full.index(stage), kn.index(stage))
+        tma_load(k_rope_desc, [key, k_rope_column], k_full.index(stage), kr.index(stage))
         mbarrier.wait(v_free.index(stage), turn)
         mbarrier.expect(v_full.index(stage), 128 * 128 * 2)
-        tma_load(v_desc, [j * 128, v_column], v_full.index(stage), vs.index(stage))
+        tma_load(v_desc, [key, v_column], v_full.index(stage), vs.index(stage))
 
 
 @gluon.jit
@@ -61,75 +62,98 @@ def _scores(qn, qr, kn, kr, SL: gl.constexpr):
 
 
 @gluon.jit
-def _masked(s, scale_log2, first_key, first_hidden, sees, key):
-    """Scaled scores; minus infinity where a row does not see a key. Tiles before `first_hidden` need no mask."""
-    s = s * scale_log2
-    if first_key + 128 > first_hidden:
-        s = gl.where((first_key + key)[None, :] < sees[:, None], s, float("-inf"))
+def _weights(s, highest, scale_log2):
+    """exp of the scaled scores below the highest, and what each of a row's four threads has of its sum: [64, 4]."""
+    p = gl.exp2(s * scale_log2 - (highest * scale_log2)[:, None])
+    return p, gl.sum(gl.sum(p.reshape((64, 16, 4, 2)), 3), 1)
+
+
+@gluon.jit
+def _hide(s, key, hidden, sees):
+    """Minus infinity where a row does not see one of the keys from `key` on; keys before `hidden` are seen by all."""
+    if key + 128 > hidden:
+        seen = (key + gl.arange(0, 128, gl.SliceLayout(0, s.type.layout)))[None, :] < sees[:, None]
+        s = gl.where(seen, s, float("-inf"))
     return s
 
 
 @gluon.jit
+def _fold_tile(
+    o, highest, weight, shrink, pb, j, key, hidden, sees, scale_log2,
+    qn, qr, kn, kr, vs, k_full, k_free, v_full, v_free,
+):  # fmt: skip
+    """Scores and softmax of the j-th tile, keys from `key` on, and the values of the tile before it.
+
+    o [64, 128] waits for `shrink`, weight [64, 4] has had it; pb are the weights of the tile before.
+    """
+    SL: gl.constexpr = o.type.layout
+    stage = j % STAGES
+    before = (j - 1) % STAGES
+    v_turn = ((j - 1) // STAGES) & 1
+    mbarrier.wait(k_full.index(stage), (j // STAGES) & 1)
+    s = _scores(qn, qr, kn.index(stage), kr.index(stage), SL)
+    o = o * shrink[:, None]
+    mbarrier.wait(v_full.index(before), v_turn)
+    o = warpgroup_mma(pb, vs.index(before), o, is_async=True)
+    s = warpgroup_mma_wait(1, (s,))
+    mbarrier.arrive(k_free.index(stage), count=1)
+    s = _hide(s, key, hidden, sees)
+    higher = gl.maximum(highest, gl.max(s, 1))
+    shrink = gl.exp2((highest - higher) * scale_log2)
+    p, sums = _weights(s, higher, scale_log2)
+    weight = weight * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
+    # ptxas moves a wait for products up over the arithmetic of its block, here over the whole softmax, which then has
+    # idle tensor cores beside it. Asking again what is known ends the block.
+    mbarrier.wait(v_full.index(before), v_turn)
+    o, pb = warpgroup_mma_wait(0, (o, pb))
+    mbarrier.arrive(v_free.index(before), count=1)
+    return o, higher, weight, shrink, gl.convert_layout(p.to(pb.dtype), pb.type.layout)
+
+
+@gluon.jit
 def _worker(
-    half: gl.constexpr, num_tiles, row0, num_rows, num_keys, ahead, scale_log2, out, lse,
+    half: gl.constexpr, first_key, num_tiles, row0, num_rows, num_keys, ahead, scale_log2, out, lse,
     out_stride, qn, qr, kn, kr, vs, q_full, k_full, k_free, v_full, v_free, MERGE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows over all tiles, the running softmax in registers."""
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     DL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SL, k_width=2)
     VL: gl.constexpr = gl.SliceLayout(1, SL)
-    dtype: gl.constexpr = qn.dtype
-    key = gl.arange(0, 128, gl.SliceLayout(0, SL))
     first_row = row0 + half * 64
     i = first_row + gl.arange(0, 64, VL)
-    sees = gl.minimum(ahead + i + 1, num_keys)
-    first_hidden = gl.minimum(ahead + first_row + 1, num_keys)
+    sees = gl.minimum(ahead + i + 1, num_keys)  # keys each row sees; none where it is not positive
+    hidden = gl.minimum(ahead + first_row + 1, num_keys)
     my_qn = qn.index(half)
     my_qr = qr.index(half)
-    m = gl.full([64], NO_SCORE, gl.float32, VL)
-    weight = gl.zeros([64], gl.float32, VL)
+    highest = gl.full([64], NO_SCORE, gl.float32, VL)
+    total = gl.zeros([64], gl.float32, VL)
     o = gl.zeros([64, 128], gl.float32, SL)
     if num_tiles > 0:
         mbarrier.wait(q_full.index(half), 0)
         mbarrier.wait(k_full.index(0), 0)
         s = _scores(my_qn, my_qr, kn.index(0), kr.index(0), SL)
         s = warpgroup_mma_wait(0, (s,))
-        cta_barrier()
         mbarrier.arrive(k_free.index(0), count=1)
-        s = _masked(s, scale_log2, 0, first_hidden, sees, key)
-        m = gl.maximum(m, gl.max(s, 1))
-        p = gl.exp2(s - m[:, None])
-        weight = gl.sum(p, 1)
-        pb = gl.convert_layout(p.to(dtype), DL)
+        s = _hide(s, first_key, hidden, sees)
+        highest = gl.maximum(highest, gl.max(s, 1))
+        p, weight = _weights(s, highest, scale_log2)
+        pb = gl.convert_layout(p.to(qn.dtype), DL)
+        shrink = gl.full([64], 1.0, gl.float32, VL)
         for j in range(1, num_tiles):
-            stage = j % STAGES
-            before = (j - 1) % STAGES
-            mbarrier.wait(k_full.index(stage), (j // STAGES) & 1)
-            s = _scores(my_qn, my_qr, kn.index(stage), kr.index(stage), SL)
-            mbarrier.wait(v_full.index(before), ((j - 1) // STAGES) & 1)
-            o = warpgroup_mma(pb, vs.index(before), o, is_async=True)
-            s = warpgroup_mma_wait(1, (s,))
-            cta_barrier()
-            mbarrier.arrive(k_free.index(stage), count=1)
-            s = _masked(s, scale_log2, j * 128, first_hidden, sees, key)
-            higher = gl.maximum(m, gl.max(s, 1))
-            p = gl.exp2(s - higher[:, None])
-            shrink = gl.exp2(m - higher)
-            weight = weight * shrink + gl.sum(p, 1)
-            m = higher
-            o, pb = warpgroup_mma_wait(0, (o, pb))
-            cta_barrier()
-            mbarrier.arrive(v_free.index(before), count=1)
-            o = o * shrink[:, None]
-            pb = gl.convert_layout(p.to(dtype), DL)
+            o, highest, weight, shrink, pb = _fold_tile(
+                o, highest, weight, shrink, pb, j, first_key + j * 128, hidden, sees, scale_log2,
+                my_qn, my_qr, kn, kr, vs, k_full, k_free, v_full, v_free,
+            )  # fmt: skip
         last = (num_tiles - 1) % STAGES
+        o = o * shrink[:, None]
         mbarrier.wait(v_full.index(last), ((num_tiles - 1) // STAGES) & 1)
         o = warpgroup_mma(pb, vs.index(last), o, is_async=True)
+        total = gl.convert_layout(gl.sum(weight, 1), VL)
         o, pb = warpgroup_mma_wait(0, (o, pb))
 
-    some = weight > 0
-    o = o * gl.where(some, 1.0 / gl.where(some, weight, 1.0), 0.0)[:, None]
-    own = gl.where(some, m + gl.log2(gl.where(some, weight, 1.0)), float("-inf"))
+    some = total > 0
+    o = o * gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0)[:, None]
+    own = gl.where(some, highest * scale_log2 + gl.log2(gl.where(some, total, 1.0)), float("-inf"))
     real = i < num_rows
     column = gl.arange(0, 128, gl.SliceLayout(0, SL))
     out_at = out + i.to(gl.int64)[:, None] * out_stride + column[None, :]
@@ -147,23 +171,36 @@ def _worker(
     gl.store(lse + i, own * 0.6931471805599453, mask=real)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_rows", "num_keys", "ahead", "num_parts", "out_part_stride", "lse_part_stride"])
 def _prefill_kernel(
     q_desc, q_rope_desc,  # boxes [64, 128] and [64, 64] over [R, all heads]
     k_desc, k_rope_desc, v_desc,  # boxes [128, 128], [128, 64] and [128, 128] over [K, all heads]; zeros past the end
-    out, lse, scale_log2, num_rows, num_keys, ahead,
-    q_head_stride, k_head_stride, k_rope_head_stride, v_head_stride, out_stride, out_head_stride, lse_stride,
-    HEADS_TOGETHER: gl.constexpr, MERGE: gl.constexpr,
+    out, lse, scale_log2, num_rows, num_keys, ahead, num_parts,
+    q_head_stride, k_head_stride, k_rope_head_stride, v_head_stride,
+    out_stride, out_head_stride, out_part_stride, lse_head_stride, lse_part_stride,
+    HEADS_TOGETHER: gl.constexpr, PARTED: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    """Program: HEADS_TOGETHER heads at a time, of them the longest row blocks first. `ahead`: keys of this run before
-    the first row's own."""
+    """Program: 128 rows and a head, if PARTED a part of their keys; HEADS_TOGETHER heads at a time, of them the longest
+    row blocks first. `ahead`: keys of this run before the first row's own."""
+    program = gl.program_id(0)
+    part = 0
+    if PARTED:
+        part = program % num_parts
+        program = program // num_parts
+        out += part.to(gl.int64) * out_part_stride
+        lse += part.to(gl.int64) * lse_part_stride
     num_blocks = (num_rows + 127) // 128
-    place = gl.program_id(0) % (num_blocks * HEADS_TOGETHER)
-    head = gl.program_id(0) // (num_blocks * HEADS_TOGETHER) * HEADS_TOGETHER + place % HEADS_TOGETHER
+    place = program % (num_blocks * HEADS_TOGETHER)
+    head = program // (num_blocks * HEADS_TOGETHER) * HEADS_TOGETHER + place % HEADS_TOGETHER
     row0 = (num_blocks - 1 - place // HEADS_TOGETHER) * 128
     num_tiles = (gl.maximum(gl.minimum(ahead + row0 + 128, num_keys), 0) + 127) // 128
+    first_key = 0
+    if PARTED:
+        first_tile = num_tiles * part // num_parts
+        num_tiles = num_tiles * (part + 1) // num_parts - first_tile
+        first_key = first_tile * 128
     out += head.to(gl.int64) * out_head_stride
-    lse += head.to(gl.int64) * lse_stride
+    lse += head.to(gl.int64) * lse_head_stride
     dtype: gl.constexpr = q_desc.dtype
     TL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     BL: gl.constexpr = mbarrier.MBarrierLayout()
@@ -188,15 +225,15 @@ def _prefill_kernel(
     gl.warp_specialize(
         [
             (_worker, (
-                0, num_tiles, row0, num_rows, num_keys, ahead, scale_log2, out, lse, out_stride,
+                0, first_key, num_tiles, row0, num_rows, num_keys, ahead, scale_log2, out, lse, out_stride,
                 qn, qr, kn, kr, vs, q_full, k_full, k_free, v_full, v_free, MERGE,
             )),
             (_worker, (
-                1, num_tiles, row0, num_rows, num_keys, ahead, scale_log2, out, lse, out_stride,
+                1, first_key, num_tiles, row0, num_rows, num_keys, ahead, scale_log2, out, lse, out_stride,
                 qn, qr, kn, kr, vs, q_full, k_full, k_free, v_full, v_free, MERGE,
             )),
             (_loader, (
-                q_desc, q_rope_desc, k_desc, k_rope_desc, v_desc, num_tiles, row0,
+                q_desc, q_rope_desc, k_desc, k_rope_desc, v_desc, first_key, num_tiles, row0,
                 head * q_head_stride, head * k_head_stride, head * k_rope_head_stride, head * v_head_stride,
                 qn, qr, kn, kr, vs, q_full, k_full, k_free, v_full, v_free,
             )),
@@ -213,17 +250,21 @@ def _flat(x: torch.Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> Tens
 
 
 def launch(
-    q: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    q: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor, v: torch.Tensor,
+    out: torch.Tensor,  # [parts, R, H, 128]
+    lse: torch.Tensor,  # [parts, H, R]
     scale_log2: float, ahead: int, heads_together: int, merge: bool,
 ) -> None:  # fmt: skip
+    """The contract of `mla_prefill`, the keys in as many parts as `out` has; `merge` with one part."""
     num_rows, num_heads, _ = q.shape
+    num_parts = out.shape[0]
     element = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([64, 64], element)
-    _prefill_kernel[(triton.cdiv(num_rows, 128) * num_heads,)](
+    _prefill_kernel[(triton.cdiv(num_rows, 128) * num_heads * num_parts,)](
         _flat(q, [64, 128], layout), _flat(q, [64, 64], layout),
         _flat(k_nope, [128, 128], layout), _flat(k_rope, [128, 64], layout), _flat(v, [128, 128], layout),
-        out, lse, scale_log2, num_rows, k_nope.shape[0], ahead,
+        out, lse, scale_log2, num_rows, k_nope.shape[0], ahead, num_parts,
         q.stride(1), k_nope.stride(1), k_rope.stride(1) if k_rope.shape[1] > 1 else 0, v.stride(1),
-        out.stride(0), out.stride(1), lse.stride(0),
-        HEADS_TOGETHER=heads_together, MERGE=merge, num_warps=4,
+        out.stride(1), out.stride(2), out.stride(0), lse.stride(1), lse.stride(0),
+        HEADS_TOGETHER=heads_together, PARTED=num_parts > 1, MERGE=merge, num_warps=4,
     )  # fmt: skip
