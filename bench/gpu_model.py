@@ -48,6 +48,10 @@ def random_matrix(
     if name == "BF16":
         numbers = torch.randn(parts * rows, cols, device=device, dtype=torch.bfloat16) / cols**0.5
         return Matrix(name, rows, cols, numbers.view(torch.uint8), None, parts)
+    if name == "F8_E4M3":
+        codes = torch.randint(0, 256, (parts * rows, cols), device=device, dtype=torch.uint8) & 0xBF  # below 2
+        scale = torch.full((parts, -(-rows // 128), -(-cols // 128)), 0.01, device=device)
+        return Matrix(name, rows, cols, codes, scale, parts, rounds)
     block = by_name(name)
     shape = parts * rows, cols // block.block_elements, block.block_bytes
     raw = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
@@ -64,12 +68,15 @@ def random_weights(model: DeepseekModel, type: str, device: torch.device, rounds
     config, out = model.config, DeviceWeights()
     specs = {s.name: s.shape for s in expected_tensors(config, KvLayout.KV_B)}
 
-    def matrix(rows: int, cols: int, parts: int = 1) -> Matrix:
+    def matrix(rows: int, cols: int, parts: int = 1, type: str = type) -> Matrix:
         return random_matrix(type, rows, cols, device, parts, rounds)
 
     pairs = {"attn_kv_a_mqa": "attn_q", "ffn_up": "ffn_gate", "ffn_up_shexp": "ffn_gate_shexp"}
     if config.mla.q_lora_rank is not None:
         pairs["attn_kv_a_mqa"] = "attn_q_a"
+    is_fp8 = type == "F8_E4M3"  # such files keep embedding and head in bf16, and `upload` joins none
+    if is_fp8:
+        pairs = {}
     for name, shape in specs.items():
         blk, _, kind = name.removesuffix(".weight").rpartition(".")
         if name in out.rows or kind in ("attn_kv_b", *pairs):
@@ -87,7 +94,8 @@ def random_weights(model: DeepseekModel, type: str, device: torch.device, rounds
             out.rows[f"{blk}.{second}.weight"] = Rows(both, shape[0], shape[0] + other)
         else:
             parts, rows = (shape[0], shape[1]) if len(shape) == 3 else (1, shape[0])
-            out.rows[name] = Rows(matrix(rows, shape[-1], parts), 0, rows)
+            kept = "BF16" if is_fp8 and blk == "" else type
+            out.rows[name] = Rows(matrix(rows, shape[-1], parts, kept), 0, rows)
     mla = config.mla
     for layer in range(config.num_layers):
         out.up[model.kv_up(layer)] = tuple(  # type: ignore[assignment]

@@ -157,3 +157,4 @@ def test_rows_of_bfloat16_times_blocks(device: str) -> None:
         out = torch.full((2, 70), torch.nan, device=device)
         row_product.linear(x, w, out)
         same(out, x.float().cpu().numpy() @ dense[0].T, 1e-5)
+        same(tile_product.decode(w, torch.bfloat16), dense[0], 4e-3)

@@ -8,6 +8,7 @@ import torch
 from test_linear import matrix, same
 
 from kvfold.kernels import rounded_product, row_product, tile_product
+from kvfold.kernels.number_product import Norm
 from kvfold.quant.activations import quantize, quantize_e4m3
 from kvfold.quant.decode import decode
 from kvfold.quant.types import by_name
@@ -52,9 +53,13 @@ def test_what_is_not_finite_spoils_its_row_alone(device: str) -> None:
     same(out[1:2], rounded(x[1:2]) @ dense[0].T.astype(np.float64), 1e-6)
 
 
-@pytest.mark.parametrize(("name", "down_name", "width"), [("Q4_K", "Q8_0", 96), ("IQ4_NL", "Q6_K", 256)])
-def test_experts_round_their_rows(name: str, down_name: str, width: int, device: str) -> None:
-    num_experts, k, hidden, out_rows = 3, 2, 256, 11
+@pytest.mark.parametrize(("name", "down_name", "ahead"), [("Q4_K", "Q8_0", 2), ("IQ4_NL", "IQ4_NL", 1)])
+def test_experts_round_their_rows(
+    name: str, down_name: str, ahead: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of both experts asked for at once, and of one after the other."""
+    monkeypatch.setitem(rounded_product._AHEAD, down_name, ahead)
+    num_experts, k, hidden, width, out_rows = 3, 2, 256, 64, 7
     gate, gate_dense = matrix(name, width, hidden, device, num_experts, 1, rounds=True)
     up, up_dense = matrix(name, width, hidden, device, num_experts, 2, rounds=True)
     down, down_dense = matrix(down_name, out_rows, width, device, num_experts, 3, rounds=True)
@@ -134,3 +139,19 @@ def test_experts_meet_fp8_in_fp8(device: str) -> None:
         expected[pair // k] += factor * (down_dense[expert].astype(np.float64) @ again[pair])
     # a sum of float32 in another order may round to the next of 16 steps
     same(out, expected, 2e-3 if device == "cpu" else 1e-2)
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "Q6_K"])
+def test_norm_and_addition_come_along(name: str, device: str) -> None:
+    rows, cols = 7, 256
+    w, dense = matrix(name, rows, cols, device, seed=3, rounds=True)
+    x = torch.from_numpy(RNG(2).standard_normal((2, cols)).astype(np.float32)).to(device)
+    norm = Norm(torch.from_numpy(RNG(3).uniform(0.5, 2, cols).astype(np.float32)).to(device), 1e-6)
+    add = torch.from_numpy(RNG(4).standard_normal((2, rows)).astype(np.float32)).to(device)
+    for dtype in (torch.float32, torch.bfloat16)[: 1 if device == "cpu" else 2]:
+        numbers = x.to(dtype)
+        out = torch.full((2, rows), torch.nan, device=device)
+        rounded_product.linear(numbers, w, out, norm=norm, add=add)
+        scale = 1 / np.sqrt(np.mean(numbers.double().cpu().numpy() ** 2, -1, keepdims=True) + 1e-6)
+        expected = scale * (rounded(numbers.float() * norm.weight) @ dense[0].T.astype(np.float64))
+        same(out, expected + add.double().cpu().numpy(), 1e-5)

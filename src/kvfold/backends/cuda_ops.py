@@ -22,7 +22,7 @@ from kvfold.backends.cuda_step import DeviceStep
 from kvfold.backends.cuda_weights import Rows
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, Pairing, RopeConfig, Scoring
-from kvfold.kernels import number_product, row_product, rows, tile_product
+from kvfold.kernels import number_product, rounded_product, row_product, rows, tile_product
 from kvfold.kernels.cached_blocks import append_blocks, gather_blocks
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.mla_decode import mla_decode
@@ -192,6 +192,10 @@ class CudaOps:
         """Whether products of the step's rows with these take norms, additions and routing along."""
         return number_product.serves(self._step.num_rows, *weights)
 
+    def _rounds_few(self, *weights: Matrix) -> bool:
+        """The same of products that round: they take norms and additions along."""
+        return self._step.num_rows <= ROW_PRODUCT_ROWS and all(rounded_product.serves(w) for w in weights)
+
     def linear(self, name: str, x: Value, weight: str) -> Value:
         part = self._rows(weight)
         dtype = torch.float32 if name == "head" else self._dtype
@@ -203,6 +207,9 @@ class CudaOps:
                 if isinstance(x, Normed) and not x.is_made and self._is_few(w):
                     out = torch.empty(len(x.x.tensor), w.rows, dtype=dtype, device=self._backend.device)
                     number_product.linear(x.x.tensor, w, out, norm=x.norm)
+                elif isinstance(x, Normed) and not x.is_made and self._rounds_few(w):
+                    out = torch.empty(len(x.x.tensor), w.rows, dtype=dtype, device=self._backend.device)
+                    rounded_product.linear(x.x.tensor, w, out, norm=x.norm)
                 else:
                     out = self._multiply(x.tensor, w, dtype)
                 self._products[key] = x, out
@@ -273,12 +280,18 @@ class CudaOps:
     def _sum_in_product(self, terms: tuple[Value, ...]) -> Callable[[], Tensor] | None:
         """Launches the last product of a half layer of few rows so that it adds the hidden rows; None where it cannot."""
         x, last, *more = terms
-        if isinstance(last, Product) and not more and last.x is not None and self._is_few(last.weight.matrix):
+        if isinstance(last, Product) and not more and last.x is not None:
             source, w = last.x, _alone(last.weight)
+            if self._is_few(w):
+                multiply = number_product.linear
+            elif self._rounds_few(w):
+                multiply = rounded_product.linear
+            else:
+                return None
 
             def product() -> Tensor:
                 out = torch.empty(self._step.num_rows, w.rows, device=self._backend.device)
-                number_product.linear(source.tensor, w, out, add=x.tensor)
+                multiply(source.tensor, w, out, add=x.tensor)
                 return out
 
             return product
@@ -300,9 +313,11 @@ class CudaOps:
             if not isinstance(gate, Product) or not isinstance(up, Product) or gate.x is not choice.x:
                 return None
             w_shared = _alone(gate.weight), _alone(up.weight), _alone(shared.weight)
+        norm = choice.x.norm
+        if self._is_few(choice.router) and self._rounds_few(*experts.matrices, *(w_shared or ())):
+            return lambda: self._rounded_mixture(x.tensor, norm, choice, experts.matrices, w_shared)
         if not self._is_few(choice.router, *experts.matrices, *(w_shared or ())):
             return None
-        norm = choice.x.norm
 
         def mixture() -> Tensor:
             hidden_rows = x.tensor
@@ -315,6 +330,27 @@ class CudaOps:
             return out
 
         return mixture
+
+    def _rounded_mixture(
+        self,
+        x: Tensor,
+        norm: Norm,
+        choice: Choice,
+        matrices: tuple[Matrix, Matrix, Matrix],
+        shared: tuple[Matrix, Matrix, Matrix] | None,
+    ) -> Tensor:
+        """The same where the experts round their rows: one launch for norm and routing, two more for each network."""
+        routed = number_product.route_gate_up(
+            x, norm, choice.router, choice.bias, choice.rule, None, self._backend.arrived, self._dtype
+        )
+        gate, up, down = matrices
+        hidden = row_product.gate_up(routed.normed, gate, up, routed.ids, self._dtype, down)
+        out = torch.empty_like(x)
+        rounded_product.down(hidden, down, routed.ids, routed.weights, out, add=x)
+        if shared is not None:
+            hidden = row_product.gate_up(routed.normed, shared[0], shared[1], None, self._dtype)
+            rounded_product.linear(hidden, shared[2], out, add=out)
+        return out
 
     def take_outputs(self, name: str, x: Value) -> Value:
         output_rows = self._step.output_rows

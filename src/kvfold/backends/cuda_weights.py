@@ -27,7 +27,6 @@ from kvfold.quant.tensor import QuantTensor
 Weight = QuantTensor | tuple[QuantTensor, ...]
 Progress = Callable[[int, int], None]
 
-ROUNDED_TYPES = rounded_product.TYPES | {"F8_E4M3"}
 PLANES_BYTES = 256 << 20  # of the copy that a piece of a matrix needs while its rows are laid out
 STAGE_BYTES = 32 << 20  # two pinned buffers of this size: one is filled while the other is copied
 _NUMBERS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -90,7 +89,7 @@ def upload(
         else:
             group = joined.get(name, (name,))
             matrix = _matrix([weights[member] for member in group], stage, dtype)
-            matrix = replace(matrix, rounds=rounds and matrix.type in ROUNDED_TYPES)
+            matrix = replace(matrix, rounds=rounds and matrix.type in rounded_product.TYPES)
             start = 0
             for member in group:
                 rows = sum(part.rows for part in _tensors(weights[member]))

@@ -51,7 +51,7 @@ def _held(w, at, COLS: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr):
 
 
 @triton.jit
-def _one_over_rms(x, eps, COLS: tl.constexpr, PADDED: tl.constexpr):
+def one_over_rms(x, eps, COLS: tl.constexpr, PADDED: tl.constexpr):
     i = tl.arange(0, PADDED)
     v = tl.load(x + i, mask=i < COLS, other=0.0).to(tl.float32)
     return tl.rsqrt(tl.sum(v * v, 0) / COLS + eps)
@@ -96,7 +96,7 @@ def _linear(
     for t in tl.static_range(TOKENS):
         y = tl.sum(_row_products(x + t * x_stride, norm, tiles, w, at, COLS, WIDTH, HELD, NORM), 1)
         if NORM:
-            y *= _one_over_rms(x + t * x_stride, eps, COLS, PADDED)
+            y *= one_over_rms(x + t * x_stride, eps, COLS, PADDED)
         if ADD:
             y += tl.load(add + t * rows + feature, mask=feature < rows, other=0.0)
         tl.store(out + t * out_stride + feature, y, mask=feature < rows)
@@ -120,7 +120,7 @@ def _gate_up_features(
         g = tl.sum(_row_products(x_t, norm, gates, gate, at, COLS, WIDTH, HELD, NORM), 1)
         u = tl.sum(_row_products(x_t, norm, ups, up, at, COLS, WIDTH, HELD, NORM), 1)
         if NORM:
-            scale = _one_over_rms(x_t, eps, COLS, PADDED)
+            scale = one_over_rms(x_t, eps, COLS, PADDED)
             g *= scale
             u *= scale
         tl.store(out + t * rows + feature, silu(g) * u, mask=feature < rows)
@@ -160,7 +160,7 @@ def _route_gate_up(
         for t in tl.static_range(TOKENS):
             x_t = x + t * x_stride
             y = tl.sum(_row_products(x_t, norm, tiles, router, at, COLS, WIDTH, ROUTER_HELD, True), 1)
-            y *= _one_over_rms(x_t, eps, COLS, PADDED)
+            y *= one_over_rms(x_t, eps, COLS, PADDED)
             tl.store(logits + t * num_experts + program + tl.arange(0, 1), y)
         tl.debug_barrier()  # every thread has stored before one of them counts
         if tl.atomic_add(arrived, 1, sem="acq_rel") == num_experts - 1:
@@ -176,7 +176,7 @@ def _route_gate_up(
         for t in tl.static_range(TOKENS):
             x_t = x + t * x_stride
             v = tl.load(x_t + i, mask=i < COLS, other=0.0).to(tl.float32)
-            tl.store(normed + t * COLS + i, v * _one_over_rms(x_t, eps, COLS, PADDED) * g, mask=i < COLS)
+            tl.store(normed + t * COLS + i, v * one_over_rms(x_t, eps, COLS, PADDED) * g, mask=i < COLS)
     else:
         first = (program - num_experts - 1) * ROWS
         _gate_up_features(x, x_stride, norm, eps, gate, up, out, rows, first, COLS, TOKENS, True, PADDED, ROWS, WIDTH,

@@ -1,8 +1,9 @@
 """Products of a few rows, rounded to 8 bits, with matrices in blocks: four multiply-adds an instruction.
 
 The rounding is quant/activations.py's: 32 neighbours of x share a scale. Sums inside a block of 32 are exact in whole
-numbers; a weight costs 1.5 to 2.5 instructions, where decoding it to float32 takes 8. A thread holds whole blocks and
-rounds its part of x itself, once for all rows of its program, so no launch and no barrier comes before the product.
+numbers; a weight costs 2 to 3.5 instructions, all included, where decoding it to float32 takes 8. A thread holds whole
+blocks and rounds its part of x itself, once for all rows of its program, so no launch and no barrier comes before the
+product.
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.block_weights import COMPILED
+from kvfold.kernels.block_weights import COMPILED, load_f16, load_word
 from kvfold.kernels.matrix import Matrix
-from kvfold.kernels.overlap import overlaps, wait_for_inputs
+from kvfold.kernels.number_product import Norm, one_over_rms
+from kvfold.kernels.overlap import let_next_start, overlaps, wait_for_inputs
 from kvfold.kernels.rows import silu
 
 TYPES = frozenset(["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
 
+# Rows of a program, its warps, and registers of a thread where the compiler would take so many that fewer programs fit.
+LINEAR = {"Q4_0": (16, 2), "IQ4_NL": (16, 2), "Q8_0": (16, 2), "Q4_K": (16, 2), "Q6_K": (16, 2)}
+GATE_UP = (16, 4)
+DOWN = {"Q4_0": (4, 4, 128), "IQ4_NL": (4, 4, 128), "Q8_0": (4, 4, 128), "Q4_K": (4, 4, 128), "Q6_K": (4, 4, 128)}
+GATE_UP_ROUNDS = {"Q4_0": (8, 128), "IQ4_NL": (8, 128), "Q8_0": (8,), "Q4_K": (8,), "Q6_K": (8,)}  # of 32 rows
+# Experts of `down` whose weights are asked for at once: up to 100 registers.
+_AHEAD = {"Q4_0": 6, "IQ4_NL": 6, "Q8_0": 6, "Q4_K": 3, "Q6_K": 2}
 # Weights that a thread holds of a row. Q4_K: low and high nibbles of 32 bytes. Q6_K: half a block.
 _EACH = {"Q4_0": 32, "IQ4_NL": 32, "Q8_0": 32, "Q4_K": 64, "Q6_K": 128}
 
@@ -28,23 +37,23 @@ _EACH = {"Q4_0": 32, "IQ4_NL": 32, "Q8_0": 32, "Q4_K": 64, "Q6_K": 128}
 @triton.jit
 def _load4(address, ALIGN: tl.constexpr):
     """Four words at `address` (int64, a multiple of ALIGN). Loads of assembly have no layout of their own, so that a
-    thread gets all of a block; `volatile`, so that none moves above a wait."""
+    thread gets all of a block; they are not pure, so that none moves above a wait."""
     if COMPILED:
         if ALIGN % 16 == 0:
             return tl.inline_asm_elementwise(
-                "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address],
+                "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address],
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
             )  # fmt: skip
         elif ALIGN % 8 == 0:
             return tl.inline_asm_elementwise(
-                "ld.global.nc.v2.b32 {$0, $1}, [$4]; ld.global.nc.v2.b32 {$2, $3}, [$4 + 8];",
+                "ld.global.v2.b32 {$0, $1}, [$4]; ld.global.v2.b32 {$2, $3}, [$4 + 8];",
                 "=&r,=&r,=r,=r,l", [address],
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
             )  # fmt: skip
         elif ALIGN % 4 == 0:
             return tl.inline_asm_elementwise(
-                """ld.global.nc.b32 $0, [$4]; ld.global.nc.b32 $1, [$4 + 4];
-                ld.global.nc.b32 $2, [$4 + 8]; ld.global.nc.b32 $3, [$4 + 12];""",
+                """ld.global.b32 $0, [$4]; ld.global.b32 $1, [$4 + 4];
+                ld.global.b32 $2, [$4 + 8]; ld.global.b32 $3, [$4 + 12];""",
                 "=&r,=&r,=&r,=r,l", [address],
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
             )  # fmt: skip
@@ -57,40 +66,11 @@ def _load4(address, ALIGN: tl.constexpr):
 @triton.jit
 def _load4_by1(address, ALIGN: tl.constexpr):
     return (
-        _load1(address, ALIGN),
-        _load1(address + 4, ALIGN),
-        _load1(address + 8, ALIGN),
-        _load1(address + 12, ALIGN),
+        load_word(address, ALIGN),
+        load_word(address + 4, ALIGN),
+        load_word(address + 8, ALIGN),
+        load_word(address + 12, ALIGN),
     )
-
-
-@triton.jit
-def _load1(address, ALIGN: tl.constexpr):
-    """The word at `address`, of halves where ALIGN is 2."""
-    if not COMPILED:
-        half = address.to(tl.pointer_type(tl.uint16), bitcast=True)
-        return tl.load(half).to(tl.int32) | (tl.load(half + 1).to(tl.int32) << 16)
-    elif ALIGN % 4 == 0:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "{.reg .b16 a, b; ld.global.nc.b16 a, [$1]; ld.global.nc.b16 b, [$1 + 2]; mov.b32 $0, {a, b};}",
-            "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _load_f16(address):
-    """The float16 at `address`, float32."""
-    if COMPILED:
-        return tl.inline_asm_elementwise(
-            "{.reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.f32.f16 $0, h;}",
-            "=f,l", [address], dtype=tl.float32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        return tl.load(address.to(tl.pointer_type(tl.float16), bitcast=True)).to(tl.float32)
 
 
 @triton.jit
@@ -164,18 +144,23 @@ def _iq4_dot8(word, near, far, c, low, high):
 
 
 @triton.jit
+def _zero(word):
+    """0, which the compiler does not know before `word` is there."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "popc.b32 $0, $1; shr.u32 $0, $0, 6;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return 0 * word
+
+
+@triton.jit
 def _iq4_tables(b):
     """The lower four levels of each half of the codebook, per thread: as constants each use would move them anew."""
     if COMPILED:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 zero;
-            popc.b32 zero, $2;
-            shr.u32 zero, zero, 6;
-            or.b32 $0, zero, 0xBFAD9881;
-            or.b32 $1, zero, 0x271A0E02;
-            }""",
-            "=r,=r,r", [b], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+            "or.b32 $0, $2, 0xBFAD9881; or.b32 $1, $2, 0x271A0E02;", "=&r,=r,r", [_zero(b)],
+            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
         return b, b
@@ -220,50 +205,59 @@ def _code(x, inverse):
 
 
 @triton.jit
-def _own4(address):
-    """Four words at `address` (a multiple of 16) that an earlier kernel wrote, which may still run when this one starts."""
-    if COMPILED:
-        return tl.inline_asm_elementwise(
-            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        return _load4_by1(address, 4)
-
-
-@triton.jit
-def _numbers16(x, at):
-    """Sixteen neighbours of x from number `at` on as the bits of float32, and the bits of the largest size.
+def _numbers16(x, norm, at, NORM: tl.constexpr):
+    """Sixteen neighbours of x (times norm) from number `at` on as the bits of float32, and the bits of the largest size.
 
     As whole numbers the bits of sizes order like the sizes, and what is not finite comes last.
     """
     address = (x + at).to(tl.int64)
     if x.dtype.element_ty == tl.bfloat16:
-        a, b, c, d = _own4(address)
-        e, f, g, h = _own4(address + 16)
-        most = _larger(_larger(_larger(a, b), _larger(c, d)), _larger(_larger(e, f), _larger(g, h)))
-        most = tl.maximum(most << 16, most & 0x7FFF0000)
-        return (
-            a << 16, a & -65536, b << 16, b & -65536, c << 16, c & -65536, d << 16, d & -65536,
-            e << 16, e & -65536, f << 16, f & -65536, g << 16, g & -65536, h << 16, h & -65536, most,
-        )  # fmt: skip
+        a, b, c, d = _load4(address, 16)
+        e, f, g, h = _load4(address + 16, 16)
+        v0, v1, v2, v3 = a << 16, a & -65536, b << 16, b & -65536
+        v4, v5, v6, v7 = c << 16, c & -65536, d << 16, d & -65536
+        v8, v9, v10, v11 = e << 16, e & -65536, f << 16, f & -65536
+        v12, v13, v14, v15 = g << 16, g & -65536, h << 16, h & -65536
+        if not NORM:
+            most = _larger(_larger(_larger(a, b), _larger(c, d)), _larger(_larger(e, f), _larger(g, h)))
+            most = tl.maximum(most << 16, most & 0x7FFF0000)
     else:
-        a0, a1, a2, a3 = _own4(address)
-        b0, b1, b2, b3 = _own4(address + 16)
-        c0, c1, c2, c3 = _own4(address + 32)
-        d0, d1, d2, d3 = _own4(address + 48)
+        v0, v1, v2, v3 = _load4(address, 16)
+        v4, v5, v6, v7 = _load4(address + 16, 16)
+        v8, v9, v10, v11 = _load4(address + 32, 16)
+        v12, v13, v14, v15 = _load4(address + 48, 16)
+    if NORM:
+        by = (norm + at).to(tl.int64)
+        v0, v1, v2, v3 = _times4(v0, v1, v2, v3, by)
+        v4, v5, v6, v7 = _times4(v4, v5, v6, v7, by + 16)
+        v8, v9, v10, v11 = _times4(v8, v9, v10, v11, by + 32)
+        v12, v13, v14, v15 = _times4(v12, v13, v14, v15, by + 48)
+    if NORM or x.dtype.element_ty != tl.bfloat16:
         most = tl.maximum(
-            tl.maximum(_most(a0, a1, a2, a3), _most(b0, b1, b2, b3)),
-            tl.maximum(_most(c0, c1, c2, c3), _most(d0, d1, d2, d3)),
+            tl.maximum(_most(v0, v1, v2, v3), _most(v4, v5, v6, v7)),
+            tl.maximum(_most(v8, v9, v10, v11), _most(v12, v13, v14, v15)),
         )
-        return a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, most
+    return v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15, most
+
+
+@triton.jit
+def _times4(a, b, c, d, address):
+    """The bits of four numbers times those of float32 at `address`."""
+    e, f, g, h = _load4(address, 16)
+    return _times_bits(a, e), _times_bits(b, f), _times_bits(c, g), _times_bits(d, h)
+
+
+@triton.jit
+def _times_bits(a, b):
+    return (a.to(tl.float32, bitcast=True) * b.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _larger(a, b):
     """The larger sizes of two pairs of bfloat16; what is NaN stays so."""
     return tl.inline_asm_elementwise(
-        "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a & 0x7FFF7FFF, b & 0x7FFF7FFF], dtype=tl.int32, is_pure=True, pack=1,
+        "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a & 0x7FFF7FFF, b & 0x7FFF7FFF],
+        dtype=tl.int32, is_pure=True, pack=1,
     )  # fmt: skip
 
 
@@ -286,14 +280,14 @@ def _scale_of(largest):
 
 
 @triton.jit
-def _rounded(x, at, inside, MIXED: tl.constexpr):
-    """The block of 32 numbers from x + at on: eight words of codes, and the scale (0 where not inside).
+def _rounded(x, norm, at, inside, MIXED: tl.constexpr, NORM: tl.constexpr):
+    """The block of 32 numbers from x + at on (times norm + at): eight words of codes, and the scale (0 where not inside).
 
     MIXED: a word has the numbers j, j + 16, j + 1, j + 17, the order of nibbles in two bytes.
     """
     at = tl.where(inside, at, 0)
-    a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, near = _numbers16(x, at)
-    e0, e1, e2, e3, f0, f1, f2, f3, g0, g1, g2, g3, h0, h1, h2, h3, far = _numbers16(x, at + 16)
+    a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, near = _numbers16(x, norm, at, NORM)
+    e0, e1, e2, e3, f0, f1, f2, f3, g0, g1, g2, g3, h0, h1, h2, h3, far = _numbers16(x, norm, at + 16, NORM)
     inverse, scale = _scale_of(tl.maximum(near, far))
     scale = tl.where(inside, scale, 0.0)
     if MIXED:
@@ -333,11 +327,11 @@ def _weights(start, b, COLS: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.con
     """Words and scales of parts `b` int32 [1, B] of the rows at `start` int64 [R, 1]: tensors [R, B]."""
     if TYPE == "Q4_0" or TYPE == "IQ4_NL":  # noqa: PLR1714
         w0, w1, w2, w3 = _load4(start + b * 16, ROW_BYTES)
-        return w0, w1, w2, w3, _load_f16(start + COLS // 2 + b * 2)
+        return w0, w1, w2, w3, load_f16(start + COLS // 2 + b * 2)
     elif TYPE == "Q8_0":
         w0, w1, w2, w3 = _load4(start + b * 32, ROW_BYTES)
         w4, w5, w6, w7 = _load4(start + b * 32 + 16, ROW_BYTES)
-        return w0, w1, w2, w3, w4, w5, w6, w7, _load_f16(start + COLS + b * 2)
+        return w0, w1, w2, w3, w4, w5, w6, w7, load_f16(start + COLS + b * 2)
     elif TYPE == "Q4_K":
         block = start + b // 4 * 144
         d, s0, s1, s2 = _load4(block, 16)
@@ -355,52 +349,52 @@ def _weights(start, b, COLS: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.con
         e0, e1, e2, e3 = _load4(top, ROW_BYTES)
         f0, f1, f2, f3 = _load4(top + 16, ROW_BYTES)
         levels = start + COLS // 4 * 3 + b * 8
-        s0, s1 = _load1(levels, ROW_BYTES), _load1(levels + 4, ROW_BYTES)
-        d = _load_f16(start + COLS // 256 * 208 + b // 2 * 2)
+        s0, s1 = load_word(levels, ROW_BYTES), load_word(levels + 4, ROW_BYTES)
+        d = load_f16(start + COLS // 256 * 208 + b // 2 * 2)
         return (
             a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, e0, e1, e2, e3, f0, f1, f2, f3, s0, s1, d
         )  # fmt: skip
 
 
 @triton.jit
-def _block(x, scales, at, inside, MIXED: tl.constexpr):
+def _block(x, scales, norm, at, inside, MIXED: tl.constexpr, NORM: tl.constexpr):
     """A block of x as `_rounded` makes it; x of bytes is rounded already, its words in the order of MIXED."""
     if x.dtype.element_ty == tl.int8:
         at = tl.where(inside, at, 0)
-        p0, p1, p2, p3 = _own4((x + at).to(tl.int64))
-        p4, p5, p6, p7 = _own4((x + at + 16).to(tl.int64))
+        p0, p1, p2, p3 = _load4((x + at).to(tl.int64), 16)
+        p4, p5, p6, p7 = _load4((x + at + 16).to(tl.int64), 16)
         return p0, p1, p2, p3, p4, p5, p6, p7, tl.where(inside, tl.load(scales + at // 32), 0.0)
     else:
-        return _rounded(x, at, inside, MIXED)
+        return _rounded(x, norm, at, inside, MIXED, NORM)
 
 
 @triton.jit
-def _activations(x, scales, b, COLS: tl.constexpr, TYPE: tl.constexpr):
+def _activations(x, scales, norm, b, COLS: tl.constexpr, TYPE: tl.constexpr, NORM: tl.constexpr):
     """The blocks of x that parts b [B] meet: for each eight words, the scale, and what the type's minimum takes."""
     if TYPE == "IQ4_NL":
-        return _block(x, scales, b * 32, b < COLS // 32, True)
+        return _block(x, scales, norm, b * 32, b < COLS // 32, True, NORM)
     elif TYPE == "Q8_0":
-        return _block(x, scales, b * 32, b < COLS // 32, False)
+        return _block(x, scales, norm, b * 32, b < COLS // 32, False, NORM)
     elif TYPE == "Q4_0":
-        p0, p1, p2, p3, p4, p5, p6, p7, scale = _block(x, scales, b * 32, b < COLS // 32, False)
+        p0, p1, p2, p3, p4, p5, p6, p7, scale = _block(x, scales, norm, b * 32, b < COLS // 32, False, NORM)
         return p0, p1, p2, p3, p4, p5, p6, p7, scale, 8.0 * _sum8(p0, p1, p2, p3, p4, p5, p6, p7)
     elif TYPE == "Q4_K":
         inside = b < COLS // 64
-        p0, p1, p2, p3, p4, p5, p6, p7, s = _block(x, scales, b * 64, inside, False)
-        q0, q1, q2, q3, q4, q5, q6, q7, t = _block(x, scales, b * 64 + 32, inside, False)
+        p0, p1, p2, p3, p4, p5, p6, p7, s = _block(x, scales, norm, b * 64, inside, False, NORM)
+        q0, q1, q2, q3, q4, q5, q6, q7, t = _block(x, scales, norm, b * 64 + 32, inside, False, NORM)
         m, n = s * _sum8(p0, p1, p2, p3, p4, p5, p6, p7), t * _sum8(q0, q1, q2, q3, q4, q5, q6, q7)
         return p0, p1, p2, p3, p4, p5, p6, p7, q0, q1, q2, q3, q4, q5, q6, q7, s, t * 0.0625, m, n
     else:
         return (
-            _block_q6(x, scales, b * 128, b < COLS // 128), _block_q6(x, scales, b * 128 + 32, b < COLS // 128),
-            _block_q6(x, scales, b * 128 + 64, b < COLS // 128), _block_q6(x, scales, b * 128 + 96, b < COLS // 128),
+            _block_q6(x, scales, norm, b * 128, b < COLS // 128, NORM), _block_q6(x, scales, norm, b * 128 + 32, b < COLS // 128, NORM),
+            _block_q6(x, scales, norm, b * 128 + 64, b < COLS // 128, NORM), _block_q6(x, scales, norm, b * 128 + 96, b < COLS // 128, NORM),
         )  # fmt: skip
 
 
 @triton.jit
-def _block_q6(x, scales, at, inside):
+def _block_q6(x, scales, norm, at, inside, NORM: tl.constexpr):
     """The block, and -32 times the sums of its halves: levels are 32 too large."""
-    p0, p1, p2, p3, p4, p5, p6, p7, scale = _block(x, scales, at, inside, False)
+    p0, p1, p2, p3, p4, p5, p6, p7, scale = _block(x, scales, norm, at, inside, False, NORM)
     less = tl.full(p0.shape, -0x1F1F1F20, tl.int32)  # four times -32
     first = _dot4(p3, less, _dot4(p2, less, _dot4(p1, less, _dot4(p0, less, 0 * p0))))
     second = _dot4(p7, less, _dot4(p6, less, _dot4(p5, less, _dot4(p4, less, 0 * p0))))
@@ -445,24 +439,24 @@ def _q6(nibbles, top, PLANE: tl.constexpr):
 
 
 @triton.jit
-def _q6_plane(n0, n1, n2, n3, m0, m1, m2, m3, w, scales, PLANE: tl.constexpr, x):
+def _q6_plane(n0, n1, n2, n3, m0, m1, m2, m3, w, scales, PLANE: tl.constexpr, x, zero):
     p0, p1, p2, p3, p4, p5, p6, p7, s, first, second = x
     c = _q6_dot16(n0, n1, n2, n3, w[16], w[17], w[18], w[19], PLANE,
-                  p0[None, :], p1[None, :], p2[None, :], p3[None, :], first[None, :] + 0 * n0)  # fmt: skip
+                  p0[None, :], p1[None, :], p2[None, :], p3[None, :], first[None, :] + zero)  # fmt: skip
     d = _q6_dot16(m0, m1, m2, m3, w[20], w[21], w[22], w[23], PLANE,
-                  p4[None, :], p5[None, :], p6[None, :], p7[None, :], second[None, :] + 0 * n0)  # fmt: skip
+                  p4[None, :], p5[None, :], p6[None, :], p7[None, :], second[None, :] + zero)  # fmt: skip
     c = c * _byte(scales, 2 * PLANE % 4) + d * _byte(scales, 2 * PLANE % 4 + 1)
     return s[None, :] * c.to(tl.float32)
 
 
 @triton.jit
-def _times(w, x, b, TYPE: tl.constexpr):
-    """float32 [R, B]: products of parts of rows with what they meet of x, in sums of a thread."""
+def _times(w, x, b, zero, TYPE: tl.constexpr):
+    """float32 [R, B]: products of parts of rows with what they meet of x, in sums of a thread that start from zero."""
     if TYPE == "IQ4_NL":
         w0, w1, w2, w3, d = w
         p0, p1, p2, p3, p4, p5, p6, p7, scale = x
         low, high = _iq4_tables(b[None, :])
-        c = _iq4_dot8(w0, p0[None, :], p1[None, :], 0 * w0, low, high)
+        c = _iq4_dot8(w0, p0[None, :], p1[None, :], zero, low, high)
         c = _iq4_dot8(w1, p2[None, :], p3[None, :], c, low, high)
         c = _iq4_dot8(w2, p4[None, :], p5[None, :], c, low, high)
         c = _iq4_dot8(w3, p6[None, :], p7[None, :], c, low, high)
@@ -470,20 +464,20 @@ def _times(w, x, b, TYPE: tl.constexpr):
     elif TYPE == "Q4_0":
         w0, w1, w2, w3, d = w
         p0, p1, p2, p3, p4, p5, p6, p7, scale, eight = x
-        high = _high_dot16(w0, w1, w2, w3, p4, p5, p6, p7, 0 * w0)
+        high = _high_dot16(w0, w1, w2, w3, p4, p5, p6, p7, zero)
         c = _low_dot16(w0, w1, w2, w3, p0, p1, p2, p3, high >> 4)
         return d * scale[None, :] * (c.to(tl.float32) - eight[None, :])
     elif TYPE == "Q8_0":
         w0, w1, w2, w3, w4, w5, w6, w7, d = w
         p0, p1, p2, p3, p4, p5, p6, p7, scale = x
-        c = _dot4(w3, p3[None, :], _dot4(w2, p2[None, :], _dot4(w1, p1[None, :], _dot4(w0, p0[None, :], 0 * w0))))
+        c = _dot4(w3, p3[None, :], _dot4(w2, p2[None, :], _dot4(w1, p1[None, :], _dot4(w0, p0[None, :], zero))))
         c = _dot4(w7, p7[None, :], _dot4(w6, p6[None, :], _dot4(w5, p5[None, :], _dot4(w4, p4[None, :], c))))
         return d * scale[None, :] * c.to(tl.float32)
     elif TYPE == "Q4_K":
         w0, w1, w2, w3, w4, w5, w6, w7, d, s0, s1, s2 = w
         p0, p1, p2, p3, p4, p5, p6, p7, q0, q1, q2, q3, q4, q5, q6, q7, s, t, m, n = x
-        low = _low_dot16(w4, w5, w6, w7, p4, p5, p6, p7, _low_dot16(w0, w1, w2, w3, p0, p1, p2, p3, 0 * w0))
-        high = _high_dot16(w4, w5, w6, w7, q4, q5, q6, q7, _high_dot16(w0, w1, w2, w3, q0, q1, q2, q3, 0 * w0))
+        low = _low_dot16(w4, w5, w6, w7, p4, p5, p6, p7, _low_dot16(w0, w1, w2, w3, p0, p1, p2, p3, zero))
+        high = _high_dot16(w4, w5, w6, w7, q4, q5, q6, q7, _high_dot16(w0, w1, w2, w3, q0, q1, q2, q3, zero))
         # Two neighbours each of 8 scales and 8 minima of 6 bits: the runs of b's low and high nibbles.
         shift = (b % 2 * 16)[None, :]
         f, g, h = s0 >> shift, s1 >> shift, s2 >> shift
@@ -496,11 +490,22 @@ def _times(w, x, b, TYPE: tl.constexpr):
         return _half(d, 0) * product - _half(d, 1) * minimum
     else:
         a, c, d, e = x
-        y = _q6_plane(w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w, w[24], 0, a)
-        y += _q6_plane(w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15], w, w[24], 1, c)
-        y += _q6_plane(w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w, w[25], 2, d)
-        y += _q6_plane(w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15], w, w[25], 3, e)
+        y = _q6_plane(w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w, w[24], 0, a, zero)
+        y += _q6_plane(w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15], w, w[24], 1, c, zero)
+        y += _q6_plane(w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w, w[25], 2, d, zero)
+        y += _q6_plane(w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15], w, w[25], 3, e, zero)
         return w[26] * y
+
+
+@triton.jit
+def _of_each_load(w, x, TYPE: tl.constexpr):
+    """Bits that are there when the words of w and x are."""
+    if TYPE == "Q6_K":
+        return w[0] | w[4] | w[8] | w[12] | w[16] | w[20]
+    elif TYPE == "Q8_0" or TYPE == "Q4_K":  # noqa: PLR1714
+        return w[0] | w[4] | (x[0] | x[4])[None, :]
+    else:
+        return w[0] | (x[0] | x[4])[None, :]
 
 
 @triton.jit
@@ -534,10 +539,14 @@ def _part(first, NUM: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _linear(
-    x, raw, out, rows, x_stride, out_stride,
+    x, norm, eps, add, raw, out, rows, x_stride, out_stride,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
+    NORM: tl.constexpr, ADD: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    """NORM: of x / rms(x) * norm. The factor of a whole row changes no code of a block, so it comes last."""
+    if EARLY:
+        let_next_start()
     first, start = _start(raw, tl.program_id(0), rows, ROWS, ROW_BYTES)
     b, near = _part(0, COLS // EACH, PARTS)
     w = _weights(start, near[None, :], COLS, ROW_BYTES, TYPE)  # on their way while the kernel before this one ends
@@ -545,12 +554,19 @@ def _linear(
         wait_for_inputs()
     t = tl.program_id(1).to(tl.int64)
     x += t * x_stride
-    y = _times(w, _activations(x, x, b, COLS, TYPE), near, TYPE)
+    none = tl.zeros([ROWS, PARTS], tl.int32)
+    y = _times(w, _activations(x, x, norm, b, COLS, TYPE, NORM), near, none, TYPE)
     for part in tl.static_range(PARTS, COLS // EACH, PARTS):
         b, near = _part(part, COLS // EACH, PARTS)
         w = _weights(start, near[None, :], COLS, ROW_BYTES, TYPE)
-        y += _times(w, _activations(x, x, b, COLS, TYPE), near, TYPE)
-    tl.store(out + t * out_stride + first + tl.arange(0, ROWS), tl.sum(y, 1))
+        y += _times(w, _activations(x, x, norm, b, COLS, TYPE, NORM), near, none, TYPE)
+    y = tl.sum(y, 1)
+    if NORM:
+        y *= one_over_rms(x, eps, COLS, PADDED)
+    feature = first + tl.arange(0, ROWS)
+    if ADD:
+        y += tl.load(add + t * rows + feature)
+    tl.store(out + t * out_stride + feature, y)
 
 
 @triton.jit
@@ -570,6 +586,8 @@ def _gate_up(
         gate += expert * rows * ROW_BYTES
         up += expert * rows * ROW_BYTES
     else:
+        if EARLY:
+            let_next_start()
         x += pair * x_stride
     first, g_start = _start(gate, tl.program_id(0), rows, ROWS, ROW_BYTES)
     _, u_start = _start(up, tl.program_id(0), rows, ROWS, ROW_BYTES)
@@ -578,15 +596,16 @@ def _gate_up(
     u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
     if EARLY and PER_ROW == 0:
         wait_for_inputs()
-    a = _activations(x, x, b, COLS, TYPE)
-    g, u = _times(g_w, a, near, TYPE), _times(u_w, a, near, TYPE)
+    a = _activations(x, x, ids, b, COLS, TYPE, False)
+    none = tl.zeros([ROWS, PARTS], tl.int32)
+    g, u = _times(g_w, a, near, none, TYPE), _times(u_w, a, near, none, TYPE)
     for part in tl.static_range(PARTS, COLS // EACH, PARTS):
         b, near = _part(part, COLS // EACH, PARTS)
         g_w = _weights(g_start, near[None, :], COLS, ROW_BYTES, TYPE)
         u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
-        a = _activations(x, x, b, COLS, TYPE)
-        g += _times(g_w, a, near, TYPE)
-        u += _times(u_w, a, near, TYPE)
+        a = _activations(x, x, ids, b, COLS, TYPE, False)
+        g += _times(g_w, a, near, none, TYPE)
+        u += _times(u_w, a, near, none, TYPE)
     y = silu(tl.sum(g, 1)) * tl.sum(u, 1)
     i = tl.arange(0, ROWS)
     if ROUNDS:
@@ -601,25 +620,49 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    hidden, scales, raw, ids, weights, out, rows,
+    hidden, scales, raw, ids, weights, add, out, rows,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PER_ROW: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, ADD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    """AHEAD: experts whose weights are asked for before the first is multiplied: one after another each would wait."""
     if EARLY:
+        let_next_start()
         wait_for_inputs()
     t = tl.program_id(1).to(tl.int64)
     first, start = _start(raw, tl.program_id(0), rows, ROWS, ROW_BYTES)
     y = tl.zeros([ROWS, PARTS], tl.float32)
-    for choice in tl.static_range(PER_ROW):
-        pair = t * PER_ROW + choice
-        expert = tl.load(ids + pair).to(tl.int64)
-        weight = tl.load(weights + pair)
-        for part in tl.static_range(0, COLS // EACH, PARTS):
-            b, near = _part(part, COLS // EACH, PARTS)
-            w = _weights(start + expert * rows * ROW_BYTES, near[None, :], COLS, ROW_BYTES, TYPE)
-            x = _activations(hidden + pair * COLS, scales + pair * (COLS // 32), b, COLS, TYPE)
-            y += weight * _times(w, x, near, TYPE)
-    tl.store(out + t * rows + first + tl.arange(0, ROWS), tl.sum(y, 1))
+    for part in tl.static_range(0, COLS // EACH, PARTS):
+        b, near = _part(part, COLS // EACH, PARTS)
+        for group in tl.static_range(0, PER_ROW, AHEAD):
+            ws, xs = (), ()
+            seen = tl.zeros([ROWS, PARTS], tl.int32)
+            for choice in tl.static_range(group, min(group + AHEAD, PER_ROW)):
+                pair = t * PER_ROW + choice
+                expert = tl.load(ids + pair).to(tl.int64)
+                w = _weights(start + expert * rows * ROW_BYTES, near[None, :], COLS, ROW_BYTES, TYPE)
+                x = _activations(hidden + pair * COLS, scales + pair * (COLS // 32), weights, b, COLS, TYPE, False)
+                ws, xs = ws + (w,), xs + (x,)  # type: ignore[assignment] # noqa: RUF005 (Triton knows sums of tuples)
+                seen |= _of_each_load(w, x, TYPE)
+            # Else the compiler moves each load to where it is needed, and one after another waits for memory.
+            zero = _zero(seen)
+            for choice in tl.static_range(group, min(group + AHEAD, PER_ROW)):
+                weight = tl.load(weights + t * PER_ROW + choice)
+                y += weight * _times(ws[choice - group], xs[choice - group], near, zero, TYPE)
+    y = tl.sum(y, 1)
+    feature = first + tl.arange(0, ROWS)
+    if ADD:
+        y += tl.load(add + t * rows + feature)
+    tl.store(out + t * rows + feature, y)
+
+
+def serves(w: Matrix) -> bool:
+    return w.rounds and w.type in TYPES
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x with rows that begin at multiples of 16 bytes."""
+    return x if (x.data_ptr() | x.stride(0) * x.element_size()) % 16 == 0 else x.contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -637,7 +680,7 @@ class RoundedRows:
         return cls(codes, torch.empty(rows, cols // 32, device=device), type)
 
 
-def _sizes(w: Matrix, rows: int, num_warps: int) -> dict[str, int]:
+def _sizes(w: Matrix, rows: int, num_warps: int, maxnreg: int | None = None) -> dict[str, int | None]:
     """ROWS of a program and PARTS of a row in one pass: what each matrix of `rows` or more rows is cut in."""
     each = _EACH[w.type]
     return {
@@ -645,34 +688,29 @@ def _sizes(w: Matrix, rows: int, num_warps: int) -> dict[str, int]:
         "PARTS": min(triton.next_power_of_2(w.cols // each), 2048 // each),
         "EACH": each,
         "num_warps": num_warps,
+        "maxnreg": maxnreg,
     }
 
 
-def linear(x: Tensor, w: Matrix, out: Tensor, *, rows: int = 16, num_warps: int = 2) -> None:
-    """out [T, rows] = rounded x [T, cols] @ w^T; the last stride of both is 1."""
-    sizes = _sizes(w, rows, num_warps)
+def linear(x: Tensor, w: Matrix, out: Tensor, *, norm: Norm | None = None, add: Tensor | None = None) -> None:
+    """out [T, rows] = rounded (norm of float32) x [T, cols] @ w^T, plus add float32 [T, rows]; the last strides are 1."""
+    sizes = _sizes(w, *LINEAR[w.type])
     early = overlaps(x)
+    x = _aligned(x)
     _linear[(triton.cdiv(w.rows, sizes["ROWS"]), len(x))](
-        x, w.raw, out, w.rows, x.stride(0), out.stride(0),
-        COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, EARLY=early, launch_pdl=early, **sizes,
+        x, x if norm is None else norm.weight, 0.0 if norm is None else norm.eps, x if add is None else add, w.raw, out,
+        w.rows, x.stride(0), out.stride(0),
+        NORM=norm is not None, ADD=add is not None, PADDED=triton.next_power_of_2(w.cols), COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip
 
 
-def gate_up(
-    x: Tensor,
-    gate: Matrix,
-    up: Matrix,
-    ids: Tensor | None,
-    out: Tensor | RoundedRows,
-    *,
-    rows: int = 16,
-    num_warps: int = 4,
-) -> None:
+def gate_up(x: Tensor, gate: Matrix, up: Matrix, ids: Tensor | None, out: Tensor | RoundedRows) -> None:
     """out = silu(gate x) * (up x): [T, rows], or with ids int32 [T, k] [T * k, rows] of the chosen experts."""
     rounds = isinstance(out, RoundedRows)
     numbers, scales = (out.codes, out.scales) if isinstance(out, RoundedRows) else (out, out)
-    sizes = _sizes(gate, 32, 8) if rounds else _sizes(gate, rows, num_warps)
+    sizes = _sizes(gate, 32, *GATE_UP_ROUNDS[gate.type]) if rounds else _sizes(gate, *GATE_UP)
     early = overlaps(x)
+    x = _aligned(x)
     _gate_up[(triton.cdiv(gate.rows, sizes["ROWS"]), len(numbers))](
         x, gate.raw, up.raw, x if ids is None else ids, numbers, scales, gate.rows, x.stride(0),
         COLS=gate.cols, ROW_BYTES=gate.row_bytes, TYPE=gate.type, PER_ROW=0 if ids is None else ids.shape[1],
@@ -682,20 +720,18 @@ def gate_up(
 
 
 def down(
-    hidden: Tensor | RoundedRows,
-    w: Matrix,
-    ids: Tensor,
-    weights: Tensor,
-    out: Tensor,
-    *,
-    rows: int = 8,
-    num_warps: int = 4,
+    hidden: Tensor | RoundedRows, w: Matrix, ids: Tensor, weights: Tensor, out: Tensor, add: Tensor | None = None
 ) -> None:
-    """out [T, rows] = sum over a row's choices of weights [T, k] times the chosen experts' w hidden [T * k, cols]."""
+    """out [T, rows] = sum over a row's choices of weights [T, k] times the chosen experts' w hidden [T * k, cols], plus
+    add float32 [T, rows]."""
     numbers, scales = (hidden.codes, hidden.scales) if isinstance(hidden, RoundedRows) else (hidden, hidden)
-    sizes = _sizes(w, rows, num_warps)
+    sizes = _sizes(w, *DOWN[w.type])
+    per_row = ids.shape[1]
+    ahead = triton.cdiv(per_row, triton.cdiv(per_row, _AHEAD[w.type]))
     early = overlaps(out)
     _down[(triton.cdiv(w.rows, sizes["ROWS"]), len(ids))](
-        numbers, scales, w.raw, ids, weights, out, w.rows,
-        COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, PER_ROW=ids.shape[1], EARLY=early, launch_pdl=early, **sizes,
+        numbers, scales, w.raw, ids, weights, out if add is None else add, out, w.rows,
+        COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, PER_ROW=per_row, AHEAD=ahead,
+        ADD=add is not None,
+        EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip

@@ -146,17 +146,13 @@ def _sizes(w: Matrix) -> tuple[int, int]:
     return OF_NUMBERS if w.type in ("F32", "F16", "BF16") else OF_BLOCKS
 
 
-def _rounds(w: Matrix) -> bool:
-    return w.rounds and w.type in rounded_product.TYPES
-
-
 def _lines(row_bytes: int) -> int:
     return int(triton.next_power_of_2(triton.cdiv(row_bytes, LINE_BYTES)))
 
 
 def linear(x: Tensor, w: Matrix, out: Tensor) -> None:
     """out [T, rows] = x [T, cols] @ w^T; the last stride of both is 1."""
-    if _rounds(w):
+    if rounded_product.serves(w):
         return rounded_product.linear(x, w, out)
     rows, weights = _sizes(w)
     rows = 1 if w.rows <= FEW_FEATURES else rows
@@ -182,8 +178,8 @@ def gate_up(
     """
     per_row = 0 if ids is None else ids.shape[1]
     count = len(x) * max(per_row, 1)
-    if _rounds(gate) and gate.type == up.type:
-        if meets is not None and _rounds(meets):
+    if rounded_product.serves(gate) and gate.type == up.type:
+        if meets is not None and rounded_product.serves(meets):
             rounded = RoundedRows.empty(count, gate.rows, meets.type, x.device)
             rounded_product.gate_up(x, gate, up, ids, rounded)
             return rounded
@@ -204,7 +200,7 @@ def gate_up(
 
 def down(hidden: Tensor | RoundedRows, w: Matrix, ids: Tensor, weights: Tensor, out: Tensor) -> None:
     """out [T, rows] = sum over a row's choices of weights [T, k] times the chosen experts' w hidden [T * k, cols]."""
-    if _rounds(w):
+    if rounded_product.serves(w):
         return rounded_product.down(hidden, w, ids, weights, out)
     assert isinstance(hidden, Tensor), "only matrices that round get rounded rows"
     rows, width = _sizes(w)

@@ -6,6 +6,7 @@ stays on the device; the grid is what there can be at most, and a program withou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.block_weights import number, to_e4m3, weight
+from kvfold.kernels import rounded_product
+from kvfold.kernels.block_weights import (
+    COMPILED,
+    iq4_of_word,
+    k_scale,
+    load_f16,
+    load_word,
+    number,
+    to_e4m3,
+    weight,
+    whole,
+)
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.overlap import overlaps, wait_for_inputs
 from kvfold.kernels.rows import silu
@@ -145,6 +157,119 @@ def _decode(
 
 
 @triton.jit
+def _store4(out, a, b, c, d, inside):
+    """Four neighbours at `out` (a multiple of four numbers), of its type. Stores of assembly stay with the thread that has
+    the word, so that neighbours in a warp write neighbours in memory."""
+    if COMPILED and out.dtype.element_ty == tl.bfloat16:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .b32 p, q;
+            .reg .pred inside;
+            setp.ne.s32 inside, $6, 0;
+            cvt.rn.bf16x2.f32 p, $3, $2;
+            cvt.rn.bf16x2.f32 q, $5, $4;
+            @inside st.global.v2.b32 [$1], {p, q};
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,f,f,f,f,r", [out.to(tl.int64), a, b, c, d, inside.to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.store(out, a, mask=inside)
+        tl.store(out + 1, b, mask=inside)
+        tl.store(out + 2, c, mask=inside)
+        tl.store(out + 3, d, mask=inside)
+
+
+@triton.jit
+def _nibble(word, AT: tl.constexpr):
+    return whole((word >> (4 * AT)) & 15)
+
+
+@triton.jit
+def _decode_words(
+    raw, out, rows, cols, row_bytes,
+    TYPE: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """The types of rounded_product.TYPES, a word of codes a thread: a byte has low and high bits of two runs."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    i = (tl.program_id(1) * WORDS + tl.arange(0, WORDS))[None, :]
+    inside = (row < rows) & (i < (cols // 4 if TYPE == "Q8_0" else cols // 8))
+    row, i = tl.where(inside, row, 0), tl.where(inside, i, 0)
+    start = raw.to(tl.int64) + row * row_bytes
+    out += row * cols
+    if TYPE == "Q8_0":
+        word = load_word(start + i * 4, ALIGN)
+        d = load_f16(start + cols + i // 8 * 2)
+        a, b, c = (word << 24) >> 24, (word << 16) >> 24, (word << 8) >> 24
+        _store4(
+            out + i * 4, d * a.to(tl.float32), d * b.to(tl.float32), d * c.to(tl.float32),
+            d * (word >> 24).to(tl.float32), inside,
+        )  # fmt: skip
+    elif TYPE == "Q4_0" or TYPE == "IQ4_NL":  # noqa: PLR1714
+        word = load_word(start + i * 4, ALIGN)
+        d = load_f16(start + cols // 2 + i // 4 * 2)
+        if TYPE == "IQ4_NL":
+            a0, b0, a1, b1 = iq4_of_word(word)
+            a2, b2, a3, b3 = iq4_of_word(word >> 16)
+        else:
+            a0, a1, a2, a3 = (
+                _nibble(word, 0) - 8.0,
+                _nibble(word, 2) - 8.0,
+                _nibble(word, 4) - 8.0,
+                _nibble(word, 6) - 8.0,
+            )
+            b0, b1, b2, b3 = (
+                _nibble(word, 1) - 8.0,
+                _nibble(word, 3) - 8.0,
+                _nibble(word, 5) - 8.0,
+                _nibble(word, 7) - 8.0,
+            )
+        out += i // 4 * 32 + i % 4 * 4
+        _store4(out, d * a0, d * a1, d * a2, d * a3, inside)
+        _store4(out + 16, d * b0, d * b1, d * b2, d * b3, inside)
+    elif TYPE == "Q4_K":
+        start += i // 32 * 144
+        word = load_word(start + 16 + i % 32 * 4, 4)
+        both = load_word(start, 4)
+        d = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        m = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        s0, m0 = k_scale(start.to(tl.pointer_type(tl.uint8), bitcast=True), 4, i % 32 // 8 * 2, inside)
+        s1, m1 = k_scale(start.to(tl.pointer_type(tl.uint8), bitcast=True), 4, i % 32 // 8 * 2 + 1, inside)
+        s0, m0, s1, m1 = d * s0, m * m0, d * s1, m * m1
+        out += i // 8 * 64 + i % 8 * 4
+        _store4(
+            out, s0 * _nibble(word, 0) - m0, s0 * _nibble(word, 2) - m0, s0 * _nibble(word, 4) - m0,
+            s0 * _nibble(word, 6) - m0, inside,
+        )  # fmt: skip
+        _store4(
+            out + 32, s1 * _nibble(word, 1) - m1, s1 * _nibble(word, 3) - m1, s1 * _nibble(word, 5) - m1,
+            s1 * _nibble(word, 7) - m1, inside,
+        )  # fmt: skip
+    else:
+        tl.static_assert(TYPE == "Q6_K", "a type of rounded_product.TYPES")
+        half, plane = i // 16, i % 16 // 8
+        word = load_word(start + i * 4, ALIGN)
+        top = load_word(start + cols // 2 + half * 32 + i % 8 * 4, ALIGN) >> (plane * 2)
+        d = load_f16(start + cols // 256 * 208 + half // 2 * 2)
+        level = start.to(tl.pointer_type(tl.int8), bitcast=True) + cols // 4 * 3 + half * 8 + plane * 2 + i % 8 // 4
+        low = d * tl.load(level).to(tl.float32)
+        high = d * tl.load(level + 4).to(tl.float32)
+        out += half * 128 + plane * 32 + i % 8 * 4
+        q = (word & 0x0F0F0F0F) | ((top << 4) & 0x30303030)
+        _store4(out, low * _level(q, 0), low * _level(q, 1), low * _level(q, 2), low * _level(q, 3), inside)
+        q = ((word >> 4) & 0x0F0F0F0F) | (top & 0x30303030)
+        _store4(
+            out + 64, high * _level(q, 0), high * _level(q, 1), high * _level(q, 2), high * _level(q, 3), inside
+        )
+
+
+@triton.jit
+def _level(q, PLACE: tl.constexpr):
+    return whole((q >> (8 * PLACE)) & 63) - 32.0
+
+
+@triton.jit
 def _embed(ids, raw, scale, out, cols, row_bytes, scale_cols, TYPE: tl.constexpr, WEIGHTS: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * WEIGHTS + tl.arange(0, WEIGHTS)
@@ -212,6 +337,12 @@ def linear(x: Tensor, w: Matrix, out: Tensor) -> None:
 def decode(w: Matrix, dtype: torch.dtype) -> Tensor:
     """[parts * rows, cols], every weight rounded once to dtype."""
     out = torch.empty(w.parts * w.rows, w.cols, dtype=dtype, device=w.raw.device)
+    if w.type in rounded_product.TYPES:
+        _decode_words[(triton.cdiv(len(out), 4), triton.cdiv(w.cols, 1024 if w.type == "Q8_0" else 2048))](
+            w.raw, out, len(out), w.cols, w.row_bytes,
+            TYPE=w.type, ALIGN=2 if w.row_bytes % 4 else 4, ROWS=4, WORDS=256,
+        )  # fmt: skip
+        return out
     rows, weights = 8, 256
     _decode[(triton.cdiv(w.rows, rows), triton.cdiv(w.cols, weights), w.parts)](
         w.raw, w.scale_or_raw, out, w.rows, w.cols, w.row_bytes, w.scale_rows, w.scale_cols,
@@ -332,22 +463,30 @@ def experts(
     groups = group_by_expert(ids, gate.parts)
     hidden = torch.empty(ids.numel(), gate.rows, dtype=x.dtype, device=x.device)
     y = torch.empty(ids.numel(), down.rows, dtype=x.dtype, device=x.device)
-    size = gate.parts
-    if groups.rows > FEW_ROWS:
-        each = x.element_size() * sum(
-            w.rows * w.cols for w in (gate, up, down) if not _multiplies_as_it_is(w, x.dtype)
-        )
-        size = gate.parts if each == 0 else max(1, min(gate.parts, scratch_bytes // each))
-    for first in range(0, gate.parts, size):
-        last = min(first + size, gate.parts)
-        parts = [w.part(first, last) for w in (gate, up, down)]
-        if groups.rows > FEW_ROWS:
-            parts = [_plain(w, x.dtype) for w in parts]
-        _run_experts(x, ids.shape[1], parts[0], parts[1], groups, hidden, first, last)
-        _run_experts(hidden, 1, parts[2], None, groups, y, first, last)
+    scratch_bytes = scratch_bytes if groups.rows > FEW_ROWS else 0
+    for first, last, (w_gate, w_up) in _numbers_of([gate, up], x.dtype, scratch_bytes):
+        _run_experts(x, ids.shape[1], w_gate, w_up, groups, hidden, first, last)
+    for first, last, (w_down,) in _numbers_of([down], x.dtype, scratch_bytes):
+        _run_experts(hidden, 1, w_down, None, groups, y, first, last)
     _weighted_sum[(len(x), triton.cdiv(down.rows, 1024))](
         y, weights, out, down.rows, PER_ROW=ids.shape[1], WIDTH=1024
     )
+
+
+def _numbers_of(
+    weights: list[Matrix], dtype: torch.dtype, scratch_bytes: int
+) -> Iterator[tuple[int, int, list[Matrix]]]:
+    """(first part, one behind the last, these of all weights in numbers of dtype), as many as fit scratch_bytes (one at
+    least); as they are, and all, where scratch_bytes is 0."""
+    parts = weights[0].parts
+    each = dtype.itemsize * sum(w.rows * w.cols for w in weights if not _multiplies_as_it_is(w, dtype))
+    if scratch_bytes == 0 or each == 0:
+        yield 0, parts, weights
+        return
+    size = max(1, scratch_bytes // each)
+    for first in range(0, parts, size):
+        last = min(first + size, parts)
+        yield first, last, [_plain(w.part(first, last), dtype) for w in weights]
 
 
 def _multiplies_as_it_is(w: Matrix, dtype: torch.dtype) -> bool:
