@@ -27,8 +27,8 @@ int whole_cpus(double quota_us, double period_us) {
   return static_cast<int>(std::clamp(quota_us / period_us, 1.0, 1e6));
 }
 
-// Whole files through C, not iostreams: an extension built by another compiler than the process's libstdc++
-// crashed in std::ifstream on a machine with GCC of its own under /opt. Empty where there is no such file.
+// Whole files through C, not iostreams: std::ifstream crashed where the extension's compiler and the
+// process's libstdc++ were of different versions. Empty where there is no such file.
 std::string text_of(const std::string& path) {
   std::string text;
   if (std::FILE* file = std::fopen(path.c_str(), "r")) {

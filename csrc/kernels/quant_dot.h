@@ -22,17 +22,19 @@ template <class S, class Like>
 struct AnyDot {
   // Bytes for each code: where weights need all of int8 its magnitude and its sign follow.
   static constexpr int kCodes = Like::kWide ? 3 : 1;
-  static int64_t bytes(int64_t k) { return kCodes * padded(k) + 2 * padded(k) / Like::kRun * 4; }
+  // Scales, and sums behind them, end in zeros too: a last vector of them may begin in any run.
+  static int64_t runs(int64_t k) { return padded(k) / Like::kRun + 16; }
+  static int64_t bytes(int64_t k) { return kCodes * padded(k) + 2 * runs(k) * 4; }
 
   static DotRow view(const uint8_t* prepared, int64_t k) {
     const auto* codes = reinterpret_cast<const int8_t*>(prepared);
     const auto* scales = reinterpret_cast<const float*>(prepared + kCodes * padded(k));
-    return {codes, prepared + padded(k), codes + 2 * padded(k), scales, scales + padded(k) / Like::kRun};
+    return {codes, prepared + padded(k), codes + 2 * padded(k), scales, scales + runs(k)};
   }
 
   static void prepare(const float* x, int64_t k, int (*place)(int), uint8_t* prepared) {
     auto* scales = reinterpret_cast<float*>(prepared + kCodes * padded(k));
-    float* sums = scales + padded(k) / Like::kRun;
+    float* sums = scales + runs(k);
     std::memset(prepared, 0, bytes(k));
     for (int64_t at = 0; at < k; at += kBlock) {
       alignas(64) int8_t codes[kBlock];

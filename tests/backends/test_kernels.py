@@ -113,6 +113,20 @@ def test_products_follow_the_definition(name: str, isa: str) -> None:
         assert_close(native_product(x, weight), product(x, weight), f"{name} {isa} {rows}x{n}x{k}")
 
 
+@every_isa
+@pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
+def test_a_row_ends_before_the_next_rows_numbers(name: str, isa: str) -> None:
+    """Rows are prepared one behind another: vectors that reach past a row's end meet no codes of -1, which are NaN."""
+    t = by_name(name)
+    for k in range(t.block_elements, 513, t.block_elements):
+        for rows in (1, 2, 3, 4):
+            x = activations(rows, k, seed=k)
+            x[:, :32] = -0.01
+            x[:, 31] = 1.27
+            weight = random_weight(t, 5, k, seed=4)
+            assert_close(native_product(x, weight), product(x, weight), f"{name} {isa} {rows}x5x{k}")
+
+
 @pytest.mark.full
 @every_isa
 @pytest.mark.parametrize("name", TYPE_NAMES)
