@@ -190,42 +190,58 @@ CASES: dict[str, list[tuple[int, list[int], int]]] = {  # heads, lengths, s_q
 }  # fmt: skip
 
 
+LARGE_POOL = 60_000 * PAGE  # tokens: 2.2e9 numbers, more than an int32 counts
+
+
 def check(kind: str) -> bool:
-    """Every case against float64: outputs and partials poisoned, unused slots and pages NaN. Twelve runs each."""
+    """Every case against float64, the last one in a pool of more than 2^31 numbers."""
     form: decode.Form = "triton" if kind == "triton" else "gluon"
+    cases = CASES["few"][:5] + CASES["many"][:5] if kind == "triton" else CASES[kind]
     fine = True
     for dtype, tolerance in ((torch.bfloat16, 4e-3), (torch.float16, 1e-3)):
-        cases = CASES["few"][:5] + CASES["many"][:5] if kind == "triton" else CASES[kind]
         for heads, kv_lens, s_q in cases:
-            pool = random_pool(sum(kv_lens) + 64 * (len(kv_lens) + 20), dtype)
-            batch = Batch(pool, heads, kv_lens, s_q, turns=1)
-            used = torch.zeros(pool.shape[0], PAGE, dtype=torch.bool, device=DEVICE)
-            start = 0
-            for length in kv_lens:
-                count = math.ceil(length / PAGE)
-                rows = torch.arange(count * PAGE, device=DEVICE).view(count, PAGE) < length
-                used[batch.pages[0][start : start + count].long()] = rows
-                start += count
-            pool[~used] = float("nan")
-            expected = batch.expected()
-            errors = []
-            for _ in range(12):
-                batch.out.fill_(float("nan"))
-                batch.workspace.partial.fill_(float("nan"))
-                batch.workspace.partial_lse.fill_(float("nan"))
-                batch.launches(form)[0]()
-                out = batch.out.double()
-                row_error = (out - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-3)
-                errors.append(row_error.nan_to_num(nan=9.0).max().item())
-            good = max(errors) < 4 * tolerance
-            fine &= good
-            shown = kv_lens if len(kv_lens) < 8 else f"{len(kv_lens)} lengths"
-            print(
-                f"{'ok ' if good else 'BAD'} {form} {str(dtype)[6:]} heads {heads} s_q {s_q} lens {shown}: worst row "
-                f"{min(errors):.2e} .. {max(errors):.2e}",
-                flush=True,
-            )
-    return fine
+            num_tokens = sum(kv_lens) + 64 * (len(kv_lens) + 20)
+            fine &= check_case(form, dtype, heads, kv_lens, s_q, num_tokens, tolerance)
+    heads, kv_lens, s_q = cases[0]
+    return fine & check_case(form, torch.bfloat16, heads, kv_lens, s_q, LARGE_POOL, 4e-3)
+
+
+def check_case(
+    form: decode.Form,
+    dtype: torch.dtype,
+    heads: int,
+    kv_lens: list[int],
+    s_q: int,
+    num_tokens: int,
+    tolerance: float,
+) -> bool:
+    """Outputs and partials poisoned, unused slots and pages NaN, pages anywhere in the pool. Twelve runs."""
+    pool = torch.full((math.ceil(num_tokens / PAGE), PAGE, LATENT), float("nan"), dtype=dtype, device=DEVICE)
+    batch = Batch(pool, heads, kv_lens, s_q, turns=1)
+    start = 0
+    for length in kv_lens:
+        count = math.ceil(length / PAGE)
+        for i, page in enumerate(batch.pages[0][start : start + count].tolist()):
+            pool[page, : min(length - i * PAGE, PAGE)].normal_()
+        start += count
+    expected = batch.expected()
+    errors = []
+    for _ in range(12):
+        batch.out.fill_(float("nan"))
+        batch.workspace.partial.fill_(float("nan"))
+        batch.workspace.partial_lse.fill_(float("nan"))
+        batch.launches(form)[0]()
+        out = batch.out.double()
+        row_error = (out - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-3)
+        errors.append(row_error.nan_to_num(nan=9.0).max().item())
+    good = max(errors) < 4 * tolerance
+    shown = kv_lens if len(kv_lens) < 8 else f"{len(kv_lens)} lengths"
+    print(
+        f"{'ok ' if good else 'BAD'} {form} {str(dtype)[6:]} heads {heads} s_q {s_q} lens {shown} of {num_tokens} tokens: "
+        f"worst row {min(errors):.2e} .. {max(errors):.2e}",
+        flush=True,
+    )
+    return good
 
 
 @triton.jit
@@ -342,21 +358,23 @@ def cudnn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
 
 
-def sweep_keys(heads: int, form: decode.Form | None) -> list[tuple[int, float]]:
+def sweep_keys(heads: int, form: decode.Form | None) -> dict[str, Any]:
     """Batch 1 at every length from 1k to 64k in steps of 64, one captured graph: only lengths and schedule change.
 
-    Short lengths come from L2 here, as the pages are the first ones of 8 lists.
+    `dips` lists the lengths whose time lies more than 5 % and more than a tile's time above the line through their
+    neighbours; each is then measured 5 times again, with its neighbours, and stays only if the median of those does.
     """
-    batch = Batch(random_pool(8 * 65536 + 640), heads, [65536], 1, turns=8)
+    pool = random_pool(64 * 65536 + 64)
+    batch = Batch(pool, heads, [65536], 1, turns=64)  # 1k keys of 64 lists are 75 MB: past L2
     calls = batch.launches(form)
     for call in calls[:2]:
         call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls * 5:
+        for call in calls:
             call()
-    points = []
-    for keys in range(1024, 65536 + 1, 64):
+
+    def time_of(keys: int) -> float:
         batch.lengths.fill_(keys)
         decode.schedule_decode(batch.lengths, batch.workspace)
         times = []
@@ -366,9 +384,31 @@ def sweep_keys(heads: int, form: decode.Form | None) -> list[tuple[int, float]]:
             graph.replay()
             end.record()
             end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / 40)
-        points.append((keys, round(statistics.median(times), 2)))
-    return points
+            times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+        return statistics.median(times)
+
+    points = {keys: time_of(keys) for keys in range(1024, 65536 + 1, PAGE)}
+    tiles_of_a_part = 512 / batch.workspace.num_parts  # more at 64k than at 32k
+    tile_us = (points[65536] - points[32768]) / tiles_of_a_part
+
+    def excess(before: float, here: float, after: float) -> float:
+        line = (before + after) / 2
+        return here - line - max(0.05 * line, tile_us)
+
+    flagged = [
+        keys
+        for keys in range(1024 + PAGE, 65536, PAGE)
+        if excess(points[keys - PAGE], points[keys], points[keys + PAGE]) > 0
+    ]
+    dips = [
+        keys
+        for keys in flagged
+        if statistics.median(excess(*(time_of(keys + d) for d in (-PAGE, 0, PAGE))) for _ in range(5)) > 0
+    ]
+    return {
+        "heads": heads, "tile_us": round(tile_us, 2), "flagged": flagged, "dips": dips,
+        "keys_us": [(keys, round(us, 2)) for keys, us in points.items()],
+    }  # fmt: skip
 
 
 def limits() -> dict[str, int]:
@@ -388,7 +428,7 @@ def limits() -> dict[str, int]:
 
 def measure(batch: Batch, label: str, keys: int, form: decode.Form | None, peer: Any) -> dict[str, Any]:
     forms = [batch.launches(form)] + ([batch.peer_launches(peer)] if peer is not None else [])
-    ours, *theirs = timed(*forms)
+    ours, *theirs = timed(*forms, replays=20)
     row: dict[str, Any] = {
         "kernel": label, "heads": batch.heads, "batch": len(batch.kv_lens), "keys": keys, "s_q": batch.s_q,
         "us": round(ours, 2), "gbps": round(batch.num_bytes / ours / 1e3), "tflops": round(batch.flops / ours / 1e6, 1),
@@ -434,8 +474,11 @@ def main() -> int:
         "command": " ".join(sys.argv),
     }
     if args.command == "sweep":
-        found = [stamp | {"heads": heads, "keys_us": sweep_keys(heads, None)} for heads in (16, 128)]
-        args.out.write_text(json.dumps(found) + "\n")
+        found = []
+        for heads in (16, 128):
+            found.append(stamp | sweep_keys(heads, None))
+            print({name: value for name, value in found[-1].items() if name != "keys_us"}, flush=True)
+            args.out.write_text(json.dumps(found) + "\n")
         return 0
     if not args.no_limits:
         stamp |= limits()
