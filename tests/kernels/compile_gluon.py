@@ -58,7 +58,8 @@ def main(kind: str) -> None:
         sizes = {"HEADS": 16, "BLOCK_ROWS": 16, "S_Q": 1, "PDL": True}
     elif kind == "many":
         kernel = mla_decode_gluon._many_rows_kernel
-        types |= {"q_desc": box(64, 256), **{f"{name}_desc": box(64, 64) for name in ("q_rope", "k")}}
+        types |= {"q_desc": box(64, 256), "k_desc": box(64, 256 // mla_decode_gluon.CHUNKS.value), "nothing": "i32"}
+        types |= {f"{name}_desc": box(64, 64) for name in ("q_rope", "k_rope")}
         sizes = {"HEADS": 128, "S_Q": 1, "PDL": True, "WORKER_REGISTERS": 256}
     else:
         kernel = mla_prefill_gluon._prefill_kernel

@@ -46,8 +46,8 @@ def test_the_prefill_kernel_spills_nothing(kind: str) -> None:
 
 @pytest.mark.full
 def test_the_kernel_for_many_rows_fits() -> None:
-    """A few addresses a sequence are spilled, none of the 128 sums a thread."""
+    """Nothing of the loops is spilled: there is almost no L1 left to hold it."""
     found = compiled("many")
     assert found["shared_bytes"] <= HOPPER_SHARED_BYTES
     assert found["wgmma"] >= 2 * (36 + 8), found
-    assert found["spill_bytes"] < 400 and not found["serialized"], found
+    assert found["spill_bytes"] < 32 and not found["serialized"], found

@@ -17,11 +17,14 @@ next one into its place, so nothing waits for a loader's turn and each thread ma
     tile 1   kL1 + rope        by warpgroup 0               kR1                        by warpgroup 1
 
 The rope part of a tile is read once, for its scores; its 8 KB then carry the tile's weights P to the other warpgroup.
+Warpgroup 0 queues the scores of its next tile behind its last values, so that the tensor cores do not wait for it; the
+last pair of a sequence, or its last tile, if their number is odd, has code of its own, and only there are keys masked.
 
 Unused slots of a sequence's last page may hold anything, NaN included. Their scores are masked, and their rows are
 zeroed in shared memory before they serve as values, since zero times NaN is NaN.
 """
 
+# ruff: noqa: SIM102  an `if` the compiler decides around one the GPU decides
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
 
 KV_LORA = 512
 LATENT = 576
-CHUNKS = gl.constexpr(4)  # of 64 columns: half a tile arrives with a barrier each, so that scores begin early
+CHUNKS = gl.constexpr(2)  # of 128 columns, half a tile: each has a barrier, so that scores begin early
 NO_SCORE = gl.constexpr(-1e30)
 
 # Triton after 3.6 renamed it.
@@ -111,57 +114,56 @@ def _store_rows(
 
 @gluon.jit
 def _following(part_starts, kv_lens, page_starts, part, step, count, sequence):
-    """(are there keys, place of the first page, of the second) of the sequence after this one in the part."""
+    """(are there keys, is there a second tile, place of the first page, of the second) of the part's next sequence."""
     has = step + 1 < count
     kv_len = gl.load(kv_lens + sequence + 1, mask=has, other=0)
     at = gl.load(page_starts + sequence + 1, mask=has, other=0)
     ends_here = sequence + 1 == gl.load(part_starts + 2 * part + 2)
     hi = gl.where(ends_here, gl.load(part_starts + 2 * part + 3), (kv_len + 63) // 64)
-    return (kv_len > 0).to(gl.int32), at, at + gl.where(hi > 1, 1, 0)
-
-
-@gluon.jit
-def _next_pages(pages, start, lo, hi, j, num_pairs, follows, following0, following1):
-    """Pages of the two tiles after pair j, of this sequence or of the part's next, and whether there are any."""
-    inside = j + 1 < num_pairs
-    there = gl.where(inside, 1, follows)
-    at0 = gl.where(inside, start + lo + 2 * j + 2, following0)
-    at1 = gl.where(inside, start + gl.minimum(lo + 2 * j + 3, hi - 1), following1)
-    page0 = gl.load(pages + at0, mask=there > 0, other=0)
-    page1 = gl.load(pages + at1, mask=there > 0, other=0)
-    return page0, page1, there
+    second = ((kv_len > 0) & (hi > 1)).to(gl.int32)
+    return (kv_len > 0).to(gl.int32), second, at, at + second
 
 
 @gluon.jit
 def _order_queries(q_desc, q_rope_desc, qb, qL, qR, qr, row):
     mbarrier.expect(qb.index(0), 73728)
-    tma_load(q_desc, [row, 0], qb.index(0), qL)
-    tma_load(q_desc, [row, 256], qb.index(0), qR)
-    tma_load(q_rope_desc, [row, 512], qb.index(0), qr)
+    tma_load(q_desc, [row, 0], qb.index(0), qL.index(0))
+    tma_load(q_desc, [row, 256], qb.index(0), qR.index(0))
+    tma_load(q_rope_desc, [row, 512], qb.index(0), qr.index(0))
 
 
 @gluon.jit
-def _order_half(k_desc, page, column0, bars, piece, rope, there, ROPE: gl.constexpr):
-    """Orders one half of a tile, 256 columns, in chunks with a barrier each, and with ROPE the rope part."""
+def _order_half(k_desc, k_rope_desc, page, column0, bars, piece, rope, there, ROPE: gl.constexpr):
+    """Orders one half of a tile, 256 columns, in chunks with a barrier each, and with ROPE the rope part.
+
+    The barriers were told beforehand what to expect: then nothing but the loads is left here, one after another.
+    """
+    WIDTH: gl.constexpr = 256 // CHUNKS
     for c in gl.static_range(CHUNKS):
-        bar = bars.index(c)
+        columns = piece.slice(c * WIDTH, WIDTH, dim=1)
+        tma_load(k_desc, [page * 64, column0 + c * WIDTH], bars[c], columns, pred=there > 0)
+    if ROPE:
+        tma_load(k_rope_desc, [page * 64, 512], bars[CHUNKS - 1], rope, pred=there > 0)
+
+
+@gluon.jit
+def _expect_half(bars, there, ROPE: gl.constexpr):
+    for c in gl.static_range(CHUNKS):
         if ROPE and c == CHUNKS - 1:
-            mbarrier.expect(bar, 16384, pred=there > 0)
+            mbarrier.expect(bars[c], 32768 // CHUNKS + 8192, pred=there > 0)
         else:
-            mbarrier.expect(bar, 8192, pred=there > 0)
-        tma_load(k_desc, [page * 64, column0 + c * 64], bar, piece.slice(c * 64, 64, dim=1), pred=there > 0)
-        if ROPE and c == CHUNKS - 1:
-            tma_load(k_desc, [page * 64, 512], bar, rope, pred=there > 0)
+            mbarrier.expect(bars[c], 32768 // CHUNKS, pred=there > 0)
 
 
 @gluon.jit
-def _scores_of_half(q_half, k_half, bars, phase, s):
+def _scores_of_half(q_half, k_half, bars, phase, s, FIRST: gl.constexpr):
     """s + q_half k_half^T, begun chunk by chunk as they arrive; not waited for."""
+    WIDTH: gl.constexpr = 256 // CHUNKS
     for c in gl.static_range(CHUNKS):
-        mbarrier.wait(bars.index(c), phase)
-        q_part = q_half.slice(c * 64, 64, dim=1)
-        k_part = k_half.slice(c * 64, 64, dim=1)
-        s = warpgroup_mma(q_part, k_part.permute((1, 0)), s, is_async=True)
+        mbarrier.wait(bars[c], phase)
+        q_part = q_half.slice(c * WIDTH, WIDTH, dim=1)
+        k_part = k_half.slice(c * WIDTH, WIDTH, dim=1)
+        s = warpgroup_mma(q_part, k_part.permute((1, 0)), s, use_acc=(not FIRST) or c > 0, is_async=True)
     return s
 
 
@@ -176,98 +178,179 @@ def _masked(score, first_key, key, end, sees, S_Q: gl.constexpr):
 
 
 @gluon.jit
+def _fresh_zero(nothing):
+    """0, of which the compiler does not know that it is the same in every turn of a loop.
+
+    Addresses that depend on it are computed in each turn, in 1 or 2 uniform instructions a product. Else the descriptors
+    of all 80 products are computed before the loop, do not fit the registers, and are read back from local memory,
+    for which 222 KB of shared memory leave almost no L1.
+    """
+    return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [nothing], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _left_pair(
+    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, there0, there1,
+    first_key, end, free_keys, sees, key, scale_log2, nothing,
+    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+    SECOND: gl.constexpr, LAST: gl.constexpr, S_Q: gl.constexpr, dtype: gl.constexpr,
+    SL: gl.constexpr, AL: gl.constexpr,
+):  # fmt: skip
+    """One pair of tiles, or a first tile alone, of which `s` holds the scores; unless LAST, those of the next are returned.
+
+    it0, it1: first and second tiles before these, which give the parity of their barriers.
+    """
+    zero = _fresh_zero(nothing)
+    qL, qR, qr = qL.index(zero), qR.index(zero), qr.index(zero)
+    kL0, kL1, kR0, kR1 = kL0.index(zero), kL1.index(zero), kR0.index(zero), kR1.index(zero)
+    kr0, kr1 = kr0.index(zero), kr1.index(zero)
+    DL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=AL, k_width=2)
+    VL: gl.constexpr = gl.SliceLayout(1, SL)
+    WL: gl.constexpr = gl.SliceLayout(1, AL)
+    if S_Q > 1 or not SECOND:
+        if first_key + 64 > free_keys:
+            s = _masked(s, first_key, key, end, sees, S_Q)
+    mx0 = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    M0.store(mx0)
+    cta_barrier()
+    mbarrier.arrive(mb[0], count=1)
+    a0 = gl.exp2(m - mx0)
+    p = gl.exp2(s * scale_log2 - mx0[:, None])
+    weight = weight * a0 + gl.sum(p, 1)
+    acc = acc * gl.convert_layout(a0, WL)[:, None]
+    if not SECOND:
+        if first_key + 64 > end:
+            _zero_rows(kL0, end - first_key, 256)
+    pb = gl.convert_layout(p.to(dtype), DL)
+    acc = warpgroup_mma(pb, kL0, acc, is_async=True)
+    _expect_half(fL0, there0, False)
+    mbarrier.wait(mb[1], told & 1)
+    _expect_half(fL1, there1, True)  # not before mb[1]: the other warpgroup has waited for this pair's loads
+    mx1 = mx0
+    if SECOND:
+        mx1 = M1.load(VL)
+        a1 = gl.exp2(mx0 - mx1)
+        p = p * a1[:, None]
+    kr0.store(p.to(dtype))
+    fence_async_shared()
+    cta_barrier()
+    mbarrier.arrive(mb[2], count=1)
+    acc, pb = warpgroup_mma_wait(0, (acc, pb))
+    cta_barrier()
+    _order_half(k_desc, k_rope_desc, page0, 0, fL0, kL0, kr0, there0, False)
+    if SECOND:
+        acc = acc * gl.convert_layout(a1, WL)[:, None]
+        weight = weight * a1
+        mbarrier.wait(mb[3], it1 & 1)
+        if LAST:
+            if first_key + 128 > end:
+                _zero_rows(kL1, end - first_key - 64, 256)
+        acc = warpgroup_mma(kr1, kL1, acc, is_async=True)
+    if LAST:
+        if SECOND:
+            acc = warpgroup_mma_wait(0, (acc,))
+            cta_barrier()
+    else:  # scores queue up behind the last values, whose end is then waited for
+        s = gl.zeros([64, 64], gl.float32, SL)
+        s = _scores_of_half(qL, kL0, fL0, (it0 + 1) & 1, s, True)
+        acc = warpgroup_mma_wait(CHUNKS, (acc,))
+        cta_barrier()
+    _order_half(k_desc, k_rope_desc, page1, 0, fL1, kL1, kr1, there1, True)
+    if not LAST:
+        s = _scores_of_half(qR, kR0, fR0, (it0 + 1) & 1, s, False)
+        s = warpgroup_mma(qr, kr0.permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma_wait(0, (s,))
+    return s, acc, mx1, weight
+
+
+@gluon.jit
 def _left_warpgroup(
-    q_desc, q_rope_desc, k_desc, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse,
-    scale_log2, rows, qL, qR, qr, kL, kR, kr, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0,
+    q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse,
+    scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0, nothing,
     S_Q: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     AL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
-    DL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=AL, k_width=2)
     VL: gl.constexpr = gl.SliceLayout(1, SL)
-    WL: gl.constexpr = gl.SliceLayout(1, AL)
     key = gl.arange(0, 64, gl.SliceLayout(0, SL))
     token = (row0 + gl.arange(0, 64, VL)) // HEADS
     dtype: gl.constexpr = out.dtype.element_ty
     count = _num_stretches(part_starts, part)
-    it = 0  # pairs so far: parity of the tile barriers
+    it0 = 0  # first tiles of pairs so far
+    it1 = 0  # second tiles of pairs so far
     told = 0  # exchanges of maxima and weights so far
     asked = 0  # loads of queries so far
     ordered = 0  # the first pair and the queries of the coming sequence are under way
     for step in range(0, count):
         sequence, kv_len, lo, hi, num_tiles = _stretch(part_starts, kv_lens, part, step)
-        num_pairs = (hi - lo + 1) // 2
+        tiles = hi - lo
         end = gl.minimum(kv_len, hi * 64)
         sees = kv_len - S_Q + 1 + token
         free_keys = gl.minimum(end, kv_len - S_Q + 1)  # keys up to here need no mask
         start = gl.load(page_starts + sequence)
-        follows, following0, following1 = _following(part_starts, kv_lens, page_starts, part, step, count, sequence)
         m = gl.full([64], NO_SCORE, gl.float32, VL)
         weight = gl.full([64], 0.0, gl.float32, VL)
         acc = gl.zeros([64, 256], gl.float32, AL)
-        if num_pairs > 0:
+        if tiles > 0:
             if ordered == 0:
                 page0 = gl.load(pages + start + lo)
-                page1 = gl.load(pages + start + gl.minimum(lo + 1, hi - 1))
+                second = (tiles > 1).to(gl.int32)
+                page1 = gl.load(pages + start + lo + second)
                 _order_queries(q_desc, q_rope_desc, qb, qL, qR, qr, sequence * rows + row0)
-                _order_half(k_desc, page0, 0, fL0, kL.index(0), kr.index(0), 1, False)
-                _order_half(k_desc, page1, 0, fL1, kL.index(1), kr.index(1), 1, True)
+                _expect_half(fL0, 1, False)
+                _expect_half(fL1, second, True)
+                _order_half(k_desc, k_rope_desc, page0, 0, fL0, kL0.index(0), kr0.index(0), 1, False)
+                _order_half(k_desc, k_rope_desc, page1, 0, fL1, kL1.index(0), kr1.index(0), second, True)
             mbarrier.wait(qb.index(0), asked & 1)
             asked += 1
-        for j in range(0, num_pairs):
-            page0, page1, there = _next_pages(pages, start, lo, hi, j, num_pairs, follows, following0, following1)
-            first_key = (lo + 2 * j) * 64
-            phase = it & 1
             s = gl.zeros([64, 64], gl.float32, SL)
-            s = _scores_of_half(qL, kL.index(0), fL0, phase, s)
-            s = _scores_of_half(qR, kR.index(0), fR0, phase, s)
-            s = warpgroup_mma(qr, kr.index(0).permute((1, 0)), s, is_async=True)
+            s = _scores_of_half(qL.index(0), kL0.index(0), fL0, it0 & 1, s, True)
+            s = _scores_of_half(qR.index(0), kR0.index(0), fR0, it0 & 1, s, False)
+            s = warpgroup_mma(qr.index(0), kr0.index(0).permute((1, 0)), s, is_async=True)
             s = warpgroup_mma_wait(0, (s,))
-            s = s * scale_log2
-            if first_key + 64 > free_keys:
-                s = _masked(s, first_key, key, end, sees, S_Q)
-            mx0 = gl.maximum(m, gl.max(s, 1))
-            M0.store(mx0)
-            cta_barrier()
-            mbarrier.arrive(mb.index(0), count=1)
-            p = gl.exp2(s - mx0[:, None])
-            a0 = gl.exp2(m - mx0)
-            weight = weight * a0 + gl.sum(p, 1)
-            acc = acc * gl.convert_layout(a0, WL)[:, None]
-            if first_key + 64 > end:
-                _zero_rows(kL.index(0), end - first_key, 256)
-            pb = gl.convert_layout(p.to(dtype), DL)
-            acc = warpgroup_mma(pb, kL.index(0), acc, is_async=True)
-            mbarrier.wait(mb.index(1), told & 1)
+            before_last = (tiles - 1) // 2  # pairs that another pair of the sequence follows
+            for j in range(0, before_last):
+                second = (2 * j + 3 < tiles).to(gl.int32)
+                page0 = gl.load(pages + start + lo + 2 * j + 2)
+                page1 = gl.load(pages + start + lo + 2 * j + 2 + second)
+                s, acc, m, weight = _left_pair(
+                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, 1, second,
+                    (lo + 2 * j) * 64, end, free_keys, sees, key, scale_log2, nothing,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    True, False, S_Q, dtype, SL, AL,
+                )  # fmt: skip
+                it0 += 1
+                it1 += 1
+                told += 1
+            follows, second, following0, following1 = _following(
+                part_starts, kv_lens, page_starts, part, step, count, sequence
+            )
+            page0 = gl.load(pages + following0, mask=follows > 0, other=0)
+            page1 = gl.load(pages + following1, mask=follows > 0, other=0)
+            if tiles % 2 == 0:
+                s, acc, m, weight = _left_pair(
+                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, follows, second,
+                    (lo + 2 * before_last) * 64, end, free_keys, sees, key, scale_log2, nothing,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    True, True, S_Q, dtype, SL, AL,
+                )  # fmt: skip
+                it1 += 1
+            else:
+                s, acc, m, weight = _left_pair(
+                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, follows, second,
+                    (lo + 2 * before_last) * 64, end, free_keys, sees, key, scale_log2, nothing,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    False, True, S_Q, dtype, SL, AL,
+                )  # fmt: skip
+            it0 += 1
             told += 1
-            mx1 = M1.load(VL)
-            a1 = gl.exp2(mx0 - mx1)
-            kr.index(0).store((p * a1[:, None]).to(dtype))
-            fence_async_shared()
-            cta_barrier()
-            mbarrier.arrive(mb.index(2), count=1)
-            acc, pb = warpgroup_mma_wait(0, (acc, pb))
-            cta_barrier()
-            _order_half(k_desc, page0, 0, fL0, kL.index(0), kr.index(0), there, False)
-            acc = acc * gl.convert_layout(a1, WL)[:, None]
-            weight = weight * a1
-            m = mx1
-            mbarrier.wait(mb.index(3), phase)
-            if first_key + 128 > end:
-                _zero_rows(kL.index(1), end - first_key - 64, 256)
-            acc = warpgroup_mma(kr.index(1), kL.index(1), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, (acc,))
-            cta_barrier()
-            _order_half(k_desc, page1, 0, fL1, kL.index(1), kr.index(1), there, True)
-            ordered = there
-            it += 1
-        if num_pairs > 0:
             M0.store(weight)
             cta_barrier()
-            mbarrier.arrive(mb.index(0), count=1)
-            mbarrier.wait(mb.index(1), told & 1)
+            mbarrier.arrive(mb[0], count=1)
+            mbarrier.wait(mb[1], told & 1)
             told += 1
             weight = weight + M1.load(VL)
+            ordered = follows
             if ordered > 0:
                 _order_queries(q_desc, q_rope_desc, qb, qL, qR, qr, (sequence + 1) * rows + row0)
         else:
@@ -277,96 +360,155 @@ def _left_warpgroup(
 
 
 @gluon.jit
+def _right_pair(
+    acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, there0, there1,
+    first_key, end, free_keys, sees, key, scale_log2, nothing,
+    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+    SECOND: gl.constexpr, LAST: gl.constexpr, S_Q: gl.constexpr, dtype: gl.constexpr,
+    SL: gl.constexpr, AL: gl.constexpr,
+):  # fmt: skip
+    """One pair of tiles, or a first tile alone: the scores of the second one, the right half of the values of both."""
+    zero = _fresh_zero(nothing)
+    qL, qR, qr = qL.index(zero), qR.index(zero), qr.index(zero)
+    kL0, kL1, kR0, kR1 = kL0.index(zero), kL1.index(zero), kR0.index(zero), kR1.index(zero)
+    kr0, kr1 = kr0.index(zero), kr1.index(zero)
+    DL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=AL, k_width=2)
+    VL: gl.constexpr = gl.SliceLayout(1, SL)
+    WL: gl.constexpr = gl.SliceLayout(1, AL)
+    if SECOND:
+        s = gl.zeros([64, 64], gl.float32, SL)
+        s = _scores_of_half(qR, kR1, fR1, it1 & 1, s, True)
+        s = _scores_of_half(qL, kL1, fL1, it1 & 1, s, False)
+        s = warpgroup_mma(qr, kr1.permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma_wait(0, (s,))
+        if LAST or S_Q > 1:
+            if first_key + 128 > free_keys:
+                s = _masked(s, first_key + 64, key, end, sees, S_Q)
+        mx = gl.max(s, 1) * scale_log2
+    mbarrier.wait(mb[0], told & 1)
+    mx1 = M0.load(VL)
+    if SECOND:
+        mx1 = gl.maximum(mx1, mx)
+        M1.store(mx1)
+    cta_barrier()
+    mbarrier.arrive(mb[1], count=1)
+    a = gl.exp2(m - mx1)
+    weight = weight * a
+    if SECOND:
+        p = gl.exp2(s * scale_log2 - mx1[:, None])
+        weight = weight + gl.sum(p, 1)
+        pq = p.to(dtype)
+    acc = acc * gl.convert_layout(a, WL)[:, None]
+    if SECOND:
+        if LAST:
+            if first_key + 128 > end:
+                _zero_rows(kR1, end - first_key - 64, 256)
+        pb = gl.convert_layout(pq, DL)
+        acc = warpgroup_mma(pb, kR1, acc, is_async=True)
+        kr1.store(pq)  # after the product has begun: it takes as long as a third of it
+        fence_async_shared()
+        cta_barrier()
+        mbarrier.arrive(mb[3], count=1)
+    _expect_half(fR1, there1, False)
+    _expect_half(fR0, there0, True)
+    mbarrier.wait(mb[2], it0 & 1)
+    if not SECOND:
+        if first_key + 64 > end:
+            _zero_rows(kR0, end - first_key, 256)
+    acc = warpgroup_mma(kr0, kR0, acc, is_async=True)
+    if SECOND:
+        acc, pb = warpgroup_mma_wait(1, (acc, pb))
+        cta_barrier()
+    _order_half(k_desc, k_rope_desc, page1, 256, fR1, kR1, kr1, there1, False)
+    acc = warpgroup_mma_wait(0, (acc,))
+    cta_barrier()
+    _order_half(k_desc, k_rope_desc, page0, 256, fR0, kR0, kr0, there0, True)
+    return acc, mx1, weight
+
+
+@gluon.jit
 def _right_warpgroup(
-    q_desc, q_rope_desc, k_desc, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse,
-    scale_log2, rows, qL, qR, qr, kL, kR, kr, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0,
+    q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse,
+    scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0, nothing,
     S_Q: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     AL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
-    DL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=AL, k_width=2)
     VL: gl.constexpr = gl.SliceLayout(1, SL)
-    WL: gl.constexpr = gl.SliceLayout(1, AL)
     key = gl.arange(0, 64, gl.SliceLayout(0, SL))
     token = (row0 + gl.arange(0, 64, VL)) // HEADS
     dtype: gl.constexpr = out.dtype.element_ty
     count = _num_stretches(part_starts, part)
-    it = 0
+    it0 = 0
+    it1 = 0
     told = 0
     asked = 0
     ordered = 0
     for step in range(0, count):
         sequence, kv_len, lo, hi, num_tiles = _stretch(part_starts, kv_lens, part, step)
-        num_pairs = (hi - lo + 1) // 2
+        tiles = hi - lo
         end = gl.minimum(kv_len, hi * 64)
         sees = kv_len - S_Q + 1 + token
         free_keys = gl.minimum(end, kv_len - S_Q + 1)
         start = gl.load(page_starts + sequence)
-        follows, following0, following1 = _following(part_starts, kv_lens, page_starts, part, step, count, sequence)
         m = gl.full([64], NO_SCORE, gl.float32, VL)
         weight = gl.full([64], 0.0, gl.float32, VL)
         acc = gl.zeros([64, 256], gl.float32, AL)
-        if num_pairs > 0:
+        if tiles > 0:
             if ordered == 0:
                 page0 = gl.load(pages + start + lo)
-                page1 = gl.load(pages + start + gl.minimum(lo + 1, hi - 1))
-                _order_half(k_desc, page1, 256, fR1, kR.index(1), kr.index(1), 1, False)
-                _order_half(k_desc, page0, 256, fR0, kR.index(0), kr.index(0), 1, True)
+                second = (tiles > 1).to(gl.int32)
+                page1 = gl.load(pages + start + lo + second)
+                _expect_half(fR1, second, False)
+                _expect_half(fR0, 1, True)
+                _order_half(k_desc, k_rope_desc, page1, 256, fR1, kR1.index(0), kr1.index(0), second, False)
+                _order_half(k_desc, k_rope_desc, page0, 256, fR0, kR0.index(0), kr0.index(0), 1, True)
             mbarrier.wait(qb.index(0), asked & 1)
             asked += 1
-        for j in range(0, num_pairs):
-            page0, page1, there = _next_pages(pages, start, lo, hi, j, num_pairs, follows, following0, following1)
-            first_key = (lo + 2 * j) * 64
-            phase = it & 1
-            s = gl.zeros([64, 64], gl.float32, SL)
-            s = _scores_of_half(qR, kR.index(1), fR1, phase, s)
-            s = _scores_of_half(qL, kL.index(1), fL1, phase, s)
-            s = warpgroup_mma(qr, kr.index(1).permute((1, 0)), s, is_async=True)
-            s = warpgroup_mma_wait(0, (s,))
-            s = s * scale_log2
-            if first_key + 128 > free_keys:
-                s = _masked(s, first_key + 64, key, end, sees, S_Q)
-            mx = gl.max(s, 1)
-            mbarrier.wait(mb.index(0), told & 1)
+            before_last = (tiles - 1) // 2  # pairs that another pair of the sequence follows
+            for j in range(0, before_last):
+                second = (2 * j + 3 < tiles).to(gl.int32)
+                page0 = gl.load(pages + start + lo + 2 * j + 2)
+                page1 = gl.load(pages + start + lo + 2 * j + 2 + second)
+                acc, m, weight = _right_pair(
+                    acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, 1, second,
+                    (lo + 2 * j) * 64, end, free_keys, sees, key, scale_log2, nothing,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    True, False, S_Q, dtype, SL, AL,
+                )  # fmt: skip
+                it0 += 1
+                it1 += 1
+                told += 1
+            follows, second, following0, following1 = _following(
+                part_starts, kv_lens, page_starts, part, step, count, sequence
+            )
+            page0 = gl.load(pages + following0, mask=follows > 0, other=0)
+            page1 = gl.load(pages + following1, mask=follows > 0, other=0)
+            if tiles % 2 == 0:
+                acc, m, weight = _right_pair(
+                    acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, follows, second,
+                    (lo + 2 * before_last) * 64, end, free_keys, sees, key, scale_log2, nothing,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    True, True, S_Q, dtype, SL, AL,
+                )  # fmt: skip
+                it1 += 1
+            else:
+                acc, m, weight = _right_pair(
+                    acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, follows, second,
+                    (lo + 2 * before_last) * 64, end, free_keys, sees, key, scale_log2, nothing,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    False, True, S_Q, dtype, SL, AL,
+                )  # fmt: skip
+            it0 += 1
             told += 1
-            mx1 = gl.maximum(M0.load(VL), mx)
-            M1.store(mx1)
-            cta_barrier()
-            mbarrier.arrive(mb.index(1), count=1)
-            p = gl.exp2(s - mx1[:, None])
-            a = gl.exp2(m - mx1)
-            weight = weight * a + gl.sum(p, 1)
-            m = mx1
-            pq = p.to(dtype)
-            kr.index(1).store(pq)
-            fence_async_shared()
-            cta_barrier()
-            mbarrier.arrive(mb.index(3), count=1)
-            acc = acc * gl.convert_layout(a, WL)[:, None]
-            if first_key + 128 > end:
-                _zero_rows(kR.index(1), end - first_key - 64, 256)
-            pb = gl.convert_layout(pq, DL)
-            acc = warpgroup_mma(pb, kR.index(1), acc, is_async=True)
-            mbarrier.wait(mb.index(2), phase)
-            if first_key + 64 > end:
-                _zero_rows(kR.index(0), end - first_key, 256)
-            acc = warpgroup_mma(kr.index(0), kR.index(0), acc, is_async=True)
-            acc, pb = warpgroup_mma_wait(1, (acc, pb))
-            cta_barrier()
-            _order_half(k_desc, page1, 256, fR1, kR.index(1), kr.index(1), there, False)
-            acc = warpgroup_mma_wait(0, (acc,))
-            cta_barrier()
-            _order_half(k_desc, page0, 256, fR0, kR.index(0), kr.index(0), there, True)
-            ordered = there
-            it += 1
-        if num_pairs > 0:
-            mbarrier.wait(mb.index(0), told & 1)
+            mbarrier.wait(mb[0], told & 1)
             told += 1
             theirs = M0.load(VL)
             M1.store(weight)
             cta_barrier()
-            mbarrier.arrive(mb.index(1), count=1)
+            mbarrier.arrive(mb[1], count=1)
             weight = weight + theirs
+            ordered = follows
         else:
             ordered = 0
         whole = (lo == 0) & (hi == num_tiles)
@@ -374,10 +516,25 @@ def _right_warpgroup(
 
 
 @gluon.jit
+def _four_barriers():
+    BL: gl.constexpr = mbarrier.MBarrierLayout()
+    b0 = gl.allocate_shared_memory(gl.int64, [1], BL)
+    b1 = gl.allocate_shared_memory(gl.int64, [1], BL)
+    b2 = gl.allocate_shared_memory(gl.int64, [1], BL)
+    b3 = gl.allocate_shared_memory(gl.int64, [1], BL)
+    mbarrier.init(b0, count=1)
+    mbarrier.init(b1, count=1)
+    mbarrier.init(b2, count=1)
+    mbarrier.init(b3, count=1)
+    return b0, b1, b2, b3
+
+
+@gluon.jit
 def _many_rows_kernel(
     q_desc, q_rope_desc,  # boxes [64, 256] and [64, 64] over [B * rows, 576]
-    k_desc,  # boxes [64, 64] over the pool as [num_pages * 64, 576]
+    k_desc, k_rope_desc,  # boxes [64, 256 / CHUNKS] and [64, 64] over the pool as [num_pages * 64, 576]
     pages, page_starts, kv_lens, part_starts, out, partial, partial_lse, scale_log2, rows,
+    nothing,  # 0, for _fresh_zero
     S_Q: gl.constexpr, HEADS: gl.constexpr, WORKER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Program (block of 64 rows, part)."""
@@ -387,27 +544,23 @@ def _many_rows_kernel(
     TL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     ML: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BL: gl.constexpr = mbarrier.MBarrierLayout()
-    kL = gl.allocate_shared_memory(dtype, [2, 64, 256], TL)
-    kR = gl.allocate_shared_memory(dtype, [2, 64, 256], TL)
-    kr = gl.allocate_shared_memory(dtype, [2, 64, 64], TL)
-    qL = gl.allocate_shared_memory(dtype, [64, 256], TL)
-    qR = gl.allocate_shared_memory(dtype, [64, 256], TL)
-    qr = gl.allocate_shared_memory(dtype, [64, 64], TL)
+    kL0 = gl.allocate_shared_memory(dtype, [1, 64, 256], TL)
+    kL1 = gl.allocate_shared_memory(dtype, [1, 64, 256], TL)
+    kR0 = gl.allocate_shared_memory(dtype, [1, 64, 256], TL)
+    kR1 = gl.allocate_shared_memory(dtype, [1, 64, 256], TL)
+    kr0 = gl.allocate_shared_memory(dtype, [1, 64, 64], TL)
+    kr1 = gl.allocate_shared_memory(dtype, [1, 64, 64], TL)
+    qL = gl.allocate_shared_memory(dtype, [1, 64, 256], TL)
+    qR = gl.allocate_shared_memory(dtype, [1, 64, 256], TL)
+    qr = gl.allocate_shared_memory(dtype, [1, 64, 64], TL)
     M0 = gl.allocate_shared_memory(gl.float32, [64], ML)
     M1 = gl.allocate_shared_memory(gl.float32, [64], ML)
-    fL0 = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], BL)
-    fL1 = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], BL)
-    fR0 = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], BL)
-    fR1 = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], BL)
-    mb = gl.allocate_shared_memory(gl.int64, [4, 1], BL)
+    fL0 = _four_barriers()
+    fL1 = _four_barriers()
+    fR0 = _four_barriers()
+    fR1 = _four_barriers()
+    mb = _four_barriers()
     qb = gl.allocate_shared_memory(gl.int64, [1, 1], BL)
-    for i in gl.static_range(CHUNKS):
-        mbarrier.init(fL0.index(i), count=1)
-        mbarrier.init(fL1.index(i), count=1)
-        mbarrier.init(fR0.index(i), count=1)
-        mbarrier.init(fR1.index(i), count=1)
-    for i in gl.static_range(4):
-        mbarrier.init(mb.index(i), count=1)
     mbarrier.init(qb.index(0), count=1)
     fence_async_shared()
     if PDL:
@@ -415,13 +568,13 @@ def _many_rows_kernel(
     gl.warp_specialize(
         [
             (_left_warpgroup, (
-                q_desc, q_rope_desc, k_desc, pages, page_starts, kv_lens, part_starts,
-                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL, kR, kr, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0,
+                q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts,
+                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0, nothing,
                 S_Q, HEADS,
             )),
             (_right_warpgroup, (
-                q_desc, q_rope_desc, k_desc, pages, page_starts, kv_lens, part_starts,
-                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL, kR, kr, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0,
+                q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts,
+                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0, nothing,
                 S_Q, HEADS,
             )),
         ],
@@ -599,5 +752,6 @@ def launch(
     _many_rows_kernel[(triton.cdiv(rows, 64), workspace.num_parts)](
         TensorDescriptor.from_tensor(flat_q, [64, 256], layout),
         TensorDescriptor.from_tensor(flat_q, [64, 64], layout),
-        k_rope, *common, scale_log2, rows, WORKER_REGISTERS=256, **sizes,
+        TensorDescriptor.from_tensor(tokens, [64, 256 // CHUNKS.value], layout),
+        k_rope, *common, scale_log2, rows, 0, WORKER_REGISTERS=256, **sizes,
     )  # fmt: skip
