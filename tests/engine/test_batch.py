@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.cache.pages import PagePool, Sequence
@@ -66,3 +67,16 @@ def test_every_row_has_its_own_slot() -> None:
         taken.update(slots)
         assert len(set(slots)) == len(slots)
         batch.commit()
+
+
+def test_a_sequence_with_too_few_pages_never_writes_to_those_of_its_neighbour(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = PagePool(8)
+    short, neighbour = Sequence(pool), Sequence(pool)
+    for sequence in (short, neighbour):
+        sequence.reserve(PAGE_TOKENS)
+        sequence.length = PAGE_TOKENS
+    monkeypatch.setattr(Sequence, "reserve", lambda self, count: None)
+    with pytest.raises(AssertionError, match="too few pages"):
+        build_batch([Work(short, [1], is_prompt=False), Work(neighbour, [2], is_prompt=False)], _split)

@@ -66,6 +66,10 @@ def build_batch(works: list[Work], planner: Planner) -> Batch:
     cached = np.asarray([w.sequence.length for w in ordered], np.int32)
     row_starts = _starts(num_rows)
     page_starts = _starts(np.asarray([len(w.sequence.pages) for w in ordered], np.int32))
+    # else a row would land on a page of the next sequence
+    assert (cached + num_rows <= np.diff(page_starts) * PAGE_TOKENS).all(), (
+        "a sequence has too few pages for its rows"
+    )
     pages = np.asarray([page for w in ordered for page in w.sequence.pages], np.int32)
     positions = np.arange(row_starts[-1], dtype=np.int32) + np.repeat(cached - row_starts[:-1], num_rows)
     page = pages[np.repeat(page_starts[:-1], num_rows) + positions // PAGE_TOKENS]
