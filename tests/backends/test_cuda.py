@@ -55,6 +55,23 @@ def test_interpreted_ops_keep_the_cache_in_blocks(cache_type: str, mla: str, tmp
     close(cuda_harness(path, **settings).logits(text, [3, 1]), Harness(path, **settings).logits(text, [3, 1]), 1e-5)
 
 
+def test_a_step_without_outputs_never_reads_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvfold.backends import cuda_ops
+
+    tiny = tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0)
+    harness = cuda_harness(write_gguf(tiny, tmp_path / "m.gguf"), mla="1")
+    linear, rows = cuda_ops.number_product.linear, []
+
+    def watched(x: Any, w: Any, out: Any, **options: Any) -> None:
+        rows.append(len(out))
+        linear(x, w, out, **options)
+
+    monkeypatch.setattr(cuda_ops.number_product, "linear", watched)
+    (logits,) = harness.step([Work(harness.sequence(), ids(3), is_prompt=True, outputs=0)])
+    assert logits.shape == (0, 272)
+    assert rows and min(rows) > 0
+
+
 def test_generated_rows_lose_what_plain_int8_loses(tmp_path: Path) -> None:
     """Plain rounds at the up-projections too, which a GPU multiplies unrounded."""
     tiny = tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0)

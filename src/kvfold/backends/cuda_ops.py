@@ -173,6 +173,8 @@ class CudaOps:
     def _multiply(self, x: Tensor, w: Matrix, dtype: torch.dtype) -> Tensor:
         """x @ w^T, [T, rows] of dtype: the compute type or float32."""
         out = torch.empty(len(x), w.rows, dtype=dtype, device=x.device)
+        if not len(x):  # the head of a step without outputs: no reason to read 0.4 GB (V2-Lite in bf16)
+            return out
         is_plain = w.is_plain(x.dtype)
         if number_product.serves(len(x), w):
             number_product.linear(x, w, out)
@@ -204,7 +206,9 @@ class CudaOps:
             key = id(x), id(part.matrix)
             if key not in self._products:
                 w = part.matrix
-                if isinstance(x, Normed) and not x.is_made and self._is_few(w):
+                if isinstance(x, Normed) and not x.is_made and not len(x.x.tensor):
+                    out = torch.empty(0, w.rows, dtype=dtype, device=self._backend.device)
+                elif isinstance(x, Normed) and not x.is_made and self._is_few(w):
                     out = torch.empty(len(x.x.tensor), w.rows, dtype=dtype, device=self._backend.device)
                     number_product.linear(x.x.tensor, w, out, norm=x.norm)
                 elif isinstance(x, Normed) and not x.is_made and self._rounds_few(w):
