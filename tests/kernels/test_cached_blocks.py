@@ -23,6 +23,10 @@ def rows(count: int, width: int) -> np.ndarray:
     x[3, 5], x[3, 70] = np.nan, -np.inf
     x[4, :64] = np.exp2(np.linspace(-20, 8.8, 64))  # every exponent of e4m3, and below
     x[5, -3:] = np.nan, 1e30, -1e-30
+    for i, largest in enumerate(
+        (2**-120, 1.8 * 2**-120, 2**-119, 1.9 * 2**-119, 2**-118, 1.8 * 2**-118)
+    ):  # near a zero scale
+        x[7 + i] = np.linspace(-largest, largest, width, dtype=np.float32)
     x[6, 0], x[6, 1:64] = 447.9, np.linspace(-448, 448, 63)
     return x
 
@@ -33,7 +37,7 @@ def test_what_is_appended_is_the_definition_bit_for_bit(blocks: Blocks, width: i
     x = rows(40, width)
     pool = torch.full((100, kind.columns(width)), 0xFF, dtype=torch.uint8, device=device)
     slots = np.random.default_rng(1).permutation(100)[:40]
-    slots[7] = -1  # padding
+    slots[13] = -1  # padding
     wide = torch.zeros(40, width + 5, device=device)  # rows of a wider matrix
     wide[:, :width] = torch.from_numpy(x)
     append_blocks(wide[:, :width], torch.from_numpy(slots).to(device), pool, blocks)

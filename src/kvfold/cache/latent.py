@@ -51,7 +51,8 @@ FP8_MOST_LEFT = 64
 """Numbers that fp8 may leave to bfloat16: so many take fewer bytes than a group, and bytes alone tell what a row is."""
 
 _Q8_BYTES = 2 + Q8_BLOCK
-_TINY = np.float32(2.0**-120)  # below it 127 / largest is not finite; a float16 scale is 0 far above it
+_Q8_TINY = np.float32(2.0**-120)  # below it 127 / largest is not finite; a float16 scale is 0 far above it
+_FP8_TINY = np.float32(2.0**-118)  # its scale is 2^-126, the least normal number; a group below it is zero
 _FP8_GROUP_BYTES = FP8_GROUP + 4
 _FP8_LARGEST = 448  # of e4m3
 
@@ -92,7 +93,7 @@ def encode(values: Floats, cache_type: CacheType) -> NDArray[np.generic]:
     """float32 [.., n] -> `storage` [.., columns(n)], rounded to nearest even.
 
     q8_0: scale = largest / 127 in float32, kept as float16; code = value * (1 / scale in float32), a half away from
-    zero. fp8: scale = the least power of two with largest / scale <= 448. A value that is not finite makes the scale of
+    zero. fp8: scale = the least power of two with largest / scale <= 448, 0 where largest < 2^-118. A value that is not finite makes the scale of
     its block or group NaN.
     """
     if cache_type is CacheType.BF16:
@@ -104,7 +105,7 @@ def encode(values: Floats, cache_type: CacheType) -> NDArray[np.generic]:
     blocks = np.ascontiguousarray(values).reshape(*values.shape[:-1], values.shape[-1] // Q8_BLOCK, Q8_BLOCK)
     largest = np.abs(blocks).max(-1, keepdims=True)
     finite = np.isfinite(largest)
-    used = finite & (largest >= _TINY)
+    used = finite & (largest >= _Q8_TINY)
     scale = np.where(used, largest, 127) / np.float32(127)
     exact = np.where(used, blocks, 0) * (np.float32(1) / scale)
     raw = np.empty((*blocks.shape[:-1], _Q8_BYTES), np.uint8)
@@ -122,7 +123,7 @@ def _encode_fp8(values: Floats) -> NDArray[np.uint8]:
     groups = np.ascontiguousarray(values[..., :coded]).reshape(*values.shape[:-1], coded // FP8_GROUP, FP8_GROUP)
     largest = np.abs(groups).max(-1, keepdims=True)
     finite = np.isfinite(largest)
-    used = finite & (largest >= _TINY)
+    used = finite & (largest >= _FP8_TINY)
     # largest / 448 = fraction * 2^exponent with 0.5 <= fraction < 1; one half is a power of two itself
     fraction, exponent = np.frexp(np.where(used, largest, _FP8_LARGEST).astype(np.float64) / _FP8_LARGEST)
     scale = np.ldexp(np.float32(1), np.where(fraction == 0.5, exponent - 1, exponent))

@@ -23,7 +23,8 @@ from kvfold.kernels.overlap import overlaps, wait_for_inputs
 Blocks = Literal["q8_0", "fp8"]
 
 PAGE_TOKENS = 64
-TINY = tl.constexpr(2.0**-120)  # a block below it is zero
+TINY_Q8_0 = tl.constexpr(2.0**-120)  # a block below it is zero
+TINY_FP8 = tl.constexpr(2.0**-118)  # and a group: its scale, 2^-126, is the least normal number
 HALF_OF_SHIFT = tl.constexpr(
     2.0**60
 )  # the exponents of e4m3 and float32 differ by 120: as one factor beside a scale it may overflow
@@ -76,8 +77,8 @@ def load_bfloat16(at, mask):
 
 
 @triton.jit
-def _largest(x):
-    """Of each row of x [B, N]: the largest magnitude, whether every number is finite, and whether there is any to round."""
+def _largest(x, TINY: tl.constexpr):
+    """Of each row of x [B, N]: the largest magnitude, whether every number is finite, and whether it reaches TINY."""
     largest = tl.max(tl.abs(x), 1)
     finite = tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, 1) == 0
     return largest, finite, finite & (largest >= TINY)
@@ -96,7 +97,7 @@ def _append_q8_0(x, x_stride, slots, pool, row_bytes, num_blocks, BLOCKS: tl.con
         v = tl.load(x + t * x_stride + block[:, None] * 32 + i[None, :], mask=real[:, None], other=0.0).to(
             tl.float32
         )
-        largest, finite, used = _largest(v)
+        largest, finite, used = _largest(v, TINY_Q8_0)
         scale = tl.div_rn(tl.where(used, largest, 127.0), tl.full([BLOCKS], 127.0, tl.float32))
         inverse = tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), scale)
         exact = tl.where(used[:, None], v, 0.0) * inverse[:, None]
@@ -113,7 +114,7 @@ def _append_q8_0(x, x_stride, slots, pool, row_bytes, num_blocks, BLOCKS: tl.con
 def _round_group(x, codes, scale_at):
     i = tl.arange(0, 128)
     v = tl.load(x + i).to(tl.float32)[None, :]
-    largest, finite, used = _largest(v)
+    largest, finite, used = _largest(v, TINY_FP8)
     # 448 = 1.75 * 2^8, so scale = 2^(e - 8) up to a mantissa of 1.75, twice that above
     bits = tl.where(used, largest, 448.0).to(tl.int32, bitcast=True)
     exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
