@@ -104,7 +104,11 @@ def test_native_has_no_fp8_and_names_what_serves(tmp_path: Path, monkeypatch: py
         SettingError, match=r"native: keeps its cache in f16, q8_0 \(smaller and more exact than fp8\)"
     ):
         LLM(path, backend="native", cache_type="fp8")
-    assert LLM(path, cache_type="fp8", n_ctx=64).loaded.choice.candidate.name == "plain"
+    with pytest.raises(
+        SettingError, match=r"native: .* q8_0 \(smaller .* plain: .* only where backend=plain is asked for"
+    ):
+        LLM(path, cache_type="fp8", n_ctx=64)
+    assert LLM(path, backend="plain", cache_type="fp8", n_ctx=64).loaded.choice.candidate.name == "plain"
 
 
 @pytest.mark.parametrize("mla", ["1", "2", "3"])
