@@ -46,6 +46,18 @@ def test_a_gguf_file_shows_metadata_types_and_cache(synth_gguf: Path) -> None:
     assert found.backend
 
 
+def test_a_cache_type_that_a_model_cannot_have_has_no_bytes(tmp_path: Path) -> None:
+    """Latents of 32 + 16 numbers fill no blocks of q8_0, heads of 24 + 16 none either, and fp8 wants groups of 128."""
+    found = inspect_file(
+        write_gguf(tiny_model("v2-lite", kv_lora_rank=96, qk_rope_head_dim=64), tmp_path / "m.gguf")
+    )
+    assert {c.cache_type: c.latent_bytes is not None for c in found.cache} == {
+        "f32": True, "f16": True, "bf16": True, "q8_0": True, "fp8": False
+    }  # fmt: skip
+    narrow = inspect_file(write_gguf(tiny_model("v2-lite"), tmp_path / "n.gguf"))
+    assert [c.cache_type for c in narrow.cache if c.latent_bytes] == ["f32", "f16", "bf16"]
+
+
 def test_a_directory_shows_the_same_model(tmp_path: Path) -> None:
     directory = write_hf_dir(tiny_model("v3"), tmp_path / "hf", dtype="float8_e4m3fn", shards=2)
     found = inspect_file(directory)

@@ -73,11 +73,14 @@ class TypeUse:
 
 @dataclass(frozen=True)
 class CacheCost:
-    """Bytes a token takes in the cache, all layers together."""
+    """Bytes a token takes in the cache, all layers together; None where it cannot be in this type.
+
+    full_bytes: of per-head keys and values, which mla=0 caches
+    """
 
     cache_type: str
-    latent_bytes: int
-    full_bytes: int | None  # per-head keys and values: what mla=0 caches; None where it cannot in this type
+    latent_bytes: int | None
+    full_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -147,15 +150,14 @@ def inspect_file(path: Path) -> Inspection:
 def cache_costs(config: ModelConfig) -> Iterable[CacheCost]:
     """Latent against full cache in every number format."""
     for cache_type in CacheType:
-        yield CacheCost(
-            cache_type.value,
-            CacheLayout.latent(config, cache_type).bytes_per_token,
-            _full_bytes_per_token(config, cache_type),
-        )
+        latent = CacheLayout.latent(config, cache_type)
+        held = latent.bytes_per_token if latent.holds(config.mla) else None
+        yield CacheCost(cache_type.value, held, _full_bytes_per_token(config, cache_type))
 
 
 def _full_bytes_per_token(config: ModelConfig, cache_type: CacheType) -> int | None:
-    return None if cache_type.is_latent_only else CacheLayout.standard(config, cache_type).bytes_per_token
+    full = CacheLayout.standard(config, cache_type)
+    return full.bytes_per_token if full.holds(config.mla) else None
 
 
 @dataclass(frozen=True)

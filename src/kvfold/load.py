@@ -197,21 +197,20 @@ def embedded_model() -> Path:
 
 
 def cache_layout(config: ModelConfig, settings: Settings) -> CacheLayout:
-    make = CacheLayout.standard if settings.mla is Mla.STANDARD else CacheLayout.latent
-    layout = make(config, settings.cache_type)
+    layout = _layout_of(config, settings, settings.cache_type)
     layout.check_blocks(config.mla)
     return layout
 
 
+def _layout_of(config: ModelConfig, settings: Settings, cache_type: CacheType) -> CacheLayout:
+    make = CacheLayout.standard if settings.mla is Mla.STANDARD else CacheLayout.latent
+    return make(config, cache_type)
+
+
 def _cache_sizes(config: ModelConfig, settings: Settings) -> dict[CacheType, int]:
     """Bytes per token of every cache type that this model can have."""
-    sizes = {}
-    for cache_type in CacheType:
-        try:
-            sizes[cache_type] = cache_layout(config, replace(settings, cache_type=cache_type)).bytes_per_token
-        except SettingError:
-            continue
-    return sizes
+    layouts = [_layout_of(config, settings, cache_type) for cache_type in CacheType]
+    return {layout.cache_type: layout.bytes_per_token for layout in layouts if layout.holds(config.mla)}
 
 
 def default_context(config: ModelConfig, layout: CacheLayout) -> int:

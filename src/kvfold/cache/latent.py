@@ -218,6 +218,14 @@ class CacheLayout:
                 f"f16 or bf16."
             )
 
+    def holds(self, mla: MlaConfig) -> bool:
+        """Whether `check_blocks` has nothing against it."""
+        try:
+            self.check_blocks(mla)
+        except SettingError:
+            return False
+        return True
+
     @property
     def bytes_per_token(self) -> int:
         return self.num_layers * sum(self.cache_type.row_bytes(dim) for dim in self.row_dims)

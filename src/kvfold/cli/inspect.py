@@ -64,9 +64,9 @@ def _show(console: Console, found: Inspection) -> None:
             [
                 (
                     c.cache_type,
-                    f"{c.latent_bytes:,}",
-                    "" if c.full_bytes is None else f"{c.full_bytes:,}",
-                    "" if c.full_bytes is None else f"{c.full_bytes / c.latent_bytes:.1f}",
+                    "-" if c.latent_bytes is None else f"{c.latent_bytes:,}",
+                    "-" if c.full_bytes is None else f"{c.full_bytes:,}",
+                    f"{c.full_bytes / c.latent_bytes:.1f}" if c.full_bytes and c.latent_bytes else "-",
                 )
                 for c in found.cache
             ],
