@@ -177,6 +177,14 @@ def test_blocks_under_16_bit_queries(heads: int, s_q: int, blocks: Blocks) -> No
     )
 
 
+def test_a_form_that_cannot_read_blocks_refuses_them() -> None:
+    case = Case(2, [65], kv_lora=128, rope=64, dtype=torch.bfloat16, blocks="fp8")
+    with pytest.raises(
+        ValueError, match="required is a pool of fp8, supported are bfloat16 and float16, missing is fp8"
+    ):
+        case.run(form="gluon")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("s_q", [1, 2])

@@ -105,8 +105,13 @@ def mla_decode(
 
     Queries and the weights of values are rounded to the type of `out`; cached rows are converted to it; sums are
     float32. A row that sees no key (kv_len 0: padding) gets zeros. `blocks` is the format of a pool of bytes
-    (kernels/cached_blocks.py). `form` forces a kernel.
+    (kernels/cached_blocks.py). `form` forces a kernel; ValueError where it cannot read such a pool.
     """
+    if form == "gluon" and blocks is not None:
+        raise ValueError(
+            f"form=gluon: required is a pool of {blocks}, supported are bfloat16 and float16, missing is {blocks}: "
+            f"leave form out, or use form=triton."
+        )
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
     if form is None:
         form = "gluon" if hopper and _gluon_serves(q, pool, out, kv_lora) else "triton"
