@@ -262,6 +262,12 @@ def test_a_v3_file_of_two_layers_plans_as_the_paper_counts(tmp_path: Path) -> No
     assert report.backend.name
 
 
+def test_a_plan_is_of_the_instruction_set_that_is_asked_for(synth_gguf: Path) -> None:
+    report = plan_report(open_checkpoint(synth_gguf), settings(isa="generic"), batch_rows=64)
+    assert all(c.rows == crossover_rows(report.config.mla, c.depth) for c in report.crossovers)
+    assert "arithmetic profile" in report.phases[0].reason
+
+
 def test_a_context_of_one_token_has_a_plan(synth_gguf: Path) -> None:
     report = plan_report(open_checkpoint(synth_gguf), settings(n_ctx=1), batch_rows=2048)
     assert [p.new_rows for p in report.phases] == [1, 1, 1, 1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvfold.backends.choose import Candidate, Needs, choose_backend, types_of
+from kvfold.backends.choose import Choice, Needs, choose_backend, types_of
 from kvfold.cache.latent import CacheLayout, CacheType
 from kvfold.config import ModelConfig
 from kvfold.errors import KvfoldError
@@ -305,8 +305,9 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
     step; None: what memory allows."""
     config = checkpoint.config
     needs = needs_of(checkpoint, settings)
-    candidate, backend = _backend(settings, needs)
-    machine = ARITHMETIC if candidate is None else candidate.profile()
+    choice, backend = _backend(settings, needs)
+    candidate = None if choice is None else choice.candidate
+    machine = ARITHMETIC if choice is None else choice.profile
     own_memory = None if candidate is None else candidate.free_bytes
     free_bytes = available_memory_bytes() if own_memory is None else own_memory(settings.device)
     if candidate is None:
@@ -440,9 +441,9 @@ def _windows(new_rows: int, cached_rows: int, batch_rows: int) -> list[tuple[int
     return [(min(batch_rows, new_rows - start), cached_rows + start) for start in range(0, new_rows, batch_rows)]
 
 
-def _backend(settings: Settings, needs: Needs) -> tuple[Candidate | None, BackendReport]:
+def _backend(settings: Settings, needs: Needs) -> tuple[Choice | None, BackendReport]:
     try:
         choice = choose_backend(settings.backend, needs)
     except KvfoldError as error:
         return None, BackendReport("", str(error), ())
-    return choice.candidate, BackendReport(choice.candidate.name, choice.reason, choice.refused)
+    return choice, BackendReport(choice.candidate.name, choice.reason, choice.refused)

@@ -166,8 +166,7 @@ class Loaded:
     moving: MovingWeights | None
 
     def plan(self, new_rows: int, cached_rows: int, is_prompt: bool) -> MlaPlan:
-        profile = self.choice.candidate.profile()
-        return plan_for(self.model.config, self.settings, new_rows, cached_rows, is_prompt, profile)
+        return plan_for(self.model.config, self.settings, new_rows, cached_rows, is_prompt, self.choice.profile)
 
 
 def plan_for(

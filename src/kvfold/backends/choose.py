@@ -131,7 +131,7 @@ class Candidate:
     name: str
     refusals: Callable[[Needs], list[str]]  # empty: it can run
     build: Callable[[DeepseekModel, Weights, PagedCache, Machine], Backend]
-    profile: Callable[[], MachineProfile] = lambda: ARITHMETIC
+    profile: Callable[[Needs], MachineProfile] = lambda needs: ARITHMETIC
     shuns: Callable[[Needs], list[str]] = lambda needs: []
     free_bytes: Callable[[str], int] | None = None
     moves_weights: bool = False
@@ -139,7 +139,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
+    """profile: what the plan knows of the machine under the settings that were chosen for."""
+
     candidate: Candidate
+    profile: MachineProfile
     reason: str
     refused: tuple[tuple[str, tuple[str, ...]], ...]  # (name, reasons) of those that were passed over
 
@@ -222,11 +225,11 @@ def _native_refusals(needs: Needs) -> list[str]:
     return reasons
 
 
-def native_profile() -> MachineProfile:
-    """Of the instruction set in use."""
+def native_profile(isa: str = "auto") -> MachineProfile:
+    """Of an instruction set, one of ISAS; auto: the one in use."""
     from kvfold import _native
 
-    return CPU.get(_native.isa(), ARITHMETIC)
+    return CPU.get(_native.isa() if isa == "auto" else isa, ARITHMETIC)
 
 
 def _native_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machine: Machine) -> Backend:
@@ -283,8 +286,8 @@ def _plain_build(model: DeepseekModel, weights: Weights, cache: PagedCache, mach
 
 
 CANDIDATES = (
-    Candidate("cuda", _cuda_refusals, _cuda_build, lambda: H200, free_bytes=_cuda_free_bytes),
-    Candidate("native", _native_refusals, _native_build, native_profile, moves_weights=True),
+    Candidate("cuda", _cuda_refusals, _cuda_build, lambda needs: H200, free_bytes=_cuda_free_bytes),
+    Candidate("native", _native_refusals, _native_build, lambda needs: native_profile(needs.native.isa), moves_weights=True),
     Candidate("plain", _plain_refusals, _plain_build, shuns=_plain_shuns),
 )
 
@@ -308,7 +311,7 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
             reasons += candidate.shuns(needs)
         if not reasons:
             reason = "requested" if requested != "auto" else "the first that runs this model"
-            return Choice(candidate, reason, tuple(refused))
+            return Choice(candidate, candidate.profile(needs), reason, tuple(refused))
         refused.append((candidate.name, tuple(reasons)))
     sentence = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused)
     error = MissingExtra if any("pip install" in r for _, reasons in refused for r in reasons) else SettingError
