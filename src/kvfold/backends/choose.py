@@ -225,10 +225,13 @@ def _native_refusals(needs: Needs) -> list[str]:
     return reasons
 
 
-def native_profile(isa: str = "auto") -> MachineProfile:
-    """Of an instruction set, one of ISAS; auto: the one in use."""
+def native_profile(isa: str = "auto", dtype: str = "int8") -> MachineProfile:
+    """Of an instruction set, one of ISAS; auto: the one in use. The rates were measured in dtype int8 over a q8_0 cache,
+    and serve its other cache types too; float32 has other kernels, whose rates nobody measured."""
     from kvfold import _native
 
+    if dtype not in ("auto", "int8"):
+        return ARITHMETIC
     return CPU.get(_native.isa() if isa == "auto" else isa, ARITHMETIC)
 
 
@@ -287,7 +290,13 @@ def _plain_build(model: DeepseekModel, weights: Weights, cache: PagedCache, mach
 
 CANDIDATES = (
     Candidate("cuda", _cuda_refusals, _cuda_build, lambda needs: H200, free_bytes=_cuda_free_bytes),
-    Candidate("native", _native_refusals, _native_build, lambda needs: native_profile(needs.native.isa), moves_weights=True),
+    Candidate(
+        "native",
+        _native_refusals,
+        _native_build,
+        lambda needs: native_profile(needs.native.isa, needs.dtype),
+        moves_weights=True,
+    ),
     Candidate("plain", _plain_refusals, _plain_build, shuns=_plain_shuns),
 )
 
