@@ -262,8 +262,10 @@ def test_a_v3_file_of_two_layers_plans_as_the_paper_counts(tmp_path: Path) -> No
     assert report.backend.name
 
 
-def test_a_plan_is_of_the_instruction_set_that_is_asked_for(synth_gguf: Path) -> None:
-    report = plan_report(open_checkpoint(synth_gguf), settings(isa="generic"), batch_rows=64)
+@pytest.mark.parametrize("chosen", [{"isa": "generic"}, {"dtype": "float32", "backend": "native"}])
+def test_a_plan_has_measured_rates_only_for_what_was_measured(chosen: dict[str, str], synth_gguf: Path) -> None:
+    """Whatever instruction set is in use."""
+    report = plan_report(open_checkpoint(synth_gguf), settings(**chosen), batch_rows=64)
     assert all(c.rows == crossover_rows(report.config.mla, c.depth) for c in report.crossovers)
     assert "arithmetic profile" in report.phases[0].reason
 

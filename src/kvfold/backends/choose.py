@@ -265,7 +265,7 @@ def _plain_refusals(needs: Needs) -> list[str]:
 
 
 def _plain_shuns(needs: Needs) -> list[str]:
-    """Native is 10 and more times as fast, and its q8_0 beats fp8 in bytes and bits."""
+    """Native's refusal names what serves better: q8_0."""
     if needs.cache_type is CacheType.FP8:
         return ["with cache_type=fp8 it runs only where backend=plain is asked for"]
     return []
