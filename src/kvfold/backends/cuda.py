@@ -23,8 +23,8 @@ from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep, on_de
 from kvfold.backends.cuda_weights import DeviceWeights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import Cancelled
+from kvfold.kernels import ceilings
 from kvfold.kernels.cached_blocks import Blocks
-from kvfold.kernels.ceilings import Ceilings
 from kvfold.kernels.likeliest import likeliest, take_chosen
 from kvfold.kernels.mla_decode import DecodeWorkspace
 from kvfold.mla.plan import Path
@@ -89,7 +89,6 @@ class CudaBackend:
         positions = np.arange(cache.num_pages * PAGE_TOKENS, dtype=np.int32)
         self.cos, self.sin = (torch.from_numpy(a).to(device) for a in cos_sin(model.config.rope, positions))
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # number_product.route_gate_up's
-        self._ceilings: Ceilings | None = None
         self._graphs = _Graphs(self) if captures and device.type == "cuda" and not model.standard else None
 
     @property
@@ -103,11 +102,9 @@ class CudaBackend:
 
     def ceilings(self) -> tuple[float, dict[str, float]]:
         """Bytes read a second, and multiply-adds a second by kind of operand, measured now."""
-        if self._ceilings is None:
-            self._ceilings = Ceilings(self.device)
         kinds = {"bf16": torch.bfloat16, "f32": torch.float32}
-        rates = {kind: self._ceilings.multiply_adds(dtype) for kind, dtype in kinds.items()}
-        return self._ceilings.read_rate(), rates
+        rates = {kind: ceilings.multiply_adds(self.device, dtype) for kind, dtype in kinds.items()}
+        return ceilings.read_rate(self.device), rates
 
     def chooses(self, step: Step) -> bool:
         return self._graphs is not None and self._graphs.chooses(step)

@@ -1,4 +1,7 @@
-"""What a GPU does at most, for shares of it: reads of memory past every cache, and products of square matrices."""
+"""What a GPU does at most, for shares of it: reads of memory past every cache, and products of square matrices.
+
+Memory is taken for a measurement and given back after it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kvfold.errors import SettingError
+
 READ_BYTES = 2 << 30  # 40 times the second-level cache of an H200
 MATRIX = 8192
+LEAST_BYTES = 1 << 30  # three matrices in float32 take 0.8 GB, and the library's product some for itself
 _BLOCK, _TURNS = 2048, 16
 
 
@@ -22,29 +28,49 @@ def _sum(x, out, BLOCK: tl.constexpr, TURNS: tl.constexpr):
     tl.store(out + tl.program_id(0), tl.sum(total, 0))
 
 
-class Ceilings:
-    """Buffers on a device and what reading and multiplying them takes. Takes up to READ_BYTES, or half of what is free."""
+def read_rate(device: torch.device) -> float:
+    """Bytes a second of a kernel that only reads READ_BYTES, or half of what is free. SettingError: too little is free."""
 
-    def __init__(self, device: torch.device) -> None:
-        free, _ = torch.cuda.mem_get_info(device)
-        self._programs = min(READ_BYTES, free // 2) // (4 * _BLOCK * _TURNS)
-        self._numbers = torch.zeros(self._programs * _BLOCK * _TURNS, device=device)
-        self._sums = torch.empty(self._programs, device=device)
-        self.read_rate()  # compiles
+    def measure(free_bytes: int) -> float:
+        programs = min(READ_BYTES, free_bytes // 2) // (4 * _BLOCK * _TURNS)
+        numbers = torch.zeros(programs * _BLOCK * _TURNS, device=device)
+        sums = torch.empty(programs, device=device)
 
-    def read_rate(self) -> float:
-        """Bytes a second of a kernel that only reads."""
-        grid = (self._programs,)
-        seconds = _seconds(lambda: _sum[grid](self._numbers, self._sums, BLOCK=_BLOCK, TURNS=_TURNS, num_warps=8))
-        return self._numbers.nbytes / seconds
+        def read() -> None:
+            _sum[(programs,)](numbers, sums, BLOCK=_BLOCK, TURNS=_TURNS, num_warps=8)
 
-    def multiply_adds(self, dtype: torch.dtype) -> float:
-        """A second, of the library's product of two matrices of `dtype` with 8192 rows and columns."""
+        read()  # compiles
+        return numbers.nbytes / _seconds(read)
+
+    return _given_back(device, measure)
+
+
+def multiply_adds(device: torch.device, dtype: torch.dtype) -> float:
+    """A second, of the library's product of two matrices of `dtype` with 8192 rows and columns. SettingError: too little
+    is free."""
+
+    def measure(free_bytes: int) -> float:
         # numbers as they occur: of zeros the product runs faster, at less power
-        a, b = (torch.randn(MATRIX, MATRIX, device=self._numbers.device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         torch.mm(a, b, out=out)
         return MATRIX**3 / _seconds(lambda: torch.mm(a, b, out=out))
+
+    return _given_back(device, measure)
+
+
+def _given_back(device: torch.device, measure: Callable[[int], float]) -> float:
+    """What `measure` finds, given the bytes that are free; its own go back to the device."""
+    free: int = torch.cuda.mem_get_info(device)[0]
+    if free < LEAST_BYTES:
+        raise SettingError(
+            f"The ceilings of {device} are measured in {LEAST_BYTES / 1e9:.2f} GB of its memory and {free / 1e9:.2f} GB are "
+            f"free, {(LEAST_BYTES - free) / 1e9:.2f} GB are missing: use a smaller context (n_ctx) or a smaller type of the model."
+        )
+    try:
+        return measure(free)
+    finally:
+        torch.cuda.empty_cache()
 
 
 def _seconds(call: Callable[[], object]) -> float:
