@@ -112,15 +112,17 @@ def test_a_package_that_is_too_old_is_named_with_the_one_needed(
         LLM(device="cuda")
 
 
-def test_a_gpu_that_takes_no_work_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["RuntimeError", "DeferredCudaCallError"])
+def test_a_gpu_that_takes_no_work_says_so(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
+    error = {"RuntimeError": RuntimeError, "DeferredCudaCallError": torch.cuda.DeferredCudaCallError}[kind]
     monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER,)))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def refuse(index: int) -> tuple[int, int]:
-        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might")
+        raise error("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
     assert gpu.refusals("cuda") == [

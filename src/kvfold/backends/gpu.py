@@ -135,7 +135,7 @@ def refusals(device: str) -> list[str]:
         ]
     try:
         free_bytes(device)
-    except RuntimeError as error:
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         return [f"{gpu.name} takes no work: {str(error).splitlines()[0]}"]
     return []
 
