@@ -181,7 +181,6 @@ struct PairTile {
   }
 
   static constexpr int64_t kChunk = 32;  // numbers rounded at a time
-  static constexpr int64_t kChunkWords = kChunk / kNumbers;
 
   // `count` vectors of numbers, `stride` apart, to words [words of dim][width]: rounded where they lie and
   // turned four words at a time. Vectors of lanes may be longer than a group is wide, or not divide it: each
