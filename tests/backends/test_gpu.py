@@ -133,7 +133,6 @@ def test_a_gpu_that_takes_no_work_says_so(kind: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"dtype": "int8"}, "cuda: computes in bfloat16 and float32 only"),
         ({"deterministic": True}, r"cuda: has no deterministic \(native has, on device=cpu\)"),
         ({"profile": True}, "cuda: has no profile"),
         ({"check_numerics": True}, "cuda: has no check_numerics"),
