@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kit.tiny_models import tiny_model, write_hf_dir
 from kvfold import _native
 from kvfold.bench.measure import (
     MOST_DISCARDED,
@@ -25,7 +23,7 @@ from kvfold.bench.measure import (
 from kvfold.bench.report import markdown, row
 from kvfold.bench.sweep import Result, Variant
 from kvfold.cache.latent import decode
-from kvfold.formats.checkpoint import Checkpoint, open_checkpoint
+from kvfold.formats.checkpoint import Checkpoint
 from kvfold.formats.synthetic import SHAPES, synthetic_checkpoint
 from kvfold.load import Loaded, Settings, load
 from kvfold.mla.plan import Path, multiply_adds
@@ -247,17 +245,3 @@ def test_a_device_is_given_its_cached_rows_and_measured_by_its_own_ceilings(chec
     lines = list(markdown(found))
     assert any("ceilings of NVIDIA H200" in line and "bf16 350000 GMAC/s" in line for line in lines)
     assert "int8" not in "".join(lines)
-
-
-def test_prompts_of_fp8_weights_on_a_device_say_that_their_share_is_of_bf16(tmp_path: FilePath) -> None:
-    file = open_checkpoint(write_hf_dir(tiny_model("v2-lite"), tmp_path / "m", dtype="float8_e4m3fn"))
-    case = Case(8, 0, 0)
-    for dtype, expected in (("auto", "fp8"), ("float32", None)):
-        settings = Settings.parse(threads=1, n_ctx=context_for([case]), backend="native", dtype=dtype)
-        loaded = load(file, settings)
-        rig = Rig(replace(loaded, backend=Device(loaded)), [case], batch_rows=64)  # type: ignore[arg-type]
-        sample, _ = rig.sample(case)
-        found = row(Result(Variant(settings, 64), rig.loaded, rig.meter.peak_isa, case, (sample,), (), ()))
-        assert found.get("beside_ceiling") == expected
-        told = "the share is of bf16; matrices in fp8" in "".join(markdown([found]))
-        assert told == (expected is not None)

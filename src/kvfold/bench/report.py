@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvfold import __version__
-from kvfold.backends.choose import OnDevice, types_of
+from kvfold.backends.choose import OnDevice
 from kvfold.backends.profile import merged
 from kvfold.bench import profile
 from kvfold.bench.measure import PEAKS, Case, Sample
@@ -34,8 +34,7 @@ def row(result: Result) -> dict[str, Any]:
     Ours: rates and shares are those of `bound_by`, multiply-adds for prompts ("int8", on a GPU "bf16" or "f32"), bytes
     "read" for generation; a share is a sample's rate over the ceiling measured just after it, and `share` the median of them. token_ms and
     read_ms pool all generated tokens, and all reads of a token's weights that were made beside them. ratio_to_best is
-    the median over the rounds of ours over the fastest opponent's. beside_ceiling, where it is there: the kind of operand
-    that products of the case are made in although `bound_by` is another, because no ceiling of it is measured.
+    the median over the rounds of ours over the fastest opponent's.
     """
     loaded, settings, case = result.loaded, result.variant.settings, result.case
     ns = [sample.run.ns for sample in result.samples]
@@ -83,8 +82,6 @@ def row(result: Result) -> dict[str, Any]:
         "disk_reads": [asdict(sample.disk) for sample in result.samples if sample.disk],
         "discarded": [asdict(sample) for sample in result.discarded],
     }
-    if kind := beside_ceiling(result):
-        values["beside_ceiling"] = kind
     if case.n_gen:
         values["token_ms"] = quantiles(ns for sample in result.samples for ns in sample.run.token_ns)
         values["read_ms"] = quantiles(ns for sample in result.samples for ns in sample.ceilings.read_ns)
@@ -104,13 +101,6 @@ def bound_by(result: Result) -> str:
     if isinstance(result.loaded.backend, OnDevice):
         return "f32" if result.variant.settings.dtype == "float32" else "bf16"
     return "int8"
-
-
-def beside_ceiling(result: Result) -> str:
-    """Of prompts on a GPU, which rounds their rows to fp8 for fp8 weights (dtype auto and int8): "fp8". Else empty."""
-    types = types_of(result.loaded.checkpoint.tensors.values())
-    rounds = bound_by(result) == "bf16" and result.variant.settings.dtype in ("auto", "int8")
-    return "fp8" if rounds and any(type.name == "F8_E4M3" for type in types) else ""
 
 
 def shares_of(result: Result) -> list[float]:
@@ -286,11 +276,6 @@ def _remarks(rows: list[dict[str, Any]]) -> Iterator[str]:
     if any("token_ms" in row for row in rows):
         yield "p99/p50: of the times of generated tokens; of reads: of reading the weights of a token in the same run"
     for number, row in enumerate(rows, 1):
-        if "beside_ceiling" in row:
-            yield (
-                f"row {number}, {_name(row)}: the share is of {row['bound_by']}; matrices in {row['beside_ceiling']} are "
-                f"multiplied in it, which is up to twice as fast"
-            )
         if row["discarded"]:
             yield f"row {number}, {_name(row)}: {len(row['discarded'])} samples discarded, the disk was read meanwhile"
         if row["disk_reads"]:
