@@ -30,8 +30,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
 
 
-def random_weight(t: BlockType, rows: int, cols: int, seed: int) -> QuantTensor:
-    """Random blocks whose weights are finite and about 1 in size: float16 fields keep random signs and mantissas."""
+def random_weight(t: BlockType, rows: int, cols: int, seed: int, fill: int | None = None) -> QuantTensor:
+    """Random blocks whose weights are finite and about 1 in size: float16 fields keep random signs and mantissas. With
+    `fill` every other byte of a block is that one."""
     rng = np.random.default_rng([seed, t.id, rows, cols])
     if t.block_elements == 1:
         values = rng.standard_normal((rows, cols)).astype(np.float32)
@@ -41,6 +42,8 @@ def random_weight(t: BlockType, rows: int, cols: int, seed: int) -> QuantTensor:
             raw = values.astype(np.float16 if t.name == "F16" else np.float32)
         return QuantTensor("w", t, (rows, cols), raw.view(np.uint8).reshape(rows, -1))
     blocks = rng.integers(0, 256, (rows, cols // t.block_elements, t.block_bytes), np.uint8)
+    if fill is not None:
+        blocks[:] = fill
     for at in HALVES.get(t.name, (0,)):
         half = rng.integers(0x2000, 0x3000, blocks.shape[:2]) | rng.integers(0, 2, blocks.shape[:2]) << 15
         blocks[..., at], blocks[..., at + 1] = half & 255, half >> 8
@@ -111,6 +114,25 @@ def test_products_follow_the_definition(name: str, isa: str) -> None:
     for rows, n, k in shapes(t):
         weight, x = random_weight(t, n, k, seed=1), activations(rows, k)
         assert_close(native_product(x, weight), product(x, weight), f"{name} {isa} {rows}x{n}x{k}")
+
+
+@every_isa
+@pytest.mark.parametrize(
+    "name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+)
+def test_sums_of_the_largest_codes_do_not_overflow(name: str, isa: str) -> None:
+    """Products are added in 16 bits on AVX2: random codes average out, equal ones of one sign do not."""
+    t = by_name(name)
+    k = 512 // t.block_elements * t.block_elements
+    for fill in (0x00, 0x7F, 0x80, 0xFF):
+        weight = random_weight(t, 33, k, seed=5, fill=fill)
+        for rows in (1, 48):
+            for x in (1.27, -1.27):  # codes of 127 and -127
+                all_x = np.full((rows, k), x, np.float32)
+                got, want = native_product(all_x, weight), product(all_x, weight)
+                # of products of weights of 1: equal codes cancel, or are zero, and leave no size to compare with
+                largest = max(np.abs(decode_tensor(weight)).max(), 1) * 1.27 * k
+                assert np.abs(got - want).max() <= 1e-6 * largest, f"{name} {isa} {fill} {rows} {x}"
 
 
 @every_isa
