@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from kit.interpreter import torch  # before any kernel
-from kvfold.errors import SettingError
 from kvfold.kernels import ceilings
 
 
@@ -13,9 +12,9 @@ from kvfold.kernels import ceilings
 def test_too_little_memory_is_said_with_what_is_missing(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 141 << 30))
     device = torch.device("cuda", 0)
-    with pytest.raises(SettingError, match=r"measured in 1\.07 GB of its memory and .* GB are missing"):
+    with pytest.raises(MemoryError, match=r"measured in 1\.07 GB of its memory and .* GB are missing"):
         ceilings.read_rate(device)
-    with pytest.raises(SettingError, match="use a smaller context"):
+    with pytest.raises(MemoryError, match="use a smaller context"):
         ceilings.multiply_adds(device, torch.float32)
 
 

@@ -27,6 +27,7 @@ from kvfold.bench.work import LinearWork, TokenWeights, linear_work
 from kvfold.cache.latent import PAGE_TOKENS, encode
 from kvfold.cache.pages import Sequence, pages_for
 from kvfold.engine.batch import Work, build_batch
+from kvfold.errors import SettingError
 from kvfold.load import Loaded
 from kvfold.mla.plan import MlaPlan, multiply_adds
 
@@ -179,8 +180,11 @@ class DeviceMeter:
         self._device = device
 
     def ceilings(self, num_reads: int) -> Ceilings:
-        """One read, in the time that the weights of a token would take."""
-        rate, peaks = self._device.ceilings()
+        """One read, in the time that the weights of a token would take. SettingError: too little memory is free."""
+        try:
+            rate, peaks = self._device.ceilings()
+        except MemoryError as error:
+            raise SettingError(str(error)) from error
         read_ns = round(1e9 * self.weights.nbytes / rate)
         return Ceilings(dict.fromkeys(PEAKS, 0.0) | peaks, (read_ns,), self.weights.nbytes)
 

@@ -11,8 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kvfold.errors import SettingError
-
 READ_BYTES = 2 << 30  # 40 times the second-level cache of an H200
 MATRIX = 8192
 LEAST_BYTES = 1 << 30  # three matrices in float32 take 0.8 GB, and the library's product some for itself
@@ -29,7 +27,7 @@ def _sum(x, out, BLOCK: tl.constexpr, TURNS: tl.constexpr):
 
 
 def read_rate(device: torch.device) -> float:
-    """Bytes a second of a kernel that only reads READ_BYTES, or half of what is free. SettingError: too little is free."""
+    """Bytes a second of a kernel that only reads READ_BYTES, or half of what is free. MemoryError: too little is free."""
 
     def measure(free_bytes: int) -> float:
         programs = min(READ_BYTES, free_bytes // 2) // (4 * _BLOCK * _TURNS)
@@ -46,7 +44,7 @@ def read_rate(device: torch.device) -> float:
 
 
 def multiply_adds(device: torch.device, dtype: torch.dtype) -> float:
-    """A second, of the library's product of two matrices of `dtype` with 8192 rows and columns. SettingError: too little
+    """A second, of the library's product of two matrices of `dtype` with 8192 rows and columns. MemoryError: too little
     is free."""
 
     def measure(free_bytes: int) -> float:
@@ -63,7 +61,7 @@ def _given_back(device: torch.device, measure: Callable[[int], float]) -> float:
     """What `measure` finds, given the bytes that are free; its own go back to the device."""
     free: int = torch.cuda.mem_get_info(device)[0]
     if free < LEAST_BYTES:
-        raise SettingError(
+        raise MemoryError(
             f"The ceilings of {device} are measured in {LEAST_BYTES / 1e9:.2f} GB of its memory and {free / 1e9:.2f} GB are "
             f"free, {(LEAST_BYTES - free) / 1e9:.2f} GB are missing: use a smaller context (n_ctx) or a smaller type of the model."
         )
