@@ -9,13 +9,13 @@ import pytest
 
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold.backends.choose import native_profile
-from kvfold.explain import inspect_file, phase, plan_report, weight_group
+from kvfold.explain import inspect_file, memory_of, phase, plan_report, weight_group
 from kvfold.formats.checkpoint import open_checkpoint
 from kvfold.formats.synthetic import SHAPES, shape_with_layers, synthesize
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
-from kvfold.load import Settings
+from kvfold.load import Settings, program_of
+from kvfold.mla.plan import ARITHMETIC, MachineProfile, choose, crossover_rows, multiply_adds
 from kvfold.mla.plan import Path as AttentionPath
-from kvfold.mla.plan import choose, crossover_rows, multiply_adds
 from kvfold.model.program import Buffer, Domain, OpRecord, Program, Segment, Value
 from kvfold.prompt_window import step_buffer_bytes
 
@@ -203,6 +203,19 @@ def test_plan_counts_the_buffers_of_the_path_it_takes(synth_gguf: Path) -> None:
     head = 4 * (SHAPES["tiny"].vocab_size + SHAPES["tiny"].hidden_size)
     assert buffers(1, 2048) - head == 2 * (buffers(1, 1024) - head)
     assert buffers(1, 2048, n_ctx=1024) == buffers(1, 1024)  # a step is no longer than the context
+
+
+def test_plan_counts_the_buffers_of_the_path_that_this_machine_takes(synth_gguf: Path) -> None:
+    checkpoint = open_checkpoint(synth_gguf)
+
+    def buffers(machine: MachineProfile, mla: int | None = None) -> int:
+        chosen = settings(n_ctx=4096) if mla is None else settings(n_ctx=4096, mla=mla)
+        return memory_of(program_of(checkpoint, chosen), checkpoint, chosen, 4096, 1024, None, machine).buffer_bytes
+
+    slow, fast = 1e-3, 1e3
+    absorbing = MachineProfile("absorbs", latents=fast, folding=fast, expansion=slow, heads=slow)
+    expanding = MachineProfile("expands", latents=slow, folding=slow, expansion=fast, heads=fast)
+    assert buffers(absorbing) == buffers(ARITHMETIC, mla=1) > buffers(expanding) == buffers(ARITHMETIC, mla=2)
 
 
 def test_what_fits_without_the_buffers_of_a_step_does_not_fit(

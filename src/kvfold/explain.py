@@ -332,7 +332,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
         config=config,
         n_ctx=n_ctx,
         batch_rows=batch_rows,
-        memory=memory_of(program, checkpoint, settings, n_ctx, batch_rows, free_bytes),
+        memory=memory_of(program, checkpoint, settings, n_ctx, batch_rows, free_bytes, machine),
         phases=tuple(
             phase(name, config, settings, new, cached, is_prompt=is_prompt, batch_rows=batch_rows, machine=machine)
             for name, new, cached, is_prompt in kinds
@@ -354,6 +354,7 @@ def memory_of(
     n_ctx: int,
     batch_rows: int,
     free_bytes: int | None,
+    machine: MachineProfile,
 ) -> Memory:
     config = checkpoint.config
     sizes = dict.fromkeys(_GROUPS, 0)
@@ -367,16 +368,18 @@ def memory_of(
         full_cache_bytes=None if full is None else n_ctx * full,
         cache_bytes=n_ctx * cache_layout(config, settings).bytes_per_token,
         workspace_bytes=settings.workspace_bytes,
-        buffer_bytes=_buffer_bytes(program, config, settings, n_ctx, batch_rows),
+        buffer_bytes=_buffer_bytes(program, config, settings, n_ctx, batch_rows, machine),
         free_bytes=free_bytes,
     )
 
 
-def _buffer_bytes(program: Program, config: ModelConfig, settings: Settings, n_ctx: int, batch_rows: int) -> int:
+def _buffer_bytes(
+    program: Program, config: ModelConfig, settings: Settings, n_ctx: int, batch_rows: int, machine: MachineProfile
+) -> int:
     """The largest step of a prompt that fills the context."""
     most_rows: dict[AttentionPath, int] = {}
     for rows, cached in _windows(n_ctx, 0, batch_rows):
-        path = plan_for(config, settings, rows, cached, True).path
+        path = plan_for(config, settings, rows, cached, True, machine).path
         most_rows[path] = max(rows, most_rows.get(path, 0))
     return max(step_buffer_bytes(program, path, rows) for path, rows in most_rows.items())
 
