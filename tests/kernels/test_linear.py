@@ -83,6 +83,19 @@ def test_a_few_rows_times_blocks(name: str, device: str) -> None:
         assert out[:, rows:].isnan().all()
 
 
+@pytest.mark.parametrize("cols", [136, 2064, 18448])
+def test_rows_of_fp8_in_any_number_of_passes(cols: int, device: str) -> None:
+    """Of numbers one by one, sixteen by sixteen in a few passes, and in a loop."""
+    rows = 3
+    w, dense = matrix("F8_E4M3", rows, cols, device, seed=4)
+    x = RNG(1).standard_normal((2, cols + 16)).astype(np.float32)
+    for dtype in (torch.float32, torch.bfloat16)[: 1 if device == "cpu" else 2]:
+        numbers = torch.from_numpy(x).to(device, dtype)[:, :cols]
+        out = torch.full((2, rows), torch.nan, device=device)
+        row_product.linear(numbers, w, out)
+        same(out, numbers.float().cpu().numpy() @ dense[0].T, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("num_rows", "name", "down_name", "hidden", "width"),
     [

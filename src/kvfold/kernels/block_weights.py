@@ -155,6 +155,34 @@ def e4m3(code):
 
 
 @triton.jit
+def e4m3_of_word(word, HARDWARE: tl.constexpr):
+    """The four F8_E4M3 of a word, float32. HARDWARE: the GPU converts two at once, as sm_89 and newer do."""
+    if COMPILED and HARDWARE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high, a, b, c, d;
+            .reg .b32 p, q;
+            mov.b32 {low, high}, $4;
+            cvt.rn.f16x2.e4m3x2 p, low;
+            cvt.rn.f16x2.e4m3x2 q, high;
+            mov.b32 {a, b}, p;
+            mov.b32 {c, d}, q;
+            cvt.f32.f16 $0, a;
+            cvt.f32.f16 $1, b;
+            cvt.f32.f16 $2, c;
+            cvt.f32.f16 $3, d;
+            }""",
+            "=f,=f,=f,=f,r",
+            [word],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return e4m3(word & 255), e4m3((word >> 8) & 255), e4m3((word >> 16) & 255), e4m3((word >> 24) & 255)
+
+
+@triton.jit
 def to_e4m3(x):
     """float32 of at most 448 to the nearest F8_E4M3, ties to even."""
     if COMPILED:

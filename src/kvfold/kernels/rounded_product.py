@@ -35,7 +35,7 @@ _EACH = {"Q4_0": 32, "IQ4_NL": 32, "Q8_0": 32, "Q4_K": 64, "Q6_K": 128}
 
 
 @triton.jit
-def _load4(address, ALIGN: tl.constexpr):
+def load4(address, ALIGN: tl.constexpr):
     """Four words at `address` (int64, a multiple of ALIGN). Loads of assembly have no layout of their own, so that a
     thread gets all of a block; they are not pure, so that none moves above a wait."""
     if COMPILED:
@@ -205,15 +205,15 @@ def _code(x, inverse):
 
 
 @triton.jit
-def _numbers16(x, norm, at, NORM: tl.constexpr):
+def numbers16(x, norm, at, NORM: tl.constexpr):
     """Sixteen neighbours of x (times norm) from number `at` on as the bits of float32, and the bits of the largest size.
 
     As whole numbers the bits of sizes order like the sizes, and what is not finite comes last.
     """
     address = (x + at).to(tl.int64)
     if x.dtype.element_ty == tl.bfloat16:
-        a, b, c, d = _load4(address, 16)
-        e, f, g, h = _load4(address + 16, 16)
+        a, b, c, d = load4(address, 16)
+        e, f, g, h = load4(address + 16, 16)
         v0, v1, v2, v3 = a << 16, a & -65536, b << 16, b & -65536
         v4, v5, v6, v7 = c << 16, c & -65536, d << 16, d & -65536
         v8, v9, v10, v11 = e << 16, e & -65536, f << 16, f & -65536
@@ -222,10 +222,10 @@ def _numbers16(x, norm, at, NORM: tl.constexpr):
             most = _larger(_larger(_larger(a, b), _larger(c, d)), _larger(_larger(e, f), _larger(g, h)))
             most = tl.maximum(most << 16, most & 0x7FFF0000)
     else:
-        v0, v1, v2, v3 = _load4(address, 16)
-        v4, v5, v6, v7 = _load4(address + 16, 16)
-        v8, v9, v10, v11 = _load4(address + 32, 16)
-        v12, v13, v14, v15 = _load4(address + 48, 16)
+        v0, v1, v2, v3 = load4(address, 16)
+        v4, v5, v6, v7 = load4(address + 16, 16)
+        v8, v9, v10, v11 = load4(address + 32, 16)
+        v12, v13, v14, v15 = load4(address + 48, 16)
     if NORM:
         by = (norm + at).to(tl.int64)
         v0, v1, v2, v3 = _times4(v0, v1, v2, v3, by)
@@ -243,7 +243,7 @@ def _numbers16(x, norm, at, NORM: tl.constexpr):
 @triton.jit
 def _times4(a, b, c, d, address):
     """The bits of four numbers times those of float32 at `address`."""
-    e, f, g, h = _load4(address, 16)
+    e, f, g, h = load4(address, 16)
     return _times_bits(a, e), _times_bits(b, f), _times_bits(c, g), _times_bits(d, h)
 
 
@@ -286,8 +286,8 @@ def _rounded(x, norm, at, inside, MIXED: tl.constexpr, NORM: tl.constexpr):
     MIXED: a word has the numbers j, j + 16, j + 1, j + 17, the order of nibbles in two bytes.
     """
     at = tl.where(inside, at, 0)
-    a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, near = _numbers16(x, norm, at, NORM)
-    e0, e1, e2, e3, f0, f1, f2, f3, g0, g1, g2, g3, h0, h1, h2, h3, far = _numbers16(x, norm, at + 16, NORM)
+    a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, near = numbers16(x, norm, at, NORM)
+    e0, e1, e2, e3, f0, f1, f2, f3, g0, g1, g2, g3, h0, h1, h2, h3, far = numbers16(x, norm, at + 16, NORM)
     inverse, scale = _scale_of(tl.maximum(near, far))
     scale = tl.where(inside, scale, 0.0)
     if MIXED:
@@ -326,28 +326,28 @@ def _sum8(p0, p1, p2, p3, p4, p5, p6, p7):
 def _weights(start, b, COLS: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr):
     """Words and scales of parts `b` int32 [1, B] of the rows at `start` int64 [R, 1]: tensors [R, B]."""
     if TYPE == "Q4_0" or TYPE == "IQ4_NL":  # noqa: PLR1714
-        w0, w1, w2, w3 = _load4(start + b * 16, ROW_BYTES)
+        w0, w1, w2, w3 = load4(start + b * 16, ROW_BYTES)
         return w0, w1, w2, w3, load_f16(start + COLS // 2 + b * 2)
     elif TYPE == "Q8_0":
-        w0, w1, w2, w3 = _load4(start + b * 32, ROW_BYTES)
-        w4, w5, w6, w7 = _load4(start + b * 32 + 16, ROW_BYTES)
+        w0, w1, w2, w3 = load4(start + b * 32, ROW_BYTES)
+        w4, w5, w6, w7 = load4(start + b * 32 + 16, ROW_BYTES)
         return w0, w1, w2, w3, w4, w5, w6, w7, load_f16(start + COLS + b * 2)
     elif TYPE == "Q4_K":
         block = start + b // 4 * 144
-        d, s0, s1, s2 = _load4(block, 16)
-        w0, w1, w2, w3 = _load4(block + 16 + b % 4 * 32, 16)
-        w4, w5, w6, w7 = _load4(block + 32 + b % 4 * 32, 16)
+        d, s0, s1, s2 = load4(block, 16)
+        w0, w1, w2, w3 = load4(block + 16 + b % 4 * 32, 16)
+        w4, w5, w6, w7 = load4(block + 32 + b % 4 * 32, 16)
         return w0, w1, w2, w3, w4, w5, w6, w7, d, s0, s1, s2
     else:
         tl.static_assert(TYPE == "Q6_K")
         near = start + b * 64
-        a0, a1, a2, a3 = _load4(near, ROW_BYTES)
-        b0, b1, b2, b3 = _load4(near + 16, ROW_BYTES)
-        c0, c1, c2, c3 = _load4(near + 32, ROW_BYTES)
-        d0, d1, d2, d3 = _load4(near + 48, ROW_BYTES)
+        a0, a1, a2, a3 = load4(near, ROW_BYTES)
+        b0, b1, b2, b3 = load4(near + 16, ROW_BYTES)
+        c0, c1, c2, c3 = load4(near + 32, ROW_BYTES)
+        d0, d1, d2, d3 = load4(near + 48, ROW_BYTES)
         top = start + COLS // 2 + b * 32
-        e0, e1, e2, e3 = _load4(top, ROW_BYTES)
-        f0, f1, f2, f3 = _load4(top + 16, ROW_BYTES)
+        e0, e1, e2, e3 = load4(top, ROW_BYTES)
+        f0, f1, f2, f3 = load4(top + 16, ROW_BYTES)
         levels = start + COLS // 4 * 3 + b * 8
         s0, s1 = load_word(levels, ROW_BYTES), load_word(levels + 4, ROW_BYTES)
         d = load_f16(start + COLS // 256 * 208 + b // 2 * 2)
@@ -361,8 +361,8 @@ def _block(x, scales, norm, at, inside, MIXED: tl.constexpr, NORM: tl.constexpr)
     """A block of x as `_rounded` makes it; x of bytes is rounded already, its words in the order of MIXED."""
     if x.dtype.element_ty == tl.int8:
         at = tl.where(inside, at, 0)
-        p0, p1, p2, p3 = _load4((x + at).to(tl.int64), 16)
-        p4, p5, p6, p7 = _load4((x + at + 16).to(tl.int64), 16)
+        p0, p1, p2, p3 = load4((x + at).to(tl.int64), 16)
+        p4, p5, p6, p7 = load4((x + at + 16).to(tl.int64), 16)
         return p0, p1, p2, p3, p4, p5, p6, p7, tl.where(inside, tl.load(scales + at // 32), 0.0)
     else:
         return _rounded(x, norm, at, inside, MIXED, NORM)
@@ -660,7 +660,7 @@ def serves(w: Matrix) -> bool:
     return w.rounds and w.type in TYPES
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """x with rows that begin at multiples of 16 bytes."""
     return x if (x.data_ptr() | x.stride(0) * x.element_size()) % 16 == 0 else x.contiguous()
 
@@ -696,7 +696,7 @@ def linear(x: Tensor, w: Matrix, out: Tensor, *, norm: Norm | None = None, add: 
     """out [T, rows] = rounded (norm of float32) x [T, cols] @ w^T, plus add float32 [T, rows]; the last strides are 1."""
     sizes = _sizes(w, *LINEAR[w.type])
     early = overlaps(x)
-    x = _aligned(x)
+    x = aligned(x)
     _linear[(triton.cdiv(w.rows, sizes["ROWS"]), len(x))](
         x, x if norm is None else norm.weight, 0.0 if norm is None else norm.eps, x if add is None else add, w.raw, out,
         w.rows, x.stride(0), out.stride(0),
@@ -710,7 +710,7 @@ def gate_up(x: Tensor, gate: Matrix, up: Matrix, ids: Tensor | None, out: Tensor
     numbers, scales = (out.codes, out.scales) if isinstance(out, RoundedRows) else (out, out)
     sizes = _sizes(gate, 32, *GATE_UP_ROUNDS[gate.type]) if rounds else _sizes(gate, *GATE_UP)
     early = overlaps(x)
-    x = _aligned(x)
+    x = aligned(x)
     _gate_up[(triton.cdiv(gate.rows, sizes["ROWS"]), len(numbers))](
         x, gate.raw, up.raw, x if ids is None else ids, numbers, scales, gate.rows, x.stride(0),
         COLS=gate.cols, ROW_BYTES=gate.row_bytes, TYPE=gate.type, PER_ROW=0 if ids is None else ids.shape[1],
