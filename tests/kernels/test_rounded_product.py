@@ -8,7 +8,7 @@ import torch
 from test_linear import matrix, same
 
 from kvfold.kernels import rounded_product, row_product, tile_product
-from kvfold.kernels.number_product import Norm
+from kvfold.kernels.number_product import Norm, Routed
 from kvfold.quant.activations import quantize, quantize_e4m3
 from kvfold.quant.decode import decode
 from kvfold.quant.types import by_name
@@ -92,6 +92,49 @@ def test_experts_round_their_rows(
             down_dense[expert].astype(np.float64) @ values[pair]
         )
     same(out, expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("types", "shared_types", "shared_width"),
+    [
+        (("IQ4_NL", "IQ4_NL"), ("IQ4_NL", "IQ4_NL"), 96),
+        (("Q4_K", "Q8_0"), ("Q4_K", "Q4_K"), 256),
+        (("Q8_0", "IQ4_NL"), None, 0),
+    ],
+)
+def test_shared_experts_come_along(
+    types: tuple[str, str], shared_types: tuple[str, str] | None, shared_width: int, device: str
+) -> None:
+    """Experts and shared experts of their own types and widths, added to the hidden rows."""
+    num_experts, k, cols, width, out_rows = 3, 2, 256, 64, 7
+
+    def network(name: str, down_name: str, width: int, parts: int, seed: int) -> tuple[tuple, tuple]:
+        gate, gate_dense = matrix(name, width, cols, device, parts, seed, rounds=True)
+        up, up_dense = matrix(name, width, cols, device, parts, seed + 1, rounds=True)
+        down, down_dense = matrix(down_name, out_rows, width, device, parts, seed + 2, rounds=True)
+        return (gate, up, down), (gate_dense, up_dense, down_dense)
+
+    def of_row(dense: tuple, part: int, row: np.ndarray) -> np.ndarray:
+        gate, up, down = (d[part].astype(np.float64) for d in dense)
+        g = gate @ row
+        between = torch.from_numpy((g / (1 + np.exp(-g)) * (up @ row)).astype(np.float32))
+        return down @ rounded(between[None])[0]
+
+    matrices, dense = network(*types, width, num_experts, 1)
+    shared, shared_dense = network(*shared_types, shared_width, 1, 7) if shared_types else (None, None)
+    x = activations(2, cols, device)
+    ids = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32, device=device)
+    weights = torch.from_numpy(RNG(5).uniform(0.1, 1, (2, k)).astype(np.float32)).to(device)
+    hidden_rows = torch.from_numpy(RNG(6).standard_normal((2, out_rows)).astype(np.float32)).to(device)
+    out = torch.full((2, out_rows), torch.nan, device=device)
+    rounded_product.experts(hidden_rows, Routed(x, ids, weights, x[:, :0]), matrices, shared, out)
+    expected = hidden_rows.double().cpu().numpy()
+    for t, row in enumerate(rounded(x)):
+        for expert, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
+            expected[t] += weight * of_row(dense, expert, row)
+        if shared_dense:
+            expected[t] += of_row(shared_dense, 0, row)
+    same(out, expected, 1e-4)  # a sum in another order may round to the next of 255 steps
 
 
 def test_one_network_without_choices(device: str) -> None:

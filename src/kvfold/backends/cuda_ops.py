@@ -318,9 +318,15 @@ class CudaOps:
                 return None
             w_shared = _alone(gate.weight), _alone(up.weight), _alone(shared.weight)
         norm = choice.x.norm
-        if self._is_few(choice.router) and self._rounds_few(*experts.matrices, *(w_shared or ())):
+        networks = (experts.matrices, w_shared) if w_shared else (experts.matrices,)
+        is_paired = all(gate.type == up.type for gate, up, _ in networks)
+        if (
+            self._is_few(choice.router)
+            and is_paired
+            and self._rounds_few(*(w for network in networks for w in network))
+        ):
             return lambda: self._rounded_mixture(x.tensor, norm, choice, experts.matrices, w_shared)
-        if not self._is_few(choice.router, *experts.matrices, *(w_shared or ())):
+        if not self._is_few(choice.router, *(w for network in networks for w in network)):
             return None
 
         def mixture() -> Tensor:
@@ -343,17 +349,12 @@ class CudaOps:
         matrices: tuple[Matrix, Matrix, Matrix],
         shared: tuple[Matrix, Matrix, Matrix] | None,
     ) -> Tensor:
-        """The same where the experts round their rows: one launch for norm and routing, two more for each network."""
+        """The same where the experts round their rows."""
         routed = number_product.route_gate_up(
             x, norm, choice.router, choice.bias, choice.rule, None, self._backend.arrived, self._dtype
         )
-        gate, up, down = matrices
-        hidden = row_product.gate_up(routed.normed, gate, up, routed.ids, self._dtype, down)
         out = torch.empty_like(x)
-        rounded_product.down(hidden, down, routed.ids, routed.weights, out, add=x)
-        if shared is not None:
-            hidden = row_product.gate_up(routed.normed, shared[0], shared[1], None, self._dtype)
-            rounded_product.linear(hidden, shared[2], out, add=out)
+        rounded_product.experts(x, routed, matrices, shared, out)
         return out
 
     def take_outputs(self, name: str, x: Value) -> Value:

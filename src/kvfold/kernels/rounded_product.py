@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvfold.kernels.block_weights import COMPILED, load_f16, load_word
 from kvfold.kernels.matrix import Matrix
-from kvfold.kernels.number_product import Norm, one_over_rms
+from kvfold.kernels.number_product import Norm, Routed, one_over_rms
 from kvfold.kernels.overlap import let_next_start, overlaps, wait_for_inputs
 from kvfold.kernels.rows import silu
 
@@ -570,40 +570,28 @@ def _linear(
 
 
 @triton.jit
-def _gate_up(
-    x, gate, up, ids, out, scales, rows, x_stride,
-    COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PER_ROW: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr, EARLY: tl.constexpr,
+def _gate_up_features(
+    x, gate, up, out, scales, pid, pair, rows,
+    COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """Pair p is row p // PER_ROW of x with expert ids[p] (PER_ROW 0: row p, the only matrix). ROUNDS: of each ROWS = 32
-    numbers to codes and a scale, in the order that `_rounded` gives a block."""
-    pair = tl.program_id(1).to(tl.int64)
-    if PER_ROW > 0:
-        if EARLY:
-            wait_for_inputs()
-        expert = tl.load(ids + pair).to(tl.int64)
-        x += pair // PER_ROW * x_stride
-        gate += expert * rows * ROW_BYTES
-        up += expert * rows * ROW_BYTES
-    else:
-        if EARLY:
-            let_next_start()
-        x += pair * x_stride
-    first, g_start = _start(gate, tl.program_id(0), rows, ROWS, ROW_BYTES)
-    _, u_start = _start(up, tl.program_id(0), rows, ROWS, ROW_BYTES)
+    """ROWS features of silu(gate x) * (up x) to row `pair` of out. ROUNDS: of each ROWS = 32 numbers to codes and a scale,
+    in the order that `_rounded` gives a block. WAITS: weights are asked for before the inputs are there."""
+    first, g_start = _start(gate, pid, rows, ROWS, ROW_BYTES)
+    _, u_start = _start(up, pid, rows, ROWS, ROW_BYTES)
     b, near = _part(0, COLS // EACH, PARTS)
     g_w = _weights(g_start, near[None, :], COLS, ROW_BYTES, TYPE)
     u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
-    if EARLY and PER_ROW == 0:
+    if WAITS:
         wait_for_inputs()
-    a = _activations(x, x, ids, b, COLS, TYPE, False)
+    a = _activations(x, x, x, b, COLS, TYPE, False)
     none = tl.zeros([ROWS, PARTS], tl.int32)
     g, u = _times(g_w, a, near, none, TYPE), _times(u_w, a, near, none, TYPE)
     for part in tl.static_range(PARTS, COLS // EACH, PARTS):
         b, near = _part(part, COLS // EACH, PARTS)
         g_w = _weights(g_start, near[None, :], COLS, ROW_BYTES, TYPE)
         u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
-        a = _activations(x, x, ids, b, COLS, TYPE, False)
+        a = _activations(x, x, x, b, COLS, TYPE, False)
         g += _times(g_w, a, near, none, TYPE)
         u += _times(u_w, a, near, none, TYPE)
     y = silu(tl.sum(g, 1)) * tl.sum(u, 1)
@@ -619,18 +607,83 @@ def _gate_up(
 
 
 @triton.jit
-def _down(
-    hidden, scales, raw, ids, weights, add, out, rows,
+def _gate_up(
+    x, gate, up, ids, out, scales, rows, x_stride,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PER_ROW: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, ADD: tl.constexpr,
-    EARLY: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """AHEAD: experts whose weights are asked for before the first is multiplied: one after another each would wait."""
+    """Pair p is row p // PER_ROW of x with expert ids[p] (PER_ROW 0: row p, the only matrix)."""
+    pair = tl.program_id(1).to(tl.int64)
+    if PER_ROW > 0:
+        if EARLY:
+            wait_for_inputs()
+        expert = tl.load(ids + pair).to(tl.int64)
+        x += pair // PER_ROW * x_stride
+        gate += expert * rows * ROW_BYTES
+        up += expert * rows * ROW_BYTES
+    else:
+        if EARLY:
+            let_next_start()
+        x += pair * x_stride
+    _gate_up_features(x, gate, up, out, scales, tl.program_id(0), pair, rows, COLS, EACH, ROW_BYTES, TYPE, ROWS, PARTS,
+                      ROUNDS, MIXED, EARLY and PER_ROW == 0)  # fmt: skip
+
+
+@triton.jit
+def _gate_up_of_all(
+    x, gate, up, ids, out, scales, rows, shared_gate, shared_up, shared_out, shared_scales, shared_rows, x_stride,
+    COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PARTS: tl.constexpr,
+    MIXED: tl.constexpr, SHARED_EACH: tl.constexpr, SHARED_BYTES: tl.constexpr, SHARED_TYPE: tl.constexpr,
+    SHARED_PARTS: tl.constexpr, SHARED_MIXED: tl.constexpr, TOKENS: tl.constexpr, PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The first programs own ROWS features of the shared experts, whose weights need no choice and come early; the others
+    those of a pair of row and expert."""
     if EARLY:
         let_next_start()
-        wait_for_inputs()
+    program = tl.program_id(0)
+    each = tl.cdiv(shared_rows, ROWS)
+    if program < TOKENS * each:
+        t = (program // each).to(tl.int64)
+        _gate_up_features(x + t * x_stride, shared_gate, shared_up, shared_out, shared_scales, program % each, t,
+                          shared_rows, COLS, SHARED_EACH, SHARED_BYTES, SHARED_TYPE, ROWS, SHARED_PARTS, True,
+                          SHARED_MIXED, EARLY)  # fmt: skip
+    else:
+        if EARLY:
+            wait_for_inputs()
+        program -= TOKENS * each
+        each = tl.cdiv(rows, ROWS)
+        pair = (program // each).to(tl.int64)
+        expert = tl.load(ids + pair).to(tl.int64)
+        _gate_up_features(x + pair // PER_ROW * x_stride, gate + expert * rows * ROW_BYTES, up + expert * rows * ROW_BYTES,
+                          out, scales, program % each, pair, rows, COLS, EACH, ROW_BYTES, TYPE, ROWS, PARTS, True, MIXED,
+                          False)  # fmt: skip
+
+
+@triton.jit
+def _down(
+    hidden, scales, raw, ids, weights, shared_hidden, shared_scales, shared, add, out, rows,
+    COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, ADD: tl.constexpr,
+    SHARED_COLS: tl.constexpr, SHARED_EACH: tl.constexpr, SHARED_BYTES: tl.constexpr, SHARED_TYPE: tl.constexpr,
+    SHARED_PARTS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """AHEAD: experts whose weights are asked for before the first is multiplied: one after another each would wait.
+    SHARED_COLS: numbers of a row that meet the shared experts' matrix, 0 without."""
+    if EARLY:
+        let_next_start()
     t = tl.program_id(1).to(tl.int64)
     first, start = _start(raw, tl.program_id(0), rows, ROWS, ROW_BYTES)
+    shared_ws = ()
+    if SHARED_COLS > 0:
+        _, shared_start = _start(shared, tl.program_id(0), rows, ROWS, SHARED_BYTES)
+        for part in tl.static_range(0, SHARED_COLS // SHARED_EACH, SHARED_PARTS):
+            b, near = _part(part, SHARED_COLS // SHARED_EACH, SHARED_PARTS)
+            shared_ws = shared_ws + (  # type: ignore[assignment] # noqa: RUF005 (Triton knows sums of tuples)
+                _weights(shared_start, near[None, :], SHARED_COLS, SHARED_BYTES, SHARED_TYPE),
+            )
+    if EARLY:
+        wait_for_inputs()
     y = tl.zeros([ROWS, PARTS], tl.float32)
     for part in tl.static_range(0, COLS // EACH, PARTS):
         b, near = _part(part, COLS // EACH, PARTS)
@@ -642,7 +695,7 @@ def _down(
                 expert = tl.load(ids + pair).to(tl.int64)
                 w = _weights(start + expert * rows * ROW_BYTES, near[None, :], COLS, ROW_BYTES, TYPE)
                 x = _activations(hidden + pair * COLS, scales + pair * (COLS // 32), weights, b, COLS, TYPE, False)
-                ws, xs = ws + (w,), xs + (x,)  # type: ignore[assignment] # noqa: RUF005 (Triton knows sums of tuples)
+                ws, xs = ws + (w,), xs + (x,)  # type: ignore[assignment] # noqa: RUF005
                 seen |= _of_each_load(w, x, TYPE)
             # Else the compiler moves each load to where it is needed, and one after another waits for memory.
             zero = _zero(seen)
@@ -650,6 +703,16 @@ def _down(
                 weight = tl.load(weights + t * PER_ROW + choice)
                 y += weight * _times(ws[choice - group], xs[choice - group], near, zero, TYPE)
     y = tl.sum(y, 1)
+    if SHARED_COLS > 0:
+        z = tl.zeros([ROWS, SHARED_PARTS], tl.float32)
+        none = tl.zeros([ROWS, SHARED_PARTS], tl.int32)
+        shared_hidden += t * SHARED_COLS
+        shared_scales += t * (SHARED_COLS // 32)
+        for part in tl.static_range(0, SHARED_COLS // SHARED_EACH, SHARED_PARTS):
+            b, near = _part(part, SHARED_COLS // SHARED_EACH, SHARED_PARTS)
+            x = _activations(shared_hidden, shared_scales, weights, b, SHARED_COLS, SHARED_TYPE, False)
+            z += _times(shared_ws[part // SHARED_PARTS], x, near, none, SHARED_TYPE)
+        y += tl.sum(z, 1)
     feature = first + tl.arange(0, ROWS)
     if ADD:
         y += tl.load(add + t * rows + feature)
@@ -680,13 +743,17 @@ class RoundedRows:
         return cls(codes, torch.empty(rows, cols // 32, device=device), type)
 
 
+def _parts(w: Matrix) -> int:
+    """Of a row in one pass."""
+    return min(int(triton.next_power_of_2(w.cols // _EACH[w.type])), 2048 // _EACH[w.type])
+
+
 def _sizes(w: Matrix, rows: int, num_warps: int, maxnreg: int | None = None) -> dict[str, int | None]:
     """ROWS of a program and PARTS of a row in one pass: what each matrix of `rows` or more rows is cut in."""
-    each = _EACH[w.type]
     return {
         "ROWS": min(rows, 1 << (w.rows.bit_length() - 1)),
-        "PARTS": min(triton.next_power_of_2(w.cols // each), 2048 // each),
-        "EACH": each,
+        "PARTS": _parts(w),
+        "EACH": _EACH[w.type],
         "num_warps": num_warps,
         "maxnreg": maxnreg,
     }
@@ -720,18 +787,60 @@ def gate_up(x: Tensor, gate: Matrix, up: Matrix, ids: Tensor | None, out: Tensor
 
 
 def down(
-    hidden: Tensor | RoundedRows, w: Matrix, ids: Tensor, weights: Tensor, out: Tensor, add: Tensor | None = None
+    hidden: Tensor | RoundedRows,
+    w: Matrix,
+    ids: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    *,
+    shared: tuple[RoundedRows, Matrix] | None = None,
+    add: Tensor | None = None,
 ) -> None:
     """out [T, rows] = sum over a row's choices of weights [T, k] times the chosen experts' w hidden [T * k, cols], plus
-    add float32 [T, rows]."""
+    the shared experts' product of rows [T, their cols] and matrix, plus add float32 [T, rows]."""
     numbers, scales = (hidden.codes, hidden.scales) if isinstance(hidden, RoundedRows) else (hidden, hidden)
     sizes = _sizes(w, *DOWN[w.type])
     per_row = ids.shape[1]
     ahead = triton.cdiv(per_row, triton.cdiv(per_row, _AHEAD[w.type]))
+    shared_codes, shared_scales, shared_w = (
+        (numbers, scales, w) if shared is None else (shared[0].codes, shared[0].scales, shared[1])
+    )
     early = overlaps(out)
     _down[(triton.cdiv(w.rows, sizes["ROWS"]), len(ids))](
-        numbers, scales, w.raw, ids, weights, out if add is None else add, out, w.rows,
-        COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, PER_ROW=per_row, AHEAD=ahead,
-        ADD=add is not None,
+        numbers, scales, w.raw, ids, weights, shared_codes, shared_scales, shared_w.raw, out if add is None else add, out,
+        w.rows,
+        COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, PER_ROW=per_row, AHEAD=ahead, ADD=add is not None,
+        SHARED_COLS=0 if shared is None else shared_w.cols, SHARED_EACH=_EACH[shared_w.type],
+        SHARED_BYTES=shared_w.row_bytes, SHARED_TYPE=shared_w.type, SHARED_PARTS=_parts(shared_w),
         EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip
+
+
+def experts(
+    x: Tensor,
+    routed: Routed,
+    matrices: tuple[Matrix, Matrix, Matrix],
+    shared: tuple[Matrix, Matrix, Matrix] | None,
+    out: Tensor,
+) -> None:
+    """out float32 [T, rows] = x plus the chosen experts' weighted and the shared experts' plain sum, in two launches;
+    gate, up and down of each."""
+    gate, up, w = matrices
+    pairs, num_rows = routed.ids.numel(), len(x)
+    hidden = RoundedRows.empty(pairs, gate.rows, w.type, x.device)
+    if shared is None:
+        gate_up(routed.normed, gate, up, routed.ids, hidden)
+        return down(hidden, w, routed.ids, routed.weights, out, add=x)
+    s_gate, s_up, s_down = shared
+    s_hidden = RoundedRows.empty(num_rows, s_gate.rows, s_down.type, x.device)
+    sizes = _sizes(gate, 32, *GATE_UP_ROUNDS[gate.type])
+    programs = num_rows * triton.cdiv(s_gate.rows, 32) + pairs * triton.cdiv(gate.rows, 32)
+    early = overlaps(x)
+    _gate_up_of_all[(programs,)](
+        routed.normed, gate.raw, up.raw, routed.ids, hidden.codes, hidden.scales, gate.rows,
+        s_gate.raw, s_up.raw, s_hidden.codes, s_hidden.scales, s_gate.rows, routed.normed.stride(0),
+        COLS=gate.cols, ROW_BYTES=gate.row_bytes, TYPE=gate.type, MIXED=w.type == "IQ4_NL", SHARED_EACH=_EACH[s_gate.type], SHARED_BYTES=s_gate.row_bytes, SHARED_TYPE=s_gate.type,
+        SHARED_PARTS=_parts(s_gate), SHARED_MIXED=s_down.type == "IQ4_NL",
+        TOKENS=num_rows, PER_ROW=routed.ids.shape[1], EARLY=early, launch_pdl=early, **sizes,
+    )  # fmt: skip
+    down(hidden, w, routed.ids, routed.weights, out, shared=(s_hidden, s_down), add=x)
