@@ -96,6 +96,23 @@ def test_interpreted_ops_of_other_families_are_too(family: str, mla: str, fa: st
     interpreted(write_hf_dir(tiny_model(family, num_hidden_layers=2), tmp_path / "m"), mla, fa)
 
 
+def test_pieces_of_an_upload_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources smaller and larger than a piece, a buffer that ends within one, an empty one."""
+    from kvfold.backends import cuda_weights
+
+    monkeypatch.setattr(cuda_weights, "STAGE_BYTES", 10)
+    monkeypatch.setattr(cuda_weights, "PIECE_BYTES", 4)
+    sizes = [3, 0, 11, 4, 1, 20]
+    whole = np.random.default_rng(1).integers(0, 256, sum(sizes), np.uint8)
+    seen: list[int] = []
+    stage = cuda_weights._Stage(torch.device("cpu"), len(whole), lambda done, total: seen.append(done))
+    target = stage.empty(1, len(whole)).zero_()
+    stage.copy(np.split(whole, np.cumsum(sizes)[:-1]), target)
+    stage.finish()
+    np.testing.assert_array_equal(target.numpy()[0], whole)
+    assert seen == [0, 10, 20, 30, 39]
+
+
 FORMS = [(mla, fa) for mla in ("0", "1", "2", "3", "auto") for fa in ("0", "1")]
 CHUNKS = {"whole": [150], "around page edges": [63, 1, 1, 64, 21], "pairs and ones": [100, *[2] * 20, *[1] * 10]}
 

@@ -10,7 +10,9 @@ are of one type, so that one launch serves both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -29,6 +31,9 @@ Progress = Callable[[int, int], None]
 
 PLANES_BYTES = 256 << 20  # of the copy that a piece of a matrix needs while its rows are laid out
 STAGE_BYTES = 32 << 20  # two pinned buffers of this size: one is filled while the other is copied
+# Threads that fill a buffer from the file's map, PIECE_BYTES at a time. One alone took 2.9 s for 8.3 GiB that lay in memory.
+READERS = 8
+PIECE_BYTES = 2 << 20
 _NUMBERS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -148,10 +153,7 @@ def _matrix(weights: list[Weight], stage: _Stage, dtype: torch.dtype) -> Matrix:
         raw = torch.cat([stage.numbers(decode_tensor(part).reshape(part.rows, -1)).to(dtype) for part in parts])
         return Matrix(_NUMBERS[dtype], rows, first.cols, raw.view(torch.uint8), None, count)
     raw = stage.empty(sum(p.rows for p in parts), first.raw.shape[-1])
-    start = 0
-    for part in parts:
-        stage.copy(part.raw, raw[start : start + part.rows])
-        start += part.rows
+    stage.copy([part.raw for part in parts], raw)
     if first.type.name in PLANES:
         for piece in raw.split(max(1, PLANES_BYTES // raw.shape[1])):
             piece.copy_(planes(first.type.name, piece))
@@ -159,6 +161,23 @@ def _matrix(weights: list[Weight], stage: _Stage, dtype: torch.dtype) -> Matrix:
     if first.scale is not None:
         scale = stage.numbers(np.stack([p.scale for p in parts if p.scale is not None]))
     return Matrix(first.type.name, rows, first.cols, raw, scale, count)
+
+
+def _windows(sources: list[NDArray[np.uint8]], window_bytes: int) -> Iterator[list[NDArray[np.uint8]]]:
+    """The sources cut in pieces of at most PIECE_BYTES, as many together as fit window_bytes."""
+    window: list[NDArray[np.uint8]] = []
+    free = window_bytes
+    for source in sources:
+        start = 0
+        while start < source.size:
+            size = min(PIECE_BYTES, source.size - start, free)
+            window.append(source[start : start + size])
+            start, free = start + size, free - size
+            if not free:
+                yield window
+                window, free = [], window_bytes
+    if window:
+        yield window
 
 
 class _Stage:
@@ -172,6 +191,7 @@ class _Stage:
         self._turn = 0
         self._buffers: list[Tensor] = []
         self._events: list[torch.cuda.Event] = []
+        self._readers = ThreadPoolExecutor(READERS, "kvfold-upload")
         if device.type == "cuda":
             self._buffers = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
             self._events = [torch.cuda.Event() for _ in range(2)]
@@ -185,23 +205,32 @@ class _Stage:
         self._count(array.nbytes)
         return torch.from_numpy(np.array(array, np.float32)).to(self._device)
 
-    def copy(self, source: NDArray[np.uint8], target: Tensor) -> None:
-        flat, out = source.reshape(-1), target.view(-1)
-        for start in range(0, flat.size, STAGE_BYTES):
-            piece = flat[start : start + STAGE_BYTES]
-            place = out[start : start + piece.size]
+    def copy(self, sources: list[NDArray[np.uint8]], target: Tensor) -> None:
+        """The bytes of the sources, one after another, fill the target. Small ones (a layer's experts) share a buffer."""
+        out = target.view(-1)
+        start = 0
+        for pieces in _windows([source.reshape(-1) for source in sources], STAGE_BYTES):
+            size = sum(piece.size for piece in pieces)
+            place = out[start : start + size]
             if not self._buffers:
-                place.numpy()[:] = piece
+                self._fill(place.numpy(), pieces)
             else:
                 buffer, event = self._buffers[self._turn], self._events[self._turn]
                 event.synchronize()  # its last copy has left
-                buffer.numpy()[: piece.size] = piece
-                place.copy_(buffer[: piece.size], non_blocking=True)
+                self._fill(buffer.numpy(), pieces)
+                place.copy_(buffer[:size], non_blocking=True)
                 event.record()
                 self._turn ^= 1
-            self._count(piece.size)
+            start += size
+            self._count(size)
+
+    def _fill(self, buffer: NDArray[np.uint8], pieces: list[NDArray[np.uint8]]) -> None:
+        starts = accumulate((piece.size for piece in pieces), initial=0)
+        places = [buffer[start : start + piece.size] for start, piece in zip(starts, pieces, strict=False)]
+        list(self._readers.map(np.copyto, places, pieces))
 
     def finish(self) -> None:
+        self._readers.shutdown()
         if self._buffers:
             torch.cuda.synchronize(self._device)
 
