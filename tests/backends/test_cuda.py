@@ -199,6 +199,20 @@ def test_replayed_steps_are_launched_ones_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+def test_a_graph_writes_only_what_it_keeps(tmp_path: Path) -> None:
+    """Whatever was freed once a step was captured belongs to others: a replay leaves it as they filled it."""
+    harness = cuda_harness(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"), mla="3")
+    sequence = harness.sequence()
+    harness.step([Work(sequence, ids(90), is_prompt=True)])
+    harness.step([Work(sequence, [7], is_prompt=False)])
+    torch.cuda.synchronize()
+    taken = [torch.full((size // 4,), 7.0, device="cuda") for size in [512] * 600 + [2**16] * 100 + [2**20] * 60]
+    harness.step([Work(sequence, [9], is_prompt=False)])
+    assert all(bool((x == 7.0).all()) for x in taken)
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_the_embedded_model_tells_the_same_story() -> None:
     """Greedy float32 text is the CPU's for 200 tokens. In bfloat16, told the same text, KL stays below 1e-3 and the token
     of most weight is the same wherever float32 puts it 0.2 before the next, on every path and cache type."""

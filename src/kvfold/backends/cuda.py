@@ -206,8 +206,11 @@ class _Outputs(Mapping[str, "NDArray[np.float32]"]):
 
 @dataclass(frozen=True, eq=False)
 class _Captured:
+    """workspace: where the graph writes although it is not of the graphs' memory, so it has to live as long."""
+
     graph: torch.cuda.CUDAGraph
     outputs: dict[str, Tensor]
+    workspace: DecodeWorkspace
 
 
 class _Graphs:
@@ -352,4 +355,4 @@ class _Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
             outputs = whole()
-        return _Captured(graph, outputs)
+        return _Captured(graph, outputs, workspace)
