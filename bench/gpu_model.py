@@ -243,7 +243,7 @@ def main() -> None:
                 walls.append(time.perf_counter() - start)
             wall = statistics.median(walls)
             assert backend._graphs is not None
-            graph = next(c.graph for (b, _), c in backend._graphs._captured.items() if b >= batch)
+            graph = next(c.graph for (b, *_), c in backend._graphs._captured.items() if b >= batch)
             replay = timed(graph.replay)
             if options.profile:
                 print_profile(f"decode {batch} x {depth}", graph.replay)

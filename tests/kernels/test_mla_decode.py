@@ -8,6 +8,7 @@ import torch
 
 from kvfold.cache.latent import CacheType, decode, encode
 from kvfold.kernels.cached_blocks import Blocks
+from kvfold.kernels.merged_unfold import merge_unfold
 from kvfold.kernels.mla_decode import DecodeWorkspace, Form, mla_decode, schedule_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,9 +48,14 @@ class Case:
         self.q = (2 * torch.randn(len(kv_lens) * s_q, heads, latent, generator=generator)).to(dtype)
 
     def run(
-        self, num_parts: int | None = None, form: Form = "triton", num_pages: int | None = None
+        self,
+        num_parts: int | None = None,
+        form: Form = "triton",
+        num_pages: int | None = None,
+        w_uv: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """num_pages: the pool lies at the end of one of so many pages, and NaN before it."""
+        """num_pages: the pool lies at the end of one of so many pages, and NaN before it. w_uv [H, v, kv_lora]: parts are
+        merged where they are unfolded."""
         batch, heads = len(self.kv_lens), self.q.shape[1]
         workspace = DecodeWorkspace(batch, self.s_q, heads, self.kv_lora, DEVICE, num_parts)
         workspace.partial.fill_(float("nan"))
@@ -69,9 +75,13 @@ class Case:
         page_starts = torch.tensor(self.page_starts, dtype=torch.int32, device=DEVICE)
         mla_decode(
             q, pool, pages, page_starts, kv_lens, out, workspace, scale=self.scale, kv_lora=self.kv_lora,
-            blocks=self.blocks, form=form,
+            blocks=self.blocks, form=form, merges=w_uv is None,
         )  # fmt: skip
-        return out.cpu()
+        if w_uv is None:
+            return out.cpu()
+        unfolded = torch.full((len(out), w_uv[..., 0].numel()), float("nan"), device=DEVICE)
+        merge_unfold(out, workspace, w_uv.to(DEVICE), unfolded)
+        return unfolded.cpu()
 
     def expected(self) -> torch.Tensor:
         """The same sums in float64, one sequence after another."""
@@ -102,6 +112,23 @@ class Case:
 @pytest.mark.parametrize("s_q", [1, 2])
 def test_any_head_count(heads: int, s_q: int) -> None:
     Case(heads, [65, 130] if heads < 128 else [130], s_q, seed=heads).check(2e-6)
+
+
+@pytest.mark.parametrize(
+    ("kv_lens", "s_q", "num_parts", "kv_lora"),
+    [([300, 0, 64], 1, 7, 32), ([200, 129], 2, 3, 40), ([4400], 1, 40, 32)],
+)
+def test_parts_are_merged_where_they_are_unfolded(
+    kv_lens: list[int], s_q: int, num_parts: int, kv_lora: int
+) -> None:
+    """Whole sequences, cut ones, more parts than are merged at once, rows that no power of two is; 21 features a head."""
+    case = Case(3, kv_lens, s_q, kv_lora=kv_lora)
+    w_uv = torch.randn(3, 21, kv_lora, generator=torch.Generator().manual_seed(9))
+    got = case.run(num_parts, w_uv=w_uv)
+    expected = torch.einsum("thc,hvc->thv", case.expected().nan_to_num(0.0), w_uv.double()).flatten(1)
+    assert not got.isnan().any()
+    assert (got - expected).norm() <= 2e-6 * expected.norm()
+    assert ((got - expected).norm(dim=1) <= 8e-6 * expected.norm()).all()
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 4097])

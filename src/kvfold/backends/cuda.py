@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold.backends.cuda_ops import CudaOps, Value
-from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep, on_device, path_rows
+from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep, is_short, on_device, path_rows
 from kvfold.backends.cuda_weights import DeviceWeights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import Cancelled
@@ -214,11 +214,11 @@ class _Captured:
 
 
 class _Graphs:
-    """Captured steps by (bucket, rows a sequence), over one set of buffers that each replay reads anew."""
+    """Captured steps by (bucket, rows a sequence, short contexts), over one set of buffers that each replay reads anew."""
 
     def __init__(self, backend: CudaBackend) -> None:
         self._backend = backend
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._captured: dict[tuple[int, int, bool], _Captured] = {}
         self._memory = torch.cuda.graph_pool_handle()
         most_rows = BUCKETS[-1] * MOST_ROWS
         # Every page in use once, and shared ones again: a step with more is launched op by op.
@@ -249,10 +249,10 @@ class _Graphs:
         key = self._key(step)
         if key is None:
             return None
-        bucket, rows = key
+        bucket, rows, _ = key
         self._fill(step, bucket, rows)
         if key not in self._captured:
-            self._captured[key] = self._capture(bucket, rows)
+            self._captured[key] = self._capture(*key)
         # Graphs share their memory: outputs that somebody still holds are saved before a replay of any of them writes
         # there. Mostly nobody does, and no copy is made.
         last = None if self._last is None else self._last()
@@ -276,8 +276,8 @@ class _Graphs:
     def chooses(self, step: Step) -> bool:
         return self._key(step) is not None and len(step.output_rows) == step.num_rows
 
-    def _key(self, step: Step) -> tuple[int, int] | None:
-        """(bucket, rows a sequence) of a step of generated rows alone."""
+    def _key(self, step: Step) -> tuple[int, int, bool] | None:
+        """(bucket, rows a sequence, whether all contexts are short) of a step of generated rows alone."""
         segment = step.segment(Path.ABSORBED.value)
         if segment is None or not segment[0] or path_rows(step, Path.ABSORBED) != slice(0, step.num_rows):
             return None
@@ -285,7 +285,7 @@ class _Graphs:
         batch = len(step.kv_lens)
         if len(counts) != 1 or max(counts) > MOST_ROWS or batch > BUCKETS[-1] or len(step.pages) > self._most_pages:
             return None
-        return next(b for b in BUCKETS if b >= batch), counts.pop()
+        return next(b for b in BUCKETS if b >= batch), counts.pop(), is_short(step.kv_lens)
 
     def _fill(self, step: Step, bucket: int, rows: int) -> None:
         """The step's arrays into the fixed buffers, padding behind them: no keys, no slot, token 0."""
@@ -312,7 +312,7 @@ class _Graphs:
         self._device[:end].copy_(self._host[:end], non_blocking=True)
         self._copied.record(torch.cuda.current_stream(self._backend.device))
 
-    def _capture(self, bucket: int, rows: int) -> _Captured:
+    def _capture(self, bucket: int, rows: int, short: bool) -> _Captured:
         backend = self._backend
         num_rows = bucket * rows
 
@@ -333,6 +333,7 @@ class _Graphs:
             slice(0, num_rows),
             (launch,),
             None,
+            short,
         )
 
         def whole() -> dict[str, Tensor]:

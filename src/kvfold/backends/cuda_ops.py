@@ -22,7 +22,7 @@ from kvfold.backends.cuda_step import DeviceStep
 from kvfold.backends.cuda_weights import Rows
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, Pairing, RopeConfig, Scoring
-from kvfold.kernels import number_product, rounded_product, row_product, rows, tile_product
+from kvfold.kernels import merged_unfold, number_product, rounded_product, row_product, rows, tile_product
 from kvfold.kernels.cached_blocks import append_blocks, gather_blocks
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.mla_decode import mla_decode
@@ -122,6 +122,14 @@ class Experts(Value):
         super().__init__(make)
         self.choice = choice
         self.matrices = matrices
+
+
+class Attended(Value):
+    """Values of decode attention; launch(False) leaves what several parts hold of a row unmerged."""
+
+    def __init__(self, launch: Callable[[bool], Tensor]) -> None:
+        super().__init__(lambda: launch(True))
+        self.launch = launch
 
 
 class Sum(Value):
@@ -523,7 +531,7 @@ class CudaOps:
         return Value(make)
 
     def attend_latent(self, name: str, layer: int, q_latent: Value, mla: MlaConfig) -> Value:
-        def make() -> Tensor:
+        def launch_all(merges: bool) -> Tensor:
             q = q_latent.tensor.unflatten(1, (mla.num_heads, mla.latent_dim))
             out = torch.empty(len(q), mla.num_heads, mla.kv_lora_rank, dtype=self._dtype, device=q.device)
             first = self._step.absorbed.start
@@ -541,6 +549,7 @@ class CudaOps:
                     scale=mla.softmax_scale,
                     kv_lora=mla.kv_lora_rank,
                     blocks=self._backend.blocks,
+                    merges=merges,
                 )
             if not self._step.launches:
                 for sequence, part, _ in self._sequences(Path.ABSORBED):
@@ -550,19 +559,30 @@ class CudaOps:
                     out[local] = self._unfused(q[local], keys, keys[..., : mla.kv_lora_rank], mla.softmax_scale)
             return out.flatten(1)
 
-        return Value(make)
+        return Attended(launch_all)
 
     def unfold_v(self, name: str, o_latent: Value, kv_up: KvUp, mla: MlaConfig) -> Value:
         def make() -> Tensor:
-            device = self._backend.device
-            out = torch.empty(self._step.num_rows, mla.num_heads * mla.v_head_dim, dtype=self._dtype, device=device)
-            absorbed = self._step.absorbed
+            device, num_rows = self._backend.device, self._step.num_rows
+            out = torch.empty(num_rows, mla.num_heads * mla.v_head_dim, dtype=self._dtype, device=device)
+            absorbed, launches = self._step.absorbed, self._step.launches
             _, w_uv = self._backend.weights.up[kv_up]
-            if absorbed == slice(0, len(out)) and len(out) <= number_product.MOST_ROWS:
+            per_head = mla.num_heads, mla.kv_lora_rank
+            is_all = absorbed == slice(0, num_rows)
+            if (
+                is_all
+                and self._step.is_short
+                and len(launches) == 1
+                and isinstance(o_latent, Attended)
+                and merged_unfold.serves(num_rows, mla.num_heads)
+            ):
+                whole = o_latent.launch(False).unflatten(1, per_head)
+                merged_unfold.merge_unfold(whole, launches[0].workspace, w_uv, out)
+            elif is_all and num_rows <= number_product.MOST_ROWS:
                 number_product.linear(o_latent.tensor, Matrix.of(w_uv.flatten(0, 1)), out)
             elif absorbed.stop > absorbed.start:
                 rows.per_head(
-                    o_latent.tensor.unflatten(1, (mla.num_heads, mla.kv_lora_rank)),
+                    o_latent.tensor.unflatten(1, per_head),
                     w_uv.transpose(1, 2),
                     out[absorbed].unflatten(1, (mla.num_heads, mla.v_head_dim)),
                     depth=mla.kv_lora_rank,

@@ -100,8 +100,11 @@ def mla_decode(
     kv_lora: int,
     blocks: Blocks | None = None,
     form: Form | None = None,
+    merges: bool = True,
 ) -> None:
     """Softmax attention of every query row over its sequence's latents: [B * s_q, H, kv_lora] into `out`.
+
+    merges: False leaves sequences that several parts read in the workspace, for merged_unfold.py.
 
     Queries and the weights of values are rounded to the type of `out`; cached rows are converted to it; sums are
     float32. A row that sees no key (kv_len 0: padding) gets zeros. `blocks` is the format of a pool of bytes
@@ -121,7 +124,8 @@ def mla_decode(
         launch(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, hopper)
     else:
         _launch_triton(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, hopper, blocks)
-    _combine(out, workspace, hopper)
+    if merges:
+        _combine(out, workspace, hopper)
 
 
 def _gluon_serves(q: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, kv_lora: int) -> bool:

@@ -587,16 +587,21 @@ def _many_rows_kernel(
 
 @gluon.jit
 def _few_rows_loader(
-    k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, part, kn, kr, full, empty, STAGES: gl.constexpr
-):
-    """One warp: every tile of the part, in order, into a ring of STAGES."""
+    k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, part, kn, kr, full, empty,
+    S_Q: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """One warp: every tile of the part, in order, into a ring of STAGES. What earlier steps appended is there before the
+    kernel before this one has ended; it may be the one that appends this step's rows."""
     it = 0
     for step in range(0, _num_stretches(part_starts, part)):
-        sequence, _, lo, hi, _ = _stretch(part_starts, kv_lens, part, step)
+        sequence, kv_len, lo, hi, _ = _stretch(part_starts, kv_lens, part, step)
         page_list = pages + gl.load(page_starts + sequence)
         for i in range(lo, hi):
             page = gl.load(page_list + i)
             stage = it % STAGES
+            if PDL:
+                if i * 64 + 64 > kv_len - S_Q:
+                    gdc_wait()
             mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), 73728)
             tma_load(k_desc, [page * 64, 0], full.index(stage), kn.index(stage))
@@ -608,7 +613,7 @@ def _few_rows_loader(
 def _few_rows_worker(
     q, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse, scale_log2, rows, part,
     qn, qr, kn, kr, ps, full, empty,
-    S_Q: gl.constexpr, HEADS: gl.constexpr, BLOCK_ROWS: gl.constexpr, STAGES: gl.constexpr,
+    S_Q: gl.constexpr, HEADS: gl.constexpr, BLOCK_ROWS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: scores [64 keys, rows], softmax down the keys, values [512, rows]."""
     SL: gl.constexpr = gl.NVMMADistributedLayout(
@@ -625,6 +630,8 @@ def _few_rows_worker(
     at_l = row_l[:, None] * 576 + gl.arange(0, 512, gl.SliceLayout(0, QL))[None, :]
     at_r = row_r[:, None] * 576 + 512 + gl.arange(0, 64, gl.SliceLayout(0, QR))[None, :]
     it = 0
+    if PDL:
+        gdc_wait()
     for step in range(0, _num_stretches(part_starts, part)):
         sequence, kv_len, lo, hi, num_tiles = _stretch(part_starts, kv_lens, part, step)
         end = gl.minimum(kv_len, hi * 64)
@@ -710,22 +717,21 @@ def _few_rows_kernel(
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     if PDL:
-        gdc_wait()
+        gdc_launch_dependents()
     gl.warp_specialize(
         [
             (_few_rows_worker, (
                 q, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse, scale_log2, rows, part,
-                qn, qr, kn, kr, ps, full, empty, S_Q, HEADS, BLOCK_ROWS, STAGES,
+                qn, qr, kn, kr, ps, full, empty, S_Q, HEADS, BLOCK_ROWS, STAGES, PDL,
             )),
             (_few_rows_loader, (
-                k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, part, kn, kr, full, empty, STAGES,
+                k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, part, kn, kr, full, empty, S_Q, STAGES,
+                PDL,
             )),
         ],
         [1],
         [40],
     )  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()
 
 
 def launch(

@@ -26,7 +26,7 @@ TYPES = frozenset(["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
 # Rows of a program, its warps, and registers of a thread where the compiler would take so many that fewer programs fit.
 LINEAR = {"Q4_0": (16, 2), "IQ4_NL": (16, 2), "Q8_0": (16, 2), "Q4_K": (16, 2), "Q6_K": (16, 2)}
 GATE_UP = (16, 4)
-DOWN = {"Q4_0": (4, 4, 128), "IQ4_NL": (4, 4, 128), "Q8_0": (4, 4, 128), "Q4_K": (4, 4, 128), "Q6_K": (4, 4, 128)}
+DOWN = {"Q4_0": (4, 4, 128), "IQ4_NL": (4, 4, 160), "Q8_0": (4, 4, 160), "Q4_K": (4, 4, 128), "Q6_K": (4, 4, 128)}
 GATE_UP_ROUNDS = {"Q4_0": (8, 128), "IQ4_NL": (8, 128), "Q8_0": (8,), "Q4_K": (8,), "Q6_K": (8,)}  # of 32 rows
 # Experts of `down` whose weights are asked for at once: up to 100 registers.
 _AHEAD = {"Q4_0": 6, "IQ4_NL": 6, "Q8_0": 6, "Q4_K": 3, "Q6_K": 2}

@@ -48,20 +48,25 @@ def _rotate(x, at, pairs, cos, sin, mask, FIRST: tl.constexpr, SECOND: tl.conste
 
 @triton.jit
 def _append(
-    t, c, s, pair, is_pair, kv_a, weight, eps, kv_lora, slots, pool, latent,
+    slot, c, s, pair, is_pair, w, kv_a, eps, kv_lora, pool, latent,
     FIRST: tl.constexpr, SECOND: tl.constexpr, LORA: tl.constexpr,
 ):  # fmt: skip
-    """[norm(c_kv) | k_rope rotated by c and s] of row t, at kv_a, to its slot."""
-    slot = tl.load(slots + t).to(tl.int64)
-    if slot >= 0:  # padding has none
-        i = tl.arange(0, LORA)
-        v = tl.load(kv_a + i, mask=i < kv_lora, other=0.0).to(tl.float32)
-        v *= tl.rsqrt(tl.sum(v * v, 0) / kv_lora + eps)
-        v *= tl.load(weight + i, mask=i < kv_lora, other=0.0)
-        tl.store(pool + slot * latent + i, v, mask=i < kv_lora)
-        k_a, k_b = _rotate(kv_a, kv_lora, pair, c, s, is_pair, FIRST, SECOND)
-        tl.store(pool + slot * latent + kv_lora + pair * FIRST, k_a, mask=is_pair)
-        tl.store(pool + slot * latent + kv_lora + pair * FIRST + SECOND, k_b, mask=is_pair)
+    """[norm(c_kv) times w | k_rope rotated by c and s] of the row at kv_a to its slot."""
+    i = tl.arange(0, LORA)
+    v = tl.load(kv_a + i, mask=i < kv_lora, other=0.0).to(tl.float32)
+    k_a, k_b = _rotate(kv_a, kv_lora, pair, c, s, is_pair, FIRST, SECOND)
+    v *= tl.rsqrt(tl.sum(v * v, 0) / kv_lora + eps)
+    is_there = slot >= 0  # padding has none
+    to = pool + slot * latent
+    tl.store(to + i, v * w, mask=(i < kv_lora) & is_there)
+    tl.store(to + kv_lora + pair * FIRST, k_a, mask=is_pair & is_there)
+    tl.store(to + kv_lora + pair * FIRST + SECOND, k_b, mask=is_pair & is_there)
+
+
+@triton.jit
+def _norm_weight(weight, kv_lora, LORA: tl.constexpr):
+    i = tl.arange(0, LORA)
+    return tl.load(weight + i, mask=i < kv_lora, other=0.0)
 
 
 @triton.jit
@@ -92,9 +97,9 @@ def _rope_append(
     a, b = _rotate(q, at, pair[None, :], c[None, :], s[None, :], mask, FIRST, SECOND)
     tl.store(q + at + pair[None, :] * FIRST, a, mask=mask)
     tl.store(q + at + pair[None, :] * FIRST + SECOND, b, mask=mask)
-    _append(
-        t, c, s, pair, is_pair, kv_a + t * kv_stride, weight, eps, kv_lora, slots, pool, latent, FIRST, SECOND, LORA
-    )
+    slot = tl.load(slots + t).to(tl.int64)
+    w = _norm_weight(weight, kv_lora, LORA)
+    _append(slot, c, s, pair, is_pair, w, kv_a + t * kv_stride, eps, kv_lora, pool, latent, FIRST, SECOND, LORA)
 
 
 @triton.jit
@@ -106,10 +111,13 @@ def _fold_append(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (head, WIDTH columns of W_UK): folds q_nope of every row; the first of a head rotates its q_rope. Behind
-    the heads: program (num_heads, 0) appends the latents."""
+    the heads: programs that append a row's latent each. Positions and slots are older than the kernel before this one."""
     if EARLY:
         let_next_start()
     head = tl.program_id(0)
+    angles = ()
+    for t in tl.static_range(TOKENS):
+        angles += (_angles(t, positions, cos, sin, ROPE, PAIRS),)  # type: ignore[assignment]
     if head < num_heads:
         k = tl.arange(0, PADDED)
         n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -121,19 +129,23 @@ def _fold_append(
         for t in tl.static_range(TOKENS):
             x = tl.load(q + t * q_stride + head * head_dim + k, mask=k < NOPE, other=0.0).to(tl.float32)
             to = out + (t * num_heads + head) * latent
-            tl.store(to + n, tl.sum(tile * x[:, None], 0), mask=n < kv_lora)
             if tl.program_id(1) == 0:
-                c, s, pair, is_pair = _angles(t, positions, cos, sin, ROPE, PAIRS)
+                c, s, pair, is_pair = angles[t]  # type: ignore[var-annotated]
                 a, b = _rotate(q, t * q_stride + head * head_dim + NOPE, pair, c, s, is_pair, FIRST, SECOND)
                 tl.store(to + kv_lora + pair * FIRST, a, mask=is_pair)
                 tl.store(to + kv_lora + pair * FIRST + SECOND, b, mask=is_pair)
+            tl.store(to + n, tl.sum(tile * x[:, None], 0), mask=n < kv_lora)
     else:
+        norm = _norm_weight(weight, kv_lora, LORA)
+        to_slots = ()
+        for t in tl.static_range(TOKENS):
+            to_slots += (tl.load(slots + t).to(tl.int64),)  # type: ignore[assignment]
         if EARLY:
             wait_for_inputs()
-        if tl.program_id(1) == 0:
-            for t in tl.static_range(TOKENS):
-                c, s, pair, is_pair = _angles(t, positions, cos, sin, ROPE, PAIRS)
-                _append(t, c, s, pair, is_pair, kv_a + t * kv_stride, weight, eps, kv_lora, slots, pool, latent, FIRST,
+        for t in tl.static_range(TOKENS):
+            if tl.program_id(1) == t % tl.num_programs(1):
+                c, s, pair, is_pair = angles[t]
+                _append(to_slots[t], c, s, pair, is_pair, norm, kv_a + t * kv_stride, eps, kv_lora, pool, latent, FIRST,
                         SECOND, LORA)  # fmt: skip
 
 
