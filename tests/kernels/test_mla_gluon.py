@@ -35,7 +35,7 @@ def test_the_kernel_for_few_rows_spills_nothing() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["prefill", "prefill_parts"])
+@pytest.mark.parametrize("kind", ["prefill_parted", "prefill_boxed", "prefill_merge"])
 def test_the_prefill_kernel_spills_nothing(kind: str) -> None:
     found = compiled(kind)
     assert found["shared_bytes"] <= HOPPER_SHARED_BYTES
