@@ -111,3 +111,30 @@ def test_parts_of_the_keys_side_by_side_make_the_whole(merge: bool) -> None:
     want, want_lse = expected(q, k_nope, k_rope, v, 0.2, cached)
     check(out, want, 2e-6)
     check(lse, want_lse, 2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "cached", "heads"), [(300, 0, 16), (64, 1000, 5), (1, 4097, 16), (2050, 65, 40)])
+def test_on_hopper_results_of_either_type_stay_within_their_rows(
+    rows: int, cached: int, heads: int, kind: str, runs: int
+) -> None:
+    """Whole blocks of 64 rows leave through TMA; what lies behind the last row keeps its bits."""
+    keys = rows + cached
+    q, k_nope, k_rope, v = inputs(rows, keys, heads, 128, 64, 128, torch.bfloat16)
+    whole = torch.full((rows + 70, heads, 128), float("nan"), dtype=getattr(torch, kind), device=DEVICE)
+    out = whole[:rows]
+    lse = torch.full((heads, rows), float("nan"), device=DEVICE)
+    for first, last in itertools.pairwise([keys * n // runs for n in range(runs + 1)]):
+        mla_prefill(
+            q, k_nope[first:last], k_rope[first:last], v[first:last], out, lse, scale=192**-0.5, first_row=cached,
+            first_key=first, merge=first > 0, form="gluon",
+        )  # fmt: skip
+    want, want_lse = expected(q, k_nope, k_rope, v, 192**-0.5, cached)
+    check(out, want, 5e-3)
+    check(lse, want_lse, 1e-5)
+    assert whole[rows:].isnan().all(), "written behind the last row"
