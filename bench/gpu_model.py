@@ -4,8 +4,8 @@
 
 Decode: median wall time from a step's arrays to its logits on the host, of the graph's replay alone by CUDA events, and of
 a step in a loop that takes each step's likeliest tokens on the device (loop_us).
-floor: bytes that the step must read (weights of the chosen experts, each once; cache rows) over the read-only limit that is
-measured in the same run. Prompt: wall time of one step; its floor is the model's multiply-adds at cuBLAS's bf16 rate for
+floor: bytes that the step must read (weights of the experts that its rows choose, each once; cache rows) over the read-only
+limit that is measured in the same run. Tokens are random, since rows of one token choose the same experts. Prompt: wall time of one step; its floor is the model's multiply-adds at cuBLAS's bf16 rate for
 8192^3, measured in the same run.
 """
 
@@ -24,13 +24,14 @@ import triton
 import triton.language as tl
 
 from kvfold.backends.cuda import CudaBackend
+from kvfold.backends.cuda_ops import ROW_PRODUCT_ROWS
 from kvfold.backends.cuda_weights import DeviceWeights, Rows
 from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache
 from kvfold.cache.pages import PagePool, Sequence
 from kvfold.config import ModelConfig
 from kvfold.engine.batch import Work, build_batch
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
-from kvfold.kernels import rounded_product
+from kvfold.kernels import rounded_product, tile_product
 from kvfold.kernels.matrix import PLANES, Matrix, planes
 from kvfold.mla.plan import H200, Fa, Mla, MlaPlan, choose
 from kvfold.model.deepseek import DeepseekModel
@@ -105,15 +106,34 @@ def random_weights(model: DeepseekModel, type: str, device: torch.device, rounds
     return out
 
 
-def step_bytes(model: DeepseekModel, weights: DeviceWeights, batch: int, depth: int) -> float:
-    """What one decode step must read: chosen experts once each (expected number of different ones), cached rows."""
+def experts_read(backend: CudaBackend, step: Any, batch: int) -> float:
+    """The share of a layer's experts that a step reads, mean over layers, from the ids of one launched op by op."""
+    moe = backend.model.config.moe
+    if moe is None or batch <= ROW_PRODUCT_ROWS:  # rows that choose apart, as few as they are
+        return 0.0 if moe is None else 1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** batch
+    counts: list[int] = []
+    original = tile_product.experts
+
+    def watched(x: torch.Tensor, ids: torch.Tensor, *rest: Any) -> None:
+        counts.append(len(ids.unique()))
+        original(x, ids, *rest)
+
+    graphs, backend._graphs = backend._graphs, None
+    tile_product.experts = watched
+    try:
+        step()
+    finally:
+        tile_product.experts, backend._graphs = original, graphs
+    return statistics.mean(counts) / moe.num_experts
+
+
+def step_bytes(model: DeepseekModel, weights: DeviceWeights, batch: int, depth: int, experts: float) -> float:
+    """What one decode step must read: this share of all experts, each once, and cached rows."""
     config, total = model.config, 0.0
     for name, rows in weights.rows.items():
         nbytes = rows.matrix.raw.nbytes * (rows.stop - rows.start) / rows.matrix.rows
         if rows.matrix.parts > 1:
-            assert config.moe is not None
-            share = 1 - (1 - config.moe.num_experts_per_tok / config.moe.num_experts) ** batch
-            nbytes = rows.matrix.raw.nbytes * share
+            nbytes = rows.matrix.raw.nbytes * experts
         if name != "token_embd.weight":
             total += nbytes
     total += sum(a.nbytes + b.nbytes for a, b in weights.up.values())
@@ -228,8 +248,11 @@ def main() -> None:
                 sequence.reserve(depth)
                 sequence.length = depth
 
-            def step(sequences: list[Sequence] = sequences) -> np.ndarray:
-                built = build_batch([Work(s, [17], is_prompt=False) for s in sequences], planner)
+            first = np.random.default_rng(1).integers(0, model.config.vocab_size, batch).tolist()
+
+            def step(sequences: list[Sequence] = sequences, tokens: list[int] = first) -> np.ndarray:
+                works = [Work(s, [t], is_prompt=False) for s, t in zip(sequences, tokens, strict=True)]
+                built = build_batch(works, planner)
                 run = backend.start(built.step)
                 run.run()
                 built.commit()
@@ -243,15 +266,18 @@ def main() -> None:
                 walls.append(time.perf_counter() - start)
             wall = statistics.median(walls)
             assert backend._graphs is not None
-            graph = next(c.graph for (b, *_), c in backend._graphs._captured.items() if b >= batch)
+            work = [Work(s, [17], is_prompt=False) for s in sequences]
+            key = backend._graphs._key(build_batch(work, planner).step)
+            assert key is not None
+            graph = backend._graphs._captured[key].graph
             replay = timed(graph.replay)
             if options.profile:
                 print_profile(f"decode {batch} x {depth}", graph.replay)
 
-            def loop(sequences: list[Sequence] = sequences, batch: int = batch) -> float:
-                """Seconds a step where each takes the tokens of the one before it from the device, and they come to the
-                host when the next is under way: the engine's loop when all take the likeliest token."""
-                tokens, before = [17] * batch, None
+            def loop(sequences: list[Sequence] = sequences, tokens: list[int] = first) -> tuple[float, list[int]]:
+                """(seconds a step, the last tokens) where each takes the tokens of the one before it from the device, and
+                they come to the host when the next is under way: the engine's loop when all take the likeliest token."""
+                before = None
                 start = time.perf_counter()
                 for _ in range(LOOP_STEPS):
                     works = [Work(s, [t], is_prompt=False) for s, t in zip(sequences, tokens, strict=True)]
@@ -261,17 +287,24 @@ def main() -> None:
                     built.commit()
                     if before is not None:
                         assert (before.chosen >= 0).all()
-                    tokens, before = [-1 - i for i in range(batch)], run
+                    tokens, before = [-1 - i for i in range(len(tokens))], run
                 assert before is not None and (before.chosen >= 0).all()
-                return (time.perf_counter() - start) / LOOP_STEPS
+                return (time.perf_counter() - start) / LOOP_STEPS, before.chosen.tolist()
 
-            loop_step = loop()
-            floor = step_bytes(model, weights, batch, depth) / limit
+            loop_step, last = loop()
+            # Rows of one token choose alike, so each of the two has its own floor.
+            experts, loop_experts = (
+                experts_read(backend, lambda tokens=tokens: step(tokens=tokens), batch) for tokens in (first, last)
+            )
+            floor, loop_floor = (
+                step_bytes(model, weights, batch, depth, e) / limit for e in (experts, loop_experts)
+            )
             row = {
-                "what": "decode", "type": options.type, "batch": batch, "depth": depth, "wall_us": wall * 1e6,
+                "what": "decode", "type": options.type, "batch": batch, "depth": depth, "experts_read": experts,
+                "loop_experts_read": loop_experts, "wall_us": wall * 1e6,
                 "replay_us": replay * 1e6, "tokens_per_s": batch / wall, "floor_us": floor * 1e6,
                 "share_of_floor": floor / wall, "loop_us": loop_step * 1e6, "loop_tokens_per_s": batch / loop_step,
-                "loop_share_of_floor": floor / loop_step,
+                "loop_share_of_floor": loop_floor / loop_step,
             }  # fmt: skip
             results.append(row)
             print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
@@ -280,7 +313,8 @@ def main() -> None:
 
         def prompt(rows: int = rows, pool: PagePool = pool) -> np.ndarray:
             sequence = Sequence(pool)
-            built = build_batch([Work(sequence, [17] * rows, is_prompt=True)], planner)
+            tokens = np.random.default_rng(2).integers(0, model.config.vocab_size, rows).tolist()
+            built = build_batch([Work(sequence, tokens, is_prompt=True)], planner)
             run = backend.start(built.step)
             run.run()
             logits = run.outputs["logits"]

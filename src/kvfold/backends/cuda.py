@@ -23,7 +23,7 @@ from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep, is_sh
 from kvfold.backends.cuda_weights import DeviceWeights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import Cancelled
-from kvfold.kernels import ceilings
+from kvfold.kernels import ceilings, merged_unfold
 from kvfold.kernels.cached_blocks import Blocks
 from kvfold.kernels.likeliest import likeliest, take_chosen
 from kvfold.kernels.mla_decode import DecodeWorkspace
@@ -214,7 +214,7 @@ class _Captured:
 
 
 class _Graphs:
-    """Captured steps by (bucket, rows a sequence, short contexts), over one set of buffers that each replay reads anew."""
+    """Captured steps by (bucket, rows a sequence, parts merged late), over one set of buffers that each replay reads anew."""
 
     def __init__(self, backend: CudaBackend) -> None:
         self._backend = backend
@@ -277,7 +277,7 @@ class _Graphs:
         return self._key(step) is not None and len(step.output_rows) == step.num_rows
 
     def _key(self, step: Step) -> tuple[int, int, bool] | None:
-        """(bucket, rows a sequence, whether all contexts are short) of a step of generated rows alone."""
+        """(bucket, rows a sequence, whether parts are merged late) of a step of generated rows alone."""
         segment = step.segment(Path.ABSORBED.value)
         if segment is None or not segment[0] or path_rows(step, Path.ABSORBED) != slice(0, step.num_rows):
             return None
@@ -285,7 +285,9 @@ class _Graphs:
         batch = len(step.kv_lens)
         if len(counts) != 1 or max(counts) > MOST_ROWS or batch > BUCKETS[-1] or len(step.pages) > self._most_pages:
             return None
-        return next(b for b in BUCKETS if b >= batch), counts.pop(), is_short(step.kv_lens)
+        bucket, rows = next(b for b in BUCKETS if b >= batch), counts.pop()
+        merges_late = merged_unfold.serves(bucket * rows, self._backend.model.config.mla.num_heads)
+        return bucket, rows, merges_late and is_short(step.kv_lens)
 
     def _fill(self, step: Step, bucket: int, rows: int) -> None:
         """The step's arrays into the fixed buffers, padding behind them: no keys, no slot, token 0."""

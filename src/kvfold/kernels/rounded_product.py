@@ -579,20 +579,29 @@ def _gate_up_features(
     in the order that `_rounded` gives a block. WAITS: weights are asked for before the inputs are there."""
     first, g_start = _start(gate, pid, rows, ROWS, ROW_BYTES)
     _, u_start = _start(up, pid, rows, ROWS, ROW_BYTES)
+    # Q4_K's scales and minima leave no registers to hold both matrices' weights at once.
+    ONE_BY_ONE: tl.constexpr = TYPE == "Q4_K"
     b, near = _part(0, COLS // EACH, PARTS)
     g_w = _weights(g_start, near[None, :], COLS, ROW_BYTES, TYPE)
-    u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
+    if not ONE_BY_ONE:
+        u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
     if WAITS:
         wait_for_inputs()
-    a = _activations(x, x, x, b, COLS, TYPE, False)
     none = tl.zeros([ROWS, PARTS], tl.int32)
-    g, u = _times(g_w, a, near, none, TYPE), _times(u_w, a, near, none, TYPE)
+    a = _activations(x, x, x, b, COLS, TYPE, False)
+    g = _times(g_w, a, near, none, TYPE)
+    if ONE_BY_ONE:
+        u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
+    u = _times(u_w, a, near, none, TYPE)
     for part in tl.static_range(PARTS, COLS // EACH, PARTS):
         b, near = _part(part, COLS // EACH, PARTS)
         g_w = _weights(g_start, near[None, :], COLS, ROW_BYTES, TYPE)
-        u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
+        if not ONE_BY_ONE:
+            u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
         a = _activations(x, x, x, b, COLS, TYPE, False)
         g += _times(g_w, a, near, none, TYPE)
+        if ONE_BY_ONE:
+            u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
         u += _times(u_w, a, near, none, TYPE)
     y = silu(tl.sum(g, 1)) * tl.sum(u, 1)
     i = tl.arange(0, ROWS)
