@@ -324,6 +324,8 @@ def _combine_kernel(
 ):  # fmt: skip
     """Program (sequence, `turns` blocks of rows, columns): merges the partial results of a sequence that was cut."""
     sequence = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
     first_part = tl.load(splits + 2 * sequence)
     num_splits = tl.load(splits + 2 * sequence + 1)
     if PDL:
