@@ -34,6 +34,7 @@ STAGE_BYTES = 32 << 20  # two pinned buffers of this size: one is filled while t
 # Threads that fill a buffer from the file's map, PIECE_BYTES at a time. One alone took 2.9 s for 8.3 GiB that lay in memory.
 READERS = 8
 PIECE_BYTES = 2 << 20
+ROUNDING = rounded_product.TYPES | {"F8_E4M3"}  # few rows to whole numbers; many, of fp8, to fp8
 _NUMBERS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -74,7 +75,7 @@ def upload(
     *,
     rounds: bool = False,
 ) -> DeviceWeights:
-    """rounds: few rows are rounded to 8 bits where a type has kernels for that.
+    """rounds: rows are rounded to 8 bits where a type has kernels for that (Matrix.rounds).
 
     torch.cuda.OutOfMemoryError where the memory is too small.
     """
@@ -94,7 +95,7 @@ def upload(
         else:
             group = joined.get(name, (name,))
             matrix = _matrix([weights[member] for member in group], stage, dtype)
-            matrix = replace(matrix, rounds=rounds and matrix.type in rounded_product.TYPES)
+            matrix = replace(matrix, rounds=rounds and matrix.type in ROUNDING)
             start = 0
             for member in group:
                 rows = sum(part.rows for part in _tensors(weights[member]))

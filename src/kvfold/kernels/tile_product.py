@@ -33,6 +33,10 @@ from kvfold.kernels.rows import silu
 FEATURES = 64  # output features of a tile
 DEPTH = 64  # weights of a row in one pass
 FEW_ROWS, MANY_ROWS = 16, 128  # rows of a tile: matrix units want 16 at least
+# Of products in fp8, whose passes are the 128 weights of a scale. Few rows: five passes under way, since the bytes bound them.
+FP8_FEW = {"FEATURES": 64, "DEPTH": 128, "num_warps": 4, "num_stages": 5}
+FP8_MANY = {"FEATURES": 128, "DEPTH": 128, "num_warps": 8, "num_stages": 3}
+FP8_EXPERTS = {"FEATURES": 64, "DEPTH": 128, "num_warps": 8, "num_stages": 3}  # of many rows: two matrices at once
 # Up to so many pairs each is compared with all others: 384 of them took 19 us in torch.sort alone, and a dozen launches
 # around it.
 COUNTED_PAIRS = 2048
@@ -328,9 +332,10 @@ def linear(x: Tensor, w: Matrix, out: Tensor) -> None:
     """out [T, rows] = x [T, cols] @ w^T in x's type, each weight decoded once for every tile of rows."""
     rows = _rows_of_tile(len(x))
     x, x_scale = _rounded(x, w)
-    _linear[(triton.cdiv(w.rows, FEATURES), triton.cdiv(len(x), rows))](
+    sizes = _sizes(x, rows, FP8_MANY)
+    _linear[(triton.cdiv(w.rows, sizes["FEATURES"]), triton.cdiv(len(x), rows))](
         x, x_scale, x.stride(0), w.raw, w.scale_or_raw, out, out.stride(0), len(x), w.rows, w.cols, w.row_bytes, w.scale_cols,
-        TYPE=_type(w, x.dtype), NUMBER=_NUMBERS[x.dtype], ROWS=rows, FEATURES=FEATURES, DEPTH=_depth(x),
+        TYPE=_type(w, x.dtype), NUMBER=_NUMBERS[x.dtype], ROWS=rows, **sizes,
     )  # fmt: skip
 
 
@@ -435,8 +440,11 @@ def group_by_expert(ids: Tensor, num_experts: int) -> Groups:
     return Groups(pairs, starts, tiles, rows)
 
 
-def _depth(x: Tensor) -> int:
-    return 128 if x.dtype == torch.float8_e4m3fn else DEPTH
+def _sizes(x: Tensor, rows: int, many: dict[str, int]) -> dict[str, int]:
+    """Of tiles of so many rows of x; many: of more than 64 rows in fp8."""
+    if x.dtype != torch.float8_e4m3fn:
+        return {"FEATURES": FEATURES, "DEPTH": DEPTH}
+    return FP8_FEW if rows <= 64 else many
 
 
 def _run_experts(
@@ -444,11 +452,12 @@ def _run_experts(
 ) -> None:
     second = w if other is None else other
     a, a_scale = _rounded(a, w)
-    _experts[(triton.cdiv(w.rows, FEATURES), len(groups.tiles))](
+    sizes = _sizes(a, groups.rows, FP8_EXPERTS)
+    _experts[(triton.cdiv(w.rows, sizes["FEATURES"]), len(groups.tiles))](
         a, a_scale, a.stride(0), w.raw, w.scale_or_raw, second.raw, second.scale_or_raw, out, groups.pairs, groups.starts,
         groups.tiles, w.rows, w.cols, w.row_bytes, second.row_bytes, w.scale_rows, w.scale_cols, first, last,
         PER_ROW=per_row, TWO=other is not None, TYPE0=_type(w, a.dtype), TYPE1=_type(second, a.dtype), NUMBER=_NUMBERS[a.dtype],
-        ROWS=groups.rows, FEATURES=FEATURES, DEPTH=_depth(a),
+        ROWS=groups.rows, **sizes,
     )  # fmt: skip
 
 
