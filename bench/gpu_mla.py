@@ -444,6 +444,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check").add_argument("kind", choices=["few", "many", "triton", "prefill"])
     sweep, prompts, timing = (commands.add_parser(name) for name in ("sweep", "prefill", "time"))
+    sweep.add_argument("--heads", type=int, nargs="+", default=[16, 128])
     sweep.add_argument("--out", type=Path, required=True)
     prompts.add_argument("--out", type=Path, required=True)
     prompts.add_argument("--fa3", type=Path, help="library that registers torch.ops.flash_attn_3, run in turn")
@@ -477,7 +478,7 @@ def main() -> int:
     }
     if args.command == "sweep":
         found = []
-        for heads in (16, 128):
+        for heads in args.heads:
             found.append(stamp | sweep_keys(heads, None))
             print({name: value for name, value in found[-1].items() if name != "keys_us"}, flush=True)
             args.out.write_text(json.dumps(found) + "\n")

@@ -403,9 +403,8 @@ def _right_pair(
         if LAST:
             if first_key + 128 > end:
                 _zero_rows(kR1, end - first_key - 64, 256)
+        kr1.store(pq)
         pb = gl.convert_layout(pq, DL)
-        acc = warpgroup_mma(pb, kR1, acc, is_async=True)
-        kr1.store(pq)  # after the product has begun: it takes as long as a third of it
         fence_async_shared()
         cta_barrier()
         mbarrier.arrive(mb[3], count=1)
@@ -415,14 +414,18 @@ def _right_pair(
     if not SECOND:
         if first_key + 64 > end:
             _zero_rows(kR0, end - first_key, 256)
-    acc = warpgroup_mma(kr0, kR0, acc, is_async=True)
+    acc = warpgroup_mma(kr0, kR0, acc, is_async=True)  # first: this tile is missed first
     if SECOND:
+        acc = warpgroup_mma(pb, kR1, acc, is_async=True)
         acc, pb = warpgroup_mma_wait(1, (acc, pb))
-        cta_barrier()
-    _order_half(k_desc, k_rope_desc, page1, 256, fR1, kR1, kr1, there1, False)
-    acc = warpgroup_mma_wait(0, (acc,))
+    else:
+        acc = warpgroup_mma_wait(0, (acc,))
     cta_barrier()
     _order_half(k_desc, k_rope_desc, page0, 256, fR0, kR0, kr0, there0, True)
+    if SECOND:
+        acc, pb = warpgroup_mma_wait(0, (acc, pb))
+        cta_barrier()
+    _order_half(k_desc, k_rope_desc, page1, 256, fR1, kR1, kr1, there1, False)
     return acc, mx1, weight
 
 
