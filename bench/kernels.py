@@ -1,7 +1,7 @@
 """Speed of the quantized products alone: GB/s of row dots, GMAC/s of tiles, and their shares of ceilings.
 
-    python bench/kernels.py dot  [--types IQ4_NL,Q6_K] [--threads 2] [--isa avx512]
-    python bench/kernels.py tile [--types IQ4_NL] [--rows 48,512] [--shapes 1408x2048]
+    python bench/kernels.py dot  [--types IQ4_NL,Q6_K] [--threads 2] [--isa avx512] [--side-by-side]
+    python bench/kernels.py tile [--types IQ4_NL] [--rows 48,512] [--shapes 1408x2048] [--side-by-side]
     python bench/kernels.py absorbed [--types IQ4_NL] [--layout kv_b] [--cache f16,q8_0] [--depths 1024,4096,8192] [--rows 1]
     python bench/kernels.py paths [--types IQ4_NL] [--cache f16,q8_0] [--depths 0,1024,4096,8192] [--rows 1,16,256]
     python bench/kernels.py prompt [--types IQ4_NL] [--rows 512,2048,8192] [--heads 16] [--layout kv_b]
@@ -31,7 +31,7 @@ from kvfold.config import MlaConfig
 from kvfold.mla.absorb import KvUp
 from kvfold.mla.plan import Path, choose
 from kvfold.model.program import Program, Recorder, Value, record
-from kvfold.quant.types import BlockType, by_name
+from kvfold.quant.types import SIDE_BY_SIDE, BlockType, by_name
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -47,6 +47,14 @@ def huge_weights(t: BlockType, rows: int, cols: int) -> Bytes:
     for start in range(0, size, len(some)):
         raw[start : start + len(some)] = some[: size - start]
     return raw.reshape(rows, -1)
+
+
+def type_number(t: BlockType, raw: Bytes, args: argparse.Namespace) -> int:
+    """Of the rows as a product takes them, which --side-by-side puts in order first, in place."""
+    if not args.side_by_side:
+        return t.id
+    _native.put_side_by_side(t.id, raw, args.threads)
+    return SIDE_BY_SIDE[t.name].id
 
 
 class Clock:
@@ -66,18 +74,19 @@ def bench_dot(kernels: _native.Kernels, clock: Clock, args: argparse.Namespace) 
     matrices = {}
     for t in types:
         cols = args.cols
-        matrices[t.name] = (t, huge_weights(t, args.megabytes * 1_000_000 // t.row_bytes(cols), cols))
+        raw = huge_weights(t, args.megabytes * 1_000_000 // t.row_bytes(cols) // 16 * 16, cols)
+        matrices[t.name] = (type_number(t, raw, args), raw)
     for count in args.rows or [1]:
         x = np.random.default_rng(2).standard_normal((count, args.cols)).astype(np.float32)
         samples: dict[str, list[float]] = {name: [] for name in matrices}
         ceiling: dict[str, list[float]] = {name: [] for name in matrices}
         for _ in range(args.repeat):
-            for name, (t, raw) in matrices.items():
+            for name, (number, raw) in matrices.items():
                 out = np.empty((count, len(raw)), np.float32)
                 meter = _native.Meter([raw.reshape(-1)], args.threads)
                 first = np.zeros(1, np.int32)
                 ceiling[name].append(raw.nbytes / clock(partial(meter.read, first)) / 1e9)
-                samples[name].append(raw.nbytes / clock(partial(kernels.linear, t.id, raw, x, out)) / 1e9)
+                samples[name].append(raw.nbytes / clock(partial(kernels.linear, number, raw, x, out)) / 1e9)
         print(f"\nrow dots, {count} row(s) of x, {args.cols} columns, {args.threads} threads, {_native.isa()}")
         print("| type | GB/s median | best | read GB/s median | best | median share | \n|---|---|---|---|---|---|")
         for name, values in samples.items():
@@ -93,9 +102,9 @@ def float_peak(meter: _native.Meter) -> float:
     return (meter.multiply_adds("bf16", 0.05)[1] or meter.multiply_adds("f32", 0.05)[1]) / 1e9
 
 
-def all_of(kernels: _native.Kernels, t: BlockType, weights: Bytes, x: Floats, out: Floats) -> None:
+def all_of(kernels: _native.Kernels, type_id: int, weights: Bytes, x: Floats, out: Floats) -> None:
     for matrix in weights:
-        kernels.linear(t.id, matrix, x, out)
+        kernels.linear(type_id, matrix, x, out)
 
 
 def program_of(
@@ -341,14 +350,15 @@ def bench_tile(kernels: _native.Kernels, clock: Clock, args: argparse.Namespace)
             for count in args.rows or [48, 512]:
                 # As many matrices as 64 MB hold, one after the other, as experts follow each other.
                 copies = max(1, 64_000_000 // (n * t.row_bytes(k))) if count < 1024 else 1
-                weights = huge_weights(t, copies * n, k).reshape(copies, n, -1)
+                raw = huge_weights(t, copies * n, k)
+                number, weights = type_number(t, raw, args), raw.reshape(copies, n, -1)
                 x = np.random.default_rng(2).standard_normal((count, k)).astype(np.float32)
                 out = np.empty((count, n), np.float32)
                 is_int8 = _native.kernel_types()[t.id] == "int8"
                 values, ceiling = [], []
                 for _ in range(args.repeat):
                     ceiling.append(meter.multiply_adds("int8", 0.05)[1] / 1e9 if is_int8 else float_peak(meter))
-                    seconds = clock(partial(all_of, kernels, t, weights, x, out))
+                    seconds = clock(partial(all_of, kernels, number, weights, x, out))
                     values.append(copies * n * k * count / seconds / 1e9)
                 share = statistics.median(v / c for v, c in zip(values, ceiling, strict=True))
                 print(
@@ -371,6 +381,7 @@ def main() -> None:
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: for one thread beside a busy neighbour"
     )
     parser.add_argument("--isa", default="auto")
+    parser.add_argument("--side-by-side", action="store_true", help="rows as loading puts them in memory")
     parser.add_argument("--heads", type=int, default=16, help="of attention")
     parser.add_argument("--layout", choices=["kv_b", "k_b"], default="kv_b", help="of attention's up-projections")
     parser.add_argument("--layers", type=int, default=27, help="of the absorbed path")

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/decode.h"
+#include "kernels/side_by_side.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -16,6 +17,7 @@ namespace {
 
 using kvfold::TypeLayout;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using WritableBytes = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Scales = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -123,6 +125,21 @@ void decode_fp8(const Bytes& raw, const Scales& scale, const Floats& out, int th
   });
 }
 
+void put_side_by_side(int type_id, const WritableBytes& raw, int threads) {
+  const TypeLayout& type = layout_of(type_id);
+  check_threads(threads);
+  const auto rows = static_cast<int64_t>(raw.shape(0)), row_bytes = static_cast<int64_t>(raw.shape(1));
+  expect(rows % kvfold::kRowsSideBySide == 0 && row_bytes % type.block_bytes == 0 &&
+             kvfold::find_layout(kvfold::side_by_side_id(type_id)) != nullptr,
+         "put_side_by_side: raw " + shape_of(raw) + " of type number " + std::to_string(type_id) +
+             ", expected whole groups of " + std::to_string(kvfold::kRowsSideBySide) +
+             " rows of a type that has this layout.");
+  const nb::gil_scoped_release released;
+  over_rows(rows, kvfold::kRowsSideBySide, threads, [&](int64_t first, int64_t last) {
+    kvfold::put_side_by_side(type_id, raw.data() + first * row_bytes, last - first, row_bytes);
+  });
+}
+
 // {number: (block_elements, block_bytes, interleaved_rows, row_meta_bytes)}
 nb::dict decodable_types() {
   nb::dict types;
@@ -146,6 +163,8 @@ void bind_decode(nb::module_& m) {
         "threads"_a = 1,
         "F8_E4M3 raw uint8 [rows, cols] times the multiplier of its 128 x 128 square to out float32 [rows, "
         "cols].");
+  m.def("put_side_by_side", &put_side_by_side, "type_id"_a, "raw"_a.noconvert(), "threads"_a = 1,
+        "Rows uint8 [rows, row_bytes] of a file's type, in place, as kernels/side_by_side.h describes.");
   m.def("decodable_types", &decodable_types,
         "{number: (block_elements, block_bytes, interleaved_rows, row_meta_bytes)} of the types with a "
         "decoder.");

@@ -63,6 +63,9 @@ class Kernels {
     expect(k % type.block_elements == 0 && static_cast<int64_t>(raw.shape(1)) == type.row_bytes(k),
            "linear: raw has rows of " + std::to_string(raw.shape(1)) + " bytes, which are not " +
                std::to_string(k) + " weights.");
+    expect(n % kernels->row_group == 0, "linear: raw has " + std::to_string(n) +
+                                            " rows, expected whole groups of " +
+                                            std::to_string(kernels->row_group) + ".");
     expect(static_cast<int64_t>(out.shape(0)) == rows && static_cast<int64_t>(out.shape(1)) == n,
            "linear: out has another shape than (" + std::to_string(rows) + ", " + std::to_string(n) + ").");
     expect((k == 1 || x.stride(1) == 1) && (n == 1 || out.stride(1) == 1),
@@ -116,6 +119,17 @@ void bind_kernels(nb::module_& m) {
         return types;
       },
       "{number: \"int8\", \"bf16\" or \"float32\"}: the types with kernels and how they round activations.");
+  m.def(
+      "side_by_side_types",
+      [](const std::string& name) {
+        nb::set types;
+        for (const kvfold::InstructionSet* set : kvfold::instruction_sets()) {
+          if (name != set->name && !(name == "auto" && set == &kvfold::isa())) continue;
+          for (int32_t i = 0; i < set->num_side_by_side; i++) types.add(nb::int_(set->side_by_side[i].type));
+        }
+        return types;
+      },
+      "isa"_a, "Numbers of the types in memory (quant/types.py) that a set, or \"auto\", has kernels for.");
   nb::class_<Kernels>(m, "Kernels")
       .def(nb::init<int>(), "threads"_a)
       .def("linear", &Kernels::linear, "type_id"_a, "raw"_a.noconvert(), "x"_a.noconvert(),

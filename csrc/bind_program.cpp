@@ -199,11 +199,11 @@ struct BoundProgram {
     for (const SegmentTuple& tuple : tuples) segments.push_back(segment_of(tuple));
     return segments;
   }
-  static std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples, bool rounds_activations) {
+  std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples, bool rounds_activations) const {
     std::vector<Weight> weights;
     for (const WeightTuple& tuple : tuples) {
       weights.push_back(weight_of(tuple));
-      if (rounds_activations) weights.back().kernels = isa().find(weights.back().type->id);
+      if (rounds_activations) weights.back().kernels = set.find(weights.back().type->id);
     }
     return weights;
   }
@@ -213,7 +213,11 @@ struct BoundProgram {
     return cache;
   }
 
-  void move_weight(int32_t handle, std::vector<PartTuple> moved) {
+  // (handle, type number, parts)
+  using MovedTuple = std::tuple<int32_t, int, std::vector<PartTuple>>;
+
+  MovedWeight moved_weight(const MovedTuple& tuple) const {
+    const auto& [handle, type_id, moved] = tuple;
     if (handle < 0 || handle >= static_cast<int32_t>(parts.size())) {
       refuse("weight handle " + std::to_string(handle) + ", expected 0 to " +
              std::to_string(parts.size() - 1) + ".");
@@ -223,16 +227,30 @@ struct BoundProgram {
       refuse(weight.name + ": " + std::to_string(moved.size()) + " parts, expected " +
              std::to_string(parts[handle].size()) + ".");
     }
-    std::vector<WeightPart> places;
-    for (const PartTuple& part : moved) places.push_back(part_of(weight, part));
+    MovedWeight place{handle, find_layout(type_id), weight.kernels, {}};
+    if (place.type == nullptr)
+      refuse(weight.name + ": type number " + std::to_string(type_id) + " has no decoder.");
+    if (weight.kernels != nullptr) place.kernels = set.find(type_id);
+    const bool as_before =
+        weight.kernels == nullptr ||
+        (place.kernels != nullptr && place.kernels->dot_bytes == weight.kernels->dot_bytes &&
+         place.kernels->tile == weight.kernels->tile);
+    if (!as_before) refuse(weight.name + ": type number " + std::to_string(type_id) + " has other kernels.");
+    for (const PartTuple& part : moved) place.parts.push_back(part_of(weight, part));
+    return place;
+  }
+
+  void move_weights(std::vector<MovedTuple> moved) {
+    std::vector<MovedWeight> places;
+    for (const MovedTuple& tuple : moved) places.push_back(moved_weight(tuple));
     // Pointers and references change together: of two moves of one weight, the same one is the last for both.
     std::unique_lock<std::mutex> lock(moving, std::defer_lock);
     {
       const nb::gil_scoped_release released;  // a segment or another move may be under way
       lock.lock();
-      program.move_weight(handle, std::move(places));
+      program.move_weights(places);
     }
-    parts[handle].swap(moved);
+    for (auto& [handle, type_id, arrays] : moved) parts[handle].swap(arrays);
     lock.unlock();  // before the old arrays go: freeing them may run Python code
   }
 
@@ -242,6 +260,7 @@ struct BoundProgram {
     return list;
   }
 
+  const InstructionSet& set = isa();  // whose kernels the program has, whatever is in use later
   Program program;
   std::mutex moving;  // held while a weight's pointers and its entry of `parts` change
   // By handle: keeps the bytes alive that `program` points at.
@@ -360,8 +379,9 @@ void bind_program(nb::module_& m) {
            "times_ops"_a = false,
            "ValueError where parts do not fit each other, SettingError where the workspace is too small or "
            "the system starts fewer threads.")
-      .def("move_weight", &BoundProgram::move_weight, "handle"_a, "parts"_a,
-           "The same weight in other arrays, from the next cut on. ValueError where shapes differ.")
+      .def("move_weights", &BoundProgram::move_weights, "moved"_a,
+           "[(handle, type number, parts)]: the same weights in other arrays, all from the next cut on. "
+           "ValueError where shapes differ, or what kernels make of activations.")
       .def_prop_ro(
           "spins", [](const BoundProgram& bound) { return bound.program.team().spins(); },
           "Whether members wait awake for the next op: only where each has a CPU of its own.")

@@ -60,6 +60,9 @@ const MatrixKernels* InstructionSet::find(int type) const {
   for (int32_t i = 0; i < num_kernels; i++) {
     if (kernels[i].type == type) return &kernels[i];
   }
+  for (int32_t i = 0; i < num_side_by_side; i++) {
+    if (side_by_side[i].type == type) return &side_by_side[i];
+  }
   return nullptr;
 }
 

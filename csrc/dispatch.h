@@ -28,8 +28,9 @@ enum class Rounding { kInt8, kBf16, kNone };
 // into cache: prompts (kernels/quant_panels.h walks the columns). Both take x in a layout of their
 // own, written by prepare_*; nothing here allocates, checks or fails.
 struct MatrixKernels {
-  int32_t type;  // ggml's number
+  int32_t type;  // ggml's number, or one of kernels/side_by_side.h
   Rounding rounding;
+  int32_t row_group;  // rows that lie mixed: raw is whole groups of so many
 
   // Row dots. x: up to kMaxDotRows prepared rows, dot_bytes(k) apart. raw: n rows, row_bytes apart.
   // y[r * ldy + i] = raw row i times x row r.
@@ -64,6 +65,8 @@ struct InstructionSet {
   const Tiles* tiles;
   const MatrixKernels* kernels;
   int32_t num_kernels;
+  const MatrixKernels* side_by_side;  // of types whose rows were put in order for it: kernels/side_by_side.h
+  int32_t num_side_by_side;
 
   void (*swiglu)(const float* gate, const float* up, float* out, int64_t n);  // silu(gate) * up
   void (*add_scaled)(const float* x, float factor, float* y, int64_t n);      // y += factor * x

@@ -63,9 +63,14 @@ Program::Program(std::vector<Segment> segments, std::vector<Weight> weights, std
       machine_(split_workspace(team_, workspace_.data(), workspace_bytes / 4, facts_)),
       options_(options) {}
 
-void Program::move_weight(int32_t handle, std::vector<WeightPart> parts) {
+void Program::move_weights(const std::vector<MovedWeight>& moved) {
   const std::lock_guard<std::mutex> lock(running_);
-  weights_.at(handle).parts = std::move(parts);
+  for (const MovedWeight& from : moved) {
+    Weight& weight = weights_.at(from.handle);
+    weight.type = from.type;
+    weight.kernels = from.kernels;
+    weight.parts = from.parts;
+  }
 }
 
 void Program::run_op(const Op& op, const Segment& segment, const Step& step,

@@ -39,6 +39,14 @@ class Floats {
 
 class StepRun;
 
+struct MovedWeight {
+  int32_t handle;
+  const TypeLayout* type;
+  const MatrixKernels*
+      kernels;  // null where there were none; else their prepared rows are those of the old ones
+  std::vector<WeightPart> parts;
+};
+
 // by_role: forms of products follow the role of a row, so its bits depend on nothing beside it.
 // checks_numerics: every value an op makes is searched for NaN and infinity. times_ops: StepRun::op_times().
 struct ProgramOptions {
@@ -55,9 +63,9 @@ class Program {
   Program(std::vector<Segment> segments, std::vector<Weight> weights, std::vector<CacheArray> cache,
           int threads, int64_t workspace_bytes, ProgramOptions options);
 
-  // The same weight elsewhere in memory, from the next cut on; returns when no op uses the old place any
-  // more.
-  void move_weight(int32_t handle, std::vector<WeightPart> parts);
+  // The same weights elsewhere in memory, in other order perhaps (kernels/side_by_side.h), all of them from
+  // the next cut on; returns when no op uses the old places any more.
+  void move_weights(const std::vector<MovedWeight>& moved);
 
   const std::vector<Weight>& weights() const { return weights_; }
   const ThreadTeam& team() const { return team_; }

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "backends": ("model", "mla", "cache", "quant", "config", "errors", "kernels", "_native"),
     "machine": ("_native",),
     "prompt_window": ("model.program", "mla.plan", "cache.latent"),
-    "weight_memory": ("formats.file_map", "quant.tensor", "errors", "_native"),
+    "weight_memory": ("formats.file_map", "quant.tensor", "quant.types.BlockType", "errors", "_native"),
     "load": (
         "machine",
         "prompt_window",

@@ -11,10 +11,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 
 // Before the target region: what they define is shared with other files.
 #include "kernels/quant_types.h"
+#include "kernels/side_by_side.h"
 #include "kernels/tile.h"
 
 #pragma GCC push_options
@@ -22,6 +24,7 @@
 #include "simd/avx2.h"
 
 #include "kernels/quant_set.h"
+#include "simd/avx2_side_by_side.h"
 
 namespace kvfold {
 namespace float_avx2 {
@@ -31,7 +34,9 @@ constexpr int kWidth = 8;
 
 extern const PairKernels avx2_pairs;     // pairs_avx2.cpp
 extern const LatentKernels avx2_latent;  // latent_avx2.cpp
-const InstructionSet& avx2_set() { return make_set<Avx2>(float_avx2::kTiles, avx2_pairs, avx2_latent); }
+const InstructionSet& avx2_set() {
+  return make_set<Avx2>(float_avx2::kTiles, avx2_pairs, avx2_latent, kSideBySide, std::size(kSideBySide));
+}
 }  // namespace kvfold
 #pragma GCC pop_options
 #endif

@@ -94,7 +94,7 @@ constexpr TypeLayout layouts[] = {
 TypeLayouts standard_layouts() { return {std::begin(layouts), std::end(layouts)}; }
 
 const TypeLayout* find_layout(int type_id) {
-  for (const TypeLayouts& list : {standard_layouts(), interleaved_layouts()})
+  for (const TypeLayouts& list : {standard_layouts(), interleaved_layouts(), side_by_side_layouts()})
     for (const TypeLayout& type : list)
       if (type.id == type_id) return &type;
   return nullptr;

@@ -27,7 +27,8 @@ struct TypeLayout {
   int64_t row_bytes(int64_t cols) const { return row_meta_bytes + cols / block_elements * block_bytes; }
 };
 
-// The types that decode: blocks a row after another, and rows interleaved.
+// The types that decode: blocks a row after another, rows interleaved in files, and rows side by side in
+// memory (kernels/side_by_side.h).
 struct TypeLayouts {
   const TypeLayout *first, *last;
   const TypeLayout* begin() const { return first; }
@@ -35,6 +36,7 @@ struct TypeLayouts {
 };
 TypeLayouts standard_layouts();
 TypeLayouts interleaved_layouts();
+TypeLayouts side_by_side_layouts();
 
 // nullptr where a type does not decode.
 const TypeLayout* find_layout(int type_id);

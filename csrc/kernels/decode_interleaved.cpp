@@ -3,6 +3,7 @@
 // k row of the group, i one of 4 consecutive weights, and a weight of 32 is w = 16 a + 8 h + 4 b + i.
 #include "kernels/decode.h"
 #include "kernels/decode_blocks.h"
+#include "kernels/side_by_side.h"
 
 namespace kvfold {
 namespace {
@@ -416,8 +417,20 @@ constexpr TypeLayout layouts[] = {
     interleaved<MXFP4_R8>(353),
 };
 
+template <class T>
+constexpr TypeLayout side_by_side(int32_t id) {
+  return interleaved<SideBySide<T>>(side_by_side_id(id));
+}
+
+constexpr TypeLayout in_memory[] = {
+    side_by_side<Q4_0>(2),
+    side_by_side<Q8_0>(8),
+    side_by_side<IQ4_NL>(20),
+};
+
 }  // namespace
 
 TypeLayouts interleaved_layouts() { return {std::begin(layouts), std::end(layouts)}; }
+TypeLayouts side_by_side_layouts() { return {std::begin(in_memory), std::end(in_memory)}; }
 
 }  // namespace kvfold

@@ -53,7 +53,7 @@ struct Prepared {
   // Weight rows of a matrix of n that a member takes at a time, for experts that all go by dots or do not.
   int64_t step(bool all_by_dots, int64_t n, int64_t row_bytes, int members) const {
     if (!all_by_dots) return kernels.tile_rows;
-    return std::min(dot_rows(n, row_bytes, members), tile_floats() / kernels.tile_cols);
+    return std::min(dot_rows(kernels, n, row_bytes, members), tile_floats() / kernels.tile_cols);
   }
 
   // y[i * step + j] of prepared rows [first, first + rows) of an expert's `all`, as many as a tile holds, and

@@ -45,7 +45,8 @@ inline void multiply_panels(const MatrixKernels& kernels, const PanelRows& w, in
     float *y_window = y + first * ldy, *between = sums == y ? y_window : sums;
     for (int64_t at = 0; at < k; at += step) {
       const int64_t columns = std::min(step, k - at);
-      if (few) kernels.unpack(w.raw + w.row_bytes * at / k, w.row_bytes, w.n, columns, panel);
+      if (few)
+        kernels.unpack(w.raw + kernels.row_group * w.row_bytes * at / k, w.row_bytes, w.n, columns, panel);
       // What is next comes near in equal shares.
       const int64_t done = first * k + count * at, from = w.next_bytes * done / (rows * k),
                     to = w.next_bytes * (done + count * columns) / (rows * k);

@@ -17,7 +17,7 @@ void product_by_dots(ThreadTeam& team, const BlockRows& w, const float* x, int64
                      float* y, int64_t ldy, uint8_t* prepared, int64_t most) {
   const int64_t bytes = w.kernels->dot_bytes(w.k);
   for (int64_t r = 0; r < rows; r++) w.kernels->prepare_dot(x + r * ldx, w.k, prepared + r * bytes);
-  const int64_t step = dot_rows(w.n, w.row_bytes, team.size());
+  const int64_t step = dot_rows(*w.kernels, w.n, w.row_bytes, team.size());
   team.for_each(pieces(w.n, step), [&](int64_t unit, int) {
     const int64_t first = unit * step, n = std::min(step, w.n - first);
     for (int64_t r = 0; r < rows; r += most) {

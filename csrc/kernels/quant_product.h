@@ -44,10 +44,11 @@ inline int64_t rows_of_dot(ProductForm form) {
 // Weight rows of a matrix of n that a member takes at a time by row dots: about 128 KiB, 4 us of reading at
 // 30 GB/s, in equal shares of which every member gets as many. What is read ahead past a share's end is
 // wasted, 8 KiB of it: shares of 32 rows of an expert, 36 KiB, were read at 14 GB/s where these are at 22.
-inline int64_t dot_rows(int64_t n, int64_t row_bytes, int members) {
+inline int64_t dot_rows(const MatrixKernels& kernels, int64_t n, int64_t row_bytes, int members) {
   constexpr int64_t kUnit = 128 << 10;
   const int64_t units = (n * row_bytes + kUnit - 1) / kUnit, even = (units + members - 1) / members * members;
-  return std::max<int64_t>(1, (n + even - 1) / even);
+  const int64_t group = kernels.row_group, rows = (n + even - 1) / even;
+  return std::max<int64_t>(1, (rows + group - 1) / group) * group;
 }
 
 int64_t product_shared_bytes(const MatrixKernels& kernels, int64_t rows, int64_t k, ProductForm form);

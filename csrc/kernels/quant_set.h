@@ -16,26 +16,46 @@ constexpr MatrixKernels quantized(int32_t id) {
   using Dot = QuantDot<S, T>;
   using Tile = QuantTile<S, T>;
   using Any = typename Tile::Any;
-  return {
-      id,           Rounding::kInt8, Dot::Any::bytes,  Dot::prepare,  Dot::dot,           Any::kRows,
-      Any::kCols,   S::kNearPanels,  Any::group_bytes, Tile::prepare, Any::kPanelColumns, Any::panel_bytes,
-      Tile::unpack, Any::tile};
+  return {id,
+          Rounding::kInt8,
+          1,
+          Dot::Any::bytes,
+          Dot::prepare,
+          Dot::dot,
+          Any::kRows,
+          Any::kCols,
+          S::kNearPanels,
+          Any::group_bytes,
+          Tile::prepare,
+          Any::kPanelColumns,
+          Any::panel_bytes,
+          Tile::unpack,
+          Any::tile};
 }
 
 template <class S, class T>
 constexpr MatrixKernels numbers() {
   using M = FloatMatrix<S, T>;
-  return {T::kId,           T::kPairs ? Rounding::kBf16 : Rounding::kNone,
-          M::dot_bytes,     M::prepare_dot,
-          M::dot,           M::kRows,
-          M::kCols,         S::kNearPanels,
-          M::group_bytes,   M::prepare_tile,
-          M::kPanelColumns, M::panel_bytes,
-          M::unpack,        M::tile};
+  return {T::kId,
+          T::kPairs ? Rounding::kBf16 : Rounding::kNone,
+          1,
+          M::dot_bytes,
+          M::prepare_dot,
+          M::dot,
+          M::kRows,
+          M::kCols,
+          S::kNearPanels,
+          M::group_bytes,
+          M::prepare_tile,
+          M::kPanelColumns,
+          M::panel_bytes,
+          M::unpack,
+          M::tile};
 }
 
 template <class S>
-const InstructionSet& make_set(const Tiles& tiles, const PairKernels& pairs, const LatentKernels& latent) {
+const InstructionSet& make_set(const Tiles& tiles, const PairKernels& pairs, const LatentKernels& latent,
+                               const MatrixKernels* side_by_side = nullptr, int32_t num_side_by_side = 0) {
   static constexpr MatrixKernels kernels[] = {
       numbers<S, F32Weights>(),          numbers<S, F16Weights>(),         numbers<S, Bf16Weights>(),
       quantized<S, blocks::Q4_0>(2),     quantized<S, blocks::Q4_1>(3),    quantized<S, blocks::Q5_0>(6),
@@ -53,6 +73,8 @@ const InstructionSet& make_set(const Tiles& tiles, const PairKernels& pairs, con
                                      &tiles,
                                      kernels,
                                      sizeof kernels / sizeof kernels[0],
+                                     side_by_side,
+                                     num_side_by_side,
                                      Rowwise<S>::swiglu,
                                      Rowwise<S>::add_scaled,
                                      &pairs,

@@ -152,14 +152,15 @@ struct AnyTile {
     }
   }
 
-  // Of types with quads(); whole panels only.
-  template <class Fast>
-  static void unpack_quads(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
-    for (int64_t at = 0; at < k; at += kBlock, raw += Fast::kBytes, panel += kRecord) {
+  // Whole panels, from vectors: take(block, v, codes [8]) hands over 32 columns of the rows of a vector, four
+  // codes a lane, and returns their scales.
+  template <class Take>
+  static void unpack_quads(int64_t k, uint8_t* panel, const Take& take) {
+    for (int64_t block = 0; block < k / kBlock; block++, panel += kRecord) {
       for (int v = 0; v < kVectors; v++) {
-        typename S::Ints quads[8];
-        const auto scales = Fast::quads(raw + v * S::kLanes * row_bytes, row_bytes, quads);
-        for (int q = 0; q < 8; q++) S::store_codes(panel + (q * kVectors + v) * S::kLanes * 4, quads[q]);
+        typename S::Ints codes[8];
+        const auto scales = take(block, v, codes);
+        for (int q = 0; q < 8; q++) S::store_codes(panel + (q * kVectors + v) * S::kLanes * 4, codes[q]);
         S::store(reinterpret_cast<float*>(panel + kCodeBytes) + v * S::kLanes, scales);
       }
     }
@@ -327,14 +328,14 @@ struct CrossTile {
     }
   }
 
-  template <class Fast>
-  static void unpack_quads(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
-    for (int64_t at = 0; at < k; at += kBlock, raw += Fast::kBytes, panel += kRecord) {
+  template <class Take>
+  static void unpack_quads(int64_t k, uint8_t* panel, const Take& take) {
+    for (int64_t block = 0; block < k / kBlock; block++, panel += kRecord) {
       for (int v = 0; v < kVectors; v++) {
-        typename S::Ints quads[8];
-        const auto scales = Fast::quads(raw + v * S::kLanes * row_bytes, row_bytes, quads);
+        typename S::Ints codes[8];
+        const auto scales = take(block, v, codes);
         auto start = S::zero_ints();
-        for (int q = 0; q < 8; q++) store_quad(panel, q, v, quads[q], start);
+        for (int q = 0; q < 8; q++) store_quad(panel, q, v, codes[q], start);
         S::store_codes(panel + kCodeBytes + v * S::kLanes * 4, start);
         S::store(reinterpret_cast<float*>(panel + kCodeBytes + 4 * kRows) + v * S::kLanes, scales);
       }
@@ -411,7 +412,13 @@ struct QuantTile {
       if (n == Any::kRows) return Fast<S, T>::unpack(raw, row_bytes, k, panel);
     }
     if constexpr (Fast<S, T>::kQuads) {
-      if (n == Any::kRows) return Any::template unpack_quads<Fast<S, T>>(raw, row_bytes, k, panel);
+      using Of32 = Fast<S, T>;
+      if (n == Any::kRows) {
+        return Any::unpack_quads(k, panel, [&](int64_t block, int v, auto& codes) {
+          const uint8_t* first = raw + v * S::kLanes * row_bytes + block * Of32::kBytes;
+          return Of32::quads(first, row_bytes, codes);
+        });
+      }
     }
     Any::unpack(best_take_apart<S, T>(), T::elements, sizeof(T), kZero, raw, row_bytes, n, k, panel);
   }

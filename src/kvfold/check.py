@@ -32,7 +32,7 @@ from kvfold.quant.attention import attend as attend_rounded
 from kvfold.quant.attention import attend_codes, attend_latents
 from kvfold.quant.decode import decode_tensor
 from kvfold.quant.tensor import QuantTensor, Weight
-from kvfold.quant.types import by_id, by_name
+from kvfold.quant.types import SIDE_BY_SIDE, by_id, by_name
 
 Floats = NDArray[np.float32]
 
@@ -113,17 +113,21 @@ def _decoders() -> Iterator[Finding]:
 def _products(isa: str, threads: int) -> Iterator[Finding]:
     kernels = _native.Kernels(threads)
     known = set(synthetic_types())
-    for type in map(by_id, sorted(_native.kernel_types())):
-        if type.name not in known:
-            continue
-        weight = random_matrix(type, 67, 3 * max(type.block_elements, 128), seed=2)
+    stored = [type for type in map(by_id, sorted(_native.kernel_types())) if type.name in known]
+    in_memory = [type for type in SIDE_BY_SIDE.values() if type.id in _native.side_by_side_types(isa)]
+    for type in (*stored, *in_memory):
+        in_file, rows_of_weight = by_name(type.name_in_file), 67 // type.interleaved_rows * type.interleaved_rows
+        weight = random_matrix(in_file, rows_of_weight, 3 * max(type.block_elements, 128), seed=2)
+        raw = weight.raw.copy()
+        if type in in_memory:
+            _native.put_side_by_side(in_file.id, raw)
         for kernel, counts in (("row dots", (1, 3)), ("tiles", (17, 300))):
             worst = 0.0
             for rows in counts:
                 x = _normal(rows, weight.cols) * np.exp(_normal(rows, 1, seed=3))
                 x[:, :32] *= 20
                 out = np.full((rows, weight.rows), np.nan, np.float32)
-                kernels.linear(type.id, weight.raw, x, out)
+                kernels.linear(type.id, raw, x, out)
                 worst = max(worst, _error(out, product(x, weight)))
             yield Finding(kernel, type.name, isa, worst, PRODUCT_BOUND)
 

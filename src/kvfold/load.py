@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from kvfold.prompt_window import (
     step_buffer_bytes,
     window_rows,
 )
+from kvfold.quant.types import BlockType
 from kvfold.weight_memory import MovingWeights, WeightCopy, copied, guarded, read_ahead
 
 Progress = Callable[[int, int], None]
@@ -280,7 +281,8 @@ def load(
         buffer_bytes = step_buffer_bytes(program, _prompt_path(checkpoint, settings), window)
         other_bytes = cache.nbytes + settings.workspace_bytes + buffer_bytes
         early = answers_early and candidate.moves_weights and checkpoint.nbytes >= EARLY_ANSWER_BYTES
-        placed = _place_weights(checkpoint, settings, other_bytes, progress, early=early)
+        memory_types = candidate.memory_types(program, checkpoint.tensors, needs)
+        placed = _place_weights(checkpoint, settings, memory_types, other_bytes, progress, early=early)
     checkpoint = placed.checkpoint
     machine = Machine(
         settings.dtype, settings.device, settings.threads, settings.workspace_bytes, progress, settings.native
@@ -290,7 +292,7 @@ def load(
     if placed.is_moving:
         assert isinstance(backend, MovesWeights)
         used = {name: checkpoint.tensors[name] for name in program.weight_names}
-        moving = MovingWeights(used, checkpoint.maps, backend.move_weight, _readers(settings))
+        moving = MovingWeights(used, checkpoint.maps, backend.move_weights, _readers(settings), memory_types)
     loaded = Loaded(
         checkpoint,
         network,
@@ -348,10 +350,17 @@ class _Placed:
 
 
 def _place_weights(
-    checkpoint: Checkpoint, settings: Settings, other_bytes: int, progress: Progress | None, *, early: bool
+    checkpoint: Checkpoint,
+    settings: Settings,
+    memory_types: Mapping[str, BlockType],
+    other_bytes: int,
+    progress: Progress | None,
+    *,
+    early: bool,
 ) -> _Placed:
     """Copies the weights, or leaves them in their maps and has them read ahead.
 
+    memory_types: those that weights get in a copy, by name.
     other_bytes: what else the model needs: cache, workspace, the values of a step.
     """
     if not checkpoint.maps:
@@ -370,7 +379,7 @@ def _place_weights(
         return _Placed(checkpoint, None, "mapped, and copied onto 2 MiB pages meanwhile", is_moving=True)
     if settings.mmap != "on" and fits:
         try:
-            return _copied(checkpoint, settings, progress)
+            return _copied(checkpoint, settings, memory_types, progress)
         except OSError as error:
             fits, sizes = False, f"{sizes}, but the system gives none: {error.strerror}"
     if settings.mmap == "off":
@@ -388,8 +397,16 @@ def _place_weights(
     return _Placed(checkpoint, None, f"mapped: {sizes}", (f"The weights stay mapped from the file: {sizes}.",))
 
 
-def _copied(checkpoint: Checkpoint, settings: Settings, progress: Progress | None) -> _Placed:
-    tensors, copy = copied(checkpoint.tensors, checkpoint.maps, readers=_readers(settings), progress=progress)
+def _copied(
+    checkpoint: Checkpoint, settings: Settings, memory_types: Mapping[str, BlockType], progress: Progress | None
+) -> _Placed:
+    tensors, copy = copied(
+        checkpoint.tensors,
+        checkpoint.maps,
+        readers=_readers(settings),
+        memory_types=memory_types,
+        progress=progress,
+    )
     return _Placed(replace(checkpoint, tensors=tensors, maps=()), copy, copy.in_words)
 
 

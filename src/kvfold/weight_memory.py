@@ -15,12 +15,13 @@ import threading
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from kvfold import _native
 from kvfold.errors import ModelFileError
 from kvfold.formats.file_map import FileMap
 from kvfold.quant.tensor import QuantTensor, Weights
+from kvfold.quant.types import BlockType
 
 Progress = Callable[[int, int], None]
 """(bytes read, bytes in all)."""
@@ -69,15 +71,16 @@ class WeightCopy:
 class MovingWeights:
     """A copy that is made while a model answers from the maps: its weights move when all of it is there.
 
-    move: puts a weight elsewhere, for steps under way too. Should the copy fail, the weights stay mapped.
+    move: puts weights elsewhere, for steps under way too. memory_types: as `copied` takes them. Should the copy fail, the weights stay mapped.
     """
 
     def __init__(
         self,
         weights: Weights,
         maps: Sequence[FileMap],
-        move: Callable[[str, QuantTensor | tuple[QuantTensor, ...]], None],
+        move: Callable[[Weights], None],
         readers: int,
+        memory_types: Mapping[str, BlockType],
     ) -> None:
         self._copy: WeightCopy | None = None
         self._failure = ""
@@ -89,9 +92,8 @@ class MovingWeights:
 
         def work() -> None:
             try:
-                moved, copy = copied(weights, maps, readers=readers, progress=check)
-                for name, weight in moved.items():
-                    move(name, weight)
+                moved, copy = copied(weights, maps, readers=readers, memory_types=memory_types, progress=check)
+                move(moved)
                 self._copy = copy
             except (OSError, ModelFileError, RuntimeError) as error:
                 self._failure = f"mapped: {error}"
@@ -138,11 +140,17 @@ class _Range:
 
 
 def copied(
-    weights: Weights, maps: Sequence[FileMap], *, readers: int, progress: Progress | None = None
+    weights: Weights,
+    maps: Sequence[FileMap],
+    *,
+    readers: int,
+    memory_types: Mapping[str, BlockType] = MappingProxyType({}),
+    progress: Progress | None = None,
 ) -> tuple[Weights, WeightCopy]:
     """The same weights as views of one read-only copy, and what that took. Arrays outside the maps stay what they are.
 
     readers: threads that read at the same time, in file order.
+    memory_types: types of quant/types.SIDE_BY_SIDE that weights get in the copy, by name.
 
     Raises ModelFileError where a file is not what was opened any more, or cannot be read; OSError where the system
     gives no memory.
@@ -151,14 +159,20 @@ def copied(
     ranges = _ranges(maps, _arrays(weights))
     target = _huge_page_memory(ranges[-1].target + ranges[-1].nbytes if ranges else 0)
     _read_all(ranges, target, readers, progress or _silent)
+    ordered = {name: weight for name, weight in weights.items() if name in memory_types}
+    _put_side_by_side([_Moved(ranges, target).tensor(part) for part in _tensors(ordered)], readers)
     seconds = time.perf_counter() - started
     target.flags.writeable = False
     huge = huge_page_bytes(target)
     nbytes = sum(range.nbytes for range in ranges)
     moved = _Moved(ranges, target)
+
+    def place(name: str, tensor: QuantTensor) -> QuantTensor:
+        return replace(moved.tensor(tensor), type=memory_types.get(name, tensor.type))
+
     return (
         {
-            name: tuple(map(moved.tensor, weight)) if isinstance(weight, tuple) else moved.tensor(weight)
+            name: tuple(place(name, part) for part in weight) if isinstance(weight, tuple) else place(name, weight)
             for name, weight in weights.items()
         },
         WeightCopy(nbytes, seconds, None if huge is None else min(huge, nbytes)),
@@ -351,6 +365,12 @@ def _read(map: FileMap, descriptor: int, start: int, into: NDArray[np.uint8]) ->
                 offset=start + done,
             )
         done += got
+
+
+def _put_side_by_side(tensors: Iterable[QuantTensor], workers: int) -> None:
+    with ThreadPoolExecutor(workers, thread_name_prefix="kvfold-order") as pool:
+        for _ in pool.map(lambda tensor: _native.put_side_by_side(tensor.type.id, tensor.raw), tensors):
+            pass
 
 
 class _Moved:

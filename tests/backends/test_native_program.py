@@ -207,9 +207,9 @@ def test_weights_move_while_a_step_is_under_way(file: str, tmp_path: Path) -> No
     run = start(harness, ids(50), ids(7))
     for cut in range(1, loaded.model.num_segments + 1):
         moved = {name: copied(weight) for name, weight in present.items()}
-        for name, weight in moved.items():
-            backend.move_weight(name, weight)
-            destroyed(present[name])
+        backend.move_weights(moved)
+        for weight in present.values():
+            destroyed(weight)
         present = moved
         run.run(cut)
     assert same(dict(run.outputs), expected)
@@ -231,7 +231,7 @@ def test_of_two_moves_at_once_the_kept_arrays_are_the_ones_read(path: Path) -> N
     others = [replace(weight, raw=np.roll(weight.raw, shift, axis=0)) for shift in (1, 2)]
     expected = []
     for other in others:
-        backend.move_weight(name, other)
+        backend.move_weights({name: other})
         expected.append(finished(backend.start(short)))
     ended = threading.Event()
     busy = threading.Thread(target=lambda: [None for _ in iter(ended.is_set, True)])
@@ -240,7 +240,7 @@ def test_of_two_moves_at_once_the_kept_arrays_are_the_ones_read(path: Path) -> N
         for _ in range(30):
             copies = [replace(other, raw=other.raw.copy()) for other in others]
             alive = [weakref.ref(copy.raw) for copy in copies]
-            movers = [threading.Thread(target=backend.move_weight, args=(name, copy)) for copy in copies]
+            movers = [threading.Thread(target=backend.move_weights, args=({name: copy},)) for copy in copies]
             del copies
             run = backend.start(long)
             for mover in movers:
@@ -265,15 +265,15 @@ def test_a_weight_moves_only_to_its_equal(path: Path) -> None:
     weight = harness.loaded.checkpoint.tensors[name]
     assert isinstance(weight, QuantTensor)
     with pytest.raises(ValueError, match=r"expected \(0, 64, 64\)"):
-        backend.move_weight(name, weight.row_slice(0, 32))
+        backend.move_weights({name: weight.row_slice(0, 32)})
     with pytest.raises(ValueError, match="C-contiguous"):
-        backend.move_weight(name, replace(weight, raw=np.asfortranarray(weight.raw)))
+        backend.move_weights({name: replace(weight, raw=np.asfortranarray(weight.raw))})
     with pytest.raises(ValueError, match=r"bytes \(64, 255\), expected \(64, 256\)"):
-        backend.move_weight(name, replace(weight, raw=np.ascontiguousarray(weight.raw[:, :255])))
+        backend.move_weights({name: replace(weight, raw=np.ascontiguousarray(weight.raw[:, :255]))})
     with pytest.raises(ValueError, match="2 parts, expected 1"):
-        backend.move_weight(name, (weight, weight))
+        backend.move_weights({name: (weight, weight)})
     with pytest.raises(KeyError):
-        backend.move_weight("blk.9.attn_q_a.weight", weight)
+        backend.move_weights({"blk.9.attn_q_a.weight": weight})
 
 
 def int32(*values: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import MissingExtra, SettingError
 from kvfold.mla.plan import ARITHMETIC, CPU, H200, MachineProfile
 from kvfold.model.deepseek import DeepseekModel
+from kvfold.model.program import Program
 from kvfold.model.step import Steps
 from kvfold.quant.tensor import Weight, Weights
 from kvfold.quant.types import BlockType
@@ -91,8 +92,8 @@ class Needs:
 class MovesWeights(Protocol):
     """A backend whose weights may move while it runs."""
 
-    def move_weight(self, name: str, weight: Weight) -> None:
-        """The same weight elsewhere in memory; the old arrays are not read any more when this returns."""
+    def move_weights(self, weights: Weights) -> None:
+        """The same weights elsewhere in memory; the old arrays are not read any more when this returns."""
 
 
 @runtime_checkable
@@ -126,6 +127,7 @@ class Candidate:
     """shuns:         why it does not run where nobody asked for it by name, though it could
     free_bytes:    of the memory of its own that holds weights and cache, by device; None: it uses the system's
     moves_weights: its backend is one of MovesWeights
+    memory_types:  types that weights of a program had better have in memory where they are copied, by name
     """
 
     name: str
@@ -135,6 +137,7 @@ class Candidate:
     shuns: Callable[[Needs], list[str]] = lambda needs: []
     free_bytes: Callable[[str], int] | None = None
     moves_weights: bool = False
+    memory_types: Callable[[Program, Weights, Needs], Mapping[str, BlockType]] = lambda program, weights, needs: {}
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,7 @@ def _native_refusals(needs: Needs) -> list[str]:
         return ["computes on the CPU"]
     from kvfold import _native
 
-    known = set(_native.decodable_types())
+    known = _native.decodable_types().keys() | _native.side_by_side_types(needs.native.isa)
     missing = sorted(t.name for t in needs.types if t.id not in known)
     reasons = [f"no kernels for {', '.join(missing)}"] if missing else []
     if needs.dtype == "bfloat16":
@@ -252,6 +255,15 @@ def _native_build(model: DeepseekModel, weights: Weights, cache: PagedCache, mac
         check_numerics=machine.native.check_numerics,
         profile=machine.native.profile,
     )
+
+
+def _native_memory_types(program: Program, weights: Weights, needs: Needs) -> Mapping[str, BlockType]:
+    """None where bits must not depend on whether and when weights were copied, and where nothing is multiplied on blocks."""
+    from kvfold.backends.native import side_by_side
+
+    if needs.native.deterministic or needs.dtype not in ("auto", "int8"):
+        return {}
+    return side_by_side(program, weights, needs.native.isa)
 
 
 def _plain_refusals(needs: Needs) -> list[str]:
@@ -296,6 +308,7 @@ CANDIDATES = (
         _native_build,
         lambda needs: native_profile(needs.native.isa, needs.dtype),
         moves_weights=True,
+        memory_types=_native_memory_types,
     ),
     Candidate("plain", _plain_refusals, _plain_build, shuns=_plain_shuns),
 )

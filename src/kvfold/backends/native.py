@@ -7,6 +7,7 @@ but the angles of RoPE. numpy only: a native run never imports torch.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,9 +20,10 @@ from kvfold.errors import Cancelled
 from kvfold.mla.rope import cos_sin
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.op_work import WeightSize
-from kvfold.model.program import Buffer, OpRecord, Segment, Value, record
+from kvfold.model.program import Buffer, OpRecord, Program, Segment, Value, record
 from kvfold.model.step import Step
 from kvfold.quant.tensor import QuantTensor, Weight, Weights
+from kvfold.quant.types import SIDE_BY_SIDE, BlockType, side_by_side_id
 
 CACHE_TYPES = {CacheType.F32: 0, CacheType.F16: 1, CacheType.BF16: 2, CacheType.Q8_0: 3}
 
@@ -84,18 +86,53 @@ class NativeBackend:
         """Checks the step and reserves its buffers; nothing runs yet. ValueError: array, expected, got."""
         return NativeRun(self.model, self._program, step, self.profile)
 
-    def move_weight(self, name: str, weight: Weight) -> None:
-        """The same weight at another place in memory, from the next cut on, for steps under way too.
+    def move_weights(self, weights: Weights) -> None:
+        """The same weights at other places in memory, rows side by side perhaps, all of them from the next cut on, for
+        steps under way too.
 
-        The old arrays are not read any more when this returns. ValueError where the new one is of another type or
+        The old arrays are not read any more when this returns. ValueError where a new one is of another type or
         shape, KeyError for a name the model does not use.
         """
-        handle = self._handles[name]
-        if _layout(weight) != self._layouts[handle]:
-            raise ValueError(
-                f"{name}: type number, rows and columns {_layout(weight)}, expected {self._layouts[handle]}."
-            )
-        self._program.move_weight(handle, _parts(weight))
+        moved = []
+        for name, weight in weights.items():
+            handle = self._handles[name]
+            number, rows, cols = _layout(weight)
+            expected, *shape = self._layouts[handle]
+            if [rows, cols] != shape or number not in (expected, side_by_side_id(expected)):
+                raise ValueError(
+                    f"{name}: type number, rows and columns {(number, rows, cols)}, expected {self._layouts[handle]}."
+                )
+            moved.append((handle, number, _parts(weight)))
+        self._program.move_weights(moved)
+
+
+def side_by_side(program: Program, weights: Weights, isa: str) -> dict[str, BlockType]:
+    """The weights that `isa` ("auto": the set in use) multiplies faster with their rows side by side, and the types that
+    they have then: of linear layers and experts alone, as what looks rows up or goes along columns reads the file's blocks.
+    """
+    known = _native.side_by_side_types(isa)
+
+    def type_of(name: str) -> BlockType | None:
+        number, rows, _ = _layout(weights[name])
+        type = next((t for t in SIDE_BY_SIDE.values() if t.id == side_by_side_id(number)), None)
+        return type if type is not None and type.id in known and rows % type.interleaved_rows == 0 else None
+
+    types: dict[str, BlockType | None] = {}
+    for op in (op for segment in program.segments for op in segment.ops):
+        names = [program.weight_names[handle] for handle in op.weights if handle >= 0]
+        of_op = [type_of(name) if op.kind in ("linear", "experts") else None for name in names]
+        if op.kind == "experts" and (None in of_op or of_op[0] != of_op[1]):  # gate and up meet in one pass
+            of_op = [None] * len(of_op)
+        for name, type in zip(names, of_op, strict=True):
+            types[name] = type if types.get(name, type) == type else None
+    # Two weights that are the same bytes, as a head that is the embedding, stay as they are.
+    places = Counter(part.raw.__array_interface__["data"][0] for name in types for part in _tensors(weights[name]))
+    return {
+        name: type
+        for name, type in types.items()
+        if type is not None
+        and all(places[part.raw.__array_interface__["data"][0]] == 1 for part in _tensors(weights[name]))
+    }
 
 
 class NativeRun:

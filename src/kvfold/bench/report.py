@@ -156,7 +156,7 @@ def model_type(checkpoint: Checkpoint) -> str:
     sizes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         for part in matrices(tensor):
-            sizes[part.type.name] += part.nbytes
+            sizes[part.type.name_in_file] += part.nbytes
     return f"{checkpoint.config.family} {sizes.most_common(1)[0][0]}"
 
 

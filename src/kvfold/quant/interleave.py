@@ -1,4 +1,5 @@
-"""Rows that ik_llama.cpp stores interleaved ("_R4", "_R8", "_R16"), put back in standard blocks, bit for bit.
+"""Rows that ik_llama.cpp stores interleaved ("_R4", "_R8", "_R16"), and rows that lie side by side in memory, put back in
+standard blocks, bit for bit.
 
 Owns where each bit of an interleaved group lies; decoding is quant/decode.py. A group of 4, 8 or 16 rows has the size
 of its rows. It is a sequence of mixed blocks, each with one standard block's worth of weights of every row of the
@@ -16,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfold.quant.types import TYPES, BlockType
+from kvfold.quant.types import ROWS_SIDE_BY_SIDE, SIDE_BY_SIDE, TYPES, BlockType
 
 Bytes = NDArray[np.uint8]
 Blocks = NDArray[np.void]
@@ -288,5 +289,18 @@ def _iq3_s_r4(m: Blocks) -> Bytes:
     return _join(m["d"], qs, m["qh"].swapaxes(1, 2), _pack(signs, 1), _pack(scales.reshape(-1, 4, 4, 2), 4))
 
 
-assert {t.name for t in TYPES if t.standard} == _UNMIXERS.keys()
-assert all(t.interleaved_rows * t.block_bytes == _UNMIXERS[t.name][0].itemsize for t in TYPES if t.standard)
+def _enter_side_by_side(type: BlockType) -> None:
+    """Types of one float16 and codes: the scales of all rows, then words of four bytes [word][row]."""
+    num_words = (type.block_bytes - 2) // 4
+
+    @_mixed(type.name, ("d", "<u2", ROWS_SIDE_BY_SIDE), ("words", "u1", (num_words, ROWS_SIDE_BY_SIDE, 4)))
+    def unmix(m: Blocks) -> Bytes:
+        return _join(m["d"], m["words"].swapaxes(1, 2))
+
+
+for _type in SIDE_BY_SIDE.values():
+    _enter_side_by_side(_type)
+
+_MIXED_TYPES = [t for t in (*TYPES, *SIDE_BY_SIDE.values()) if t.standard]
+assert {t.name for t in _MIXED_TYPES} == _UNMIXERS.keys()
+assert all(t.interleaved_rows * t.block_bytes == _UNMIXERS[t.name][0].itemsize for t in _MIXED_TYPES)

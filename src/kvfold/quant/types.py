@@ -36,6 +36,11 @@ class BlockType:
     standard: str = ""
     row_meta_bytes: int = 0
 
+    @property
+    def name_in_file(self) -> str:
+        """That of `standard` where rows lie side by side in memory (SIDE_BY_SIDE)."""
+        return self.standard if self in SIDE_BY_SIDE.values() else self.name
+
     def row_bytes(self, cols: int) -> int:
         """Bytes of one row of `cols` weights. UnsupportedType where that is not a whole number of blocks."""
         if cols < 0 or cols % self.block_elements:
@@ -227,6 +232,30 @@ TYPES: tuple[BlockType, ...] = (
     _refused("Q8_KV_R8", 398, 32, 32, _requantize("Q8_0"), rows=8, meta=4),
     _refused("Q8_K_R8", 399, 256, 258, _requantize("Q8_0"), rows=8),
 )
+
+ROWS_SIDE_BY_SIDE = 16
+
+
+def side_by_side_id(id: int) -> int:
+    """The number of a file's type with its rows side by side."""
+    return -100 - id
+
+
+def _side_by_side(name: str) -> BlockType:
+    of = next(t for t in TYPES if t.name == name)
+    return BlockType(
+        f"{name} side by side",
+        side_by_side_id(of.id),
+        of.block_elements,
+        of.block_bytes,
+        interleaved_rows=ROWS_SIDE_BY_SIDE,
+        standard=name,
+    )
+
+
+SIDE_BY_SIDE = {t: _side_by_side(t) for t in ("Q4_0", "Q8_0", "IQ4_NL")}
+"""Types that weights have in memory, never in a file: by the name of the type they had there. csrc/kernels/side_by_side.h
+explains them, quant/interleave.py puts them back in standard blocks."""
 
 _BY_ID = {t.id: t for t in TYPES}
 _BY_NAME = {t.name.upper(): t for t in TYPES}

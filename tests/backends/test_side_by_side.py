@@ -1,0 +1,96 @@
+"""Rows side by side in memory: the layout against its definition, products against those of the file's own blocks."""
+
+import numpy as np
+import pytest
+from tests.backends.test_kernels import activations, assert_close, every_isa, isa, native_product, random_weight
+
+from kvfold import _native
+from kvfold.quant.activations import product
+from kvfold.quant.decode import decode, decode_tensor
+from kvfold.quant.interleave import deinterleave
+from kvfold.quant.tensor import QuantTensor
+from kvfold.quant.types import SIDE_BY_SIDE, by_name
+
+__all__ = ["isa"]  # a fixture
+
+every_type = pytest.mark.parametrize("name", SIDE_BY_SIDE)
+
+
+def side_by_side(weight: QuantTensor) -> QuantTensor:
+    raw = weight.raw.copy()
+    _native.put_side_by_side(weight.type.id, raw, threads=2)
+    return QuantTensor(weight.name, SIDE_BY_SIDE[weight.type.name], weight.shape, raw)
+
+
+@every_type
+def test_rows_are_put_side_by_side_as_defined(name: str) -> None:
+    t = by_name(name)
+    weight = random_weight(t, 48, 3 * t.block_elements, seed=1)
+    moved = side_by_side(weight)
+    np.testing.assert_array_equal(deinterleave(moved.type, moved.raw), weight.raw)
+    assert (moved.raw != weight.raw).any()
+
+
+@every_type
+def test_they_decode_to_the_same_numbers(name: str) -> None:
+    t = by_name(name)
+    weight = random_weight(t, 32, 3 * t.block_elements, seed=2)
+    moved, out = side_by_side(weight), np.empty(weight.shape, np.float32)
+    _native.decode(moved.type.id, moved.raw, out)
+    np.testing.assert_array_equal(out, decode_tensor(weight))
+    np.testing.assert_array_equal(decode(moved.type, moved.raw), out)
+
+
+@every_isa
+@every_type
+def test_products_follow_the_definition(name: str, isa: str) -> None:
+    if SIDE_BY_SIDE[name].id not in _native.side_by_side_types(isa):
+        pytest.skip(f"{isa} multiplies the blocks as files have them")
+    t = by_name(name)
+    for rows, n, blocks in [
+        (1, 16, 1),
+        (1, 48, 17),
+        (2, 32, 3),
+        (3, 16, 5),
+        (4, 64, 2),
+        (7, 48, 3),
+        (17, 96, 3),
+        (100, 32, 1),
+    ]:
+        weight, x = (
+            random_weight(t, n, blocks * t.block_elements, seed=3),
+            activations(rows, blocks * t.block_elements),
+        )
+        assert_close(native_product(x, side_by_side(weight)), product(x, weight), f"{name} {isa} {rows}x{n}")
+
+
+@every_isa
+@every_type
+def test_sums_of_the_largest_codes_do_not_overflow(name: str, isa: str) -> None:
+    if SIDE_BY_SIDE[name].id not in _native.side_by_side_types(isa):
+        pytest.skip(f"{isa} multiplies the blocks as files have them")
+    t, k = by_name(name), 512
+    for fill in (0x00, 0x7F, 0x80, 0xFF):
+        weight = random_weight(t, 32, k, seed=5, fill=fill)
+        for x in (1.27, -1.27):  # codes of 127 and -127
+            all_x = np.full((1, k), x, np.float32)
+            got, want = native_product(all_x, side_by_side(weight)), product(all_x, weight)
+            largest = max(np.abs(decode_tensor(weight)).max(), 1) * 1.27 * k
+            assert np.abs(got - want).max() <= 1e-6 * largest, f"{name} {isa} {fill} {x}"
+
+
+@every_type
+def test_tiles_have_the_bits_of_the_files_blocks(name: str) -> None:
+    if SIDE_BY_SIDE[name].id not in _native.side_by_side_types("auto"):
+        pytest.skip(f"{_native.isa()} multiplies the blocks as files have them")
+    t = by_name(name)
+    weight, x = random_weight(t, 64, 6 * t.block_elements, seed=6), activations(40, 6 * t.block_elements)
+    np.testing.assert_array_equal(native_product(x, side_by_side(weight)), native_product(x, weight))
+
+
+def test_what_is_no_whole_group_is_refused() -> None:
+    weight = random_weight(by_name("Q8_0"), 17, 64, seed=7)
+    with pytest.raises(ValueError, match="whole groups of 16 rows"):
+        _native.put_side_by_side(8, weight.raw.copy())
+    with pytest.raises(ValueError, match="a type that has this layout"):
+        _native.put_side_by_side(3, np.zeros((16, 20), np.uint8))
