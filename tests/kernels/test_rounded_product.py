@@ -8,7 +8,10 @@ import torch
 from test_linear import matrix, same
 
 from kvfold.kernels import rounded_product, row_product, tile_product
-from kvfold.kernels.number_product import Norm, Routed
+from kvfold.kernels.matrix import Matrix
+from kvfold.kernels.number_product import Norm, Routed, route_gate_up
+from kvfold.kernels.rounding import RoundedRows
+from kvfold.kernels.rows import RoutingRule
 from kvfold.quant.activations import quantize, quantize_e4m3
 from kvfold.quant.decode import decode
 from kvfold.quant.types import by_name
@@ -84,7 +87,7 @@ def test_experts_round_their_rows(
     same(out, expected, 1e-6)
     # The production form: rounded where they are made, from the same float32.
     between = row_product.gate_up(x, gate, up, ids, x.dtype, down)
-    assert isinstance(between, rounded_product.RoundedRows)
+    assert isinstance(between, RoundedRows)
     row_product.down(between, down, ids, weights, out)
     values, expected = rounded(pairs), np.zeros((2, out_rows))
     for pair, expert in enumerate(ids.flatten().tolist()):
@@ -126,15 +129,50 @@ def test_shared_experts_come_along(
     ids = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32, device=device)
     weights = torch.from_numpy(RNG(5).uniform(0.1, 1, (2, k)).astype(np.float32)).to(device)
     hidden_rows = torch.from_numpy(RNG(6).standard_normal((2, out_rows)).astype(np.float32)).to(device)
-    out = torch.full((2, out_rows), torch.nan, device=device)
-    rounded_product.experts(hidden_rows, Routed(x, ids, weights, x[:, :0]), matrices, shared, out)
     expected = hidden_rows.double().cpu().numpy()
     for t, row in enumerate(rounded(x)):
         for expert, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
             expected[t] += weight * of_row(dense, expert, row)
         if shared_dense:
             expected[t] += of_row(shared_dense, 0, row)
-    same(out, expected, 1e-4)  # a sum in another order may round to the next of 255 steps
+    codes, scales = quantize(x.float().cpu().numpy())
+    before = RoundedRows(
+        torch.from_numpy(in_order(codes, types[0])).to(device), torch.from_numpy(scales).to(device), types[0]
+    )
+    for routed in (
+        Routed(x, ids, weights, x[:, :0]),
+        Routed(x[:, :0], ids, weights, x[:, :0], before),
+    ):
+        out = torch.full((2, out_rows), torch.nan, device=device)
+        rounded_product.experts(hidden_rows, routed, matrices, shared, out)
+        same(out, expected, 1e-4)  # a sum in another order may round to the next of 255 steps
+
+
+def in_order(codes: np.ndarray, name: str) -> np.ndarray:
+    """Codes of blocks as kernels of this type find them: for IQ4_NL the numbers j, j + 16, j + 1, j + 17 in a word."""
+    if name != "IQ4_NL":
+        return codes
+    halves = codes.reshape(len(codes), -1, 2, 8, 2)  # half of a block, pair, number
+    return np.ascontiguousarray(halves.transpose(0, 1, 3, 4, 2)).reshape(codes.shape)
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "Q4_K"])
+def test_normed_rows_are_rounded_with_the_routing(name: str, device: str) -> None:
+    cols, experts = 96, 5
+    x = torch.from_numpy(RNG(2).standard_normal((3, cols)).astype(np.float32)).to(device)
+    weight = torch.from_numpy(RNG(3).uniform(0.5, 2, cols).astype(np.float32)).to(device)
+    router = Matrix.of(torch.from_numpy(RNG(4).standard_normal((experts, cols)).astype(np.float32)).to(device))
+    arrived = torch.zeros(1, dtype=torch.int32, device=device)
+    rule = RoutingRule(2, 1, 1, is_sigmoid=False, is_top2=False, is_normed=False, factor=1.0)
+    routed = route_gate_up(x, Norm(weight, 1e-6), router, None, rule, None, arrived, torch.float32, name)
+    assert routed.rounded is not None
+    exact = x.double().cpu().numpy()
+    exact = exact / np.sqrt((exact**2).mean(1, keepdims=True) + 1e-6) * weight.double().cpu().numpy()
+    codes, scales = quantize(exact.astype(np.float32))
+    np.testing.assert_allclose(routed.rounded.scales.cpu(), scales, rtol=1e-5)
+    # a norm in another order of sums may fall to the other side of a half
+    off = np.abs(routed.rounded.codes.cpu().numpy().astype(int) - in_order(codes, name))
+    assert off.max() <= 1 and (off > 0).mean() < 0.02
 
 
 def test_one_network_without_choices(device: str) -> None:

@@ -358,9 +358,12 @@ class CudaOps:
         shared: tuple[Matrix, Matrix, Matrix] | None,
     ) -> Tensor:
         """The same where the experts round their rows."""
+        # Rounded once, where both networks want the codes in the same order.
+        orders = {network[0].type == "IQ4_NL" for network in (matrices, shared) if network is not None}
         routed = number_product.route_gate_up(
-            x, norm, choice.router, choice.bias, choice.rule, None, self._backend.arrived, self._dtype
-        )
+            x, norm, choice.router, choice.bias, choice.rule, None, self._backend.arrived, self._dtype,
+            matrices[0].type if len(orders) == 1 else None,
+        )  # fmt: skip
         out = torch.empty_like(x)
         rounded_product.experts(x, routed, matrices, shared, out)
         return out

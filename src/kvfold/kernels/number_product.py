@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.overlap import let_next_start, overlaps, wait_for_inputs
+from kvfold.kernels.rounding import RoundedRows, code, mixed_place, scale_of
 from kvfold.kernels.rows import RoutingRule, choose_experts, silu
 
 MOST_ROWS = 4
@@ -140,15 +141,15 @@ def _gate_up(
 
 @triton.jit
 def _route_gate_up(
-    x, x_stride, norm, eps, router, logits, bias, ids, weights, arrived, normed, gate, up, out, rows,
+    x, x_stride, norm, eps, router, logits, bias, ids, weights, arrived, normed, scales, gate, up, out, rows,
     num_experts, per_group, num_groups, groups_kept, per_row, factor,
     COLS: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
-    ROUTER_HELD: tl.constexpr, ROWS: tl.constexpr, HELD: tl.constexpr,
+    ROUTER_HELD: tl.constexpr, ROWS: tl.constexpr, HELD: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr,
     SIGMOID: tl.constexpr, BIAS: tl.constexpr, TOP2: tl.constexpr, NORM: tl.constexpr,
     GROUPS: tl.constexpr, EACH: tl.constexpr, PLACES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Programs 0 .. num_experts - 1: one expert's logit each, and the last of them to end chooses the experts of every
-    row. The next one writes the normed rows. The others own ROWS features of the shared experts' gate and up."""
+    row. The next one writes the normed rows, in codes and scales where ROUNDS. The others own ROWS features of the shared experts' gate and up."""
     if EARLY:
         let_next_start()
     program = tl.program_id(0)
@@ -169,14 +170,23 @@ def _route_gate_up(
                 choose_experts(t, logits, bias, ids, weights, num_experts, per_group, num_groups, groups_kept, per_row,
                                factor, SIGMOID, BIAS, TOP2, NORM, GROUPS, EACH, PLACES)  # fmt: skip
     elif program == num_experts:
-        i = tl.arange(0, PADDED)
-        g = tl.load(norm + i, mask=i < COLS, other=0.0)
+        block = tl.arange(0, PADDED // 32)
+        i = tl.arange(0, 32)
+        at = block[:, None] * 32 + i[None, :]
+        g = tl.load(norm + at, mask=at < COLS, other=0.0)
         if EARLY:
             wait_for_inputs()
         for t in tl.static_range(TOKENS):
             x_t = x + t * x_stride
-            v = tl.load(x_t + i, mask=i < COLS, other=0.0).to(tl.float32)
-            tl.store(normed + t * COLS + i, v * one_over_rms(x_t, eps, COLS, PADDED) * g, mask=i < COLS)
+            v = tl.load(x_t + at, mask=at < COLS, other=0.0).to(tl.float32)
+            v = v * one_over_rms(x_t, eps, COLS, PADDED) * g
+            if ROUNDS:
+                inverse, scale = scale_of(tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
+                place = block[:, None] * 32 + (mixed_place(i) if MIXED else i)[None, :]
+                tl.store(normed + t * COLS + place, code(v, inverse[:, None]).to(tl.int8), mask=at < COLS)
+                tl.store(scales + t * (COLS // 32) + block, scale, mask=block < COLS // 32)
+            else:
+                tl.store(normed + t * COLS + at, v, mask=at < COLS)
     else:
         first = (program - num_experts - 1) * ROWS
         _gate_up_features(x, x_stride, norm, eps, gate, up, out, rows, first, COLS, TOKENS, True, PADDED, ROWS, WIDTH,
@@ -294,13 +304,14 @@ def gate_up(x: Tensor, gate: Matrix, up: Matrix, out: Tensor, norm: Norm | None 
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """normed [T, cols] of the compute type; ids int32 and weights float32 [T, k]; shared [T, rows] hidden numbers of the
-    shared experts, of width 0 where there are none."""
+    """normed [T, cols] of the compute type, or of width 0 and `rounded` instead; ids int32 and weights float32 [T, k];
+    shared [T, rows] hidden numbers of the shared experts, of width 0 where there are none."""
 
     normed: Tensor
     ids: Tensor
     weights: Tensor
     shared: Tensor
+    rounded: RoundedRows | None = None
 
 
 def route_gate_up(
@@ -312,25 +323,30 @@ def route_gate_up(
     shared: tuple[Matrix, Matrix] | None,
     arrived: Tensor,
     dtype: torch.dtype,
+    rounds_for: str | None = None,
 ) -> Routed:
-    """Norm, routing and the shared experts' gate and up of x float32 [T, cols] in one launch. arrived: int32 [1], zero
+    """Norm, routing and the shared experts' gate and up of x float32 [T, cols] in one launch. rounds_for: the type of the
+    matrices that the normed rows meet, rounded, next. arrived: int32 [1], zero
     before and after; launches that share it run one after another."""
     num_rows, device = len(x), x.device
     gate, up = shared or (router, router)
+    rounded = None if rounds_for is None else RoundedRows.empty(num_rows, x.shape[1], rounds_for, device)
     out = Routed(
-        torch.empty(x.shape, dtype=dtype, device=device),
+        torch.empty(num_rows, 0 if rounded else x.shape[1], dtype=dtype, device=device),
         torch.empty(num_rows, rule.per_row, dtype=torch.int32, device=device),
         torch.empty(num_rows, rule.per_row, dtype=torch.float32, device=device),
         torch.empty(num_rows, gate.rows if shared else 0, dtype=dtype, device=device),
+        rounded,
     )
     logits = torch.empty(num_rows, router.rows, device=device)
     rows = max(1, _rows(gate) // 2)
     early = overlaps(x)
     _route_gate_up[(router.rows + 1 + triton.cdiv(out.shared.shape[1], rows),)](
         x, x.stride(0), norm.weight, norm.eps, router.plain(), logits, x if bias is None else bias, out.ids, out.weights,
-        arrived, out.normed, gate.plain(), up.plain(), out.shared, gate.rows, *rule.arguments(router.rows),
+        arrived, rounded.codes if rounded else out.normed, rounded.scales if rounded else out.normed, gate.plain(), up.plain(), out.shared, gate.rows, *rule.arguments(router.rows),
         COLS=router.cols, TOKENS=num_rows, PADDED=triton.next_power_of_2(router.cols), WIDTH=_width(router.cols),
         ROUTER_HELD=_held_passes(router, 1), ROWS=rows, HELD=_held_passes(gate, rows, 2),
+        ROUNDS=rounded is not None, MIXED=rounded is not None and rounded.is_mixed,
         **rule.constants(router.rows, bias is not None), EARLY=early, launch_pdl=early,
     )  # fmt: skip
     return out

@@ -8,9 +8,6 @@ product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,15 +16,21 @@ from kvfold.kernels.block_weights import COMPILED, load_f16, load_word
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.number_product import Norm, Routed, one_over_rms
 from kvfold.kernels.overlap import let_next_start, overlaps, wait_for_inputs
+from kvfold.kernels.rounding import RoundedRows, code, codes4, mixed_place, scale_of
 from kvfold.kernels.rows import silu
 
 TYPES = frozenset(["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
 
 # Rows of a program, its warps, and registers of a thread where the compiler would take so many that fewer programs fit.
+# LINEAR: of up to SMALL_ROWS rows, and of more (a head's).
+SMALL_ROWS = 8192
+SMALL = {"Q4_0": (16, 2), "IQ4_NL": (16, 2), "Q8_0": (16, 2), "Q4_K": (16, 2), "Q6_K": (16, 2)}
 LINEAR = {"Q4_0": (16, 2), "IQ4_NL": (16, 2), "Q8_0": (16, 2), "Q4_K": (16, 2), "Q6_K": (16, 2)}
 GATE_UP = (16, 4)
 DOWN = {"Q4_0": (4, 4, 128), "IQ4_NL": (4, 4, 160), "Q8_0": (4, 4, 160), "Q4_K": (4, 4, 128), "Q6_K": (4, 4, 128)}
 GATE_UP_ROUNDS = {"Q4_0": (8, 128), "IQ4_NL": (8, 128), "Q8_0": (8,), "Q4_K": (8,), "Q6_K": (8,)}  # of 32 rows
+# Types whose gate and up are read one after the other: scales and minima leave no registers for the weights of both.
+APART = frozenset(["Q4_K"])
 # Experts of `down` whose weights are asked for at once: up to 100 registers.
 _AHEAD = {"Q4_0": 6, "IQ4_NL": 6, "Q8_0": 6, "Q4_K": 3, "Q6_K": 2}
 # Weights that a thread holds of a row. Q4_K: low and high nibbles of 32 bytes. Q6_K: half a block.
@@ -167,44 +170,6 @@ def _iq4_tables(b):
 
 
 @triton.jit
-def _codes(x0, x1, x2, x3, inverse):
-    """x times inverse, to the nearest whole number, ties to even: four bytes of a word. |x * inverse| <= 127.
-
-    Adding 1.5 * 2^23 leaves the number in the lowest byte; product and sum round each, as the definition does.
-    """
-    if COMPILED:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .f32 a, b, c, d;
-            .reg .b32 p, q;
-            mul.rn.f32 a, $1, $5;
-            mul.rn.f32 b, $2, $5;
-            mul.rn.f32 c, $3, $5;
-            mul.rn.f32 d, $4, $5;
-            add.rn.f32 a, a, 0f4B400000;
-            add.rn.f32 b, b, 0f4B400000;
-            add.rn.f32 c, c, 0f4B400000;
-            add.rn.f32 d, d, 0f4B400000;
-            prmt.b32 p, a, b, 0x0040;
-            prmt.b32 q, c, d, 0x0040;
-            prmt.b32 $0, p, q, 0x5410;
-            }""",
-            "=r,f,f,f,f,f", [x0, x1, x2, x3, inverse], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        a = (x0 * inverse + 12582912.0).to(tl.int32, bitcast=True) & 255
-        b = (x1 * inverse + 12582912.0).to(tl.int32, bitcast=True) & 255
-        c = (x2 * inverse + 12582912.0).to(tl.int32, bitcast=True) & 255
-        return a | (b << 8) | (c << 16) | ((x3 * inverse + 12582912.0).to(tl.int32, bitcast=True) << 24)
-
-
-@triton.jit
-def _code(x, inverse):
-    """One number's code, a byte of int32."""
-    return _codes(x, x, x, x, inverse) & 255
-
-
-@triton.jit
 def numbers16(x, norm, at, NORM: tl.constexpr):
     """Sixteen neighbours of x (times norm) from number `at` on as the bits of float32, and the bits of the largest size.
 
@@ -268,18 +233,6 @@ def _most(a, b, c, d):
 
 
 @triton.jit
-def _scale_of(largest):
-    """(127 / largest, largest / 127) of the bits of a block's largest size, as quant/activations.py rounds them."""
-    is_finite = largest < 0x7F800000
-    is_used = is_finite & (largest >= 0x03800000)  # 2^-120
-    size = tl.where(is_used, largest, 0x42FE0000).to(tl.float32, bitcast=True)  # 127
-    most = tl.full(size.shape, 127.0, tl.float32)
-    inverse = tl.where(is_used, tl.div_rn(most, size), 0.0)
-    scale = tl.where(is_used, tl.div_rn(size, most), 0.0)
-    return inverse, tl.where(is_finite, scale, float("nan"))
-
-
-@triton.jit
 def _rounded(x, norm, at, inside, MIXED: tl.constexpr, NORM: tl.constexpr):
     """The block of 32 numbers from x + at on (times norm + at): eight words of codes, and the scale (0 where not inside).
 
@@ -288,7 +241,7 @@ def _rounded(x, norm, at, inside, MIXED: tl.constexpr, NORM: tl.constexpr):
     at = tl.where(inside, at, 0)
     a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, near = numbers16(x, norm, at, NORM)
     e0, e1, e2, e3, f0, f1, f2, f3, g0, g1, g2, g3, h0, h1, h2, h3, far = numbers16(x, norm, at + 16, NORM)
-    inverse, scale = _scale_of(tl.maximum(near, far))
+    inverse, scale = scale_of(tl.maximum(near, far))
     scale = tl.where(inside, scale, 0.0)
     if MIXED:
         return (
@@ -308,7 +261,7 @@ def _rounded(x, norm, at, inside, MIXED: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def _word(a, b, c, d, inverse):
-    return _codes(
+    return codes4(
         a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True), c.to(tl.float32, bitcast=True),
         d.to(tl.float32, bitcast=True), inverse,
     )  # fmt: skip
@@ -571,45 +524,45 @@ def _linear(
 
 @triton.jit
 def _gate_up_features(
-    x, gate, up, out, scales, pid, pair, rows,
+    x, x_scales, gate, up, out, scales, pid, pair, rows,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr,
-    PARTS: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr, WAITS: tl.constexpr,
+    PARTS: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """ROWS features of silu(gate x) * (up x) to row `pair` of out. ROUNDS: of each ROWS = 32 numbers to codes and a scale,
-    in the order that `_rounded` gives a block. WAITS: weights are asked for before the inputs are there."""
+    in the order that `_rounded` gives a block. APART: up is asked for when gate is done.
+    WAITS: weights are asked for before the inputs are there."""
     first, g_start = _start(gate, pid, rows, ROWS, ROW_BYTES)
     _, u_start = _start(up, pid, rows, ROWS, ROW_BYTES)
-    # Q4_K's scales and minima leave no registers to hold both matrices' weights at once.
-    ONE_BY_ONE: tl.constexpr = TYPE == "Q4_K"
     b, near = _part(0, COLS // EACH, PARTS)
     g_w = _weights(g_start, near[None, :], COLS, ROW_BYTES, TYPE)
-    if not ONE_BY_ONE:
+    if not APART:
         u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
     if WAITS:
         wait_for_inputs()
     none = tl.zeros([ROWS, PARTS], tl.int32)
-    a = _activations(x, x, x, b, COLS, TYPE, False)
+    a = _activations(x, x_scales, x, b, COLS, TYPE, False)
     g = _times(g_w, a, near, none, TYPE)
-    if ONE_BY_ONE:
+    if APART:
         u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
     u = _times(u_w, a, near, none, TYPE)
     for part in tl.static_range(PARTS, COLS // EACH, PARTS):
         b, near = _part(part, COLS // EACH, PARTS)
         g_w = _weights(g_start, near[None, :], COLS, ROW_BYTES, TYPE)
-        if not ONE_BY_ONE:
+        if not APART:
             u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
-        a = _activations(x, x, x, b, COLS, TYPE, False)
+        a = _activations(x, x_scales, x, b, COLS, TYPE, False)
         g += _times(g_w, a, near, none, TYPE)
-        if ONE_BY_ONE:
+        if APART:
             u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
         u += _times(u_w, a, near, none, TYPE)
     y = silu(tl.sum(g, 1)) * tl.sum(u, 1)
     i = tl.arange(0, ROWS)
     if ROUNDS:
-        inverse, factor = _scale_of(tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
+        inverse, factor = scale_of(tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
         if MIXED:
-            i = i // 16 + i % 16 // 4 * 8 + i % 4 // 2 * 4 + i % 2 * 2
-        tl.store(out + pair * rows + first + i, _code(y, inverse).to(tl.int8))
+            i = mixed_place(i)
+        tl.store(out + pair * rows + first + i, code(y, inverse).to(tl.int8))
         tl.store(scales + (pair * rows + first) // 32, factor)
     else:
         tl.store(out + pair * rows + first + i, y)
@@ -619,7 +572,7 @@ def _gate_up_features(
 def _gate_up(
     x, gate, up, ids, out, scales, rows, x_stride,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PER_ROW: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Pair p is row p // PER_ROW of x with expert ids[p] (PER_ROW 0: row p, the only matrix)."""
     pair = tl.program_id(1).to(tl.int64)
@@ -634,17 +587,17 @@ def _gate_up(
         if EARLY:
             let_next_start()
         x += pair * x_stride
-    _gate_up_features(x, gate, up, out, scales, tl.program_id(0), pair, rows, COLS, EACH, ROW_BYTES, TYPE, ROWS, PARTS,
-                      ROUNDS, MIXED, EARLY and PER_ROW == 0)  # fmt: skip
+    _gate_up_features(x, x, gate, up, out, scales, tl.program_id(0), pair, rows, COLS, EACH, ROW_BYTES, TYPE, ROWS, PARTS,
+                      ROUNDS, MIXED, APART, EARLY and PER_ROW == 0)  # fmt: skip
 
 
 @triton.jit
 def _gate_up_of_all(
-    x, gate, up, ids, out, scales, rows, shared_gate, shared_up, shared_out, shared_scales, shared_rows, x_stride,
+    x, x_scales, gate, up, ids, out, scales, rows, shared_gate, shared_up, shared_out, shared_scales, shared_rows, x_stride,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PARTS: tl.constexpr,
     MIXED: tl.constexpr, SHARED_EACH: tl.constexpr, SHARED_BYTES: tl.constexpr, SHARED_TYPE: tl.constexpr,
-    SHARED_PARTS: tl.constexpr, SHARED_MIXED: tl.constexpr, TOKENS: tl.constexpr, PER_ROW: tl.constexpr,
-    ROWS: tl.constexpr, EARLY: tl.constexpr,
+    SHARED_PARTS: tl.constexpr, SHARED_MIXED: tl.constexpr, APART: tl.constexpr, SHARED_APART: tl.constexpr,
+    TOKENS: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first programs own ROWS features of the shared experts, whose weights need no choice and come early; the others
     those of a pair of row and expert."""
@@ -654,9 +607,9 @@ def _gate_up_of_all(
     each = tl.cdiv(shared_rows, ROWS)
     if program < TOKENS * each:
         t = (program // each).to(tl.int64)
-        _gate_up_features(x + t * x_stride, shared_gate, shared_up, shared_out, shared_scales, program % each, t,
+        _gate_up_features(x + t * x_stride, x_scales + t * (COLS // 32), shared_gate, shared_up, shared_out, shared_scales, program % each, t,
                           shared_rows, COLS, SHARED_EACH, SHARED_BYTES, SHARED_TYPE, ROWS, SHARED_PARTS, True,
-                          SHARED_MIXED, EARLY)  # fmt: skip
+                          SHARED_MIXED, SHARED_APART, EARLY)  # fmt: skip
     else:
         if EARLY:
             wait_for_inputs()
@@ -664,9 +617,10 @@ def _gate_up_of_all(
         each = tl.cdiv(rows, ROWS)
         pair = (program // each).to(tl.int64)
         expert = tl.load(ids + pair).to(tl.int64)
-        _gate_up_features(x + pair // PER_ROW * x_stride, gate + expert * rows * ROW_BYTES, up + expert * rows * ROW_BYTES,
+        t = pair // PER_ROW
+        _gate_up_features(x + t * x_stride, x_scales + t * (COLS // 32), gate + expert * rows * ROW_BYTES, up + expert * rows * ROW_BYTES,
                           out, scales, program % each, pair, rows, COLS, EACH, ROW_BYTES, TYPE, ROWS, PARTS, True, MIXED,
-                          False)  # fmt: skip
+                          APART, False)  # fmt: skip
 
 
 @triton.jit
@@ -737,21 +691,6 @@ def aligned(x: Tensor) -> Tensor:
     return x if (x.data_ptr() | x.stride(0) * x.element_size()) % 16 == 0 else x.contiguous()
 
 
-@dataclass(frozen=True, eq=False)
-class RoundedRows:
-    """codes int8 [T, cols] and scales float32 [T, cols / 32] of rows that meet a matrix of `type`, whose kernels want the
-    codes of a block in an order of their own."""
-
-    codes: Tensor
-    scales: Tensor
-    type: str
-
-    @classmethod
-    def empty(cls, rows: int, cols: int, type: str, device: torch.device) -> RoundedRows:
-        codes = torch.empty(rows, cols, dtype=torch.int8, device=device)
-        return cls(codes, torch.empty(rows, cols // 32, device=device), type)
-
-
 def _parts(w: Matrix) -> int:
     """Of a row in one pass."""
     return min(int(triton.next_power_of_2(w.cols // _EACH[w.type])), 2048 // _EACH[w.type])
@@ -770,7 +709,7 @@ def _sizes(w: Matrix, rows: int, num_warps: int, maxnreg: int | None = None) -> 
 
 def linear(x: Tensor, w: Matrix, out: Tensor, *, norm: Norm | None = None, add: Tensor | None = None) -> None:
     """out [T, rows] = rounded (norm of float32) x [T, cols] @ w^T, plus add float32 [T, rows]; the last strides are 1."""
-    sizes = _sizes(w, *LINEAR[w.type])
+    sizes = _sizes(w, *(SMALL if w.rows <= SMALL_ROWS else LINEAR)[w.type])
     early = overlaps(x)
     x = aligned(x)
     _linear[(triton.cdiv(w.rows, sizes["ROWS"]), len(x))](
@@ -790,7 +729,7 @@ def gate_up(x: Tensor, gate: Matrix, up: Matrix, ids: Tensor | None, out: Tensor
     _gate_up[(triton.cdiv(gate.rows, sizes["ROWS"]), len(numbers))](
         x, gate.raw, up.raw, x if ids is None else ids, numbers, scales, gate.rows, x.stride(0),
         COLS=gate.cols, ROW_BYTES=gate.row_bytes, TYPE=gate.type, PER_ROW=0 if ids is None else ids.shape[1],
-        ROUNDS=rounds, MIXED=isinstance(out, RoundedRows) and out.type == "IQ4_NL",
+        ROUNDS=rounds, MIXED=isinstance(out, RoundedRows) and out.is_mixed, APART=gate.type in APART,
         EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip
 
@@ -837,19 +776,21 @@ def experts(
     gate, up, w = matrices
     pairs, num_rows = routed.ids.numel(), len(x)
     hidden = RoundedRows.empty(pairs, gate.rows, w.type, x.device)
-    if shared is None:
-        gate_up(routed.normed, gate, up, routed.ids, hidden)
-        return down(hidden, w, routed.ids, routed.weights, out, add=x)
-    s_gate, s_up, s_down = shared
-    s_hidden = RoundedRows.empty(num_rows, s_gate.rows, s_down.type, x.device)
+    s_gate, s_up, s_down = shared or matrices
+    s_rows = s_gate.rows if shared else 0
+    s_hidden = RoundedRows.empty(num_rows, s_rows, s_down.type, x.device)
     sizes = _sizes(gate, 32, *GATE_UP_ROUNDS[gate.type])
-    programs = num_rows * triton.cdiv(s_gate.rows, 32) + pairs * triton.cdiv(gate.rows, 32)
+    programs = num_rows * triton.cdiv(s_rows, 32) + pairs * triton.cdiv(gate.rows, 32)
+    rounded = routed.rounded
+    numbers, scales = (routed.normed, routed.normed) if rounded is None else (rounded.codes, rounded.scales)
     early = overlaps(x)
     _gate_up_of_all[(programs,)](
-        routed.normed, gate.raw, up.raw, routed.ids, hidden.codes, hidden.scales, gate.rows,
-        s_gate.raw, s_up.raw, s_hidden.codes, s_hidden.scales, s_gate.rows, routed.normed.stride(0),
-        COLS=gate.cols, ROW_BYTES=gate.row_bytes, TYPE=gate.type, MIXED=w.type == "IQ4_NL", SHARED_EACH=_EACH[s_gate.type], SHARED_BYTES=s_gate.row_bytes, SHARED_TYPE=s_gate.type,
-        SHARED_PARTS=_parts(s_gate), SHARED_MIXED=s_down.type == "IQ4_NL",
+        numbers, scales, gate.raw, up.raw, routed.ids, hidden.codes, hidden.scales, gate.rows,
+        s_gate.raw, s_up.raw, s_hidden.codes, s_hidden.scales, s_rows, numbers.stride(0),
+        COLS=gate.cols, ROW_BYTES=gate.row_bytes, TYPE=gate.type, MIXED=hidden.is_mixed,
+        SHARED_EACH=_EACH[s_gate.type], SHARED_BYTES=s_gate.row_bytes, SHARED_TYPE=s_gate.type,
+        SHARED_PARTS=_parts(s_gate), SHARED_MIXED=s_hidden.is_mixed,
+        APART=gate.type in APART, SHARED_APART=s_gate.type in APART,
         TOKENS=num_rows, PER_ROW=routed.ids.shape[1], EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip
-    down(hidden, w, routed.ids, routed.weights, out, shared=(s_hidden, s_down), add=x)
+    down(hidden, w, routed.ids, routed.weights, out, shared=(s_hidden, s_down) if shared else None, add=x)

@@ -20,7 +20,8 @@ from kvfold.kernels import rounded_product
 from kvfold.kernels.block_weights import e4m3_of_word, weight
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.overlap import LINE_BYTES, ask_for_rows, overlaps, wait_for_inputs
-from kvfold.kernels.rounded_product import RoundedRows, aligned, load4, numbers16
+from kvfold.kernels.rounded_product import aligned, load4, numbers16
+from kvfold.kernels.rounding import RoundedRows
 from kvfold.kernels.rows import silu
 
 # Output features of a program, weights of a row in one pass, and warps. Numbers: 1024 programs for 2048 features. Blocks:
