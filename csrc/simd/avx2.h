@@ -200,10 +200,10 @@ struct Avx2 {
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   // Every line of the next `bytes` of a row dot, so far ahead.
   static constexpr int64_t kAhead = 4096;
-  template <int64_t bytes>
+  template <int64_t bytes, int64_t ahead = kAhead>
   static void prefetch_all(const uint8_t* p) {
 #pragma GCC unroll 8
-    for (int64_t line = 0; line < bytes; line += 64) prefetch(p + kAhead + line);
+    for (int64_t line = 0; line < bytes; line += 64) prefetch(p + ahead + line);
   }
 
   // Attention over latents.
