@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tests.backends.test_kernels import activations, assert_close, every_isa, isa, native_product, random_weight
+from test_kernels import activations, assert_close, every_isa, isa, native_product, random_weight
 
 from kvfold import _native
 from kvfold.quant.activations import product

@@ -13,7 +13,7 @@ from kvfold import check as kvfold_check
 from kvfold.check import check, isas_of
 from kvfold.errors import SettingError
 from kvfold.quant.decode import decode_tensor
-from kvfold.quant.types import by_id
+from kvfold.quant.types import SIDE_BY_SIDE, by_id
 
 
 def test_every_kernel_is_right_and_every_type_has_its_line() -> None:
@@ -22,7 +22,8 @@ def test_every_kernel_is_right_and_every_type_has_its_line() -> None:
     assert [f for f in found if not f.is_right] == []
     products = {f.type for f in found if f.kernel == "tiles"}
     assert {"IQ4_NL", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"} <= products
-    assert products <= {by_id(number).name for number in _native.kernel_types()}
+    in_memory = {t.name for t in SIDE_BY_SIDE.values() if t.id in _native.side_by_side_types(isa)}
+    assert in_memory <= products <= in_memory | {by_id(number).name for number in _native.kernel_types()}
     assert {f.type for f in found if f.kernel.startswith("attention, absorbed")} == {"f32", "f16", "bf16", "q8_0"}
     assert {f.isa for f in found} == {"any", isa}
     assert _native.isa() == _native.isa_names()[0]
