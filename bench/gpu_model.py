@@ -5,8 +5,8 @@
 Decode: median wall time from a step's arrays to its logits on the host, of the graph's replay alone by CUDA events, and of
 a step in a loop that takes each step's likeliest tokens on the device (loop_us).
 floor: bytes that the step must read (weights of the experts that its rows choose, each once; cache rows) over the read-only
-limit that is measured in the same run. Tokens are random, since rows of one token choose the same experts. Prompt: wall time of one step; its floor is the model's multiply-adds at cuBLAS's bf16 rate for
-8192^3, measured in the same run.
+limit that is measured in the same run. Tokens are random, since rows of one token choose the same experts. Prompt: wall
+time of one step; its floor is the model's multiply-adds at cuBLAS's bf16 rate for 8192^3, measured in the same run.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def experts_read(backend: CudaBackend, step: Any, batch: int) -> float:
         step()
     finally:
         tile_product.experts, backend._graphs = original, graphs
-    return statistics.mean(counts) / moe.num_experts
+    return statistics.mean(counts) / moe.num_experts if counts else 0.0  # all layers may be dense
 
 
 def step_bytes(model: DeepseekModel, weights: DeviceWeights, batch: int, depth: int, experts: float) -> float:
