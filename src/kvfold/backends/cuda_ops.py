@@ -28,6 +28,7 @@ from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.mla_decode import mla_decode
 from kvfold.kernels.mla_prefill import mla_prefill
 from kvfold.kernels.number_product import Norm
+from kvfold.kernels.rounding import is_mixed
 from kvfold.kernels.rows import RoutingRule
 from kvfold.mla.absorb import KvUp
 from kvfold.mla.plan import Path
@@ -359,7 +360,7 @@ class CudaOps:
     ) -> Tensor:
         """The same where the experts round their rows."""
         # Rounded once, where both networks want the codes in the same order.
-        orders = {network[0].type == "IQ4_NL" for network in (matrices, shared) if network is not None}
+        orders = {is_mixed(network[0].type) for network in (matrices, shared) if network is not None}
         routed = number_product.route_gate_up(
             x, norm, choice.router, choice.bias, choice.rule, None, self._backend.arrived, self._dtype,
             matrices[0].type if len(orders) == 1 else None,

@@ -97,12 +97,26 @@ def whole(q):
 
 
 @triton.jit
+def _four_of_word(word, ASSEMBLY: tl.constexpr):
+    """The float32 that `ASSEMBLY` leaves in $0 to $3 for a word in $4."""
+    return tl.inline_asm_elementwise(
+        ASSEMBLY,
+        "=&f,=&f,=&f,=&f,r",
+        [word],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def iq4_of_word(word):
     """The levels of the four lower nibbles of a word, float32."""
     if COMPILED:
         # A byte permutation looks four nibbles up at once, twice for the halves of the codebook, and picks by bit 3; then
         # each byte goes below the exponent of 2^23. 14 instructions for four weights, where selects take 56.
-        return tl.inline_asm_elementwise(
+        return _four_of_word(
+            word,
             """{
             .reg .b32 s, t, low, high, a, b, magic;
             and.b32 s, $4, 0x7777;
@@ -126,11 +140,6 @@ def iq4_of_word(word):
             sub.f32 $2, $2, 0f4B00007F;
             sub.f32 $3, $3, 0f4B00007F;
             }""",
-            "=&f,=&f,=&f,=&f,r",
-            [word],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
         )
     else:
         return iq4(word & 15), iq4((word >> 4) & 15), iq4((word >> 8) & 15), iq4((word >> 12) & 15)
@@ -158,7 +167,8 @@ def e4m3(code):
 def e4m3_of_word(word, HARDWARE: tl.constexpr):
     """The four F8_E4M3 of a word, float32. HARDWARE: the GPU converts two at once, as sm_89 and newer do."""
     if COMPILED and HARDWARE:
-        return tl.inline_asm_elementwise(
+        return _four_of_word(
+            word,
             """{
             .reg .b16 low, high, a, b, c, d;
             .reg .b32 p, q;
@@ -172,11 +182,6 @@ def e4m3_of_word(word, HARDWARE: tl.constexpr):
             cvt.f32.f16 $2, c;
             cvt.f32.f16 $3, d;
             }""",
-            "=f,=f,=f,=f,r",
-            [word],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
         )
     else:
         return e4m3(word & 255), e4m3((word >> 8) & 255), e4m3((word >> 16) & 255), e4m3((word >> 24) & 255)

@@ -149,7 +149,8 @@ def _route_gate_up(
     GROUPS: tl.constexpr, EACH: tl.constexpr, PLACES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Programs 0 .. num_experts - 1: one expert's logit each, and the last of them to end chooses the experts of every
-    row. The next one writes the normed rows, in codes and scales where ROUNDS. The others own ROWS features of the shared experts' gate and up."""
+    row. The next one writes the normed rows, in codes and scales where ROUNDS. The others own ROWS features of the shared
+    experts' gate and up."""
     if EARLY:
         let_next_start()
     program = tl.program_id(0)
@@ -326,8 +327,8 @@ def route_gate_up(
     rounds_for: str | None = None,
 ) -> Routed:
     """Norm, routing and the shared experts' gate and up of x float32 [T, cols] in one launch. rounds_for: the type of the
-    matrices that the normed rows meet, rounded, next. arrived: int32 [1], zero
-    before and after; launches that share it run one after another."""
+    matrices that the normed rows meet, rounded, next. arrived: int32 [1], zero before and after; launches that share it run
+    one after another."""
     num_rows, device = len(x), x.device
     gate, up = shared or (router, router)
     rounded = None if rounds_for is None else RoundedRows.empty(num_rows, x.shape[1], rounds_for, device)
@@ -343,7 +344,8 @@ def route_gate_up(
     early = overlaps(x)
     _route_gate_up[(router.rows + 1 + triton.cdiv(out.shared.shape[1], rows),)](
         x, x.stride(0), norm.weight, norm.eps, router.plain(), logits, x if bias is None else bias, out.ids, out.weights,
-        arrived, rounded.codes if rounded else out.normed, rounded.scales if rounded else out.normed, gate.plain(), up.plain(), out.shared, gate.rows, *rule.arguments(router.rows),
+        arrived, rounded.codes if rounded else out.normed, rounded.scales if rounded else out.normed, gate.plain(),
+        up.plain(), out.shared, gate.rows, *rule.arguments(router.rows),
         COLS=router.cols, TOKENS=num_rows, PADDED=triton.next_power_of_2(router.cols), WIDTH=_width(router.cols),
         ROUTER_HELD=_held_passes(router, 1), ROWS=rows, HELD=_held_passes(gate, rows, 2),
         ROUNDS=rounded is not None, MIXED=rounded is not None and rounded.is_mixed,

@@ -22,10 +22,7 @@ from kvfold.kernels.rows import silu
 TYPES = frozenset(["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
 
 # Rows of a program, its warps, and registers of a thread where the compiler would take so many that fewer programs fit.
-# LINEAR: of up to SMALL_ROWS rows, and of more (a head's).
-SMALL_ROWS = 8192
-SMALL = {"Q4_0": (16, 2), "IQ4_NL": (16, 2), "Q8_0": (16, 2), "Q4_K": (16, 2), "Q6_K": (16, 2)}
-LINEAR = {"Q4_0": (16, 2), "IQ4_NL": (16, 2), "Q8_0": (16, 2), "Q4_K": (16, 2), "Q6_K": (16, 2)}
+LINEAR = (16, 2)
 GATE_UP = (16, 4)
 DOWN = {"Q4_0": (4, 4, 128), "IQ4_NL": (4, 4, 160), "Q8_0": (4, 4, 160), "Q4_K": (4, 4, 128), "Q6_K": (4, 4, 128)}
 GATE_UP_ROUNDS = {"Q4_0": (8, 128), "IQ4_NL": (8, 128), "Q8_0": (8,), "Q4_K": (8,), "Q6_K": (8,)}  # of 32 rows
@@ -709,7 +706,7 @@ def _sizes(w: Matrix, rows: int, num_warps: int, maxnreg: int | None = None) -> 
 
 def linear(x: Tensor, w: Matrix, out: Tensor, *, norm: Norm | None = None, add: Tensor | None = None) -> None:
     """out [T, rows] = rounded (norm of float32) x [T, cols] @ w^T, plus add float32 [T, rows]; the last strides are 1."""
-    sizes = _sizes(w, *(SMALL if w.rows <= SMALL_ROWS else LINEAR)[w.type])
+    sizes = _sizes(w, *LINEAR)
     early = overlaps(x)
     x = aligned(x)
     _linear[(triton.cdiv(w.rows, sizes["ROWS"]), len(x))](

@@ -16,6 +16,11 @@ from torch import Tensor
 from kvfold.kernels.block_weights import COMPILED
 
 
+def is_mixed(type: str) -> bool:
+    """Whether kernels of this type want the codes of a block as `mixed_place` orders them."""
+    return type == "IQ4_NL"
+
+
 @dataclass(frozen=True, eq=False)
 class RoundedRows:
     """codes int8 [T, cols] and scales float32 [T, cols / 32] of rows that meet a matrix of `type`, whose kernels want the
@@ -27,7 +32,7 @@ class RoundedRows:
 
     @property
     def is_mixed(self) -> bool:
-        return self.type == "IQ4_NL"
+        return is_mixed(self.type)
 
     @classmethod
     def empty(cls, rows: int, cols: int, type: str, device: torch.device) -> RoundedRows:
