@@ -31,7 +31,7 @@ from kvfold.config import MlaConfig
 from kvfold.mla.absorb import KvUp
 from kvfold.mla.plan import Path, choose
 from kvfold.model.program import Program, Recorder, Value, record
-from kvfold.quant.types import SIDE_BY_SIDE, BlockType, by_name
+from kvfold.quant.types import ROWS_SIDE_BY_SIDE, SIDE_BY_SIDE, BlockType, by_name
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -74,7 +74,9 @@ def bench_dot(kernels: _native.Kernels, clock: Clock, args: argparse.Namespace) 
     matrices = {}
     for t in types:
         cols = args.cols
-        raw = huge_weights(t, args.megabytes * 1_000_000 // t.row_bytes(cols) // 16 * 16, cols)
+        raw = huge_weights(
+            t, args.megabytes * 1_000_000 // t.row_bytes(cols) // ROWS_SIDE_BY_SIDE * ROWS_SIDE_BY_SIDE, cols
+        )
         matrices[t.name] = (type_number(t, raw, args), raw)
     for count in args.rows or [1]:
         x = np.random.default_rng(2).standard_normal((count, args.cols)).astype(np.float32)

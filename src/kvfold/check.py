@@ -119,7 +119,7 @@ def _products(isa: str, threads: int) -> Iterator[Finding]:
         in_file, rows_of_weight = by_name(type.name_in_file), 67 // type.interleaved_rows * type.interleaved_rows
         weight = random_matrix(in_file, rows_of_weight, 3 * max(type.block_elements, 128), seed=2)
         raw = weight.raw.copy()
-        if type in in_memory:
+        if type.is_side_by_side:
             _native.put_side_by_side(in_file.id, raw)
         for kernel, counts in (("row dots", (1, 3)), ("tiles", (17, 300))):
             worst = 0.0

@@ -71,7 +71,8 @@ class WeightCopy:
 class MovingWeights:
     """A copy that is made while a model answers from the maps: its weights move when all of it is there.
 
-    move: puts weights elsewhere, for steps under way too. memory_types: as `copied` takes them. Should the copy fail, the weights stay mapped.
+    move: puts weights elsewhere, for steps under way too. memory_types: as `copied` takes them. Should the copy fail, the
+    weights stay mapped.
     """
 
     def __init__(
@@ -159,13 +160,13 @@ def copied(
     ranges = _ranges(maps, _arrays(weights))
     target = _huge_page_memory(ranges[-1].target + ranges[-1].nbytes if ranges else 0)
     _read_all(ranges, target, readers, progress or _silent)
-    ordered = {name: weight for name, weight in weights.items() if name in memory_types}
-    _put_side_by_side([_Moved(ranges, target).tensor(part) for part in _tensors(ordered)], readers)
+    moved = _Moved(ranges, target)
+    for part in _tensors({name: weight for name, weight in weights.items() if name in memory_types}):
+        _native.put_side_by_side(part.type.id, moved.tensor(part).raw, readers)
     seconds = time.perf_counter() - started
     target.flags.writeable = False
     huge = huge_page_bytes(target)
     nbytes = sum(range.nbytes for range in ranges)
-    moved = _Moved(ranges, target)
 
     def place(name: str, tensor: QuantTensor) -> QuantTensor:
         return replace(moved.tensor(tensor), type=memory_types.get(name, tensor.type))
@@ -365,12 +366,6 @@ def _read(map: FileMap, descriptor: int, start: int, into: NDArray[np.uint8]) ->
                 offset=start + done,
             )
         done += got
-
-
-def _put_side_by_side(tensors: Iterable[QuantTensor], workers: int) -> None:
-    with ThreadPoolExecutor(workers, thread_name_prefix="kvfold-order") as pool:
-        for _ in pool.map(lambda tensor: _native.put_side_by_side(tensor.type.id, tensor.raw), tensors):
-            pass
 
 
 class _Moved:

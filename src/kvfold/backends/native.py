@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,9 +114,9 @@ def side_by_side(program: Program, weights: Weights, isa: str) -> dict[str, Bloc
     known = _native.side_by_side_types(isa)
 
     def type_of(name: str) -> BlockType | None:
-        number, rows, _ = _layout(weights[name])
-        type = next((t for t in SIDE_BY_SIDE.values() if t.id == side_by_side_id(number)), None)
-        return type if type is not None and type.id in known and rows % type.interleaved_rows == 0 else None
+        part = _tensors(weights[name])[0]
+        type = SIDE_BY_SIDE.get(part.type.name)
+        return type if type is not None and type.id in known and part.rows % type.interleaved_rows == 0 else None
 
     types: dict[str, BlockType | None] = {}
     for op in (op for segment in program.segments for op in segment.ops):
@@ -126,12 +127,12 @@ def side_by_side(program: Program, weights: Weights, isa: str) -> dict[str, Bloc
         for name, type in zip(names, of_op, strict=True):
             types[name] = type if types.get(name, type) == type else None
     # Two weights that are the same bytes, as a head that is the embedding, stay as they are.
-    places = Counter(part.raw.__array_interface__["data"][0] for name in types for part in _tensors(weights[name]))
+    addresses = {name: [part.raw.ctypes.data for part in _tensors(weights[name])] for name in types}
+    uses = Counter(chain.from_iterable(addresses.values()))
     return {
         name: type
         for name, type in types.items()
-        if type is not None
-        and all(places[part.raw.__array_interface__["data"][0]] == 1 for part in _tensors(weights[name]))
+        if type is not None and all(uses[address] == 1 for address in addresses[name])
     }
 
 

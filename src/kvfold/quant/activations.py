@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from kvfold.quant.decode import FP8_BLOCK, decode_tensor
 from kvfold.quant.tensor import QuantTensor
-from kvfold.quant.types import SIDE_BY_SIDE, BlockType
+from kvfold.quant.types import BlockType
 
 Floats = NDArray[np.float32]
 
@@ -45,7 +45,7 @@ def rounding_for(type: BlockType) -> Rounding:
     """INT8 where a weight is a whole number of -128..127 times a scale (plus a minimum) of at least 16 neighbours."""
     if type.name == "BF16":
         return Rounding.BF16
-    mixed = type.interleaved_rows > 1 and type not in SIDE_BY_SIDE.values()
+    mixed = type.interleaved_rows > 1 and not type.is_side_by_side
     return Rounding.NONE if type.block_elements < BLOCK or mixed else Rounding.INT8
 
 

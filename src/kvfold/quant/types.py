@@ -37,9 +37,13 @@ class BlockType:
     row_meta_bytes: int = 0
 
     @property
+    def is_side_by_side(self) -> bool:
+        """One of SIDE_BY_SIDE."""
+        return self.id <= side_by_side_id(0)
+
+    @property
     def name_in_file(self) -> str:
-        """That of `standard` where rows lie side by side in memory (SIDE_BY_SIDE)."""
-        return self.standard if self in SIDE_BY_SIDE.values() else self.name
+        return self.standard if self.is_side_by_side else self.name
 
     def row_bytes(self, cols: int) -> int:
         """Bytes of one row of `cols` weights. UnsupportedType where that is not a whole number of blocks."""
