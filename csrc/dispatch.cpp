@@ -3,15 +3,34 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace kvfold {
 
 const InstructionSet& generic_set();
 #ifdef KVFOLD_X86_SETS
 const InstructionSet& avx2_set();
 const InstructionSet& avx512_set();
+const InstructionSet& amx_set();
 #endif
 
 namespace {
+
+// Linux gives a process tiles when it asks for them, once and for all of its threads: what a thread saves
+// grows by 8 KiB. Refused where a thread's stack for signals is too small for that.
+bool may_use_tiles() {
+#if defined(KVFOLD_X86_SETS) && defined(__linux__)
+  constexpr long kArchRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, from Linux 5.16 on
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, kArchRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 std::atomic<const InstructionSet*> forced{nullptr};
 }  // namespace
 
@@ -25,6 +44,7 @@ const std::vector<const InstructionSet*>& instruction_sets() {
                 __builtin_cpu_supports("avx512vbmi"), __builtin_cpu_supports("avx512vnni"),
                 __builtin_cpu_supports("avx512bf16"))) {
       found.push_back(&avx512_set());
+      if (may_use_tiles()) found.push_back(&amx_set());
     }
     if (has_all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"),
                 __builtin_cpu_supports("f16c"))) {

@@ -53,32 +53,48 @@ constexpr MatrixKernels numbers() {
           M::tile};
 }
 
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// use(Type<T>, ggml's number) for every type whose weights are whole numbers times scales.
+template <class Use>
+constexpr void for_each_quantized(const Use& use) {
+  use(Type<blocks::Q4_0>(), 2), use(Type<blocks::Q4_1>(), 3), use(Type<blocks::Q5_0>(), 6);
+  use(Type<blocks::Q5_1>(), 7), use(Type<blocks::Q8_0>(), 8), use(Type<blocks::Q8_1>(), 9);
+  use(Type<blocks::Q2_K>(), 10), use(Type<blocks::Q3_K>(), 11), use(Type<blocks::Q4_K>(), 12);
+  use(Type<blocks::Q5_K>(), 13), use(Type<blocks::Q6_K>(), 14), use(Type<blocks::Q8_K>(), 15);
+  use(Type<blocks::IQ2_XXS>(), 16), use(Type<blocks::IQ2_XS>(), 17), use(Type<blocks::IQ3_XXS>(), 18);
+  use(Type<blocks::IQ1_S>(), 19), use(Type<blocks::IQ4_NL>(), 20), use(Type<blocks::IQ3_S>(), 21);
+  use(Type<blocks::IQ2_S>(), 22), use(Type<blocks::IQ4_XS>(), 23), use(Type<blocks::IQ1_M>(), 29);
+  use(Type<blocks::TQ1_0>(), 34), use(Type<blocks::TQ2_0>(), 35), use(Type<blocks::MXFP4>(), 39);
+  use(Type<blocks::NVFP4>(), 40), use(Type<blocks::Q1_0>(), 41), use(Type<blocks::Q2_0>(), 42);
+  use(Type<blocks::Q6_0>(), 133);
+}
+
+// No std::vector: its functions would be compiled for one set and shared by all.
+struct KernelTable {
+  MatrixKernels kernels[31] = {};
+  int32_t count = 0;
+
+  constexpr void add(const MatrixKernels& of_type) { kernels[count++] = of_type; }
+};
+
 template <class S>
 const InstructionSet& make_set(const Tiles& tiles, const PairKernels& pairs, const LatentKernels& latent,
                                const MatrixKernels* side_by_side = nullptr, int32_t num_side_by_side = 0) {
-  static constexpr MatrixKernels kernels[] = {
-      numbers<S, F32Weights>(),          numbers<S, F16Weights>(),         numbers<S, Bf16Weights>(),
-      quantized<S, blocks::Q4_0>(2),     quantized<S, blocks::Q4_1>(3),    quantized<S, blocks::Q5_0>(6),
-      quantized<S, blocks::Q5_1>(7),     quantized<S, blocks::Q8_0>(8),    quantized<S, blocks::Q8_1>(9),
-      quantized<S, blocks::Q2_K>(10),    quantized<S, blocks::Q3_K>(11),   quantized<S, blocks::Q4_K>(12),
-      quantized<S, blocks::Q5_K>(13),    quantized<S, blocks::Q6_K>(14),   quantized<S, blocks::Q8_K>(15),
-      quantized<S, blocks::IQ2_XXS>(16), quantized<S, blocks::IQ2_XS>(17), quantized<S, blocks::IQ3_XXS>(18),
-      quantized<S, blocks::IQ1_S>(19),   quantized<S, blocks::IQ4_NL>(20), quantized<S, blocks::IQ3_S>(21),
-      quantized<S, blocks::IQ2_S>(22),   quantized<S, blocks::IQ4_XS>(23), quantized<S, blocks::IQ1_M>(29),
-      quantized<S, blocks::TQ1_0>(34),   quantized<S, blocks::TQ2_0>(35),  quantized<S, blocks::MXFP4>(39),
-      quantized<S, blocks::NVFP4>(40),   quantized<S, blocks::Q1_0>(41),   quantized<S, blocks::Q2_0>(42),
-      quantized<S, blocks::Q6_0>(133),
-  };
-  static const InstructionSet set = {S::kName,
-                                     &tiles,
-                                     kernels,
-                                     sizeof kernels / sizeof kernels[0],
-                                     side_by_side,
-                                     num_side_by_side,
-                                     Rowwise<S>::swiglu,
-                                     Rowwise<S>::add_scaled,
-                                     &pairs,
-                                     &latent};
+  static constexpr KernelTable table = [] {
+    KernelTable all;
+    all.add(numbers<S, F32Weights>()), all.add(numbers<S, F16Weights>()), all.add(numbers<S, Bf16Weights>());
+    for_each_quantized(
+        [&](auto type, int32_t id) { all.add(quantized<S, typename decltype(type)::type>(id)); });
+    return all;
+  }();
+  static const InstructionSet set = {
+      S::kName,     &tiles,           table.kernels,      table.count,
+      side_by_side, num_side_by_side, Rowwise<S>::swiglu, Rowwise<S>::add_scaled,
+      &pairs,       &latent};
   return set;
 }
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/quant_formats.h"
 
@@ -236,6 +237,22 @@ struct Nibbles<blocks::IQ4_NL> {
   static __m512i high(__m512i packed) { return low(_mm512_srli_epi16(packed, 4)); }
 };
 
+// As signed levels.
+template <class T>
+struct SignedNibbles {
+  static __m512i table();
+  static __m512i low(__m512i packed) { return _mm512_permutexvar_epi8(packed, table()); }
+  static __m512i high(__m512i packed) { return low(_mm512_srli_epi16(packed, 4)); }
+};
+template <>
+inline __m512i SignedNibbles<blocks::Q4_0>::table() {
+  return _mm512_broadcast_i32x4(_mm_setr_epi8(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
+}
+template <>
+inline __m512i SignedNibbles<blocks::IQ4_NL>::table() {
+  return _mm512_xor_si512(Nibbles<blocks::IQ4_NL>::table(), _mm512_set1_epi8(-128));
+}
+
 // 32 nibbles under one float16: 18 bytes a block.
 template <class T>
 struct Fast18 {
@@ -348,7 +365,9 @@ struct Fast18 {
     }
   }
 
+  template <bool is_signed = false>
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
+    using Codes = std::conditional_t<is_signed, SignedNibbles<T>, Nibbles<T>>;
     constexpr int kRows = 32;
     for (int64_t block = 0; block < k / 32; block++, raw += kBytes, panel += 32 * kRows + 4 * kRows) {
       alignas(64) uint16_t halves[kRows];
@@ -357,8 +376,8 @@ struct Fast18 {
         __m512i packed[4];
         Avx512::transpose(raw + 16 * v * row_bytes + 2, row_bytes, packed);
         for (int j = 0; j < 4; j++) {
-          _mm512_store_si512(panel + (2 * j + v) * 64, Nibbles<T>::low(packed[j]));
-          _mm512_store_si512(panel + (2 * (4 + j) + v) * 64, Nibbles<T>::high(packed[j]));
+          _mm512_store_si512(panel + (2 * j + v) * 64, Codes::low(packed[j]));
+          _mm512_store_si512(panel + (2 * (4 + j) + v) * 64, Codes::high(packed[j]));
         }
       }
       auto* to = reinterpret_cast<float*>(panel + 32 * kRows);
@@ -442,7 +461,9 @@ struct Fast<Avx512, blocks::Q8_0> {
     }
   }
 
+  template <bool is_signed = false>
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
+    const __m512i change = _mm512_set1_epi8(is_signed ? 0 : -128);
     for (int64_t block = 0; block < k / 32; block++, raw += kBytes, panel += 32 * 36) {
       alignas(64) uint16_t halves[32];
       for (int64_t i = 0; i < 32; i++) halves[i] = blocks::load16(raw + i * row_bytes);
@@ -451,8 +472,7 @@ struct Fast<Avx512, blocks::Q8_0> {
           __m512i quads[4];
           Avx512::transpose(raw + 16 * v * row_bytes + 2 + 16 * half, row_bytes, quads);
           for (int j = 0; j < 4; j++) {
-            _mm512_store_si512(panel + (2 * (4 * half + j) + v) * 64,
-                               _mm512_xor_si512(quads[j], _mm512_set1_epi8(-128)));
+            _mm512_store_si512(panel + (2 * (4 * half + j) + v) * 64, _mm512_xor_si512(quads[j], change));
           }
         }
       }
@@ -543,6 +563,7 @@ struct Fast<Avx512, blocks::Q4_K> {
     }
   }
 
+  template <bool is_signed = false>  // the same: there are no negative codes
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
     constexpr int64_t kRecord = 32 * 32 + 2 * 128;
     const __m512i nibble = _mm512_set1_epi8(15);
@@ -633,9 +654,11 @@ struct Fast<Avx512, blocks::Q6_K> {
     }
   }
 
+  template <bool is_signed = false>
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
     constexpr int64_t kRecord = 32 * 32 + 2 * 128;
-    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i nibble = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(is_signed ? 32 : 0);
+    const auto code = [&](__m512i low, __m512i high) { return _mm512_sub_epi8(on_top(low, high), zero); };
     for (int64_t at = 0; at < k; at += 256, raw += sizeof(blocks::Q6_K), panel += 8 * kRecord) {
       for (int v = 0; v < 2; v++) {
         const uint8_t* rows = raw + 16 * v * row_bytes;
@@ -659,9 +682,9 @@ struct Fast<Avx512, blocks::Q6_K> {
                 uint8_t* to = panel + (4 * half + side) * kRecord + (2 * (4 * part + j) + v) * 64;
                 const __m512i top = side == 0 ? _mm512_slli_epi16(high[j], 4) : _mm512_slli_epi16(high[j], 2);
                 const __m512i bottom = side == 0 ? high[j] : _mm512_srli_epi16(high[j], 2);
-                _mm512_store_si512(to, on_top(_mm512_and_si512(packed[j], nibble), top));
+                _mm512_store_si512(to, code(_mm512_and_si512(packed[j], nibble), top));
                 _mm512_store_si512(to + 2 * kRecord,
-                                   on_top(_mm512_and_si512(_mm512_srli_epi16(packed[j], 4), nibble), bottom));
+                                   code(_mm512_and_si512(_mm512_srli_epi16(packed[j], 4), nibble), bottom));
               }
             }
           }

@@ -89,7 +89,7 @@ class LLM:
     mmap:       "auto" copies weights that fit into memory, on 2 MiB pages, and leaves others in the map of their file;
                 from 1 GiB on it answers from the map meanwhile; "on" leaves all there; "off" copies first, or raises
     progress:   called with (bytes read, bytes in all) while weights are read
-    isa:        "auto", "generic", "avx2" or "avx512": the instruction set of all native models of this process
+    isa:        "auto", "generic", "avx2", "avx512" or "amx": the instruction set of all native models of this process
     deterministic:  the logits of a row are bit-equal whatever is computed beside it, on one instruction set
     check_numerics: NaN and infinity raise NumericsError that names layer and op
     profile:    every op is timed; bench.profile makes a table of it

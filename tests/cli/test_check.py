@@ -50,7 +50,9 @@ def test_a_wrong_kernel_is_an_exit_code(kvfold: Kvfold, monkeypatch: pytest.Monk
 
 
 def test_a_set_that_is_not_there_is_refused(kvfold: Kvfold) -> None:
-    assert kvfold("check", "--isa", "sse9").err == "kvfold: isa=sse9: allowed are auto, generic, avx2, avx512.\n"
+    assert (
+        kvfold("check", "--isa", "sse9").err == "kvfold: isa=sse9: allowed are auto, generic, avx2, avx512, amx.\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "isa_names", lambda: ["generic"])
         assert isas_of("auto") == ["generic"]

@@ -46,4 +46,4 @@ def test_the_set_that_ran_is_reported(kvfold: Kvfold) -> None:
     finally:
         _native.force_isa("auto")
     done = kvfold("run", "--isa", "sse9", "text")
-    assert done.err == "kvfold: isa=sse9: allowed are auto, generic, avx2, avx512.\n"
+    assert done.err == "kvfold: isa=sse9: allowed are auto, generic, avx2, avx512, amx.\n"

@@ -28,7 +28,7 @@ auto: int8 on cuda and native, float32 on plain."""
 # On a GPU, beside weights, cache and workspace: the context of CUDA, compiled kernels, the values of a step.
 GPU_RESERVE_BYTES = 2 << 30
 
-ISAS = ("auto", "generic", "avx2", "avx512")
+ISAS = ("auto", "generic", "avx2", "avx512", "amx")
 
 
 class Backend(Steps, Protocol):

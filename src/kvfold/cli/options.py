@@ -195,7 +195,7 @@ Isa = Annotated[
     str,
     typer.Option(
         "--isa",
-        metavar="auto|generic|avx2|avx512",
+        metavar="auto|generic|avx2|avx512|amx",
         envvar="KVFOLD_ISA",
         help="Instruction set of the native kernels. auto: the widest this processor has.",
     ),

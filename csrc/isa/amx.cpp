@@ -1,0 +1,52 @@
+// AVX-512 as in avx512.cpp, and products of tiles of bytes: Sapphire Rapids and what came after.
+#include "dispatch.h"
+
+#ifdef KVFOLD_X86_SETS
+// GCC 12 finds "uninitialized" values inside its own intrinsics.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+// Before the target region: what they define is shared with other files.
+#include "kernels/quant_types.h"
+#include "kernels/tile.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16")
+#include "simd/amx.h"
+
+#include "kernels/quant_set.h"
+#include "kernels/quant_tile_amx.h"
+
+namespace kvfold {
+const InstructionSet& avx512_set();
+const InstructionSet& amx_set() {
+  static const KernelTable table = [] {
+    const InstructionSet& like = avx512_set();
+    KernelTable all;
+    for (int32_t i = 0; i < like.num_kernels; i++) {
+      MatrixKernels kernels = like.kernels[i];
+      for_each_quantized([&](auto type, int32_t id) {
+        if (id == kernels.type) take_scaled_tiles<Amx, typename decltype(type)::type>(kernels);
+      });
+      all.add(kernels);
+    }
+    return all;
+  }();
+  static const InstructionSet set = [] {
+    InstructionSet like = avx512_set();
+    like.name = Amx::kName;
+    like.kernels = table.kernels;
+    return like;
+  }();
+  return set;
+}
+}  // namespace kvfold
+#pragma GCC pop_options
+#endif

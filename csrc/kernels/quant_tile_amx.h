@@ -1,0 +1,194 @@
+// Tiles of prompts where a processor multiplies whole tiles: 16 rows of activations by 16 of weights.
+//
+// A panel is as in quant_tile.h, two vectors wide and with signed levels: the codes of a vector are a tile of
+// weights as they lie. Activations come in groups of 16 rows with a record for each 32 columns: codes
+// [16 rows][32], scales [16], and sums for minimums [runs][16] where the type has them.
+//
+// Scales change every 32 columns, so a tile multiplies those and its sums go through memory to the vectors,
+// which turn them into float32, scale and add them: 48 instructions for 8192 multiply-adds, of which a
+// processor does two a cycle, where the dots of bytes alone would be 128.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/quant_tile.h"
+
+namespace kvfold {
+namespace {
+
+template <class S, class F>
+struct ScaledTile {
+  static_assert(!F::kHasZero);
+  using Panels = AnyTile<S, F, 1>;
+  static constexpr int kVectors = 2, kCols = S::kTileRows, kRows = Panels::kRows;
+  static_assert(kRows == kVectors * S::kLanes);
+
+  static constexpr int64_t kScales = kBlock * kCols, kSums = kScales + 4 * kCols;
+  static constexpr int64_t kGroup = kSums + (F::kHasMin ? 4 * F::kRuns * kCols : 0);
+  static int64_t group_bytes(int64_t k) { return k / kBlock * kGroup; }
+
+  static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k,
+                      uint8_t* prepared) {
+    for (int64_t first = 0; first < rows; first += kCols, prepared += group_bytes(k)) {
+      for (int64_t c = 0; c < kCols; c++) {
+        uint8_t* record = prepared;
+        const bool empty = first + c >= rows;  // nothing times any sum
+        const float* row = empty ? nullptr : x + (pick ? pick[first + c] : first + c) * ldx;
+        for (int64_t at = 0; at < k; at += kBlock, record += kGroup) {
+          int32_t halves[2] = {};
+          float scale = 0.0f;
+          auto* codes = reinterpret_cast<int8_t*>(record + kBlock * c);
+          if (!empty) scale = S::quantize(row + at, codes, halves);
+          std::memcpy(record + kScales + 4 * c, &scale, 4);
+          for (int run = 0; F::kHasMin && run < F::kRuns; run++) {
+            const int32_t sum = F::kRuns == 2 ? halves[run] : halves[0] + halves[1];
+            const float scaled = scale * static_cast<float>(sum);
+            std::memcpy(record + kSums + 4 * (run * kCols + c), &scaled, 4);
+          }
+        }
+      }
+    }
+  }
+
+  // Sums of 32 columns.
+  using Sums = int32_t[F::kRuns][kCols][S::kLanes];
+  static constexpr int64_t kAhead = 2;  // blocks that are multiplied before one is added
+  static constexpr int64_t kRing = 4;   // a power of two above that
+
+  // Multiplies blocks one after the other: those of a group of x by a vector of the panel, then by the other
+  // one, then the next group.
+  struct Multiplier {
+    const uint8_t *panel, *x;
+    int64_t blocks, group_bytes, vectors, groups;
+    int64_t block = 0, vector = 0, group = 0;
+
+    void next(Sums& sums) {
+      if (group == groups) return;
+      const uint8_t* codes = x + group * group_bytes + block * kGroup;
+      const uint8_t* weights = panel + block * Panels::kRecord + vector * S::kLanes * 4;
+      constexpr int64_t stride = kVectors * S::kLanes * 4;
+      S::template zero_tile<0>();
+      S::template load_tile<4>(codes, kBlock);
+      S::template load_tile<6>(weights, stride);
+      S::template dot_tiles<0, 4, 6>();
+      S::template store_tile<0>(sums[0]);
+      if constexpr (F::kRuns == 2) {
+        S::template zero_tile<1>();
+        S::template load_tile<5>(codes + F::kRun, kBlock);
+        S::template load_tile<7>(weights + F::kRun / 4 * stride, stride);
+        S::template dot_tiles<1, 5, 7>();
+        S::template store_tile<1>(sums[1]);
+      }
+      if (++block < blocks) return;
+      block = 0;
+      if (++vector < vectors) return;
+      vector = 0;
+      group++;
+    }
+  };
+
+  template <int cols>
+  static void add_block(const Sums& sums, const float* scales, const float* x_scales,
+                        typename S::Floats (&out)[cols]) {
+    typename S::Floats scale[F::kRuns];
+    KVFOLD_UNROLLED for (int run = 0; run < F::kRuns; run++) scale[run] = S::load(scales + run * kRows);
+    KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+      const auto first = S::to_floats(S::load_codes(sums[0][c]));
+      const auto x_scale = S::set(x_scales[c]);
+      if constexpr (F::kRuns == 1) {
+        out[c] = S::fma(first, S::mul(scale[0], x_scale), out[c]);
+      } else {
+        const auto second = S::to_floats(S::load_codes(sums[1][c]));
+        out[c] = S::fma(S::fma(second, scale[1], S::mul(first, scale[0])), x_scale, out[c]);
+      }
+    }
+    if constexpr (F::kHasMin) {
+      const float* x_sums = x_scales + kCols;
+      KVFOLD_UNROLLED for (int run = 0; run < F::kRuns; run++) {
+        const auto minimum = S::load(scales + (F::kRuns + run) * kRows);
+        KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+          out[c] = S::fma(minimum, S::set(x_sums[run * kCols + c]), out[c]);
+        }
+      }
+    }
+  }
+
+  // `groups` of `rows` rows each, which are at most `cols`; more than one are kCols.
+  template <int cols>
+  static void multiply(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t group_bytes,
+                       int64_t groups, int64_t rows, const float* start, int64_t ld_start, float* y,
+                       int64_t ldy) {
+    alignas(64) Sums ring[kRing];
+    if (rows < cols) std::memset(ring, 0, sizeof ring);  // what no tile stores is added too, times nothing
+    S::configure(static_cast<int>(rows), F::kRun);
+    const int64_t vectors = (n + S::kLanes - 1) / S::kLanes, blocks = k / kBlock;
+    Multiplier multiplier{panel, x, blocks, group_bytes, vectors, groups};
+    for (int64_t i = 0; i < kAhead; i++) multiplier.next(ring[i]);
+    int64_t turn = 0;
+    for (int64_t g = 0; g < groups; g++, x += group_bytes, y += kCols * ldy) {
+      for (int64_t v = 0; v < vectors; v++) {
+        const int64_t at = v * S::kLanes, lanes = std::min<int64_t>(n - at, S::kLanes);
+        typename S::Floats out[cols];
+        KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+          out[c] =
+              start == nullptr || c >= rows ? S::zero() : S::load_first(start + c * ld_start + at, lanes);
+        }
+        const auto* scales = reinterpret_cast<const float*>(panel + Panels::kCodeBytes) + at;
+        const auto* x_scales = reinterpret_cast<const float*>(x + kScales);
+        for (int64_t block = 0; block < blocks; block++, turn++) {
+          multiplier.next(ring[(turn + kAhead) % kRing]);
+          add_block<cols>(ring[turn % kRing], scales, x_scales, out);
+          scales += Panels::kRecord / 4;
+          x_scales += kGroup / 4;
+        }
+        KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
+          if (c < rows) S::store_first(y + c * ldy + at, out[c], lanes);
+        }
+      }
+      if (start != nullptr) start += kCols * ld_start;
+    }
+  }
+
+  static void tile(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t group_bytes,
+                   int64_t rows, const float* start, int64_t ld_start, float* y, int64_t ldy,
+                   const uint8_t* next, int64_t next_bytes) {
+    for (int64_t i = 0; i < next_bytes; i += 64) S::prefetch(next + i);
+    const int64_t groups = rows / kCols, done = groups * kCols, rest = rows - done;
+    if (groups > 0) {
+      multiply<kCols>(panel, n, k, x, group_bytes, groups, kCols, start, ld_start, y, ldy);
+    }
+    if (rest > 0) {
+      constexpr int kQuarter = kCols / 4;
+      const float* from = start == nullptr ? nullptr : start + done * ld_start;
+      with_count<4>((rest + kQuarter - 1) / kQuarter, [&](auto quarters) {
+        multiply<decltype(quarters)::value * kQuarter>(panel, n, k, x + groups * group_bytes, group_bytes, 1,
+                                                       rest, from, ld_start, y + done * ldy, ldy);
+      });
+    }
+    S::release();
+  }
+};
+
+// Those of a type, in place of what `kernels` has.
+template <class S, class T>
+void take_scaled_tiles(MatrixKernels& kernels) {
+  using Tile = ScaledTile<S, Shape<Parts<T>::kRun, false, Parts<T>::kHasMin, true>>;
+  kernels.tile_rows = Tile::kRows;
+  kernels.tile_cols = Tile::kCols;
+  kernels.near_panels = true;
+  kernels.tile_bytes = Tile::group_bytes;
+  kernels.prepare_tile = Tile::prepare;
+  kernels.panel_columns = Tile::Panels::kPanelColumns;
+  kernels.panel_bytes = Tile::Panels::panel_bytes;
+  kernels.unpack = [](const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel) {
+    if constexpr (Fast<S, T>::kUnpack) {
+      if (n == Tile::kRows) return Fast<S, T>::unpack(raw, row_bytes, k, panel);
+    }
+    Tile::Panels::unpack(take_apart<T>(), T::elements, sizeof(T), 0, raw, row_bytes, n, k, panel);
+  };
+  kernels.tile = Tile::tile;
+}
+
+}  // namespace
+}  // namespace kvfold
