@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/quant_tile.h"
 
@@ -61,12 +62,12 @@ struct ScaledTile {
   struct Multiplier {
     const uint8_t *panel, *x;
     int64_t blocks, group_bytes, vectors, groups;
-    int64_t block = 0, vector = 0, group = 0;
+    int64_t vector = 0;
+    const uint8_t *codes = x, *weights = panel;  // of the next block, of so many left of this vector
+    int64_t left = blocks;
 
     void next(Sums& sums) {
-      if (group == groups) return;
-      const uint8_t* codes = x + group * group_bytes + block * kGroup;
-      const uint8_t* weights = panel + block * Panels::kRecord + vector * S::kLanes * 4;
+      if (groups == 0) return;
       constexpr int64_t stride = kVectors * S::kLanes * 4;
       S::template zero_tile<0>();
       S::template load_tile<4>(codes, kBlock);
@@ -80,11 +81,17 @@ struct ScaledTile {
         S::template dot_tiles<1, 5, 7>();
         S::template store_tile<1>(sums[1]);
       }
-      if (++block < blocks) return;
-      block = 0;
-      if (++vector < vectors) return;
-      vector = 0;
-      group++;
+      codes += kGroup;
+      weights += Panels::kRecord;
+      if (--left > 0) return;
+      left = blocks;
+      if (++vector == vectors) {
+        vector = 0;
+        groups--;
+        x += group_bytes;
+      }
+      codes = x;
+      weights = panel + vector * S::kLanes * 4;
     }
   };
 
@@ -114,13 +121,14 @@ struct ScaledTile {
     }
   }
 
-  // `groups` of `rows` rows each, which are at most `cols`; more than one are kCols.
-  template <int cols>
+  // Groups of `rows` rows: all of kCols, or one of fewer, for which `cols` are added, the others of them
+  // zeros.
+  template <int cols, class Rows>
   static void multiply(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t group_bytes,
-                       int64_t groups, int64_t rows, const float* start, int64_t ld_start, float* y,
+                       int64_t groups, Rows rows, const float* start, int64_t ld_start, float* y,
                        int64_t ldy) {
     alignas(64) Sums ring[kRing];
-    if (rows < cols) std::memset(ring, 0, sizeof ring);  // what no tile stores is added too, times nothing
+    if (rows < cols) std::memset(ring, 0, sizeof ring);
     S::configure(static_cast<int>(rows), F::kRun);
     const int64_t vectors = (n + S::kLanes - 1) / S::kLanes, blocks = k / kBlock;
     Multiplier multiplier{panel, x, blocks, group_bytes, vectors, groups};
@@ -156,7 +164,8 @@ struct ScaledTile {
     for (int64_t i = 0; i < next_bytes; i += 64) S::prefetch(next + i);
     const int64_t groups = rows / kCols, done = groups * kCols, rest = rows - done;
     if (groups > 0) {
-      multiply<kCols>(panel, n, k, x, group_bytes, groups, kCols, start, ld_start, y, ldy);
+      using All = std::integral_constant<int64_t, kCols>;
+      multiply<kCols>(panel, n, k, x, group_bytes, groups, All(), start, ld_start, y, ldy);
     }
     if (rest > 0) {
       constexpr int kQuarter = kCols / 4;
