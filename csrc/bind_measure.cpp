@@ -93,9 +93,11 @@ class Meter {
  private:
   static kvfold::Peak named(const std::string& kind) {
     if (kind == "int8") return kvfold::int8_peak();
+    if (kind == "int8_tiles") return kvfold::int8_tiles_peak();
     if (kind == "bf16") return kvfold::bf16_peak();
     if (kind == "f32") return kvfold::f32_peak();
-    const std::string what = "Meter.multiply_adds: kind is '" + kind + "', expected int8, bf16 or f32.";
+    const std::string what =
+        "Meter.multiply_adds: kind is '" + kind + "', expected int8, int8_tiles, bf16 or f32.";
     throw nb::value_error(what.c_str());
   }
 
@@ -115,8 +117,8 @@ void bind_measure(nb::module_& m) {
            "Seconds to read the arrays of these indices once, with the widest loads.")
       .def_prop_ro("checksum", &Meter::checksum,
                    "The sum, modulo 2^64, of all 64-bit words read so far: shows that they were read.")
-      .def("multiply_adds", &Meter::multiply_adds, "kind"_a, "seconds"_a,
-           "(instruction set, multiply-adds a second) of 'int8', 'bf16' or 'f32' operands held in registers, "
-           "over "
-           "about `seconds`; ('', 0.0) where the machine has no instruction for it.");
+      .def(
+          "multiply_adds", &Meter::multiply_adds, "kind"_a, "seconds"_a,
+          "(instruction set, multiply-adds a second) of 'int8', 'bf16' or 'f32' operands held in registers, "
+          "or of 'int8_tiles', over about `seconds`; ('', 0.0) where the machine has no instruction for it.");
 }

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "dispatch.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define KVFOLD_X86
 #define KVFOLD_TARGET(sets) __attribute__((target(sets)))
@@ -87,6 +89,35 @@ KVFOLD_PEAK(f32_avx512, 64, "avx512f", "vfmadd231ps %2, %3, %0")
 KVFOLD_PEAK(f32_avx2, 32, "avx2,fma", "vfmadd231ps %2, %3, %0")
 #endif
 
+#ifdef KVFOLD_X86_SETS
+// Tiles of 16 rows of 64 bytes: four of sums, 0 to 3, out of two of each operand, 4 to 7.
+constexpr int kTileSums = 4;
+void int8_tiles(int64_t rounds) {
+  struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } shapes = {};
+  shapes.palette = 1;
+  for (int tile = 0; tile < 8; tile++) shapes.row_bytes[tile] = 64, shapes.rows[tile] = 16;
+  uint8_t operand[16 * 64];
+  std::memset(operand, 0x3c, sizeof operand);
+  __asm__ volatile(
+      "ldtilecfg %0\n"
+      "tileloadd (%1,%2,1), %%tmm4\n tileloadd (%1,%2,1), %%tmm5\n"
+      "tileloadd (%1,%2,1), %%tmm6\n tileloadd (%1,%2,1), %%tmm7"
+      :
+      : "m"(shapes), "r"(operand), "r"(int64_t{64})
+      : "memory");
+  for (int64_t round = 0; round < rounds; round++) {
+    __asm__ volatile(
+        "tdpbssd %tmm6, %tmm4, %tmm0\n tdpbssd %tmm7, %tmm4, %tmm1\n"
+        "tdpbssd %tmm6, %tmm5, %tmm2\n tdpbssd %tmm7, %tmm5, %tmm3");
+  }
+  __asm__ volatile("tilerelease");
+}
+#endif
+
 // What any compiler makes of vectors of 16 bytes: a product and a sum in every chain.
 template <typename Number>
 void plain(int64_t rounds) {
@@ -116,6 +147,15 @@ Peak int8_peak() {
   if (__builtin_cpu_supports("avx2")) return {"avx2", kChains * 32, int8_avx2};
 #endif
   return {"baseline", kChains * 8, plain<int16_t>};
+}
+
+Peak int8_tiles_peak() {
+#ifdef KVFOLD_X86_SETS
+  for (const InstructionSet* set : instruction_sets()) {
+    if (std::strcmp(set->name, "amx") == 0) return {"amx", kTileSums * 16 * 16 * 64, int8_tiles};
+  }
+#endif
+  return {"", 0, nullptr};
 }
 
 Peak bf16_peak() {

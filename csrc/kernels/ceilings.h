@@ -21,8 +21,9 @@ struct Peak {
 
 // What the kernels of this project multiply with, best first for the machine. `run` is null where it has no
 // instruction for it.
-Peak int8_peak();  // unsigned times signed 8 bits, added to 32 bits
-Peak bf16_peak();  // bfloat16 pairs, added to float32
-Peak f32_peak();   // float32
+Peak int8_peak();        // unsigned times signed 8 bits, added to 32 bits
+Peak int8_tiles_peak();  // the same by whole tiles of 64 columns
+Peak bf16_peak();        // bfloat16 pairs, added to float32
+Peak f32_peak();         // float32
 
 }  // namespace kvfold

@@ -163,6 +163,8 @@ def test_ceilings_read_the_weights_of_a_token_as_often_as_asked(checkpoint: Chec
     assert embedding_row == 256 // 32 * 18
     assert ceilings.multiply_adds["int8"] > ceilings.multiply_adds["f32"] > 0
     assert found.meter.peak_isa["int8"] and found.meter.peak_isa["f32"]
+    has_tiles = "amx" in _native.isa_names()
+    assert (ceilings.multiply_adds["int8_tiles"] > ceilings.multiply_adds["int8"]) == has_tiles
     assert (ceilings.multiply_adds["bf16"] > 0) == bool(found.meter.peak_isa["bf16"])
     assert len(found.meter.ceilings(1).read_ns) == 1
 
@@ -194,7 +196,7 @@ def test_a_meter_refuses_what_it_does_not_have() -> None:
     for wrong in (1, -1):
         with pytest.raises(ValueError, match=f"index {wrong}, expected 0 to 1"):
             meter.read(np.array([0, wrong], np.int32))
-    with pytest.raises(ValueError, match="kind is 'fp4', expected int8, bf16 or f32"):
+    with pytest.raises(ValueError, match="kind is 'fp4', expected int8, int8_tiles, bf16 or f32"):
         meter.multiply_adds("fp4", 0.001)
     with pytest.raises(ValueError, match="threads is 0"):
         _native.Meter([], 0)
@@ -234,7 +236,7 @@ def test_a_device_is_given_its_cached_rows_and_measured_by_its_own_ceilings(chec
     assert device.written == {(0, layer) for layer in range(checkpoint.config.num_layers)}
     prompt, generated = (rig.sample(case)[0] for case in cases)
     assert generated.ceilings.read_rate == pytest.approx(4.5e12, rel=1e-3)
-    assert prompt.ceilings.multiply_adds == {"int8": 0.0, "bf16": 350e12, "f32": 25e12}
+    assert prompt.ceilings.multiply_adds == {"int8": 0.0, "int8_tiles": 0.0, "bf16": 350e12, "f32": 25e12}
     found = [
         row(Result(Variant(settings, 64), rig.loaded, rig.meter.peak_isa, case, (sample,), (), ()))
         for case, sample in zip(cases, (prompt, generated), strict=True)
