@@ -10,10 +10,11 @@
 namespace kvfold {
 namespace {
 
-// A unit of attention: 192 rows of a head over a tile of keys. A block of keys comes from beyond the
-// second-level cache once for 16 groups; their queries, values and the block are 250 KB. 2048 rows, in turn:
-// 70 GMAC/s with 96 rows and tiles of 1024 keys, 71 with 96 and 2048, 76 with 192 and 2048, 70 with 4096.
-constexpr int64_t kUnitRows = 16 * kGroupRows;
+// A unit of attention: 192 rows of a head over a tile of keys, whole groups of every set. A block of keys
+// comes from beyond the second-level cache once for all groups; their queries, values and the block are 250
+// KB. 2048 rows, in turn: 70 GMAC/s with 96 rows and tiles of 1024 keys, 71 with 96 and 2048, 76 with 192 and
+// 2048, 70 with 4096.
+constexpr int64_t kUnitRows = 192;
 // A unit of expansion decodes 256 * 512 weights for this many keys.
 constexpr int64_t kUnitKeys = 2 * kLatentKeys;
 constexpr int64_t kMostTileKeys = 2048, kLeastTileKeys = 256;
@@ -21,27 +22,25 @@ constexpr int64_t kMostTileKeys = 2048, kLeastTileKeys = 256;
 // The numbers of a head as panels hold them.
 struct HeadShape {
   int64_t heads, nope, rope, v;
-  int64_t word_numbers;
+  PairWords words;
 
-  int64_t nope_words() const { return ceil_div(nope, word_numbers); }
-  int64_t rope_words() const { return ceil_div(rope, word_numbers); }
+  int64_t nope_words() const { return words.words_of(nope); }
+  int64_t rope_words() const { return words.words_of(rope); }
   int64_t qk_words() const { return nope_words() + rope_words(); }
   int64_t width() const { return panels_of(v) * kPanelLanes; }
-  int64_t key_words() const { return nope_words() + width() / word_numbers; }  // of one head
+  int64_t key_words() const { return nope_words() + width() / words.word_numbers; }  // of one head
   int64_t qk() const { return nope + rope; }
 };
-HeadShape latent_shape(const MlaDims& dims, int64_t word_numbers) {
-  return {dims.heads, dims.nope, dims.rope, dims.v, word_numbers};
+HeadShape latent_shape(const MlaDims& dims, const PairWords& words) {
+  return {dims.heads, dims.nope, dims.rope, dims.v, words};
 }
-HeadShape full_shape(const MlaDims& dims, int64_t word_numbers) {
-  return {dims.heads, dims.qk(), 0, dims.v, word_numbers};
+HeadShape full_shape(const MlaDims& dims, const PairWords& words) {
+  return {dims.heads, dims.qk(), 0, dims.v, words};
 }
 HeadShape shape_of(const MlaDims& dims, Path path) {
-  const int64_t word_numbers = isa().pairs->word_numbers;
-  return path == Path::kDecompressed ? latent_shape(dims, word_numbers) : full_shape(dims, word_numbers);
+  const PairWords& words = *isa().pairs;
+  return path == Path::kDecompressed ? latent_shape(dims, words) : full_shape(dims, words);
 }
-// A member's scratch outlives a change of the instruction set: it has room for the longest words.
-constexpr int64_t kLongestWords = 1;
 
 // How many heads and keys of a sequence stand expanded at a time, and how many rows' scores are stored.
 struct TileSizes {
@@ -98,9 +97,9 @@ struct KeyTile {
   uint32_t* nope_of(int64_t h, int64_t key) const {
     return nope + (h * keys + key) * shape.nope_words();  // key at a panel
   }
-  int64_t v_stride() const { return keys / shape.word_numbers * kPanelLanes; }
+  int64_t v_stride() const { return keys / shape.words.word_numbers * kPanelLanes; }
   uint32_t* v_of(int64_t h, int64_t key) const {  // key even
-    return v + h * panels_of(shape.v) * v_stride() + key / shape.word_numbers * kPanelLanes;
+    return v + h * panels_of(shape.v) * v_stride() + key / shape.words.word_numbers * kPanelLanes;
   }
   KeyPanels panels(int64_t h) const { return {nope_of(h, 0), shape.nope_words(), rope, shape.rope_words()}; }
 
@@ -109,12 +108,14 @@ struct KeyTile {
              int64_t stride) const {
     for (int64_t i = 0; i < n; i += kPanelLanes) {
       isa().pairs->pack_keys(y + i * stride, stride, std::min(kPanelLanes, n - i), columns,
-                             nope_of(h, key + i) + at / shape.word_numbers * kPanelLanes);
+                             nope_of(h, key + i) + at / shape.words.word_numbers * kPanelLanes);
     }
   }
   void put_v(int64_t h, int64_t key, int64_t n, int64_t at, int64_t columns, const float* y,
              int64_t stride) const {
-    isa().pairs->pack_values(y, stride, n, columns, v_of(h, key) + at / kPanelLanes * v_stride());
+    uint32_t* to = v_of(h, key) + at / kPanelLanes * v_stride();
+    isa().pairs->pack_values(y, stride, n, columns, to);
+    isa().pairs->fill_values(to, n);
   }
 };
 
@@ -198,19 +199,19 @@ struct FullSource {
 
 // What a member computes a unit of rows in.
 struct UnitMemory {
-  uint32_t* q;        // [groups, qk_words, kGroupRows]
+  uint32_t* q;        // [groups, qk_words, rows of a group]
   float* values;      // [kUnitRows, width]
-  float* scores;      // [kGroupRows, kBlockKeys]
-  uint32_t* weights;  // [kGroupRows, words of kBlockKeys]
+  float* scores;      // [rows of a group, kBlockKeys]
+  uint32_t* weights;  // [rows of a group, words of kBlockKeys]
 
   static int64_t floats(const HeadShape& shape) {
-    return kUnitRows * (shape.qk_words() + shape.width()) + kGroupRows * kBlockKeys * 2;
+    return kUnitRows * (shape.qk_words() + shape.width()) + shape.words.group_rows * kBlockKeys * 2;
   }
   UnitMemory(const HeadShape& shape, float* memory)
       : q(reinterpret_cast<uint32_t*>(memory)),
         values(memory + kUnitRows * shape.qk_words()),
         scores(values + kUnitRows * shape.width()),
-        weights(reinterpret_cast<uint32_t*>(scores + kGroupRows * kBlockKeys)) {}
+        weights(reinterpret_cast<uint32_t*>(scores + shape.words.group_rows * kBlockKeys)) {}
 };
 
 struct Rows {
@@ -223,17 +224,18 @@ struct Rows {
   int64_t seen(int64_t row) const { return step.visible[first_row + row]; }
 
   void pack(int64_t head, int64_t row, int64_t count, uint32_t* to) const {
-    for (int64_t i = 0; i < count; i += kGroupRows, to += shape.qk_words() * kGroupRows) {
+    const int64_t group_rows = shape.words.group_rows;
+    for (int64_t i = 0; i < count; i += group_rows, to += shape.qk_words() * group_rows) {
       const float* from = q.row(first_row + row + i) + head * shape.qk();
-      const int64_t rows = std::min(kGroupRows, count - i);
+      const int64_t rows = std::min(group_rows, count - i);
       // Rows of all heads are pages apart, which no processor reads ahead by itself.
-      for (int64_t next = i + kGroupRows; next < std::min(count, i + 2 * kGroupRows); next++) {
+      for (int64_t next = i + group_rows; next < std::min(count, i + 2 * group_rows); next++) {
         const float* row_of = q.row(first_row + row + next) + head * shape.qk();
         for (int64_t c = 0; c < shape.qk(); c += kLineFloats) __builtin_prefetch(row_of + c);
       }
       isa().pairs->pack_rows(from, q.stride, rows, shape.nope, to);
       isa().pairs->pack_rows(from + shape.nope, q.stride, rows, shape.rope,
-                             to + shape.nope_words() * kGroupRows);
+                             to + shape.nope_words() * group_rows);
     }
   }
   float* out_of(int64_t head, int64_t row) const { return out.row(first_row + row) + head * shape.v; }
@@ -288,9 +290,10 @@ struct RoundedAttention {
   // key within the tile, `keys` of which the last row sees.
   template <class Use>
   void for_seen(int64_t row, int64_t count, int64_t first, int64_t n, const Use& use) const {
+    const int64_t group_rows = all.shape.words.group_rows;
     for (int64_t key = 0; key < n; key += kBlockKeys) {
-      for (int64_t i = 0; i < count; i += kGroupRows) {
-        const int64_t group = std::min(kGroupRows, count - i), seen = all.seen(row + i) - first - key;
+      for (int64_t i = 0; i < count; i += group_rows) {
+        const int64_t group = std::min(group_rows, count - i), seen = all.seen(row + i) - first - key;
         const int64_t keys = std::min({kBlockKeys, n - key, seen + group - 1});
         if (keys > 0) use(i, group, key, keys, seen);
       }
@@ -408,7 +411,7 @@ struct SharedParts {
 KeyTile key_tile(const HeadShape& shape, int64_t heads, int64_t keys, SharedParts& parts) {
   uint32_t* nope = parts.words(heads * keys * shape.nope_words());
   uint32_t* rope = parts.words(keys * shape.rope_words());
-  return {shape, keys, nope, rope, parts.words(heads * keys * shape.width() / shape.word_numbers)};
+  return {shape, keys, nope, rope, parts.words(heads * keys * shape.width() / shape.words.word_numbers)};
 }
 
 template <class Source>
@@ -431,7 +434,7 @@ void check_rounded_fits(const Machine& machine, const MlaDims& dims, Path path, 
 
 int64_t attend_expanded_rounded_floats(const MlaDims& dims, const KvUp& up) {
   return std::max({expand_rounded_floats(dims, up), kLatentKeys * dims.latent(),
-                   UnitMemory::floats(latent_shape(dims, kLongestWords))});
+                   UnitMemory::floats(latent_shape(dims, kMostWords))});
 }
 
 void attend_expanded_rounded(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up,
@@ -519,7 +522,7 @@ struct RunsOfKeys {
 }  // namespace
 
 int64_t attend_full_rounded_floats(const MlaDims& dims) {
-  return RunsOfKeys::member_floats(full_shape(dims, kLongestWords));
+  return RunsOfKeys::member_floats(full_shape(dims, kMostWords));
 }
 
 void attend_full_rounded(const Machine& machine, const Step& step, const MlaDims& dims, float scale,
@@ -534,7 +537,8 @@ void attend_full_rounded(const Machine& machine, const Step& step, const MlaDims
     const RunsOfKeys runs{machine, all, source, rows, num_keys};
     // Runs add up in another order than tiles, so not where a row's bits may not depend on its neighbours.
     const bool by_size = machine.form == ProductForm::kBySize;
-    if (by_size && range.fused && rows <= kGroupRows && runs.shared_floats() <= machine.shared_floats) {
+    if (by_size && range.fused && rows <= all.shape.words.group_rows &&
+        runs.shared_floats() <= machine.shared_floats) {
       runs.attend();
       continue;
     }

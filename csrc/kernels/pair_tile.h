@@ -26,6 +26,8 @@ struct PairTile {
   using Number = typename S::Number;
   static constexpr int64_t kNumbers = 4 / sizeof(Number);  // of a word
   static constexpr int64_t kBlockWords = kBlockKeys / kNumbers;
+  static constexpr int64_t kGroupRows = 12;
+  static constexpr PairWords kWords{kNumbers, S::kPairStep, kGroupRows};
   static constexpr int kVectors = S::kPairVectors, kRows = S::kPairRows;
   static constexpr int kParts = kPanelLanes / (kVectors * S::kLanes);  // of a panel
   static_assert(kGroupRows % kRows == 0 && kParts * kVectors * S::kLanes == kPanelLanes);
@@ -120,7 +122,7 @@ struct PairTile {
   static void weigh(float* scores, int64_t stride, int64_t rows, int64_t seen, int64_t keys,
                     float scale_log2e, Softmax* states, uint32_t* weights) {
     const auto factor = S::set(scale_log2e);
-    const int64_t last = (seen_by(rows - 1, seen, keys) + kNumbers - 1) / kNumbers * kNumbers;
+    const int64_t last = kWords.words_of(seen_by(rows - 1, seen, keys)) * kNumbers;
     for (int64_t i = 0; i < rows; i++) {
       const int64_t n = seen_by(i, seen, keys);
       const uint32_t* words = weights + i * kBlockWords;
@@ -242,8 +244,8 @@ struct PairTile {
   }
 
   static constexpr PairKernels kernels() {
-    return {kNumbers, widen_f16, pack<kGroupRows>, pack<kPanelLanes>, pack_values, scores,
-            raise,    weigh,     add_values};
+    return {kWords, widen_f16, pack<kGroupRows>, pack<kPanelLanes>, pack_values, scores,
+            raise,  weigh,     add_values};
   }
 };
 

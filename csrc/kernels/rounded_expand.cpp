@@ -10,7 +10,8 @@ constexpr int64_t kMostGroup = 12;
 
 int64_t rounded_latent_floats(const MlaDims& dims, int64_t keys) {
   const int64_t by_rows = (keys + kMostGroup) * (dims.kv_lora + 3);
-  return whole_lines(by_rows) + whole_lines((keys + kGroupRows) * dims.kv_lora);  // a number a word at most
+  return whole_lines(by_rows) +
+         whole_lines((keys + kMostWords.group_rows) * kMostWords.words_of(dims.kv_lora));
 }
 
 uint8_t* RoundedLatents::rows(int64_t key) const {
@@ -33,8 +34,9 @@ void RoundedLatents::round(const float* c_kv, int64_t stride, int64_t first, int
       std::copy_n(c_kv + i * stride, dims.kv_lora, reinterpret_cast<float*>(rows(first + i)));
   }
   if (up.kv_b) return;
-  for (int64_t i = 0; i < n; i += kGroupRows) {
-    isa().pairs->pack_rows(c_kv + i * stride, stride, std::min(kGroupRows, n - i), dims.kv_lora,
+  const int64_t group_rows = isa().pairs->group_rows;
+  for (int64_t i = 0; i < n; i += group_rows) {
+    isa().pairs->pack_rows(c_kv + i * stride, stride, std::min(group_rows, n - i), dims.kv_lora,
                            words(first + i));
   }
 }
@@ -79,20 +81,24 @@ void HeadRows::multiply(const float* panel, int64_t n, const uint8_t* x, int64_t
 void unpack_columns(const KvUp& up, const MlaDims& dims, int64_t head, float* decoded, uint32_t* panels) {
   const Weight& uk = up.uk();
   const PairKernels& kernels = *isa().pairs;
+  const int64_t words = kernels.words_of(dims.kv_lora);
   for_panels(uk, up.uk_row(dims, head), dims.kv_lora, decoded, [&](const float* rows, int64_t at, int64_t n) {
     for (int64_t column = 0; column < dims.nope; column += kPanelLanes) {
-      kernels.pack_values(
-          rows + column, uk.cols, n, std::min(kPanelLanes, dims.nope - column),
-          panels + column * kernels.words_of(dims.kv_lora) + at / kernels.word_numbers * kPanelLanes);
+      kernels.pack_values(rows + column, uk.cols, n, std::min(kPanelLanes, dims.nope - column),
+                          panels + column * words + at / kernels.word_numbers * kPanelLanes);
     }
   });
+  for (int64_t column = 0; column < dims.nope; column += kPanelLanes) {
+    kernels.fill_values(panels + column * words, dims.kv_lora);
+  }
 }
 
 int64_t expand_rounded_floats(const MlaDims& dims, const KvUp& up) {
   const int64_t by_rows = whole_lines(kPanelLanes * (dims.kv_lora + 3)) + kLatentKeys * kPanelLanes;
   if (up.kv_b) return by_rows;
   const int64_t width = panels_of(dims.nope) * kPanelLanes;
-  const int64_t by_columns = width * dims.kv_lora + std::max(panel_floats(up.uk()), kLatentKeys * width);
+  const int64_t by_columns =
+      width * kMostWords.words_of(dims.kv_lora) + std::max(panel_floats(up.uk()), kLatentKeys * width);
   return std::max(by_rows, by_columns);
 }
 

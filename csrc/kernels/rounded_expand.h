@@ -18,7 +18,7 @@ namespace kvfold {
 
 // Latents are rounded this many at a time: whole pages, panels, and groups of every kernel.
 constexpr int64_t kLatentKeys = 3 * kPageTokens;
-static_assert(kLatentKeys % kGroupRows == 0 && kLatentKeys % kPanelLanes == 0);
+static_assert(kLatentKeys % kPanelLanes == 0);
 
 // Kernels for products by rows; null: in float32. They work within one part of a weight, and files' parts are
 // whole heads.
@@ -87,14 +87,14 @@ void expand_rounded(const RoundedLatents& latents, int64_t head, int64_t first, 
   if (up.kv_b) return by_rows({up.uk(), row_kernels(dims, up), up.uk_row(dims, head), dims.nope}, use_k);
 
   const int64_t panels = panels_of(dims.nope), words = isa().pairs->words_of(dims.kv_lora),
-                stride = panels * kPanelLanes;
+                stride = panels * kPanelLanes, group_rows = isa().pairs->group_rows;
   auto* weights = reinterpret_cast<uint32_t*>(scratch);
   float* rest = scratch + panels * words * kPanelLanes;
   unpack_columns(up, dims, head, rest, weights);
   for (int64_t key = first; key < first + n; key += kLatentKeys) {
     const int64_t keys = std::min(kLatentKeys, first + n - key);
-    for (int64_t i = 0; i < keys; i += kGroupRows) {
-      isa().pairs->scores(latents.words(key + i), std::min(kGroupRows, keys - i),
+    for (int64_t i = 0; i < keys; i += group_rows) {
+      isa().pairs->scores(latents.words(key + i), std::min(group_rows, keys - i),
                           {weights, words, nullptr, 0}, dims.nope, rest + i * stride, stride);
     }
     for (int64_t at = 0; at < dims.nope; at += kPanelLanes) {

@@ -163,6 +163,7 @@ struct Avx2 {
   // Attention on bfloat16, a number a word: to take pairs apart is as much work as to multiply them. 12 sums,
   // two vectors of a panel, a word of a row: 15 of 16 registers, 8 loads for 12 products.
   static constexpr int kPairVectors = 2, kPairRows = 6;
+  static constexpr int64_t kPairStep = 1;
   using Number = float;
   static constexpr int32_t kOnes = 0x3f800000;
   static void to_numbers(const float* x, Number* out, int64_t n) {

@@ -132,6 +132,7 @@ struct Avx512 {
   // Attention on bfloat16. 24 sums, two vectors of a panel, a word of a row: 27 of 32 registers, 14 loads for
   // 24 dots.
   static constexpr int kPairVectors = 2, kPairRows = 12;
+  static constexpr int64_t kPairStep = 1;
   using Number = uint16_t;
   static constexpr int32_t kOnes = 0x3f803f80;
   static void to_numbers(const float* x, Number* out, int64_t n) { to_bf16(x, out, n); }

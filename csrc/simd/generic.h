@@ -174,6 +174,7 @@ struct Generic {
   }
   // Attention on bfloat16: kernels/pair_tile.h.
   static constexpr int kPairVectors = 1, kPairRows = 2;  // of a register tile
+  static constexpr int64_t kPairStep = 1;                // words that a product takes at a time
   using Number = uint16_t;                               // rounded to bfloat16, as words hold it
   static constexpr int32_t kOnes = 0x3f803f80;           // a word of them
   static void to_numbers(const float* x, Number* out, int64_t n) { to_bf16(x, out, n); }
