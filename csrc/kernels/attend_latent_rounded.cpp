@@ -15,26 +15,26 @@ namespace {
 // of 64 heads and more, and the sums of four tiles stay in the second-level cache (512 columns: 128 KiB).
 constexpr int64_t kMostTiles = 4;
 
-int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
+int64_t whole_steps(int64_t n) { return ceil_div(n, kLatentStep) * kLatentStep; }
 
 // Floats of each part of a member's scratch, whole lines.
 struct Parts {
   int64_t tiles_of_group, query, state, weighted, keys, values, shares, scores, words;
 
   explicit Parts(const MlaDims& dims) {
-    const int64_t columns = ceil_div(dims.kv_lora, kValueColumns) * kValueColumns;
+    const int64_t columns = whole_steps(dims.kv_lora);
     tiles_of_group = std::min(kMostTiles, ceil_div(dims.heads, kHeadLanes));
     // Pairs take half a word a number; codes of a q8_0 cache 9 words for 32.
-    query = whole_lines(pairs_of(dims.latent()) * kHeadLanes);
+    query = whole_steps(dims.latent()) / 2 * kHeadLanes;
     state = sizeof(LatentState) / 4;
     weighted = columns * kHeadLanes;
-    keys = whole_lines((kPageTokens * key_stride(dims) + kValueColumns) / 2 + 1);  // blocks are read whole
+    keys = kPageTokens * key_stride(dims) / 2;
     values = columns * kPagePairs;
     shares = ceil_div(dims.kv_lora / kQ8Block, kShareBlocks) * kShareBlocks * (kPagePairs + 1);
     scores = kPageTokens * kHeadLanes;
     words = kPagePairs * kHeadLanes;
   }
-  static int64_t key_stride(const MlaDims& dims) { return 2 * pairs_of(dims.latent()); }
+  static int64_t key_stride(const MlaDims& dims) { return whole_steps(dims.latent()); }
   int64_t partial() const { return state + weighted; }  // of a tile
   int64_t tile() const { return keys + values + shares + scores + words; }
   // Queries and two softmaxes of a group's tiles, and what a page becomes.
@@ -52,7 +52,7 @@ struct RoundedLatentOp {
   LatentKernels kernels;
   Parts parts;
 
-  int64_t columns() const { return ceil_div(dims.kv_lora, kValueColumns) * kValueColumns; }
+  int64_t columns() const { return whole_steps(dims.kv_lora); }
   bool in_codes() const { return cache.type == CacheType::kQ8_0; }
   int64_t groups() const { return ceil_div(dims.heads, parts.tiles_of_group * kHeadLanes); }
   int64_t first_head(int64_t group, int64_t tile) const {
@@ -112,7 +112,8 @@ struct RoundedLatentOp {
     float* largest = tile + parts.keys + parts.values + parts.shares / (kPagePairs + 1) * kPagePairs;
     Page page{raw, nullptr, 0, keys, {words, words + parts.values, largest}};
     if (in_codes()) return page;
-    if (cache.type == CacheType::kBF16 && dims.latent() % 2 == 0 && dims.kv_lora % kValueColumns == 0) {
+    if (cache.type == CacheType::kBF16 && dims.latent() % kLatentStep == 0 &&
+        dims.kv_lora % kLatentStep == 0) {
       page.rows = reinterpret_cast<const uint16_t*>(raw);
       page.stride = dims.latent();
       return page;
@@ -127,7 +128,7 @@ struct RoundedLatentOp {
     if (in_codes()) {
       kernels.score_codes(query, dims.latent() / kQ8Block, page.raw, cache.row_bytes(), page.keys, scores);
     } else {
-      kernels.score_pairs(query, pairs_of(dims.latent()), page.rows, page.stride, page.keys, scores);
+      kernels.score_pairs(query, whole_steps(dims.latent()) / 2, page.rows, page.stride, page.keys, scores);
     }
   }
   void make_values(const Page& page) const {
@@ -183,13 +184,8 @@ struct RoundedLatentOp {
   void finish(int64_t i, int64_t group, float* partial) const {
     for (int64_t tile = 0; tile < tiles(group); tile++) {
       const int64_t head = first_head(group, tile), heads = std::min(kHeadLanes, dims.heads - head);
-      const LatentState& s = *state(partial, tile);
-      const float* from = weighted(partial, tile);
-      for (int64_t lane = 0; lane < heads; lane++) {
-        float* to = out.row(i) + (head + lane) * dims.kv_lora;
-        const float sum = s.sum[lane];
-        for (int64_t c = 0; c < dims.kv_lora; c++) to[c] = from[c * kHeadLanes + lane] / sum;
-      }
+      kernels.divide(*state(partial, tile), weighted(partial, tile), heads, dims.kv_lora,
+                     out.row(i) + head * dims.kv_lora, dims.kv_lora);
     }
   }
 

@@ -5,12 +5,17 @@
 // are read four bytes at a time into every lane: a cached row is used as it lies in memory, nothing is turned
 // around but pairs of values, and the softmax of a head stays in its lane.
 //
-//   queries   [pairs of latent][kHeadLanes]  words: two bfloat16 that a product adds up at once
+//   queries   [pairs of latent][kHeadLanes]  words: two bfloat16 that a product adds up at once, of
+//   kLatentStep
+//                                            numbers at a time: zeros after the last
 //             or, for a q8_0 cache, a record for each 32 numbers: codes [8][kHeadLanes] words of four,
 //             scales [kHeadLanes]
 //   keys      [keys][stride]                 bfloat16, or q8_0 in the cache itself
 //   values    [columns / 16][pairs of keys of a page][16]   words of two bfloat16, or of two codes as int16
 //   weighted  [columns][kHeadLanes]          float32 sums of weights times values
+//
+// What weights, values and weighted values are in between is the instruction set's own: these are the layouts
+// of all without matrix tiles (latent_tile_amx.h).
 //
 // Values of a q8_0 cache are multiplied as the whole numbers they are. A weight is then a whole number of 15
 // bits for each page, times the scale of the value's block as a share, in 15 bits again, of the largest of
@@ -28,6 +33,7 @@ namespace kvfold {
 
 constexpr int64_t kHeadLanes = 16;
 constexpr int64_t kValueColumns = 16;  // of a block of values
+constexpr int64_t kLatentStep = 32;    // queries and keys are whole steps of numbers, values of columns
 constexpr int64_t kPagePairs = kPageTokens / 2;
 
 // The heads of a tile over the keys they have met.
@@ -62,12 +68,11 @@ struct LatentKernels {
   void (*pack_pairs)(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to);
   void (*pack_codes)(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to);
 
-  // Cached rows of any type but q8_0 to bfloat16 rows of `stride` numbers, of which the first `count` are
-  // written, and a zero after an odd count.
+  // Cached rows of any type but q8_0 to bfloat16 rows of `stride` numbers: `count` and then zeros.
   void (*widen)(CacheType type, const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t count,
                 uint16_t* to, int64_t stride);
-  // Values out of bfloat16 rows and out of q8_0 rows. Whole blocks of kValueColumns are read; after an odd
-  // number of keys come zeros.
+  // Values out of bfloat16 rows and out of q8_0 rows. Whole steps of columns are read; after the last key
+  // come zeros as far as a product reads.
   void (*pair_values)(const uint16_t* rows, int64_t stride, int64_t keys, int64_t columns, uint32_t* to);
   void (*pair_codes)(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t columns, CodeValues to);
 
@@ -94,6 +99,9 @@ struct LatentKernels {
   // Joins the softmax over other keys.
   void (*merge)(const LatentState& other, const float* other_weighted, LatentState* state, float* weighted,
                 int64_t columns);
+  // Weighted values of heads divided by their sums: out[head * stride + c] for c < count.
+  void (*divide)(const LatentState& state, const float* weighted, int64_t heads, int64_t count, float* out,
+                 int64_t stride);
 
   // For what is folded by columns. nullptr where the set has nothing faster than decode.h.
   DecodeWeights (*decode)(int32_t type);

@@ -65,7 +65,7 @@ struct LatentTile {
   static constexpr int64_t kRecord = 9 * kHeadLanes;  // words of 32 numbers of a query in codes
 
   // Numbers of a query that are rounded at a time: 64 bytes.
-  static constexpr int64_t kChunk = 32;
+  static constexpr int64_t kChunk = kLatentStep;
 
   // Rows of up to 16 words, kHeadLanes of them one after the other, to words [num_words][kHeadLanes].
   static void turn(const void* rows, int64_t row_words, int64_t num_words, uint32_t* to) {
@@ -85,13 +85,14 @@ struct LatentTile {
     for (int64_t at = 0; at < latent; at += kChunk, to += kChunk / 2 * kHeadLanes) {
       const int64_t n = std::min(kChunk, latent - at);
       for (int64_t head = 0; head < heads; head++) {
-        if (n < kChunk) halves[head][n] = 0;  // beside the last of an odd number
+        if (n < kChunk) std::memset(halves[head], 0, sizeof halves[head]);
         S::to_bf16(q + head * stride + at, halves[head], n);
       }
-      turn(halves, kChunk / 2, (n + 1) / 2, to);
+      turn(halves, kChunk / 2, kChunk / 2, to);
     }
   }
 
+  template <int zero>
   static void pack_codes(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to) {
     alignas(64) int8_t codes[kHeadLanes][kQ8Block] = {};
     for (int64_t at = 0; at < latent; at += kQ8Block, to += kRecord) {
@@ -99,7 +100,7 @@ struct LatentTile {
       for (int64_t head = 0; head < heads; head++) {
         int32_t halves[2];
         scales[head] = S::quantize(q + head * stride + at, codes[head], halves);
-        for (int8_t& code : codes[head]) code = static_cast<int8_t>(code + S::kWideZero);
+        for (int8_t& code : codes[head]) code = static_cast<int8_t>(code + zero);
       }
       turn(codes, kQ8Block / 4, kQ8Block / 4, to);
       std::memcpy(to + kQ8Block / 4 * kHeadLanes, scales, sizeof scales);
@@ -124,7 +125,7 @@ struct LatentTile {
           std::memcpy(to + at, halves, 2 * (count - at));
         }
       }
-      if (count % 2 != 0) to[count] = 0;
+      std::fill(to + count, to + stride, uint16_t{0});
     }
   }
 
@@ -453,10 +454,24 @@ struct LatentTile {
     }
   }
 
+  static void divide(const LatentState& state, const float* weighted, int64_t heads, int64_t count,
+                     float* out, int64_t stride) {
+    for (int64_t head = 0; head < heads; head++) {
+      const float sum = state.sum[head];
+      for (int64_t c = 0; c < count; c++) out[head * stride + c] = weighted[c * kHeadLanes + head] / sum;
+    }
+  }
+
   static constexpr LatentKernels kernels() {
-    return {pack_pairs,  pack_codes, widen,          pair_values, pair_codes, score_pairs,
-            score_codes, exponents,  raise,          weigh,       add_values, weigh_codes,
-            add_codes,   merge,      fast_decode<S>, fast_fold<S>};
+    return {pack_pairs,  pack_codes<S::kWideZero>,
+            widen,       pair_values,
+            pair_codes,  score_pairs,
+            score_codes, exponents,
+            raise,       weigh,
+            add_values,  weigh_codes,
+            add_codes,   merge,
+            divide,      fast_decode<S>,
+            fast_fold<S>};
   }
 };
 
