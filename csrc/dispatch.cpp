@@ -25,6 +25,7 @@ bool may_use_tiles() {
 #if defined(KVFOLD_X86_SETS) && defined(__linux__)
   constexpr long kArchRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, from Linux 5.16 on
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         __builtin_cpu_supports("amx-bf16") &&
          syscall(SYS_arch_prctl, kArchRequestPermission, kTileData) == 0;
 #else
   return false;

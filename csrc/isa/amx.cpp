@@ -1,4 +1,4 @@
-// AVX-512 as in avx512.cpp, and products of tiles of bytes: Sapphire Rapids and what came after.
+// AVX-512 as in avx512.cpp, and products of tiles: Sapphire Rapids and what came after.
 #include "dispatch.h"
 
 #ifdef KVFOLD_X86_SETS
@@ -25,6 +25,8 @@
 #include "kernels/quant_tile_amx.h"
 
 namespace kvfold {
+extern const PairKernels amx_pairs;     // pairs_amx.cpp
+extern const LatentKernels amx_latent;  // latent_amx.cpp
 const InstructionSet& avx512_set();
 const InstructionSet& amx_set() {
   static const KernelTable table = [] {
@@ -43,6 +45,8 @@ const InstructionSet& amx_set() {
     InstructionSet like = avx512_set();
     like.name = Amx::kName;
     like.kernels = table.kernels;
+    like.pairs = &amx_pairs;
+    like.latent = &amx_latent;
     return like;
   }();
   return set;

@@ -85,7 +85,7 @@ H200 = MachineProfile("H200", latents=295.0, folding=295.0, expansion=350.0, hea
 CPU = {
     "avx2": MachineProfile("AVX2", latents=42.0, folding=21.0, expansion=52.0, heads=36.0),
     "avx512": MachineProfile("AVX-512", latents=72.0, folding=20.0, expansion=133.0, heads=74.0),
-    "amx": MachineProfile("AMX", latents=72.0, folding=20.0, expansion=133.0, heads=74.0),
+    "amx": MachineProfile("AMX", latents=105.0, folding=20.0, expansion=190.0, heads=130.0),
 }
 
 

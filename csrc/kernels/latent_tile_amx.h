@@ -1,0 +1,396 @@
+// The products of latent_kernels.h on matrix tiles; what is between them is latent_tile.h's. Included last by
+// isa/latent_amx.cpp.
+//
+// Scores are cached rows as they lie in memory, 16 keys a tile, times queries; their layouts are those of
+// latent_kernels.h. Then weights are turned to rows of heads and meet columns of values:
+//
+//   weights   [steps of 32 keys][kHeadLanes][16]             words of two bfloat16
+//             or, for a q8_0 cache, [kHeadLanes][32]         words of two int16: all keys of a page
+//   values    [columns / 16][pairs of keys of a page][16]    words of two bfloat16
+//             or [columns / 16][quads of keys][16]           words of four codes, quads in the order of
+//             kQuads
+//   shares    [blocks][32]                                   words of two int16: all keys of a page
+//   weighted  [columns / 16][kHeadLanes][16]                 float32
+//
+// where 32 columns are two blocks of 16 in the order of S::pair_columns.
+//
+// An int16 weight meets codes as two unsigned bytes, in two products.
+#pragma once
+
+#include "kernels/latent_tile.h"
+
+namespace kvfold {
+namespace {
+
+template <class S>
+struct LatentTileAmx : LatentTile<typename S::Vectors> {
+  using V = typename S::Vectors;
+  using Vectors = LatentTile<V>;
+  using Floats = typename S::Floats;
+  static constexpr int64_t kRows = S::kTileRows, kWords = S::kTileWords, kTile = kRows * kWords;
+  static_assert(kRows == kHeadLanes && kWords == kHeadLanes && kWords == kValueColumns &&
+                V::kLanes == kWords);
+  static constexpr int64_t kTileBytes = 64, kStepKeys = 2 * kWords;
+  static constexpr int64_t kKeyTiles = kPageTokens / kRows;
+
+  // use(integral_constant of tiles) for 1 to 4 tiles.
+  template <class Use>
+  static void use_tiles(int64_t n, const Use& use) {
+    Vectors::template use_count<kKeyTiles>(0, n, [&](int64_t, auto count) { use(count); });
+  }
+
+  template <int tile, int n>
+  static void score_step(const uint16_t* rows, int64_t stride) {
+    if constexpr (tile < n) {
+      // The last has the rows that are left: a register of its own.
+      constexpr int a = tile == n - 1 ? 5 : tile % 2 == 0 ? 4 : 7;
+      S::template load_tile<a>(rows + tile * kRows * stride, stride * 2);
+      S::template dot_pairs<tile, a, 6>();
+      score_step<tile + 1, n>(rows, stride);
+    }
+  }
+  template <int tile, int n>
+  static void clear_tiles() {
+    if constexpr (tile < n) {
+      S::template zero_tile<tile>();
+      clear_tiles<tile + 1, n>();
+    }
+  }
+  template <int tile, int n>
+  static void store_tiles(float* to) {
+    if constexpr (tile < n) {
+      S::template store_tile<tile>(to + tile * kTile, kTileBytes);
+      store_tiles<tile + 1, n>(to);
+    }
+  }
+
+  static void score_pairs(const uint32_t* q, int64_t pairs, const uint16_t* rows, int64_t stride,
+                          int64_t keys, float* scores) {
+    const int64_t tiles = (keys + kRows - 1) / kRows;
+    typename S::TileShapes shapes;
+    shapes.rows[tiles - 1] = shapes.rows[5] = static_cast<uint8_t>(keys - (tiles - 1) * kRows);
+    S::configure(shapes);
+    use_tiles(tiles, [&](auto count) {
+      constexpr int n = decltype(count)::value;
+      clear_tiles<0, n>();
+      for (int64_t i = 0; i < pairs; i += kWords) {
+        S::template load_tile<6>(q + i * kHeadLanes, kTileBytes);
+        score_step<0, n>(rows + 2 * i, stride);
+      }
+      store_tiles<0, n>(scores);
+    });
+    S::release();
+  }
+
+  // Scores of up to kRows keys over up to kBlocks blocks on top of `scores`. The tile of a block is turned to
+  // numbers while the two after it are multiplied.
+  static constexpr int64_t kBlocks = 32;
+  struct CodeTile {
+    const uint32_t* record;
+    const uint8_t* rows;
+    int64_t row_bytes, num_blocks;
+    const float (*scales)[kBlocks];
+  };
+  template <int slot>
+  static void score_block(const CodeTile& tile, int64_t b, int32_t (*sums)[kTile]) {
+    S::template zero_tile<slot>();
+    S::template load_tile<4 + slot % 2>(tile.rows + b * kQ8Bytes + 2, tile.row_bytes);
+    S::template load_tile<6 + slot % 2>(tile.record + b * Vectors::kRecord, kTileBytes);
+    S::template dot_tiles<slot, 4 + slot % 2, 6 + slot % 2>();
+    S::template store_tile<slot>(sums[slot], kTileBytes);
+  }
+  static void scale_block(const CodeTile& tile, int64_t b, const int32_t* sums, Floats (&out)[kRows]) {
+    const auto query =
+        S::load(reinterpret_cast<const float*>(tile.record + b * Vectors::kRecord + 8 * kHeadLanes));
+    KVFOLD_UNROLLED_LATENT for (int j = 0; j < kRows; j++) {
+      const auto scale = S::mul(query, S::set(tile.scales[j][b]));
+      out[j] = S::fma(S::to_floats(S::load_codes(sums + j * kWords)), scale, out[j]);
+    }
+  }
+  static void score_code_tile(const CodeTile& tile, int64_t keys, bool is_first, float* scores) {
+    constexpr int64_t kBetween = 2;
+    alignas(64) int32_t sums[4][kTile];
+    Floats out[kRows];
+    KVFOLD_UNROLLED_LATENT for (int j = 0; j < kRows; j++) {
+      out[j] = is_first || j >= keys ? S::zero() : S::load(scores + j * kHeadLanes);
+    }
+    const auto step = [&](auto slot, int64_t b) {
+      if (b < tile.num_blocks) score_block<decltype(slot)::value>(tile, b, sums);
+      const int64_t done = b - kBetween;
+      if (done >= 0 && done < tile.num_blocks) scale_block(tile, done, sums[(b + 2) % 4], out);
+    };
+    for (int64_t b = 0; b < tile.num_blocks + kBetween; b += 4) {
+      step(std::integral_constant<int, 0>{}, b);
+      step(std::integral_constant<int, 1>{}, b + 1);
+      step(std::integral_constant<int, 2>{}, b + 2);
+      step(std::integral_constant<int, 3>{}, b + 3);
+    }
+    KVFOLD_UNROLLED_LATENT for (int j = 0; j < kRows; j++) {
+      if (j < keys) S::store(scores + j * kHeadLanes, out[j]);
+    }
+  }
+
+  // Scales of up to `kBlocks` blocks of rows; zeros after the last.
+  template <int64_t width>
+  static void scales_of(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t num_blocks,
+                        float (*scales)[width]) {
+    alignas(64) uint16_t halves[kPageTokens][width] = {};
+    for (int64_t key = 0; key < keys; key++) {
+      for (int64_t b = 0; b < num_blocks; b++) {
+        std::memcpy(&halves[key][b], rows + key * row_bytes + b * kQ8Bytes, 2);
+      }
+    }
+    for (int64_t key = 0; key < keys; key++) {
+      for (int64_t b = 0; b < width; b += kWords) S::store(scales[key] + b, S::load_halves(halves[key] + b));
+    }
+  }
+
+  static void set_code_shapes(int64_t keys) {
+    typename S::TileShapes shapes;
+    for (int tile = 0; tile < 6; tile++) shapes.rows[tile] = static_cast<uint8_t>(keys);
+    shapes.row_bytes[4] = shapes.row_bytes[5] = kQ8Block;
+    shapes.rows[6] = shapes.rows[7] = kQ8Block / 4;
+    S::configure(shapes);
+  }
+
+  static void score_codes(const uint32_t* q, int64_t num_blocks, const uint8_t* rows, int64_t row_bytes,
+                          int64_t keys, float* scores) {
+    alignas(64) float scales[kPageTokens][kBlocks];
+    for (int64_t at = 0; at < num_blocks; at += kBlocks) {
+      const int64_t some = std::min(kBlocks, num_blocks - at);
+      const uint8_t* from = rows + at * kQ8Bytes;
+      scales_of(from, row_bytes, keys, some, scales);
+      for (int64_t key = 0; key < keys; key += kRows) {
+        const int64_t n = std::min(kRows, keys - key);
+        if (key == 0 || n < kRows) set_code_shapes(n);
+        std::fill(scales[key + n], scales[key + kRows], 0.0f);
+        score_code_tile({q + at * Vectors::kRecord, from + key * row_bytes, row_bytes, some, scales + key}, n,
+                        at == 0, scores + key * kHeadLanes);
+      }
+    }
+    S::release();
+  }
+
+  static void pair_values(const uint16_t* rows, int64_t stride, int64_t keys, int64_t columns, uint32_t* to) {
+    static constexpr uint16_t zeros[kLatentStep] = {};
+    const int64_t whole = (keys + kStepKeys - 1) / kStepKeys * kStepKeys;
+    for (int64_t c = 0; c < columns; c += kLatentStep, rows += kLatentStep) {
+      uint32_t* block = to + c * kPagePairs;
+      for (int64_t key = 0; key < whole; key += 2, block += kWords) {
+        const uint16_t* even = key < keys ? rows + key * stride : zeros;
+        const uint16_t* odd = key + 1 < keys ? rows + (key + 1) * stride : zeros;
+        S::pair_columns(even, odd, block, block + kWords * kPagePairs);
+      }
+    }
+  }
+
+  // The first key of the quad of each row of a tile: S::share_bytes.
+  static constexpr int64_t quad_key(int64_t row) {
+    return row % 4 / 2 * (kPageTokens / 2) + row / 4 * 8 + row % 2 * 4;
+  }
+
+  static void pair_codes(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t columns,
+                         CodeValues to) {
+    const int64_t num_blocks = columns / kQ8Block;
+    alignas(64) float scales[kPageTokens][kShareBlocks];
+    alignas(64) uint32_t shares[kPagePairs][kShareBlocks];
+    for (int64_t at = 0; at < num_blocks; at += kShareBlocks) {
+      const int64_t some = std::min(kShareBlocks, num_blocks - at);
+      scales_of(rows + at * kQ8Bytes, row_bytes, keys, some, scales);
+      std::fill(scales[keys], scales[kPageTokens], 0.0f);
+      auto largest = S::zero();
+      for (int64_t key = 0; key < keys; key++) largest = S::max(S::load(scales[key]), largest);
+      S::store(to.largest + at, largest);
+      // No scale is smaller but zero, whose codes are zero.
+      const auto to_shares = S::div(S::set(kWholeOne), S::max(largest, S::set(0x1p-24f)));
+      for (int64_t j = 0; j < kPagePairs; j++) {
+        S::store_codes(shares[j], S::whole_pairs(S::mul(S::load(scales[2 * j]), to_shares),
+                                                 S::mul(S::load(scales[2 * j + 1]), to_shares)));
+      }
+      turn_page(shares[0], to.shares + at * kPagePairs);
+    }
+    for (int64_t b = 0; b < num_blocks; b++, rows += kQ8Bytes) {
+      const auto* codes = reinterpret_cast<const int8_t*>(rows + 2);
+      uint32_t* block = to.codes + b * 2 * kTile;
+      for (int64_t row = 0; row < kRows; row++, block += kWords) {
+        const int8_t* four[4];
+        // After the last key any code does, its weight is zero.
+        for (int64_t i = 0; i < 4; i++) four[i] = codes + std::min(quad_key(row) + i, keys - 1) * row_bytes;
+        S::quad_columns(four, block, block + kTile);
+      }
+    }
+  }
+
+  // Words [kPagePairs][kWords] to [kWords][kPagePairs].
+  static void turn_page(const uint32_t* words, uint32_t* to) {
+    alignas(64) uint32_t turned[kTile];
+    for (int64_t half = 0; half < kPagePairs; half += kWords) {
+      Vectors::turn(words + half * kWords, kWords, kWords, turned);
+      for (int64_t i = 0; i < kRows; i++) {
+        S::store_codes(to + i * kPagePairs + half, S::load_codes(turned + i * kWords));
+      }
+    }
+  }
+
+  static void weigh(const float* scores, int64_t keys, float scale_log2e, LatentState* state,
+                    uint32_t* words) {
+    alignas(64) uint32_t pairs[kPagePairs][kHeadLanes];
+    Vectors::weigh(scores, keys, scale_log2e, state, pairs[0]);
+    const int64_t whole = (keys + kStepKeys - 1) / kStepKeys * kWords;
+    std::fill(pairs[(keys + 1) / 2], pairs[whole], 0u);
+    for (int64_t j = 0; j < whole; j += kWords) {
+      Vectors::turn(pairs[j], kHeadLanes, kHeadLanes, words + j * kHeadLanes);
+    }
+  }
+
+  static void weigh_codes(const float* scores, int64_t keys, float scale_log2e, const float* exponents,
+                          LatentState* state, uint32_t* words, float* factors) {
+    alignas(64) uint32_t pairs[kPagePairs][kHeadLanes];
+    Vectors::weigh_codes(scores, keys, scale_log2e, exponents, state, pairs[0], factors);
+    std::fill(pairs[(keys + 1) / 2], pairs[kPagePairs], 0u);
+    turn_page(pairs[0], words);
+  }
+
+  // A block of 16 columns: sums in tile c, values through tiles b and b + 1.
+  template <int c, int b>
+  static void add_block(const uint32_t* values, bool two_steps, float* weighted) {
+    S::template load_tile<c>(weighted, kTileBytes);
+    S::template load_tile<b>(values, kTileBytes);
+    S::template dot_pairs<c, 6, b>();
+    if (two_steps) {
+      S::template load_tile<b + 1>(values + kTile, kTileBytes);
+      S::template dot_pairs<c, 7, b + 1>();
+    }
+    S::template store_tile<c>(weighted, kTileBytes);
+  }
+  static void add_values(const uint32_t* words, int64_t keys, const uint32_t* values, int64_t columns,
+                         float* weighted) {
+    const bool two_steps = keys > kStepKeys;
+    S::configure(typename S::TileShapes{});
+    S::template load_tile<6>(words, kTileBytes);
+    if (two_steps) S::template load_tile<7>(words + kTile, kTileBytes);
+    for (int64_t c = 0; c < columns; c += kLatentStep, values += 4 * kTile, weighted += 2 * kTile) {
+      add_block<0, 2>(values, two_steps, weighted);
+      add_block<1, 4>(values + 2 * kTile, two_steps, weighted + kTile);
+    }
+    S::release();
+  }
+
+  static void add_codes(const uint32_t* words, const float* factors, int64_t, CodeValues values,
+                        int64_t columns, float* weighted) {
+    const int64_t num_blocks = columns / kQ8Block;
+    alignas(64) uint8_t bytes[2][2][kHeadLanes][kTileBytes];  // of weights of two blocks: low, high
+    alignas(64) int32_t sums[2][4][kTile];
+    const auto share = [&](int64_t b) {
+      const uint32_t* shares = values.shares + b * kPagePairs;
+      for (int64_t head = 0; head < kHeadLanes; head++) {
+        S::share_bytes(words + head * kPagePairs, shares, bytes[b % 2][0][head], bytes[b % 2][1][head]);
+      }
+    };
+    const auto multiply = [&](int64_t b) {
+      S::written();
+      clear_tiles<0, 4>();
+      S::template load_tile<4>(bytes[b % 2][0], kTileBytes);
+      S::template load_tile<6>(values.codes + b * 2 * kTile, kTileBytes);
+      S::template dot_bytes<0, 4, 6>();
+      S::template load_tile<5>(bytes[b % 2][1], kTileBytes);
+      S::template dot_bytes<1, 5, 6>();
+      S::template load_tile<7>(values.codes + (b * 2 + 1) * kTile, kTileBytes);
+      S::template dot_bytes<2, 4, 7>();
+      S::template dot_bytes<3, 5, 7>();
+      S::template store_tile<0>(sums[b % 2][0], kTileBytes);
+      S::template store_tile<1>(sums[b % 2][1], kTileBytes);
+      S::template store_tile<2>(sums[b % 2][2], kTileBytes);
+      S::template store_tile<3>(sums[b % 2][3], kTileBytes);
+    };
+    const auto add = [&](int64_t b) {
+      alignas(64) float factor[kHeadLanes];
+      S::store(factor, S::mul(S::load(factors), S::set(values.largest[b])));
+      float* to = weighted + b * 2 * kTile;
+      for (int half = 0; half < 2; half++, to += kTile) {
+        const int32_t *low = sums[b % 2][2 * half], *high = sums[b % 2][2 * half + 1];
+        for (int64_t at = 0; at < kTile; at += kWords) {
+          const auto sum = S::to_floats(S::add_high(S::load_codes(low + at), S::load_codes(high + at)));
+          S::store(to + at, S::fma(sum, S::set(factor[at / kWords]), S::load(to + at)));
+        }
+      }
+    };
+    // Bytes of a block while the one before is multiplied and the one before that is added.
+    S::configure(typename S::TileShapes{});
+    share(0);
+    for (int64_t b = 0; b < num_blocks; b++) {
+      if (b + 1 < num_blocks) share(b + 1);
+      multiply(b);
+      if (b > 0) add(b - 1);
+    }
+    add(num_blocks - 1);
+    S::release();
+  }
+
+  static void raise(const float* exponents, LatentState* state, float* weighted, int64_t columns) {
+    const auto before = S::load(state->exponent), now = S::max(S::load(exponents), before);
+    alignas(64) float shrink[kHeadLanes];
+    S::store(shrink, exp2<V>(S::sub(before, now)));
+    S::store(state->exponent, now);
+    for (int64_t head = 0; head < kHeadLanes; head++) {
+      if (shrink[head] == 1.0f || state->sum[head] == 0.0f) continue;
+      state->sum[head] *= shrink[head];
+      const auto factor = S::set(shrink[head]);
+      for (float* at = weighted + head * kWords; at < weighted + columns * kHeadLanes; at += kTile) {
+        S::store(at, S::mul(S::load(at), factor));
+      }
+    }
+  }
+
+  static void merge(const LatentState& other, const float* other_weighted, LatentState* state,
+                    float* weighted, int64_t columns) {
+    const auto a = S::load(state->exponent), b = S::load(other.exponent), now = S::max(a, b);
+    alignas(64) float shrink_a[kHeadLanes], shrink_b[kHeadLanes];
+    S::store(shrink_a, exp2<V>(S::sub(a, now)));
+    S::store(shrink_b, exp2<V>(S::sub(b, now)));
+    S::store(state->exponent, now);
+    S::store(state->sum,
+             S::fma(S::load(other.sum), S::load(shrink_b), S::mul(S::load(state->sum), S::load(shrink_a))));
+    for (int64_t at = 0; at < columns * kHeadLanes; at += kWords) {
+      const int64_t head = at / kWords % kHeadLanes;
+      const auto ours = S::mul(S::load(weighted + at), S::set(shrink_a[head]));
+      S::store(weighted + at, S::fma(S::load(other_weighted + at), S::set(shrink_b[head]), ours));
+    }
+  }
+
+  static void divide(const LatentState& state, const float* weighted, int64_t heads, int64_t count,
+                     float* out, int64_t stride) {
+    for (int64_t head = 0; head < heads; head++) {
+      const auto sum = S::set(state.sum[head]);
+      const float* from = weighted + head * kWords;
+      for (int64_t c = 0; c < count; c += kLatentStep, from += 2 * kTile) {
+        Floats columns[2];
+        S::in_order(S::load(from), S::load(from + kTile), columns);
+        for (int64_t i = 0; i < 2 && c + i * kWords < count; i++) {
+          float* to = out + head * stride + c + i * kWords;
+          S::store_first(to, S::div(columns[i], sum), std::min(kWords, count - c - i * kWords));
+        }
+      }
+    }
+  }
+
+  static constexpr LatentKernels kernels() {
+    LatentKernels kernels = Vectors::kernels();
+    kernels.pack_codes = Vectors::template pack_codes<0>;
+    kernels.pair_values = pair_values;
+    kernels.pair_codes = pair_codes;
+    kernels.score_pairs = score_pairs;
+    kernels.score_codes = score_codes;
+    kernels.raise = raise;
+    kernels.weigh = weigh;
+    kernels.add_values = add_values;
+    kernels.weigh_codes = weigh_codes;
+    kernels.add_codes = add_codes;
+    kernels.merge = merge;
+    kernels.divide = divide;
+    return kernels;
+  }
+};
+
+}  // namespace
+}  // namespace kvfold

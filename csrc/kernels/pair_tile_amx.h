@@ -1,0 +1,130 @@
+// The products of pair_kernels.h on matrix tiles; the softmax between them is pair_tile.h's. Included last by
+// isa/pairs_amx.cpp.
+//
+// A group is 32 rows, [rows][words]; a register tile is those rows by 32 keys or columns: four tiles of sums,
+// two of rows, two of a panel. So a step of 16 words loads 4 tiles for 4 products.
+#pragma once
+
+#include "kernels/pair_tile.h"
+
+namespace kvfold {
+namespace {
+
+template <class S>
+struct PairTileAmx : PairTile<S> {
+  using Vectors = PairTile<S>;
+  static constexpr int64_t kRows = S::kTileRows, kWords = S::kTileWords;
+  static constexpr int64_t kBlockWords = Vectors::kBlockWords;
+  static constexpr PairWords kGroup{2, kWords, 2 * kRows};
+  static_assert(kPanelLanes == 2 * kWords && Vectors::kNumbers == 2);
+
+  static void set_shapes(int64_t rows) {
+    const auto upper = static_cast<uint8_t>(std::min(rows, kRows));
+    const auto lower = static_cast<uint8_t>(std::max<int64_t>(1, rows - kRows));
+    typename S::TileShapes shapes;
+    shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = upper;
+    shapes.rows[2] = shapes.rows[3] = shapes.rows[5] = lower;
+    S::configure(shapes);
+  }
+
+  // Tiles 0 to 3 += rows a, `stride` words apart, times a panel.
+  template <bool two>
+  static void multiply(const uint32_t* a, int64_t stride, const uint32_t* panel, int64_t num_words) {
+    for (int64_t i = 0; i < num_words; i += kWords, panel += kWords * kPanelLanes) {
+      S::template load_tile<4>(a + i, stride * 4);
+      S::template load_tile<6>(panel, kPanelLanes * 4);
+      S::template load_tile<7>(panel + kWords, kPanelLanes * 4);
+      if constexpr (two) S::template load_tile<5>(a + kRows * stride + i, stride * 4);
+      S::template dot_pairs<0, 4, 6>();
+      S::template dot_pairs<1, 4, 7>();
+      if constexpr (two) {
+        S::template dot_pairs<2, 5, 6>();
+        S::template dot_pairs<3, 5, 7>();
+      }
+    }
+  }
+  template <bool two>
+  static void clear() {
+    S::template zero_tile<0>();
+    S::template zero_tile<1>();
+    if constexpr (two) {
+      S::template zero_tile<2>();
+      S::template zero_tile<3>();
+    }
+  }
+  template <bool two>
+  static void load(const float* sums, int64_t stride) {
+    S::template load_tile<0>(sums, stride * 4);
+    S::template load_tile<1>(sums + kWords, stride * 4);
+    if constexpr (two) {
+      S::template load_tile<2>(sums + kRows * stride, stride * 4);
+      S::template load_tile<3>(sums + kRows * stride + kWords, stride * 4);
+    }
+  }
+  template <bool two>
+  static void store(float* sums, int64_t stride) {
+    S::template store_tile<0>(sums, stride * 4);
+    S::template store_tile<1>(sums + kWords, stride * 4);
+    if constexpr (two) {
+      S::template store_tile<2>(sums + kRows * stride, stride * 4);
+      S::template store_tile<3>(sums + kRows * stride + kWords, stride * 4);
+    }
+  }
+
+  template <bool two>
+  static void score_panels(const uint32_t* q, KeyPanels k, int64_t keys, float* scores, int64_t stride) {
+    for (int64_t key = 0; key < keys; key += kPanelLanes) {
+      const KeyPanels panel = k.from(key);
+      clear<two>();
+      multiply<two>(q, k.nope_words, panel.nope, k.nope_words);
+      multiply<two>(q + k.nope_words * kGroup.group_rows, k.rope_words, panel.rope, k.rope_words);
+      store<two>(scores + key, stride);
+    }
+  }
+  static void scores(const uint32_t* q, int64_t rows, KeyPanels k, int64_t keys, float* scores,
+                     int64_t stride) {
+    set_shapes(rows);
+    (rows > kRows ? score_panels<true> : score_panels<false>)(q, k, keys, scores, stride);
+    S::release();
+  }
+
+  template <bool two>
+  static void add_panels(const uint32_t* weights, int64_t num_words, const uint32_t* v, int64_t v_stride,
+                         int64_t panels, float* values) {
+    for (int64_t panel = 0; panel < panels; panel++, v += v_stride, values += kPanelLanes) {
+      load<two>(values, panels * kPanelLanes);
+      multiply<two>(weights, kBlockWords, v, num_words);
+      store<two>(values, panels * kPanelLanes);
+    }
+  }
+  static void add_values(const uint32_t* weights, int64_t rows, int64_t keys, const uint32_t* v,
+                         int64_t v_stride, int64_t panels, float* values) {
+    set_shapes(rows);
+    // `values` counts columns through the panels.
+    const auto add = rows > kRows ? add_panels<true> : add_panels<false>;
+    add(weights, kGroup.words_of(keys), v, v_stride, panels, values);
+    S::release();
+  }
+
+  static void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t dim, uint32_t* to) {
+    const int64_t words = kGroup.words_of(dim);
+    for (int64_t i = 0; i < rows; i++, x += stride, to += words) {
+      auto* numbers = reinterpret_cast<uint16_t*>(to);
+      S::to_bf16(x, numbers, dim);
+      std::fill(numbers + dim, numbers + 2 * words, uint16_t{0});
+    }
+  }
+
+  static void pack_keys(const float* x, int64_t stride, int64_t keys, int64_t dim, uint32_t* to) {
+    Vectors::template pack<kPanelLanes>(x, stride, keys, dim, to);
+    std::fill(to + (dim + 1) / 2 * kPanelLanes, to + kGroup.words_of(dim) * kPanelLanes, 0u);
+  }
+
+  static constexpr PairKernels kernels() {
+    return {kGroup, Vectors::widen_f16, pack_rows,      pack_keys, Vectors::pack_values,
+            scores, Vectors::raise,     Vectors::weigh, add_values};
+  }
+};
+
+}  // namespace
+}  // namespace kvfold
