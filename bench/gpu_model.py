@@ -118,12 +118,12 @@ def experts_read(backend: CudaBackend, step: Any, batch: int) -> float:
         counts.append(len(ids.unique()))
         original(x, ids, *rest)
 
-    graphs, backend._graphs = backend._graphs, None
+    captured, backend._graphs, backend._layers = (backend._graphs, backend._layers), None, None
     tile_product.experts = watched
     try:
         step()
     finally:
-        tile_product.experts, backend._graphs = original, graphs
+        tile_product.experts, (backend._graphs, backend._layers) = original, captured
     return statistics.mean(counts) / moe.num_experts if counts else 0.0  # all layers may be dense
 
 

@@ -17,7 +17,7 @@ from kit.interpreter import torch  # before any kernel
 from kit.poison import poisoned_memory  # noqa: F401
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold import LLM, SamplingParams
-from kvfold.engine.batch import Work
+from kvfold.engine.batch import Work, build_batch
 from kvfold.engine.runner import Runner
 from kvfold.load import embedded_model
 
@@ -53,6 +53,29 @@ def test_interpreted_ops_keep_the_cache_in_blocks(cache_type: str, mla: str, tmp
     text = ids(4)
     settings: dict[str, Any] = {"mla": mla, "cache_type": cache_type}
     close(cuda_harness(path, **settings).logits(text, [3, 1]), Harness(path, **settings).logits(text, [3, 1]), 1e-5)
+
+
+def test_padding_of_layers_changes_nothing(tmp_path: Path) -> None:
+    """Five rows of a prompt and two that generate, in a layer of 16 rows whose padding is NaN, as a graph would run it."""
+    from kvfold.backends.cuda_layers import CapturedLayers
+
+    path = write_gguf(tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0), tmp_path / "m.gguf")
+    harness, plain = cuda_harness(path, mla="3"), Harness(path, mla="3")
+    layers = CapturedLayers(harness.loaded.backend)
+    logits = []
+    for each in (harness, plain):
+        generating, prompted = each.sequence(), each.sequence()
+        each.step([Work(generating, ids(3), is_prompt=True)])
+        if each is harness:
+            each.loaded.backend._layers = layers
+            layers.buffers.hidden.fill_(torch.nan)
+            layers.buffers.hidden[15] = 3  # would be found where it was appended, NaN would not
+        works = [Work(generating, [7, 9], is_prompt=False), Work(prompted, ids(5, seed=6), is_prompt=True)]
+        logits.append(each.step(works))
+    written = ~harness.loaded.backend.pools[0].isnan().flatten(0, 2).any(1)
+    assert written.sum() == 3 + 7  # padding has no slot
+    for got, expected in zip(*logits, strict=True):
+        close(got, expected, 1e-5)
 
 
 def test_a_step_without_outputs_never_reads_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +218,54 @@ def test_replayed_steps_are_launched_ones_bit_for_bit(tmp_path: Path) -> None:
         for captures in (True, False)
     )
     np.testing.assert_array_equal(captured, launched)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("cache_type", ["bf16", "q8_0"])
+def test_replayed_layers_are_launched_ones_bit_for_bit(cache_type: str, tmp_path: Path) -> None:
+    """Prompts of whole buckets, three times: launched, captured, replayed; in steps beside generated rows, too."""
+    path = write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf")
+    said = []
+    for captures in (True, False):
+        harness = cuda_harness(path, dtype=torch.bfloat16, mla="3", cache_type=cache_type, captures=captures)
+        got = []
+        for turn in range(4):
+            got.append(harness.logits(ids(64 + 256, seed=turn), [64, 256]))
+            generating, prompted = harness.sequence(), harness.sequence()
+            harness.step([Work(generating, ids(70, seed=turn), is_prompt=True)])
+            works = [Work(generating, [7], is_prompt=False), Work(prompted, ids(63, seed=turn), is_prompt=True)]
+            got += harness.step(works)
+            for sequence in (generating, prompted):
+                sequence.release()
+        said.append(got)
+    for captured, launched in zip(*said, strict=True):
+        np.testing.assert_array_equal(captured, launched)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_layers_go_on_where_another_step_came_between(tmp_path: Path) -> None:
+    """A prompt stops at every cut, where another of the same bucket and generated rows run; replayed and launched."""
+    path = write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf")
+    harness = cuda_harness(path, mla="3")
+    text, other = ids(100), ids(120, seed=9)
+    expected = Harness(path, mla="3").logits(text, [100])[-1:]
+    loaded = harness.loaded
+    generating = harness.sequence()
+    harness.step([Work(generating, ids(30, seed=3), is_prompt=True)])
+    for _ in range(3):
+        prompted = harness.sequence()
+        batch = build_batch([Work(prompted, text, is_prompt=True)], loaded.plan)
+        run = loaded.backend.start(batch.step)
+        while run.run(run.position + 1) < loaded.model.num_segments:
+            between = harness.sequence()
+            harness.step([Work(between, other, is_prompt=True), Work(generating, [7], is_prompt=False)])
+            harness.step([Work(generating, [9], is_prompt=False)])
+            between.release()
+        close(run.outputs["logits"], expected, 5e-5)
+        batch.commit()
+        prompted.release()
 
 
 @pytest.mark.gpu

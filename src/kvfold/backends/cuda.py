@@ -3,8 +3,9 @@
 Owns the weights, the cache and the graphs in one GPU's memory. A step whose sequences all take the absorbed path with the
 same few rows is replayed as one graph of its (batch bucket, rows a sequence): arrays of the step are copied into fixed
 buffers first, the tiles of attention are dealt on the device, and no launch depends on a length. Every other step, prompts
-above all, is launched op by op. Logits go to the host, where the engine samples; the likeliest tokens of a replayed step are
-chosen in the graph too, and the next replay may take them from there (model.step.Choosing).
+above all, replays its layers but for attention (cuda_layers.py); what has too many rows for that is launched op by op.
+Logits go to the host, where the engine samples; the likeliest tokens of a replayed step of generated rows are chosen in the
+graph too, and the next replay may take them from there (model.step.Choosing).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvfold.backends.cuda_ops import CudaOps, Value
+from kvfold.backends.cuda_layers import CapturedLayers, bucket_of
+from kvfold.backends.cuda_ops import CudaOps, Value, made
 from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep, is_short, on_device, path_rows
 from kvfold.backends.cuda_weights import DeviceWeights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
@@ -50,7 +52,7 @@ class CudaBackend:
 
     dtype: bfloat16 (hidden rows, norms, softmax, routing and every sum float32) or float32 throughout.
     workspace_bytes: expanded keys and values, decoded weights and stored scores, of one op each.
-    captures: False launches every step op by op.
+    captures: False launches every step op by op, in as many rows as it has.
 
     Raises torch.cuda.OutOfMemoryError.
     """
@@ -89,7 +91,9 @@ class CudaBackend:
         positions = np.arange(cache.num_pages * PAGE_TOKENS, dtype=np.int32)
         self.cos, self.sin = (torch.from_numpy(a).to(device) for a in cos_sin(model.config.rope, positions))
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # number_product.route_gate_up's
-        self._graphs = _Graphs(self) if captures and device.type == "cuda" and not model.standard else None
+        captures = captures and device.type == "cuda" and not model.standard
+        self._graphs = _Graphs(self) if captures else None
+        self._layers = CapturedLayers(self) if captures else None
 
     @property
     def device_name(self) -> str:
@@ -116,16 +120,19 @@ class CudaBackend:
             if path in seen:
                 raise ValueError(f"segments: path {path} twice, expected once.")
             seen.add(path)
-        return CudaRun(self, step, self._graphs)
+        return CudaRun(self, step, self._graphs, self._layers)
 
 
 class CudaRun:
     """Implements model.step.StepRun, and ChoosingRun where the backend chooses."""
 
-    def __init__(self, backend: CudaBackend, step: Step, graphs: _Graphs | None) -> None:
+    def __init__(
+        self, backend: CudaBackend, step: Step, graphs: _Graphs | None, layers: CapturedLayers | None
+    ) -> None:
         self._backend = backend
         self._step = step
         self._graphs = graphs
+        self._layers = layers if bucket_of(step.num_rows) else None
         self._ops: CudaOps | None = None
         self._x: Value | None = None
         self._cancelled = False
@@ -159,14 +166,21 @@ class CudaRun:
                     return stop
             if self._ops is None:
                 mla = model.config.mla
-                step = on_device(self._step, mla.num_heads, mla.kv_lora_rank, self._backend.device)
+                bucket = bucket_of(self._step.num_rows) if self._layers else None
+                step = on_device(self._step, mla.num_heads, mla.kv_lora_rank, self._backend.device, bucket)
                 self._ops = CudaOps(self._backend, step)
             while self.position < stop:
                 self._check_cancelled()
-                self._x = model.run_segment(self._ops, self.position, self._x)
+                self._x = self._segment(self._ops, self.position, self._x)
                 self.position += 1
             self._outputs = _Outputs(self._ops.outputs)
         return self.position
+
+    def _segment(self, ops: CudaOps, index: int, x: Value | None) -> Value | None:
+        model = self._backend.model
+        if self._layers is None or x is None or index == model.num_segments - 1:
+            return model.run_segment(ops, index, x)
+        return made(self._layers.run(ops, index - 1, x.tensor))
 
     def _check_cancelled(self) -> None:
         if self._cancelled:

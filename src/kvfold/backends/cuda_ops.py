@@ -167,7 +167,7 @@ class Latent:
 class CudaOps:
     def __init__(self, backend: CudaBackend, step: DeviceStep) -> None:
         self._backend = backend
-        self._step = step
+        self.step = step
         self._dtype = backend.dtype
         self._latent = Latent()
         # (x, matrix) by identity -> x, which keeps that identity, and the whole product
@@ -201,11 +201,11 @@ class CudaOps:
 
     def _is_few(self, *weights: Matrix) -> bool:
         """Whether products of the step's rows with these take norms, additions and routing along."""
-        return number_product.serves(self._step.num_rows, *weights)
+        return number_product.serves(self.step.num_rows, *weights)
 
     def _rounds_few(self, *weights: Matrix) -> bool:
         """The same of products that round: they take norms and additions along."""
-        return self._step.num_rows <= ROW_PRODUCT_ROWS and all(rounded_product.serves(w) for w in weights)
+        return self.step.num_rows <= ROW_PRODUCT_ROWS and all(rounded_product.serves(w) for w in weights)
 
     def linear(self, name: str, x: Value, weight: str) -> Value:
         part = self._rows(weight)
@@ -251,7 +251,7 @@ class CudaOps:
 
     def embed(self, name: str, table: str) -> Value:
         self._products.clear()
-        return made(tile_product.embed(self._step.token_ids, self._rows(table).matrix))
+        return made(tile_product.embed(self.step.token_ids, self._rows(table).matrix))
 
     def norm(self, name: str, x: Value, weight: str, eps: float) -> Value:
         if isinstance(x, Columns) and x.start == 0:  # c_kv: append_latent norms it
@@ -303,7 +303,7 @@ class CudaOps:
                 return None
 
             def product() -> Tensor:
-                out = torch.empty(self._step.num_rows, w.rows, device=self._backend.device)
+                out = torch.empty(self.step.num_rows, w.rows, device=self._backend.device)
                 multiply(source.tensor, w, out, add=x.tensor)
                 return out
 
@@ -370,7 +370,7 @@ class CudaOps:
         return out
 
     def take_outputs(self, name: str, x: Value) -> Value:
-        output_rows = self._step.output_rows
+        output_rows = self.step.output_rows
         return x if output_rows is None else Value(lambda: x.tensor[output_rows])
 
     def output(self, name: str, x: Value) -> None:
@@ -442,7 +442,7 @@ class CudaOps:
             kv_a,
             backend.weights.vectors[self._latent.weight],
             self._latent.eps,
-            self._step.positions,
+            self.step.positions,
             slots,
             backend.cos,
             backend.sin,
@@ -455,13 +455,13 @@ class CudaOps:
 
     def _latents(self, c_kv: Value, dtype: torch.dtype, mla: MlaConfig) -> Tensor:
         """The rows' latents beside the cache: [T, latent_dim]."""
-        latents = torch.empty(self._step.num_rows, mla.latent_dim, dtype=dtype, device=self._backend.device)
-        slots = torch.arange(self._step.num_rows, device=latents.device)
+        latents = torch.empty(self.step.num_rows, mla.latent_dim, dtype=dtype, device=self._backend.device)
+        slots = torch.arange(self.step.num_rows, device=latents.device)
         self._append(c_kv, latents, slots, mla)
         return latents
 
     def append_latent(self, name: str, layer: int, c_kv: Value, k_rope: Value) -> None:
-        mla, step = self._backend.model.config.mla, self._step
+        mla, step = self._backend.model.config.mla, self.step
         pool = self._backend.pools[0][layer].flatten(0, 1)
         is_few = step.num_rows <= number_product.MOST_ROWS and step.absorbed == slice(0, step.num_rows)
         if self._backend.blocks is None and is_few:
@@ -471,7 +471,7 @@ class CudaOps:
             self._append(c_kv, pool, step.slots, mla)
         else:
             latents = self._latents(c_kv, torch.float32, mla)
-            append_blocks(latents, self._step.slots, pool, self._backend.blocks)
+            append_blocks(latents, self.step.slots, pool, self._backend.blocks)
 
     def append_full(self, name: str, layer: int, c_kv: Value, k_rope: Value, kv_up: KvUp, mla: MlaConfig) -> None:
         latents = self._latents(c_kv, self._dtype, mla)
@@ -481,9 +481,9 @@ class CudaOps:
         for array, new in zip(self._backend.pools, (k, v), strict=True):
             pool = array[layer].flatten(0, 1)
             if self._backend.blocks is None:
-                pool[self._step.slots] = new.flatten(1).to(array.dtype)
+                pool[self.step.slots] = new.flatten(1).to(array.dtype)
             else:
-                append_blocks(new.flatten(1), self._step.slots, pool, self._backend.blocks)
+                append_blocks(new.flatten(1), self.step.slots, pool, self._backend.blocks)
 
     # Attention
 
@@ -505,7 +505,7 @@ class CudaOps:
         latent = self._latent
         if latent.pool is not None and latent.kv_a is not None:
             backend = self._backend
-            out = fold(self._step.num_rows)
+            out = fold(self.step.num_rows)
             rows.fold_append(
                 q.tensor,
                 w_uk,
@@ -513,8 +513,8 @@ class CudaOps:
                 latent.kv_a,
                 backend.weights.vectors[latent.weight],
                 latent.eps,
-                self._step.positions,
-                self._step.slots,
+                self.step.positions,
+                self.step.slots,
                 backend.cos,
                 backend.sin,
                 latent.pool,
@@ -525,7 +525,7 @@ class CudaOps:
 
         def make() -> Tensor:
             """Absorbed rows only: [rows, H * latent_dim]."""
-            per_head = q.tensor[self._step.absorbed].unflatten(1, (mla.num_heads, mla.qk_head_dim))
+            per_head = q.tensor[self.step.absorbed].unflatten(1, (mla.num_heads, mla.qk_head_dim))
             out = fold(len(per_head))
             rows.per_head(
                 per_head, w_uk, out, depth=mla.qk_nope_head_dim, width=mla.kv_lora_rank, extra=mla.qk_rope_head_dim
@@ -538,14 +538,14 @@ class CudaOps:
         def launch_all(merges: bool) -> Tensor:
             q = q_latent.tensor.unflatten(1, (mla.num_heads, mla.latent_dim))
             out = torch.empty(len(q), mla.num_heads, mla.kv_lora_rank, dtype=self._dtype, device=q.device)
-            first = self._step.absorbed.start
+            first = self.step.absorbed.start
             pool = self._backend.pools[0][layer]
-            for launch in self._step.launches:
+            for launch in self.step.launches:
                 part = slice(launch.start - first, launch.stop - first)
                 mla_decode(
                     q[part],
                     pool,
-                    self._step.pages,
+                    self.step.pages,
                     launch.page_starts,
                     launch.kv_lens,
                     out[part],
@@ -555,7 +555,7 @@ class CudaOps:
                     blocks=self._backend.blocks,
                     merges=merges,
                 )
-            if not self._step.launches:
+            if not self.step.launches:
                 for sequence, part, _ in self._sequences(Path.ABSORBED):
                     latents = self._cached(0, layer, sequence, 0, self._kv_len(sequence))[:, None]
                     keys = latents.expand(-1, mla.num_heads, -1)
@@ -567,15 +567,15 @@ class CudaOps:
 
     def unfold_v(self, name: str, o_latent: Value, kv_up: KvUp, mla: MlaConfig) -> Value:
         def make() -> Tensor:
-            device, num_rows = self._backend.device, self._step.num_rows
+            device, num_rows = self._backend.device, self.step.num_rows
             out = torch.empty(num_rows, mla.num_heads * mla.v_head_dim, dtype=self._dtype, device=device)
-            absorbed, launches = self._step.absorbed, self._step.launches
+            absorbed, launches = self.step.absorbed, self.step.launches
             _, w_uv = self._backend.weights.up[kv_up]
             per_head = mla.num_heads, mla.kv_lora_rank
             is_all = absorbed == slice(0, num_rows)
             if (
                 is_all
-                and self._step.is_short
+                and self.step.is_short
                 and len(launches) == 1
                 and isinstance(o_latent, Attended)
                 and merged_unfold.serves(num_rows, mla.num_heads)
@@ -616,7 +616,7 @@ class CudaOps:
             yield 0, k[..., : mla.qk_nope_head_dim], k[..., mla.qk_nope_head_dim :], v
 
         width = mla.num_heads * mla.v_head_dim
-        into = made(torch.empty(self._step.num_rows, width, dtype=self._dtype, device=self._backend.device))
+        into = made(torch.empty(self.step.num_rows, width, dtype=self._dtype, device=self._backend.device))
         self._attend(Path.STANDARD, q, tiles, mla, into)
         return into
 
@@ -678,22 +678,22 @@ class CudaOps:
 
     def _sequences(self, path: Path) -> Iterator[tuple[int, slice, bool]]:
         """(sequence, its rows, fused) of the segment that takes this path."""
-        step = self._step.host
+        step = self.step.host
         segment = None if step is None else step.segment(path.value)
         if step is not None and segment is not None:
             for sequence in segment[1]:
                 yield sequence, step.rows(sequence), segment[0]
 
     def _kv_len(self, sequence: int) -> int:
-        assert self._step.host is not None
-        return int(self._step.host.kv_lens[sequence])
+        assert self.step.host is not None
+        return int(self.step.host.kv_lens[sequence])
 
     def _cached(self, array: int, layer: int, sequence: int, start: int, stop: int) -> Tensor:
         """Cached rows of tokens [start, stop) of a sequence, `start` at a page, in the compute type: [.., width]."""
-        step = self._step.host
+        step = self.step.host
         assert step is not None
         at = int(step.page_starts[sequence])
-        pages = self._step.pages[at + start // PAGE_TOKENS : at - (-stop // PAGE_TOKENS)]
+        pages = self.step.pages[at + start // PAGE_TOKENS : at - (-stop // PAGE_TOKENS)]
         pool = self._backend.pools[array][layer]
         if self._backend.blocks is None:
             return pool[pages].flatten(0, 1)[: stop - start].to(self._dtype)

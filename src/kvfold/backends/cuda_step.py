@@ -39,6 +39,7 @@ class DeviceStep:
     """num_rows, and arrays of model/step.py on the device.
 
     host:         the step they came from; None for a captured graph's, whose values change from replay to replay
+    positions, slots: at least num_rows of them; what is behind those is padding
     absorbed:     rows of the absorbed segment
     launches:     its rows dealt to launches; empty where it is not fused
     output_rows:  int64, or None for all rows
@@ -69,11 +70,16 @@ def path_rows(step: Step, path: Path) -> slice:
     return slice(int(step.row_starts[segment[1].start]), int(step.row_starts[segment[1].stop]))
 
 
-def on_device(step: Step, num_heads: int, kv_lora: int, device: torch.device) -> DeviceStep:
-    """The step's arrays copied, its absorbed rows dealt to launches and their schedules made."""
+def on_device(
+    step: Step, num_heads: int, kv_lora: int, device: torch.device, padded_rows: int | None = None
+) -> DeviceStep:
+    """The step's arrays copied, its absorbed rows dealt to launches and their schedules made. padded_rows: of positions and
+    slots, position 0 and no slot behind the step's own."""
 
     def put(array: NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(np.array(array)).to(device, non_blocking=True)
+
+    padding = (0, (padded_rows or step.num_rows) - step.num_rows)
 
     launches: list[DecodeLaunch] = []
     segment = step.segment(Path.ABSORBED.value)
@@ -88,8 +94,8 @@ def on_device(step: Step, num_heads: int, kv_lora: int, device: torch.device) ->
         step,
         step.num_rows,
         put(step.token_ids),
-        put(step.positions),
-        put(step.slots),
+        put(np.pad(step.positions, padding)),
+        put(np.pad(step.slots, padding, constant_values=-1)),
         put(step.pages),
         path_rows(step, Path.ABSORBED),
         tuple(launches),
