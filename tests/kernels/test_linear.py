@@ -126,7 +126,8 @@ def test_experts_are_the_weighted_sum(
             expected[t] += weights[t, choice] * (down_dense[e] @ h)
     on = [torch.from_numpy(a).to(device) for a in (x, ids, weights)]
     out = torch.full((num_rows, out_rows), torch.nan, device=device)
-    tile_product.experts(*on, gate, up, down, out, scratch_bytes=2 * 4 * (2 * hidden + out_rows) * width)
+    scratch = torch.full((2 * 4 * (2 * hidden + out_rows) * width,), 0xFF, dtype=torch.uint8, device=device)
+    tile_product.experts(*on, gate, up, down, out, scratch)
     same(out, expected, 2e-5)
     if num_rows < 9:
         out.fill_(torch.nan)

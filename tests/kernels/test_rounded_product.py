@@ -208,7 +208,7 @@ def test_experts_meet_fp8_in_fp8(device: str) -> None:
     ids = torch.tensor([[2, 0], [0, 1], [2, 1], [0, 2], [2, 0], [2, 1]], dtype=torch.int32, device=device)
     weights = torch.from_numpy(RNG(5).uniform(0.1, 1, (6, k)).astype(np.float32)).to(device)
     out = torch.full((6, out_rows), torch.nan, device=device)
-    tile_product.experts(x, ids, weights, gate, up, down, out, scratch_bytes=1)
+    tile_product.experts(x, ids, weights, gate, up, down, out, torch.empty(1, dtype=torch.uint8, device=device))
     values, expected = rounded_e4m3(x), np.zeros((6, out_rows))
     between = np.zeros((12, width))
     for pair, expert in enumerate(ids.flatten().tolist()):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -94,6 +95,11 @@ class CudaBackend:
         captures = captures and device.type == "cuda" and not model.standard
         self._graphs = _Graphs(self) if captures else None
         self._layers = CapturedLayers(self) if captures else None
+
+    @cached_property
+    def scratch(self) -> Tensor:
+        """Decoded weights of the op at work, of launched and captured steps alike. Taken when a step first needs it."""
+        return torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
 
     @property
     def device_name(self) -> str:

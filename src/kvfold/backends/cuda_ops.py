@@ -192,7 +192,7 @@ class CudaOps:
         elif (len(x) <= TILE_PRODUCT_ROWS and not is_plain) or tile_product.rounds(w):
             tile_product.linear(x, w, out)
         else:
-            numbers = w.plain() if is_plain else tile_product.decode(w, x.dtype)
+            numbers = w.plain() if is_plain else tile_product.decode(w, x.dtype, self._backend.scratch)
             if dtype == x.dtype:
                 torch.mm(x, numbers.T, out=out)
             else:
@@ -423,7 +423,7 @@ class CudaOps:
                 hidden = row_product.gate_up(x.tensor, w_gate, w_up, ids.tensor, self._dtype, w_down)
                 row_product.down(hidden, w_down, ids.tensor, weights.tensor, out)
             else:
-                scratch = self._backend.workspace_bytes
+                scratch = self._backend.scratch
                 tile_product.experts(x.tensor, ids.tensor, weights.tensor, w_gate, w_up, w_down, out, scratch)
             return out
 

@@ -339,9 +339,14 @@ def linear(x: Tensor, w: Matrix, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def decode(w: Matrix, dtype: torch.dtype) -> Tensor:
-    """[parts * rows, cols], every weight rounded once to dtype."""
-    out = torch.empty(w.parts * w.rows, w.cols, dtype=dtype, device=w.raw.device)
+def decode(w: Matrix, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
+    """[parts * rows, cols], every weight rounded once to dtype, at the start of scratch (uint8) where that is large enough."""
+    shape = w.parts * w.rows, w.cols
+    nbytes = shape[0] * shape[1] * dtype.itemsize
+    if scratch is not None and len(scratch) >= nbytes:
+        out = scratch[:nbytes].view(dtype).view(shape)
+    else:
+        out = torch.empty(shape, dtype=dtype, device=w.raw.device)
     if w.type in rounded_product.TYPES:
         _decode_words[(triton.cdiv(len(out), 4), triton.cdiv(w.cols, 1024 if w.type == "Q8_0" else 2048))](
             w.raw, out, len(out), w.cols, w.row_bytes,
@@ -462,20 +467,20 @@ def _run_experts(
 
 
 def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, gate: Matrix, up: Matrix, down: Matrix, out: Tensor, scratch_bytes: int
+    x: Tensor, ids: Tensor, weights: Tensor, gate: Matrix, up: Matrix, down: Matrix, out: Tensor, scratch: Tensor
 ) -> None:
     """out [T, rows of down] = sum of weights [T, k] times down(silu(gate x) * up x) over the experts ids int32 [T, k].
 
     Weights that are not of x's type are decoded in the tiles while a tile has few rows, else beforehand, as many
-    experts at a time as fit scratch_bytes (one at least).
+    experts at a time as fit scratch (uint8), one at least.
     """
     groups = group_by_expert(ids, gate.parts)
     hidden = torch.empty(ids.numel(), gate.rows, dtype=x.dtype, device=x.device)
     y = torch.empty(ids.numel(), down.rows, dtype=x.dtype, device=x.device)
-    scratch_bytes = scratch_bytes if groups.rows > FEW_ROWS else 0
-    for first, last, (w_gate, w_up) in _numbers_of([gate, up], x.dtype, scratch_bytes):
+    place = scratch if groups.rows > FEW_ROWS else None
+    for first, last, (w_gate, w_up) in _numbers_of([gate, up], x.dtype, place):
         _run_experts(x, ids.shape[1], w_gate, w_up, groups, hidden, first, last)
-    for first, last, (w_down,) in _numbers_of([down], x.dtype, scratch_bytes):
+    for first, last, (w_down,) in _numbers_of([down], x.dtype, place):
         _run_experts(hidden, 1, w_down, None, groups, y, first, last)
     _weighted_sum[(len(x), triton.cdiv(down.rows, 1024))](
         y, weights, out, down.rows, PER_ROW=ids.shape[1], WIDTH=1024
@@ -483,28 +488,33 @@ def experts(
 
 
 def _numbers_of(
-    weights: list[Matrix], dtype: torch.dtype, scratch_bytes: int
+    weights: list[Matrix], dtype: torch.dtype, scratch: Tensor | None
 ) -> Iterator[tuple[int, int, list[Matrix]]]:
-    """(first part, one behind the last, these of all weights in numbers of dtype), as many as fit scratch_bytes (one at
-    least); as they are, and all, where scratch_bytes is 0."""
+    """(first part, one behind the last, these of all weights in numbers of dtype), as many as fit scratch (one at least);
+    as they are, and all, without it."""
     parts = weights[0].parts
     each = dtype.itemsize * sum(w.rows * w.cols for w in weights if not _multiplies_as_it_is(w, dtype))
-    if scratch_bytes == 0 or each == 0:
+    if scratch is None or each == 0:
         yield 0, parts, weights
         return
-    size = max(1, scratch_bytes // each)
+    size = max(1, len(scratch) // each)
     for first in range(0, parts, size):
         last = min(first + size, parts)
-        yield first, last, [_plain(w.part(first, last), dtype) for w in weights]
+        numbers, free = [], scratch
+        for w in weights:
+            numbers.append(_plain(w.part(first, last), dtype, free))
+            if not _multiplies_as_it_is(w, dtype):
+                free = free[(last - first) * w.rows * w.cols * dtype.itemsize :]
+        yield first, last, numbers
 
 
 def _multiplies_as_it_is(w: Matrix, dtype: torch.dtype) -> bool:
     return w.is_plain(dtype) or rounds(w)
 
 
-def _plain(w: Matrix, dtype: torch.dtype) -> Matrix:
+def _plain(w: Matrix, dtype: torch.dtype, scratch: Tensor) -> Matrix:
     """The same matrix in numbers of this type, if it has to be."""
     if _multiplies_as_it_is(w, dtype):
         return w
     name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-    return Matrix(name, w.rows, w.cols, decode(w, dtype).view(torch.uint8), None, w.parts)
+    return Matrix(name, w.rows, w.cols, decode(w, dtype, scratch).view(torch.uint8), None, w.parts)
