@@ -124,6 +124,17 @@ def test_routing_is_the_released_rule(experts: int, k: int, groups: int, kept: i
     np.testing.assert_allclose(weights.cpu(), 2.5 * chosen, rtol=1e-5)
 
 
+def test_of_equal_experts_the_first_are_chosen(device: str) -> None:
+    logits = np.float32([[0, 1, 1, -2, 1, 0], [-3, -3, -3, -3, -3, -3]])
+    rule = rows.RoutingRule(4, 1, 1, is_sigmoid=False, is_top2=False, is_normed=False, factor=1.0)
+    ids, weights = rows.route(on(device, logits), None, rule)
+    np.testing.assert_array_equal(ids.cpu(), [[1, 2, 4, 0], [0, 1, 2, 3]])
+    scores = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(
+        weights.cpu(), np.take_along_axis(scores, ids.cpu().numpy().astype(int), 1), rtol=1e-5
+    )
+
+
 def test_routing_of_nan_stays_inside(device: str) -> None:
     rule = rows.RoutingRule(3, 3, 2, is_sigmoid=True, is_top2=True, is_normed=True, factor=1.0)
     ids, _ = rows.route(torch.full((2, 9), torch.nan, device=device), None, rule)

@@ -189,17 +189,24 @@ def choose_experts(
         # the released V2 code ranks refused experts at 0, V3 below all
         choice = tl.where(kept[:, None] | (inside == 0), choice, low if TOP2 else 0.0)
 
+    # Choices as whole numbers that order alike, NaN included, above the expert's place from the end: one search finds the
+    # largest and the first expert that has it, where each search crosses the program's warps.
+    bits = choice.to(tl.int32, bitcast=True)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    order = tl.where(inside, (order << 32) | (num_experts - 1 - expert), -0x8000000000000000)
     place = tl.arange(0, PLACES)
     chosen_ids = tl.zeros([PLACES], tl.int32)
     chosen_weights = tl.zeros([PLACES], tl.float32)
     for i in range(per_row):
-        top = tl.max(tl.max(choice, 1), 0)
-        # never beyond the last expert, also where logits are NaN
-        chosen = tl.min(tl.min(tl.where(choice == top, expert, num_experts - 1), 1), 0)
-        weight = tl.sum(tl.sum(tl.where((expert == chosen) & inside, scores, 0.0), 1), 0)
+        top = tl.max(tl.max(order, 1), 0)
+        chosen = num_experts - 1 - (top & 0x7FFFFFFF).to(tl.int32)
+        if BIAS or GROUPS > 1:
+            weight = tl.sum(tl.sum(tl.where((expert == chosen) & inside, scores, 0.0), 1), 0)
+        else:  # the score itself, which is not negative
+            weight = (top >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         chosen_ids = tl.where(place == i, chosen, chosen_ids)
         chosen_weights = tl.where(place == i, weight, chosen_weights)
-        choice = tl.where(expert == chosen, low, choice)
+        order = tl.where(order == top, -0x8000000000000000, order)
     if NORM:
         chosen_weights = chosen_weights / (tl.sum(chosen_weights, 0) + 1e-20)
     tl.store(ids + t * per_row + place, chosen_ids, mask=place < per_row)
