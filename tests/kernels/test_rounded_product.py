@@ -56,11 +56,12 @@ def test_what_is_not_finite_spoils_its_row_alone(device: str) -> None:
     same(out[1:2], rounded(x[1:2]) @ dense[0].T.astype(np.float64), 1e-6)
 
 
-@pytest.mark.parametrize(("name", "down_name", "ahead"), [("Q4_K", "Q8_0", 2), ("IQ4_NL", "IQ4_NL", 1)])
+@pytest.mark.parametrize(("name", "down_name", "ahead"), [("Q4_K", "Q8_0", (3, 2)), ("IQ4_NL", "IQ4_NL", (1, 1))])
 def test_experts_round_their_rows(
-    name: str, down_name: str, ahead: int, device: str, monkeypatch: pytest.MonkeyPatch
+    name: str, down_name: str, ahead: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights of both experts asked for at once, and of one after the other."""
+    """Four passes over the parts of both experts: the weights of three asked for at once, and of one after the other."""
+    monkeypatch.setattr(rounded_product, "LANES", 1)
     monkeypatch.setitem(rounded_product._AHEAD, down_name, ahead)
     num_experts, k, hidden, width, out_rows = 3, 2, 256, 64, 7
     gate, gate_dense = matrix(name, width, hidden, device, num_experts, 1, rounds=True)

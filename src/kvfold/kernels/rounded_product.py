@@ -22,14 +22,17 @@ from kvfold.kernels.rows import silu
 TYPES = frozenset(["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
 
 # Rows of a program, its warps, and registers of a thread where the compiler would take so many that fewer programs fit.
-LINEAR = (16, 2)
+LINEAR = {"Q4_0": (16, 2), "IQ4_NL": (16, 4), "Q8_0": (16, 2), "Q4_K": (16, 2), "Q6_K": (16, 2)}
 GATE_UP = (16, 4)
-DOWN = {"Q4_0": (4, 4, 128), "IQ4_NL": (4, 4, 160), "Q8_0": (4, 4, 160), "Q4_K": (4, 4, 128), "Q6_K": (4, 4, 128)}
-GATE_UP_ROUNDS = {"Q4_0": (8, 128), "IQ4_NL": (8, 128), "Q8_0": (8,), "Q4_K": (8,), "Q6_K": (8,)}  # of 32 rows
-# Types whose gate and up are read one after the other: scales and minima leave no registers for the weights of both.
-APART = frozenset(["Q4_K"])
-# Experts of `down` whose weights are asked for at once: up to 100 registers.
-_AHEAD = {"Q4_0": 6, "IQ4_NL": 6, "Q8_0": 6, "Q4_K": 3, "Q6_K": 2}
+DOWN = {"Q4_0": (4, 4, 128), "IQ4_NL": (4, 4, 128), "Q8_0": (4, 4, 128), "Q4_K": (4, 4, 128), "Q6_K": (4, 4, 128)}
+GATE_UP_ROUNDS = {"Q4_0": (8, 128), "IQ4_NL": (8, 80), "Q8_0": (8,), "Q4_K": (8,), "Q6_K": (8,)}  # of 32 rows
+# Types whose gate and up are read one after the other. Q4_K: scales and minima leave no registers for the weights of both.
+# IQ4_NL: with 80 registers three programs fit a multiprocessor and V2-Lite's 352 run at once; two leave 88 for a second turn.
+APART = frozenset(["Q4_K", "IQ4_NL"])
+# Parts of a row in one pass of `down`: a warp's lanes.
+LANES = 32
+# Passes whose weights are asked for at once, and those whose hidden numbers are: so many that 128 registers suffice.
+_AHEAD = {"Q4_0": (9, 3), "IQ4_NL": (9, 3), "Q8_0": (5, 2), "Q4_K": (4, 1), "Q6_K": (2, 1)}
 # Weights that a thread holds of a row. Q4_K: low and high nibbles of 32 bytes. Q6_K: half a block.
 _EACH = {"Q4_0": 32, "IQ4_NL": 32, "Q8_0": 32, "Q4_K": 64, "Q6_K": 128}
 
@@ -597,9 +600,7 @@ def _gate_up_of_all(
     TOKENS: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first programs own ROWS features of the shared experts, whose weights need no choice and come early; the others
-    those of a pair of row and expert."""
-    if EARLY:
-        let_next_start()
+    those of a pair of row and expert. The next kernel starts when the choice is there, which it reads at once."""
     program = tl.program_id(0)
     each = tl.cdiv(shared_rows, ROWS)
     if program < TOKENS * each:
@@ -616,52 +617,81 @@ def _gate_up_of_all(
         expert = tl.load(ids + pair).to(tl.int64)
         t = pair // PER_ROW
         _gate_up_features(x + t * x_stride, x_scales + t * (COLS // 32), gate + expert * rows * ROW_BYTES, up + expert * rows * ROW_BYTES,
-                          out, scales, program % each, pair, rows, COLS, EACH, ROW_BYTES, TYPE, ROWS, PARTS, True, MIXED,
-                          APART, False)  # fmt: skip
+                          out, scales, program % each, pair, rows, COLS, EACH, ROW_BYTES, TYPE, ROWS, PARTS,
+                          True, MIXED, APART, False)  # fmt: skip
+
+
+@triton.jit
+def _chosen_weights(
+    start, ids, rows, FIRST: tl.constexpr, LAST: tl.constexpr,
+    COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PER_ROW: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Passes [FIRST, LAST), PARTS each, over the rows of all chosen experts as one row: of each (weights, parts of that
+    row, parts of the expert's own row, choices). start: as `_start`, of expert 0; ids: of a row's choices."""
+    NUM: tl.constexpr = COLS // EACH
+    passes = ()
+    for i in tl.static_range(FIRST, LAST):
+        part, near = _part(i * PARTS, PER_ROW * NUM, PARTS)
+        choice, b = near // NUM, near % NUM
+        expert = tl.load(ids + choice).to(tl.int64)
+        w = _weights(start + (expert * rows * ROW_BYTES)[None, :], b[None, :], COLS, ROW_BYTES, TYPE)
+        passes = passes + ((w, part, b, choice),)  # type: ignore[assignment] # noqa: RUF005 (Triton knows sums of tuples)
+    return passes
 
 
 @triton.jit
 def _down(
     hidden, scales, raw, ids, weights, shared_hidden, shared_scales, shared, add, out, rows,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PER_ROW: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, TOGETHER: tl.constexpr, ADD: tl.constexpr,
     SHARED_COLS: tl.constexpr, SHARED_EACH: tl.constexpr, SHARED_BYTES: tl.constexpr, SHARED_TYPE: tl.constexpr,
     SHARED_PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """AHEAD: experts whose weights are asked for before the first is multiplied: one after another each would wait.
-    SHARED_COLS: numbers of a row that meet the shared experts' matrix, 0 without."""
+    """Program (ROWS features, row). A row's chosen experts count as one long row: 44 blocks each would leave 20 of 64 lanes
+    idle. ids are of two kernels ago, and the kernel before this one lets it start when it has them itself, so they may be
+    read before the wait. AHEAD: passes whose weights are asked for together, the first of them before the inputs are there.
+    TOGETHER: passes that wait together for what they meet. SHARED_COLS: numbers of a row that meet the shared experts'
+    matrix, 0 without."""
     if EARLY:
         let_next_start()
     t = tl.program_id(1).to(tl.int64)
+    ids += t * PER_ROW
+    weights += t * PER_ROW
+    hidden += t * (PER_ROW * COLS)
+    scales += t * (PER_ROW * (COLS // 32))
     first, start = _start(raw, tl.program_id(0), rows, ROWS, ROW_BYTES)
+    PASSES: tl.constexpr = (PER_ROW * (COLS // EACH) + PARTS - 1) // PARTS
+    passes = _chosen_weights(start, ids, rows, 0, min(AHEAD, PASSES), COLS, EACH, ROW_BYTES, TYPE, PER_ROW, PARTS)
     shared_ws = ()
     if SHARED_COLS > 0:
         _, shared_start = _start(shared, tl.program_id(0), rows, ROWS, SHARED_BYTES)
         for part in tl.static_range(0, SHARED_COLS // SHARED_EACH, SHARED_PARTS):
             b, near = _part(part, SHARED_COLS // SHARED_EACH, SHARED_PARTS)
-            shared_ws = shared_ws + (  # type: ignore[assignment] # noqa: RUF005 (Triton knows sums of tuples)
+            shared_ws = shared_ws + (  # type: ignore[assignment] # noqa: RUF005
                 _weights(shared_start, near[None, :], SHARED_COLS, SHARED_BYTES, SHARED_TYPE),
             )
     if EARLY:
         wait_for_inputs()
     y = tl.zeros([ROWS, PARTS], tl.float32)
-    for part in tl.static_range(0, COLS // EACH, PARTS):
-        b, near = _part(part, COLS // EACH, PARTS)
-        for group in tl.static_range(0, PER_ROW, AHEAD):
-            ws, xs = (), ()
+    for group in tl.static_range(0, PASSES, AHEAD):
+        if group > 0:
+            passes = _chosen_weights(start, ids, rows, group, min(group + AHEAD, PASSES), COLS, EACH, ROW_BYTES, TYPE,
+                                     PER_ROW, PARTS)  # fmt: skip
+        for few in tl.static_range(0, min(AHEAD, PASSES - group), TOGETHER):
+            xs = ()
             seen = tl.zeros([ROWS, PARTS], tl.int32)
-            for choice in tl.static_range(group, min(group + AHEAD, PER_ROW)):
-                pair = t * PER_ROW + choice
-                expert = tl.load(ids + pair).to(tl.int64)
-                w = _weights(start + expert * rows * ROW_BYTES, near[None, :], COLS, ROW_BYTES, TYPE)
-                x = _activations(hidden + pair * COLS, scales + pair * (COLS // 32), weights, b, COLS, TYPE, False)
-                ws, xs = ws + (w,), xs + (x,)  # type: ignore[assignment] # noqa: RUF005
+            for i in tl.static_range(few, min(few + TOGETHER, AHEAD, PASSES - group)):
+                w, part, _, _ = passes[i]
+                x = _activations(hidden, scales, weights, part, PER_ROW * COLS, TYPE, False)
+                xs = xs + (x,)  # type: ignore[assignment] # noqa: RUF005
                 seen |= _of_each_load(w, x, TYPE)
             # Else the compiler moves each load to where it is needed, and one after another waits for memory.
             zero = _zero(seen)
-            for choice in tl.static_range(group, min(group + AHEAD, PER_ROW)):
-                weight = tl.load(weights + t * PER_ROW + choice)
-                y += weight * _times(ws[choice - group], xs[choice - group], near, zero, TYPE)
+            for i in tl.static_range(few, min(few + TOGETHER, AHEAD, PASSES - group)):
+                w, _, b, choice = passes[i]
+                weight = tl.load(weights + choice)
+                y += weight[None, :] * _times(w, xs[i - few], b, zero, TYPE)
     y = tl.sum(y, 1)
     if SHARED_COLS > 0:
         z = tl.zeros([ROWS, SHARED_PARTS], tl.float32)
@@ -693,6 +723,11 @@ def _parts(w: Matrix) -> int:
     return min(int(triton.next_power_of_2(w.cols // _EACH[w.type])), 2048 // _EACH[w.type])
 
 
+def _lanes(parts: int) -> int:
+    """Parts in one pass where a warp has a row of its own, whose sum then crosses no warps."""
+    return min(int(triton.next_power_of_2(parts)), LANES)
+
+
 def _sizes(w: Matrix, rows: int, num_warps: int, maxnreg: int | None = None) -> dict[str, int | None]:
     """ROWS of a program and PARTS of a row in one pass: what each matrix of `rows` or more rows is cut in."""
     return {
@@ -706,7 +741,7 @@ def _sizes(w: Matrix, rows: int, num_warps: int, maxnreg: int | None = None) -> 
 
 def linear(x: Tensor, w: Matrix, out: Tensor, *, norm: Norm | None = None, add: Tensor | None = None) -> None:
     """out [T, rows] = rounded (norm of float32) x [T, cols] @ w^T, plus add float32 [T, rows]; the last strides are 1."""
-    sizes = _sizes(w, *LINEAR)
+    sizes = _sizes(w, *LINEAR[w.type])
     early = overlaps(x)
     x = aligned(x)
     _linear[(triton.cdiv(w.rows, sizes["ROWS"]), len(x))](
@@ -746,7 +781,8 @@ def down(
     numbers, scales = (hidden.codes, hidden.scales) if isinstance(hidden, RoundedRows) else (hidden, hidden)
     sizes = _sizes(w, *DOWN[w.type])
     per_row = ids.shape[1]
-    ahead = triton.cdiv(per_row, triton.cdiv(per_row, _AHEAD[w.type]))
+    sizes["PARTS"] = _lanes(per_row * w.cols // _EACH[w.type])
+    ahead, together = _AHEAD[w.type]
     shared_codes, shared_scales, shared_w = (
         (numbers, scales, w) if shared is None else (shared[0].codes, shared[0].scales, shared[1])
     )
@@ -754,10 +790,10 @@ def down(
     _down[(triton.cdiv(w.rows, sizes["ROWS"]), len(ids))](
         numbers, scales, w.raw, ids, weights, shared_codes, shared_scales, shared_w.raw, out if add is None else add, out,
         w.rows,
-        COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, PER_ROW=per_row, AHEAD=ahead, ADD=add is not None,
+        COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, PER_ROW=per_row, AHEAD=ahead, TOGETHER=together, ADD=add is not None,
         SHARED_COLS=0 if shared is None else shared_w.cols, SHARED_EACH=_EACH[shared_w.type],
-        SHARED_BYTES=shared_w.row_bytes, SHARED_TYPE=shared_w.type, SHARED_PARTS=_parts(shared_w),
-        EARLY=early, launch_pdl=early, **sizes,
+        SHARED_BYTES=shared_w.row_bytes, SHARED_TYPE=shared_w.type,
+        SHARED_PARTS=_lanes(shared_w.cols // _EACH[shared_w.type]), EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip
 
 
