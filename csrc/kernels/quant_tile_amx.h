@@ -34,13 +34,17 @@ struct ScaledTile {
     for (int64_t first = 0; first < rows; first += kCols, prepared += group_bytes(k)) {
       for (int64_t c = 0; c < kCols; c++) {
         uint8_t* record = prepared;
-        const bool empty = first + c >= rows;  // nothing times any sum
+        const bool empty = first + c >= rows;  // zeros, which are multiplied too
         const float* row = empty ? nullptr : x + (pick ? pick[first + c] : first + c) * ldx;
         for (int64_t at = 0; at < k; at += kBlock, record += kGroup) {
           int32_t halves[2] = {};
           float scale = 0.0f;
           auto* codes = reinterpret_cast<int8_t*>(record + kBlock * c);
-          if (!empty) scale = S::quantize(row + at, codes, halves);
+          if (empty) {
+            std::memset(codes, 0, kBlock);
+          } else {
+            scale = S::quantize(row + at, codes, halves);
+          }
           std::memcpy(record + kScales + 4 * c, &scale, 4);
           for (int run = 0; F::kHasMin && run < F::kRuns; run++) {
             const int32_t sum = F::kRuns == 2 ? halves[run] : halves[0] + halves[1];
@@ -121,15 +125,13 @@ struct ScaledTile {
     }
   }
 
-  // Groups of `rows` rows: all of kCols, or one of fewer, for which `cols` are added, the others of them
-  // zeros.
+  // Groups of `rows` rows: all of kCols, or one of fewer, whose sums of `cols` are added. Tiles of fewer rows
+  // would not be faster.
   template <int cols, class Rows>
   static void multiply(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t group_bytes,
                        int64_t groups, Rows rows, const float* start, int64_t ld_start, float* y,
                        int64_t ldy) {
     alignas(64) Sums ring[kRing];
-    if (rows < cols) std::memset(ring, 0, sizeof ring);
-    S::configure(static_cast<int>(rows), F::kRun);
     const int64_t vectors = (n + S::kLanes - 1) / S::kLanes, blocks = k / kBlock;
     Multiplier multiplier{panel, x, blocks, group_bytes, vectors, groups};
     for (int64_t i = 0; i < kAhead; i++) multiplier.next(ring[i]);
@@ -162,6 +164,8 @@ struct ScaledTile {
                    int64_t rows, const float* start, int64_t ld_start, float* y, int64_t ldy,
                    const uint8_t* next, int64_t next_bytes) {
     for (int64_t i = 0; i < next_bytes; i += 64) S::prefetch(next + i);
+    static constexpr auto kShapes = S::code_shapes(F::kRun);
+    S::configure(kShapes);
     const int64_t groups = rows / kCols, done = groups * kCols, rest = rows - done;
     if (groups > 0) {
       using All = std::integral_constant<int64_t, kCols>;

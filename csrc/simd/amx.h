@@ -28,15 +28,15 @@ struct Amx : Avx512 {
     __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory");
   }
 
-  // Tiles 0 to 3 are sums, [rows][16] in int32; 4 and 5 codes of x, [rows][columns]; 6 and 7 codes of 16 rows
-  // of weights, four columns after the other: [columns / 4][16][4].
-  static void configure(int rows, int columns) {
+  // Tiles 0 to 3 are sums, [16 rows][16] in int32; 4 and 5 codes of x, [16 rows][columns]; 6 and 7 codes of
+  // 16 rows of weights, four columns after the other: [columns / 4][16][4].
+  static constexpr TileShapes code_shapes(int columns) {
     TileShapes shapes;
-    for (int tile = 0; tile < 8; tile++) {
-      shapes.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : columns / 4);
-      shapes.row_bytes[tile] = static_cast<uint16_t>(tile == 4 || tile == 5 ? columns : 64);
+    for (int tile = 4; tile < 8; tile++) {
+      if (tile < 6) shapes.row_bytes[tile] = static_cast<uint16_t>(columns);
+      if (tile >= 6) shapes.rows[tile] = static_cast<uint8_t>(columns / 4);
     }
-    configure(shapes);
+    return shapes;
   }
   static void release() { __asm__ volatile("tilerelease" : : : "memory"); }
 
