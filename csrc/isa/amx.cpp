@@ -35,7 +35,10 @@ const InstructionSet& amx_set() {
     for (int32_t i = 0; i < like.num_kernels; i++) {
       MatrixKernels kernels = like.kernels[i];
       for_each_quantized([&](auto type, int32_t id) {
-        if (id == kernels.type) take_scaled_tiles<Amx, typename decltype(type)::type>(kernels);
+        using T = typename decltype(type)::type;
+        if constexpr (Parts<T>::kRun == kBlock) {
+          if (id == kernels.type) take_scaled_tiles<Amx, T>(kernels);
+        }
       });
       all.add(kernels);
     }

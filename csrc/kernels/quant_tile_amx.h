@@ -2,11 +2,12 @@
 //
 // A panel is as in quant_tile.h, two vectors wide and with signed levels: the codes of a vector are a tile of
 // weights as they lie. Activations come in groups of 16 rows with a record for each 32 columns: codes
-// [16 rows][32], scales [16], and sums for minimums [runs][16] where the type has them.
+// [16 rows][32], scales [16], and sums for minimums [16] where the type has them.
 //
-// Scales change every 32 columns, so a tile multiplies those and its sums go through memory to the vectors,
-// which turn them into float32, scale and add them: 48 instructions for 8192 multiply-adds, of which a
-// processor does two a cycle, where the dots of bytes alone would be 128.
+// Scales change every 32 columns, so a tile multiplies those, half of what it could, and its sums go through
+// memory to the vectors, which turn them into float32, scale and add them: 48 instructions for 8192
+// multiply-adds. Dots of vectors are 128 more instructions of the same ports. Types of two scales for 32
+// columns have twice the tiles and stay with vectors: docs/notes/cpu-kernels.md.
 #pragma once
 
 #include <cstdint>
@@ -18,15 +19,14 @@
 namespace kvfold {
 namespace {
 
-template <class S, class F>
+template <class S, bool has_min>
 struct ScaledTile {
-  static_assert(!F::kHasZero);
-  using Panels = AnyTile<S, F, 1>;
+  using Panels = AnyTile<S, Shape<kBlock, false, has_min, true>, 1>;
   static constexpr int kVectors = 2, kCols = S::kTileRows, kRows = Panels::kRows;
   static_assert(kRows == kVectors * S::kLanes);
 
   static constexpr int64_t kScales = kBlock * kCols, kSums = kScales + 4 * kCols;
-  static constexpr int64_t kGroup = kSums + (F::kHasMin ? 4 * F::kRuns * kCols : 0);
+  static constexpr int64_t kGroup = kSums + (has_min ? 4 * kCols : 0);
   static int64_t group_bytes(int64_t k) { return k / kBlock * kGroup; }
 
   static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k,
@@ -46,20 +46,15 @@ struct ScaledTile {
             scale = S::quantize(row + at, codes, halves);
           }
           std::memcpy(record + kScales + 4 * c, &scale, 4);
-          for (int run = 0; F::kHasMin && run < F::kRuns; run++) {
-            const int32_t sum = F::kRuns == 2 ? halves[run] : halves[0] + halves[1];
-            const float scaled = scale * static_cast<float>(sum);
-            std::memcpy(record + kSums + 4 * (run * kCols + c), &scaled, 4);
-          }
+          const float sum = scale * static_cast<float>(halves[0] + halves[1]);
+          if (has_min) std::memcpy(record + kSums + 4 * c, &sum, 4);
         }
       }
     }
   }
 
   // Sums of 32 columns.
-  using Sums = int32_t[F::kRuns][kCols][S::kLanes];
-  static constexpr int64_t kAhead = 2;  // blocks that are multiplied before one is added
-  static constexpr int64_t kRing = 4;   // a power of two above that
+  using Sums = int32_t[kCols][S::kLanes];
 
   // Multiplies blocks one after the other: those of a group of x by a vector of the panel, then by the other
   // one, then the next group.
@@ -77,14 +72,7 @@ struct ScaledTile {
       S::template load_tile<4>(codes, kBlock);
       S::template load_tile<6>(weights, stride);
       S::template dot_tiles<0, 4, 6>();
-      S::template store_tile<0>(sums[0]);
-      if constexpr (F::kRuns == 2) {
-        S::template zero_tile<1>();
-        S::template load_tile<5>(codes + F::kRun, kBlock);
-        S::template load_tile<7>(weights + F::kRun / 4 * stride, stride);
-        S::template dot_tiles<1, 5, 7>();
-        S::template store_tile<1>(sums[1]);
-      }
+      S::template store_tile<0>(sums);
       codes += kGroup;
       weights += Panels::kRecord;
       if (--left > 0) return;
@@ -102,26 +90,15 @@ struct ScaledTile {
   template <int cols>
   static void add_block(const Sums& sums, const float* scales, const float* x_scales,
                         typename S::Floats (&out)[cols]) {
-    typename S::Floats scale[F::kRuns];
-    KVFOLD_UNROLLED for (int run = 0; run < F::kRuns; run++) scale[run] = S::load(scales + run * kRows);
+    const auto scale = S::load(scales);
     KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
-      const auto first = S::to_floats(S::load_codes(sums[0][c]));
-      const auto x_scale = S::set(x_scales[c]);
-      if constexpr (F::kRuns == 1) {
-        out[c] = S::fma(first, S::mul(scale[0], x_scale), out[c]);
-      } else {
-        const auto second = S::to_floats(S::load_codes(sums[1][c]));
-        out[c] = S::fma(S::fma(second, scale[1], S::mul(first, scale[0])), x_scale, out[c]);
-      }
+      const auto sum = S::to_floats(S::load_codes(sums[c]));
+      out[c] = S::fma(sum, S::mul(scale, S::set(x_scales[c])), out[c]);
     }
-    if constexpr (F::kHasMin) {
+    if constexpr (has_min) {
+      const auto minimum = S::load(scales + kRows);
       const float* x_sums = x_scales + kCols;
-      KVFOLD_UNROLLED for (int run = 0; run < F::kRuns; run++) {
-        const auto minimum = S::load(scales + (F::kRuns + run) * kRows);
-        KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
-          out[c] = S::fma(minimum, S::set(x_sums[run * kCols + c]), out[c]);
-        }
-      }
+      KVFOLD_UNROLLED for (int c = 0; c < cols; c++) out[c] = S::fma(minimum, S::set(x_sums[c]), out[c]);
     }
   }
 
@@ -131,10 +108,10 @@ struct ScaledTile {
   static void multiply(const uint8_t* panel, int64_t n, int64_t k, const uint8_t* x, int64_t group_bytes,
                        int64_t groups, Rows rows, const float* start, int64_t ld_start, float* y,
                        int64_t ldy) {
-    alignas(64) Sums ring[kRing];
+    alignas(64) Sums sums[2];  // of the block that is added and of the one that is multiplied meanwhile
     const int64_t vectors = (n + S::kLanes - 1) / S::kLanes, blocks = k / kBlock;
     Multiplier multiplier{panel, x, blocks, group_bytes, vectors, groups};
-    for (int64_t i = 0; i < kAhead; i++) multiplier.next(ring[i]);
+    multiplier.next(sums[0]);
     int64_t turn = 0;
     for (int64_t g = 0; g < groups; g++, x += group_bytes, y += kCols * ldy) {
       for (int64_t v = 0; v < vectors; v++) {
@@ -147,8 +124,8 @@ struct ScaledTile {
         const auto* scales = reinterpret_cast<const float*>(panel + Panels::kCodeBytes) + at;
         const auto* x_scales = reinterpret_cast<const float*>(x + kScales);
         for (int64_t block = 0; block < blocks; block++, turn++) {
-          multiplier.next(ring[(turn + kAhead) % kRing]);
-          add_block<cols>(ring[turn % kRing], scales, x_scales, out);
+          multiplier.next(sums[(turn + 1) % 2]);
+          add_block<cols>(sums[turn % 2], scales, x_scales, out);
           scales += Panels::kRecord / 4;
           x_scales += kGroup / 4;
         }
@@ -164,7 +141,7 @@ struct ScaledTile {
                    int64_t rows, const float* start, int64_t ld_start, float* y, int64_t ldy,
                    const uint8_t* next, int64_t next_bytes) {
     for (int64_t i = 0; i < next_bytes; i += 64) S::prefetch(next + i);
-    static constexpr auto kShapes = S::code_shapes(F::kRun);
+    static constexpr auto kShapes = S::code_shapes(kBlock);
     S::configure(kShapes);
     const int64_t groups = rows / kCols, done = groups * kCols, rest = rows - done;
     if (groups > 0) {
@@ -186,10 +163,10 @@ struct ScaledTile {
 // Those of a type, in place of what `kernels` has.
 template <class S, class T>
 void take_scaled_tiles(MatrixKernels& kernels) {
-  using Tile = ScaledTile<S, Shape<Parts<T>::kRun, false, Parts<T>::kHasMin, true>>;
+  using Tile = ScaledTile<S, Parts<T>::kHasMin>;
+  static_assert(Parts<T>::kRun == kBlock);
   kernels.tile_rows = Tile::kRows;
   kernels.tile_cols = Tile::kCols;
-  kernels.near_panels = true;
   kernels.tile_bytes = Tile::group_bytes;
   kernels.prepare_tile = Tile::prepare;
   kernels.panel_columns = Tile::Panels::kPanelColumns;

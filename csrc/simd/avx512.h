@@ -655,11 +655,9 @@ struct Fast<Avx512, blocks::Q6_K> {
     }
   }
 
-  template <bool is_signed = false>
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
     constexpr int64_t kRecord = 32 * 32 + 2 * 128;
-    const __m512i nibble = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(is_signed ? 32 : 0);
-    const auto code = [&](__m512i low, __m512i high) { return _mm512_sub_epi8(on_top(low, high), zero); };
+    const __m512i nibble = _mm512_set1_epi8(15);
     for (int64_t at = 0; at < k; at += 256, raw += sizeof(blocks::Q6_K), panel += 8 * kRecord) {
       for (int v = 0; v < 2; v++) {
         const uint8_t* rows = raw + 16 * v * row_bytes;
@@ -683,9 +681,9 @@ struct Fast<Avx512, blocks::Q6_K> {
                 uint8_t* to = panel + (4 * half + side) * kRecord + (2 * (4 * part + j) + v) * 64;
                 const __m512i top = side == 0 ? _mm512_slli_epi16(high[j], 4) : _mm512_slli_epi16(high[j], 2);
                 const __m512i bottom = side == 0 ? high[j] : _mm512_srli_epi16(high[j], 2);
-                _mm512_store_si512(to, code(_mm512_and_si512(packed[j], nibble), top));
+                _mm512_store_si512(to, on_top(_mm512_and_si512(packed[j], nibble), top));
                 _mm512_store_si512(to + 2 * kRecord,
-                                   code(_mm512_and_si512(_mm512_srli_epi16(packed[j], 4), nibble), bottom));
+                                   on_top(_mm512_and_si512(_mm512_srli_epi16(packed[j], 4), nibble), bottom));
               }
             }
           }
