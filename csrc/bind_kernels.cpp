@@ -100,7 +100,7 @@ void bind_kernels(nb::module_& m) {
         for (const kvfold::InstructionSet* set : kvfold::instruction_sets()) names.emplace_back(set->name);
         return names;
       },
-      "The instruction sets this processor can run, the widest first.");
+      "The instruction sets this processor can run, the fastest first.");
   m.def("isa", [] { return std::string(kvfold::isa().name); }, "The instruction set in use.");
   m.def(
       "force_isa",

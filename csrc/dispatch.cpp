@@ -44,8 +44,8 @@ const std::vector<const InstructionSet*>& instruction_sets() {
                 __builtin_cpu_supports("avx512vl"), __builtin_cpu_supports("avx512dq"),
                 __builtin_cpu_supports("avx512vbmi"), __builtin_cpu_supports("avx512vnni"),
                 __builtin_cpu_supports("avx512bf16"))) {
-      found.push_back(&avx512_set());
       if (may_use_tiles()) found.push_back(&amx_set());
+      found.push_back(&avx512_set());
     }
     if (has_all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"),
                 __builtin_cpu_supports("f16c"))) {

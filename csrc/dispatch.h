@@ -78,10 +78,10 @@ struct InstructionSet {
   const MatrixKernels* find(int type) const;
 };
 
-// Those this processor can run, the widest first.
+// Those this processor can run, the fastest first.
 const std::vector<const InstructionSet*>& instruction_sets();
 
-// The one in use: the widest, or the one forced.
+// The one in use: the fastest, or the one forced.
 const InstructionSet& isa();
 
 // For programs built and kernels called from now on. False where this processor has no set of that name.

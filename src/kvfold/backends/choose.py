@@ -42,7 +42,7 @@ class Backend(Steps, Protocol):
 class NativeOptions:
     """What only native has.
 
-    isa:            one of ISAS, of the whole process; auto: the widest, or the one forced before
+    isa:            one of ISAS, of the whole process; auto: the fastest, or the one forced before
     deterministic:  the bits of a row depend on its own sequence and on whether it belongs to a prompt, on nothing beside
     check_numerics: NaN and infinity in what an op makes raise NumericsError, which names it
     profile:        every op is timed

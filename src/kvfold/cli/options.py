@@ -197,7 +197,7 @@ Isa = Annotated[
         "--isa",
         metavar="auto|generic|avx2|avx512|amx",
         envvar="KVFOLD_ISA",
-        help="Instruction set of the native kernels. auto: the widest this processor has.",
+        help="Instruction set of the native kernels. auto: the fastest this processor has.",
     ),
 ]
 Deterministic = Annotated[
