@@ -16,9 +16,12 @@ next one into its place, so nothing waits for a loader's turn and each thread ma
     tile 0   kL0 [64, 0:256]   last read by warpgroup 0     kR0 [64, 256:512] + rope   by warpgroup 1
     tile 1   kL1 + rope        by warpgroup 0               kR1                        by warpgroup 1
 
-The rope part of a tile is read once, for its scores; its 8 KB then carry the tile's weights P to the other warpgroup.
-Warpgroup 0 queues the scores of its next tile behind its last values, so that the tensor cores do not wait for it; the
-last pair of a sequence, or its last tile, if their number is odd, has code of its own, and only there are keys masked.
+The rope part of a tile is read once, for its scores; its 8 KB then carry the tile's weights P to the other warpgroup, and
+the maxima they are relative to go beside them. The second tile follows the first like any tile of an online softmax: the
+first one's weights wait for nothing of the second's, so that its values are multiplied, and its successor ordered, while
+the second one's scores are still under way. Warpgroup 0 queues the scores of its next tile behind its last values, so that
+the tensor cores do not wait for it; the last pair of a sequence, or its last tile, if their number is odd, has code of
+its own, and only there are keys masked.
 
 Unused slots of a sequence's last page may hold anything, NaN included. Their scores are masked, and their rows are
 zeroed in shared memory before they serve as values, since zero times NaN is NaN.
@@ -168,6 +171,25 @@ def _scores_of_half(q_half, k_half, bars, phase, s, FIRST: gl.constexpr):
 
 
 @gluon.jit
+def _highest(s):
+    """Each row's highest score, as a tree: one after another, the maxima of a row are 15 steps before anything else begins."""
+    pairs = gl.max(s.reshape((64, 2, 2, 2, 4, 2)), 5)
+    threads = gl.max(gl.max(gl.max(pairs, 3), 2), 1)
+    return gl.convert_layout(gl.max(threads, 1), gl.SliceLayout(1, s.type.layout))
+
+
+@gluon.jit
+def _sums(p):
+    """What each of a row's four threads has of the sum of its weights: [64, 4]. They are joined once a sequence."""
+    return gl.sum(gl.sum(gl.sum(gl.sum(p.reshape((64, 2, 2, 2, 4, 2)), 5), 3), 2), 1)
+
+
+@gluon.jit
+def _shrunk(weight, shrink):
+    return weight * gl.convert_layout(shrink, gl.SliceLayout(1, weight.type.layout))[:, None]
+
+
+@gluon.jit
 def _masked(score, first_key, key, end, sees, S_Q: gl.constexpr):
     """Scores of one tile with the keys beyond its stretch, or beyond what a row may see, at minus infinity."""
     position = first_key + key
@@ -210,42 +232,38 @@ def _left_pair(
     if S_Q > 1 or not SECOND:
         if first_key + 64 > free_keys:
             s = _masked(s, first_key, key, end, sees, S_Q)
-    mx0 = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    mx0 = gl.maximum(m, _highest(s) * scale_log2)
+    p = gl.exp2(s * scale_log2 - mx0[:, None])
+    pq = p.to(dtype)
     M0.store(mx0)
+    kr0.store(pq)
+    fence_async_shared()
     cta_barrier()
     mbarrier.arrive(mb[0], count=1)
     a0 = gl.exp2(m - mx0)
-    p = gl.exp2(s * scale_log2 - mx0[:, None])
-    weight = weight * a0 + gl.sum(p, 1)
     acc = acc * gl.convert_layout(a0, WL)[:, None]
     if not SECOND:
         if first_key + 64 > end:
             _zero_rows(kL0, end - first_key, 256)
-    pb = gl.convert_layout(p.to(dtype), DL)
+    pb = gl.convert_layout(pq, DL)
     acc = warpgroup_mma(pb, kL0, acc, is_async=True)
     _expect_half(fL0, there0, False)
+    weight = _shrunk(weight, a0) + _sums(p)
+    acc, pb = warpgroup_mma_wait(0, (acc, pb))
+    cta_barrier()
+    _order_half(k_desc, k_rope_desc, page0, 0, fL0, kL0, kr0, there0, False)
     mbarrier.wait(mb[1], told & 1)
-    _expect_half(fL1, there1, True)  # not before mb[1]: the other warpgroup has waited for this pair's loads
     mx1 = mx0
     if SECOND:
         mx1 = M1.load(VL)
         a1 = gl.exp2(mx0 - mx1)
-        p = p * a1[:, None]
-    kr0.store(p.to(dtype))
-    fence_async_shared()
-    cta_barrier()
-    mbarrier.arrive(mb[2], count=1)
-    acc, pb = warpgroup_mma_wait(0, (acc, pb))
-    cta_barrier()
-    _order_half(k_desc, k_rope_desc, page0, 0, fL0, kL0, kr0, there0, False)
-    if SECOND:
+        weight = _shrunk(weight, a1)
         acc = acc * gl.convert_layout(a1, WL)[:, None]
-        weight = weight * a1
-        mbarrier.wait(mb[3], it1 & 1)
         if LAST:
             if first_key + 128 > end:
                 _zero_rows(kL1, end - first_key - 64, 256)
         acc = warpgroup_mma(kr1, kL1, acc, is_async=True)
+    _expect_half(fL1, there1, True)
     if LAST:
         if SECOND:
             acc = warpgroup_mma_wait(0, (acc,))
@@ -289,7 +307,8 @@ def _left_warpgroup(
         free_keys = gl.minimum(end, kv_len - S_Q + 1)  # keys up to here need no mask
         start = gl.load(page_starts + sequence)
         m = gl.full([64], NO_SCORE, gl.float32, VL)
-        weight = gl.full([64], 0.0, gl.float32, VL)
+        weight = _sums(gl.zeros([64, 64], gl.float32, SL))
+        total = gl.full([64], 0.0, gl.float32, VL)
         acc = gl.zeros([64, 256], gl.float32, AL)
         if tiles > 0:
             if ordered == 0:
@@ -344,19 +363,20 @@ def _left_warpgroup(
                 )  # fmt: skip
             it0 += 1
             told += 1
-            M0.store(weight)
+            total = gl.convert_layout(gl.sum(weight, 1), VL)
+            M0.store(total)
             cta_barrier()
             mbarrier.arrive(mb[0], count=1)
             mbarrier.wait(mb[1], told & 1)
             told += 1
-            weight = weight + M1.load(VL)
+            total = total + M1.load(VL)
             ordered = follows
             if ordered > 0:
                 _order_queries(q_desc, q_rope_desc, qb, qL, qR, qr, (sequence + 1) * rows + row0)
         else:
             ordered = 0
         whole = (lo == 0) & (hi == num_tiles)
-        _store_rows(acc, m, weight, 0, out, partial, partial_lse, part, sequence, row0, rows, whole, lo, VL, AL)
+        _store_rows(acc, m, total, 0, out, partial, partial_lse, part, sequence, row0, rows, whole, lo, VL, AL)
 
 
 @gluon.jit
@@ -380,51 +400,51 @@ def _right_pair(
         s = _scores_of_half(qR, kR1, fR1, it1 & 1, s, True)
         s = _scores_of_half(qL, kL1, fL1, it1 & 1, s, False)
         s = warpgroup_mma(qr, kr1.permute((1, 0)), s, is_async=True)
-        s = warpgroup_mma_wait(0, (s,))
-        if LAST or S_Q > 1:
-            if first_key + 128 > free_keys:
-                s = _masked(s, first_key + 64, key, end, sees, S_Q)
-        mx = gl.max(s, 1) * scale_log2
-    mbarrier.wait(mb[0], told & 1)
+    mbarrier.wait(mb[0], told & 1)  # the other warpgroup has waited for this pair's loads of the first tile
     mx1 = M0.load(VL)
-    if SECOND:
-        mx1 = gl.maximum(mx1, mx)
-        M1.store(mx1)
-    cta_barrier()
-    mbarrier.arrive(mb[1], count=1)
-    a = gl.exp2(m - mx1)
-    weight = weight * a
-    if SECOND:
-        p = gl.exp2(s * scale_log2 - mx1[:, None])
-        weight = weight + gl.sum(p, 1)
-        pq = p.to(dtype)
-    acc = acc * gl.convert_layout(a, WL)[:, None]
-    if SECOND:
-        if LAST:
-            if first_key + 128 > end:
-                _zero_rows(kR1, end - first_key - 64, 256)
-        kr1.store(pq)
-        pb = gl.convert_layout(pq, DL)
-        fence_async_shared()
-        cta_barrier()
-        mbarrier.arrive(mb[3], count=1)
-    _expect_half(fR1, there1, False)
-    _expect_half(fR0, there0, True)
-    mbarrier.wait(mb[2], it0 & 1)
+    a0 = gl.exp2(m - mx1)
+    weight = _shrunk(weight, a0)
+    acc = acc * gl.convert_layout(a0, WL)[:, None]
     if not SECOND:
         if first_key + 64 > end:
             _zero_rows(kR0, end - first_key, 256)
-    acc = warpgroup_mma(kr0, kR0, acc, is_async=True)  # first: this tile is missed first
+    acc = warpgroup_mma(kr0, kR0, acc, is_async=True)
+    _expect_half(fR0, there0, True)
     if SECOND:
-        acc = warpgroup_mma(pb, kR1, acc, is_async=True)
-        acc, pb = warpgroup_mma_wait(1, (acc, pb))
-    else:
+        s = warpgroup_mma_wait(1, (s,))
+        if LAST or S_Q > 1:
+            if first_key + 128 > free_keys:
+                s = _masked(s, first_key + 64, key, end, sees, S_Q)
+        mx0 = mx1
+        mx1 = gl.maximum(mx0, _highest(s) * scale_log2)
+        p = gl.exp2(s * scale_log2 - mx1[:, None])
+        pq = p.to(dtype)
+        M1.store(mx1)
+        kr1.store(pq)
+        fence_async_shared()
+        cta_barrier()
+        mbarrier.arrive(mb[1], count=1)
+        a1 = gl.exp2(mx0 - mx1)
+        weight = _shrunk(weight, a1) + _sums(p)
+        pb = gl.convert_layout(pq, DL)
         acc = warpgroup_mma_wait(0, (acc,))
-    cta_barrier()
-    _order_half(k_desc, k_rope_desc, page0, 256, fR0, kR0, kr0, there0, True)
-    if SECOND:
+        cta_barrier()
+        _order_half(k_desc, k_rope_desc, page0, 256, fR0, kR0, kr0, there0, True)
+        if LAST:
+            if first_key + 128 > end:
+                _zero_rows(kR1, end - first_key - 64, 256)
+        acc = acc * gl.convert_layout(a1, WL)[:, None]
+        acc = warpgroup_mma(pb, kR1, acc, is_async=True)
+        _expect_half(fR1, there1, False)
         acc, pb = warpgroup_mma_wait(0, (acc, pb))
         cta_barrier()
+    else:
+        _expect_half(fR1, there1, False)
+        cta_barrier()
+        mbarrier.arrive(mb[1], count=1)
+        acc = warpgroup_mma_wait(0, (acc,))
+        cta_barrier()
+        _order_half(k_desc, k_rope_desc, page0, 256, fR0, kR0, kr0, there0, True)
     _order_half(k_desc, k_rope_desc, page1, 256, fR1, kR1, kr1, there1, False)
     return acc, mx1, weight
 
@@ -455,7 +475,8 @@ def _right_warpgroup(
         free_keys = gl.minimum(end, kv_len - S_Q + 1)
         start = gl.load(page_starts + sequence)
         m = gl.full([64], NO_SCORE, gl.float32, VL)
-        weight = gl.full([64], 0.0, gl.float32, VL)
+        weight = _sums(gl.zeros([64, 64], gl.float32, SL))
+        total = gl.full([64], 0.0, gl.float32, VL)
         acc = gl.zeros([64, 256], gl.float32, AL)
         if tiles > 0:
             if ordered == 0:
@@ -507,29 +528,26 @@ def _right_warpgroup(
             mbarrier.wait(mb[0], told & 1)
             told += 1
             theirs = M0.load(VL)
-            M1.store(weight)
+            total = gl.convert_layout(gl.sum(weight, 1), VL)
+            M1.store(total)
             cta_barrier()
             mbarrier.arrive(mb[1], count=1)
-            weight = weight + theirs
+            total = total + theirs
             ordered = follows
         else:
             ordered = 0
         whole = (lo == 0) & (hi == num_tiles)
-        _store_rows(acc, m, weight, 1, out, partial, partial_lse, part, sequence, row0, rows, whole, lo, VL, AL)
+        _store_rows(acc, m, total, 1, out, partial, partial_lse, part, sequence, row0, rows, whole, lo, VL, AL)
 
 
 @gluon.jit
-def _four_barriers():
+def _two_barriers():
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     b0 = gl.allocate_shared_memory(gl.int64, [1], BL)
     b1 = gl.allocate_shared_memory(gl.int64, [1], BL)
-    b2 = gl.allocate_shared_memory(gl.int64, [1], BL)
-    b3 = gl.allocate_shared_memory(gl.int64, [1], BL)
     mbarrier.init(b0, count=1)
     mbarrier.init(b1, count=1)
-    mbarrier.init(b2, count=1)
-    mbarrier.init(b3, count=1)
-    return b0, b1, b2, b3
+    return b0, b1
 
 
 @gluon.jit
@@ -558,11 +576,11 @@ def _many_rows_kernel(
     qr = gl.allocate_shared_memory(dtype, [1, 64, 64], TL)
     M0 = gl.allocate_shared_memory(gl.float32, [64], ML)
     M1 = gl.allocate_shared_memory(gl.float32, [64], ML)
-    fL0 = _four_barriers()
-    fL1 = _four_barriers()
-    fR0 = _four_barriers()
-    fR1 = _four_barriers()
-    mb = _four_barriers()
+    fL0 = _two_barriers()
+    fL1 = _two_barriers()
+    fR0 = _two_barriers()
+    fR1 = _two_barriers()
+    mb = _two_barriers()  # 0: a first tile's maxima and weights are there, 1: a second's
     qb = gl.allocate_shared_memory(gl.int64, [1, 1], BL)
     mbarrier.init(qb.index(0), count=1)
     fence_async_shared()
