@@ -6,6 +6,7 @@ Marked gpu: what a GPU computes. The others run the same ops in Triton's interpr
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,25 @@ def test_interpreted_ops_keep_the_cache_in_blocks(cache_type: str, mla: str, tmp
     text = ids(4)
     settings: dict[str, Any] = {"mla": mla, "cache_type": cache_type}
     close(cuda_harness(path, **settings).logits(text, [3, 1]), Harness(path, **settings).logits(text, [3, 1]), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "F8_E4M3"])
+def test_rows_are_decoded_as_many_at_a_time_as_fit(name: str) -> None:
+    from kvfold.backends.cuda_ops import CudaOps
+    from kvfold.kernels import tile_product
+    from kvfold.kernels.matrix import Matrix
+
+    rng = np.random.default_rng(3)
+    raw = torch.from_numpy(rng.integers(0, 0x30, (300, 272 if name == "Q8_0" else 256), np.uint8))
+    scale = torch.from_numpy(rng.uniform(1, 2, (1, 3, 2)).astype(np.float32)) if name == "F8_E4M3" else None
+    w = Matrix(name, 300, 256, raw, scale)
+    scratch = torch.empty(4 * 256 * 140, dtype=torch.uint8)  # 140 rows: 128 at a time
+    ops: Any = CudaOps(SimpleNamespace(scratch=scratch, dtype=torch.float32), None)  # type: ignore[arg-type]
+    pieces = [(start, numbers.clone()) for start, numbers in ops._numbers(w, torch.float32)]
+    assert [start for start, _ in pieces] == [0, 128, 256]
+    torch.testing.assert_close(torch.cat([numbers for _, numbers in pieces]), tile_product.decode(w, torch.float32))
+    x = torch.from_numpy(rng.standard_normal((7, 256)).astype(np.float32))
+    torch.testing.assert_close(ops._multiply(x, w, torch.float32), x @ tile_product.decode(w, torch.float32).T)
 
 
 def test_padding_of_layers_changes_nothing(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 _NAMES = {dtype: name for name, dtype in _TORCH.items()}
 
 
+SCALE_ROWS = 128  # that share scales of F8_E4M3
+
+
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """`parts` equal matrices below each other: the experts of a layer, or one.
@@ -60,6 +63,11 @@ class Matrix:
     def plain(self) -> Tensor:
         """[parts * rows, cols] of a type of numbers, sharing memory."""
         return self.raw.view(_TORCH[self.type])
+
+    def some(self, start: int, stop: int) -> Matrix:
+        """Rows [start, stop) of one part, start a multiple of SCALE_ROWS; sharing memory."""
+        scale = None if self.scale is None else self.scale[:, start // SCALE_ROWS : -(-stop // SCALE_ROWS)]
+        return replace(self, rows=stop - start, raw=self.raw[start:stop], scale=scale)
 
     def part(self, start: int, stop: int) -> Matrix:
         """Parts [start, stop), sharing memory."""
