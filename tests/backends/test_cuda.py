@@ -253,7 +253,7 @@ def test_replayed_layers_are_launched_ones_bit_for_bit(cache_type: str, tmp_path
         for turn in range(4):
             got.append(harness.logits(ids(64 + 256, seed=turn), [64, 256]))
             generating, prompted = harness.sequence(), harness.sequence()
-            harness.step([Work(generating, ids(70, seed=turn), is_prompt=True)])
+            harness.step([Work(generating, ids(64, seed=turn), is_prompt=True)])
             works = [Work(generating, [7], is_prompt=False), Work(prompted, ids(63, seed=turn), is_prompt=True)]
             got += harness.step(works)
             for sequence in (generating, prompted):
