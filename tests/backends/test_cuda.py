@@ -245,7 +245,7 @@ def test_replayed_steps_are_launched_ones_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cache_type", ["bf16", "q8_0"])
 def test_replayed_layers_are_launched_ones_bit_for_bit(cache_type: str, tmp_path: Path) -> None:
     """Prompts of whole buckets, three times: launched, captured, replayed; in steps beside generated rows, too."""
-    path = write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf")
+    path = write_gguf(blocks_model(), tmp_path / "m.gguf")
     said = []
     for captures in (True, False):
         harness = cuda_harness(path, dtype=torch.bfloat16, mla="3", cache_type=cache_type, captures=captures)

@@ -38,8 +38,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_head_has_the_bits_of_the_forced_kernels(isa: str, path: Path) -> None:
-    """Sums of products are added in another order by each set, so most of the bits are its own: those of row dots (3
-    rows), or, where a set has the row dots of another one, those of tiles (20 rows)."""
+    """Sums of products are added in another order by each set, so most of the bits are its own, of row dots (3 rows)
+    and tiles (20 rows). For Q6_K, which the head is, AMX has AVX-512's kernels for both."""
     same = {other: True for other in ISAS}
     for num_rows in (3, 20):
         harness = Harness(path, backend="native", dtype="int8", isa=isa)
@@ -55,7 +55,9 @@ def test_the_head_has_the_bits_of_the_forced_kernels(isa: str, path: Path) -> No
         for other in ISAS:
             _native.force_isa(other)
             same[other] &= np.array_equal(native_product(hidden, weight), logits)
-    assert [other for other in ISAS if same[other]] == [isa]
+    assert weight.type.name == "Q6_K"
+    shared = {"amx", "avx512"}
+    assert {other for other in ISAS if same[other]} == (shared & set(ISAS) if isa in shared else {isa})
 
 
 def test_float32_has_the_same_bits_on_every_set(path: Path) -> None:

@@ -44,7 +44,7 @@ def rig(checkpoint: Checkpoint, cases: list[Case], *, batch_rows: int = 2048, **
 
 def test_a_prompt_is_run_in_windows_and_counted(checkpoint: Checkpoint) -> None:
     case = Case(50, 0, 70)
-    run = rig(checkpoint, [case], batch_rows=32).run(case)
+    run = rig(checkpoint, [case], batch_rows=32, mla="1").run(case)  # auto: by the rates of the processor
     mla = checkpoint.config.mla
     assert [plan.path for plan in run.plans] == [Path.ABSORBED, Path.ABSORBED]
     attention = 2 * (multiply_adds(Path.ABSORBED, mla, 32, 70) + multiply_adds(Path.ABSORBED, mla, 18, 102))
