@@ -15,6 +15,7 @@ namespace {
 // KB. 2048 rows, in turn: 70 GMAC/s with 96 rows and tiles of 1024 keys, 71 with 96 and 2048, 76 with 192 and
 // 2048, 70 with 4096.
 constexpr int64_t kUnitRows = 192;
+static_assert(kUnitRows % kMostWords.group_rows == 0);
 // A unit of expansion decodes 256 * 512 weights for this many keys.
 constexpr int64_t kUnitKeys = 2 * kLatentKeys;
 constexpr int64_t kMostTileKeys = 2048, kLeastTileKeys = 256;

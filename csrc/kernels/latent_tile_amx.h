@@ -8,7 +8,7 @@
 //             or, for a q8_0 cache, [kHeadLanes][32]         words of two int16: all keys of a page
 //   values    [columns / 16][pairs of keys of a page][16]    words of two bfloat16
 //             or [columns / 16][quads of keys][16]           words of four codes, quads in the order of
-//             kQuads
+//             quad_key
 //   shares    [blocks][32]                                   words of two int16: all keys of a page
 //   weighted  [columns / 16][kHeadLanes][16]                 float32
 //

@@ -4,7 +4,7 @@ namespace kvfold {
 namespace {
 
 // Latents lie in groups of the kernels' columns; the largest group of any instruction set is this many.
-constexpr int64_t kMostGroup = 12;
+constexpr int64_t kMostGroup = 16;
 
 }  // namespace
 

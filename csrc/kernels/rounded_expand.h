@@ -18,7 +18,7 @@ namespace kvfold {
 
 // Latents are rounded this many at a time: whole pages, panels, and groups of every kernel.
 constexpr int64_t kLatentKeys = 3 * kPageTokens;
-static_assert(kLatentKeys % kPanelLanes == 0);
+static_assert(kLatentKeys % kPanelLanes == 0 && kLatentKeys % kMostWords.group_rows == 0);
 
 // Kernels for products by rows; null: in float32. They work within one part of a weight, and files' parts are
 // whole heads.
