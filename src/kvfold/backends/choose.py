@@ -70,9 +70,14 @@ class Room:
     n_ctx: int | None
     smaller: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def scratch_bytes(self) -> int:
+        """A workspace of weights that an op decodes, kept, and one of keys and values that attention expands."""
+        return 2 * self.workspace_bytes
+
     def tokens_in(self, free_bytes: int, bytes_per_token: int | None = None) -> int:
         """Whole pages of the cache, in tokens, that fit this GPU memory beside everything else; below 0 for too little."""
-        left = free_bytes - self.weight_bytes - self.workspace_bytes - GPU_RESERVE_BYTES
+        left = free_bytes - self.weight_bytes - self.scratch_bytes - GPU_RESERVE_BYTES
         return left // ((bytes_per_token or self.bytes_per_token) * PAGE_TOKENS) * PAGE_TOKENS
 
 
@@ -177,8 +182,8 @@ def _room_refusals(room: Room, free_bytes: int) -> list[str]:
         return [
             f"of n_ctx={room.n_ctx} tokens {fits} fit the {free_bytes / 1e9:.3g} GB of GPU memory that are free{others}"
         ]
-    needed = room.weight_bytes + room.workspace_bytes + GPU_RESERVE_BYTES
-    largest = free_bytes - room.workspace_bytes - GPU_RESERVE_BYTES - room.bytes_per_token * PAGE_TOKENS
+    needed = room.weight_bytes + room.scratch_bytes + GPU_RESERVE_BYTES
+    largest = free_bytes - room.scratch_bytes - GPU_RESERVE_BYTES - room.bytes_per_token * PAGE_TOKENS
     serves = f"a type of the model of at most {largest / 1e9:.3g} GB fits" if largest > 0 else "no model fits"
     return [
         f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory and {free_bytes / 1e9:.3g} GB are free: {serves}, "

@@ -3,7 +3,7 @@
 Owns the weights, the cache and the graphs in one GPU's memory. A step whose sequences all take the absorbed path with the
 same few rows is replayed as one graph of its (batch bucket, rows a sequence): arrays of the step are copied into fixed
 buffers first, the tiles of attention are dealt on the device, and no launch depends on a length. Every other step, prompts
-above all, replays its layers but for attention (cuda_layers.py); what has too many rows for that is launched op by op.
+above all, replays its layers but for attention (cuda_layers.py); what has too many or too few rows for that is launched op by op.
 Logits go to the host, where the engine samples; the likeliest tokens of a replayed step of generated rows are chosen in the
 graph too, and the next replay may take them from there (model.step.Choosing).
 """
@@ -52,7 +52,7 @@ class CudaBackend:
     """One model over one cache of this shape, both in the memory of `device`.
 
     dtype: bfloat16 (hidden rows, norms, softmax, routing and every sum float32) or float32 throughout.
-    workspace_bytes: expanded keys and values, decoded weights and stored scores, of one op each.
+    workspace_bytes: of weights that an op decodes, kept; as many of expanded keys and values or stored scores of one op.
     captures: False launches every step op by op, in as many rows as it has.
 
     Raises torch.cuda.OutOfMemoryError.

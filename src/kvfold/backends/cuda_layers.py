@@ -11,6 +11,7 @@ Rows up to the bucket are padding: no slot, nobody attends to them, and every ro
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvfold.backends.cuda_ops import CudaOps, Value, made
+from kvfold.backends.cuda_ops import ROW_PRODUCT_ROWS, CudaOps, Value, made
 from kvfold.backends.cuda_step import DeviceStep
 from kvfold.config import MlaConfig
 from kvfold.mla.absorb import KvUp
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 # Rows of captured layers; a step takes the smallest that holds it. Fewer rows than LEAST_ROWS take kernels for few rows,
 # whose launches are few; with more than the last the device is slower than the host.
-LEAST_ROWS = 5
+LEAST_ROWS = ROW_PRODUCT_ROWS + 1
 BUCKETS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 
 
@@ -194,6 +195,9 @@ class CapturedLayers:
             open_graph.capture_begin(pool=self._memory)
             try:
                 self._launch(bucket, layer, cut)
-            finally:
-                open_graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # what ended it is the reason to tell
+                    open_graph.capture_end()
+                raise
+            open_graph.capture_end()
         return before, behind

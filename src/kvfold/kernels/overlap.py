@@ -42,6 +42,7 @@ def let_next_start():
 
 @triton.jit
 def wait_for_inputs():
+    # The next kernel may start only now: it reads what was there before this one's inputs without waiting itself.
     gdc_wait()
     gdc_launch_dependents()
 

@@ -467,12 +467,19 @@ def _run_experts(
 
 
 def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, gate: Matrix, up: Matrix, down: Matrix, out: Tensor, scratch: Tensor
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    out: Tensor,
+    scratch: Tensor | None,
 ) -> None:
     """out [T, rows of down] = sum of weights [T, k] times down(silu(gate x) * up x) over the experts ids int32 [T, k].
 
     Weights that are not of x's type are decoded in the tiles while a tile has few rows, else beforehand, as many
-    experts at a time as fit scratch (uint8), one at least.
+    experts at a time as fit scratch (uint8), one at least; without scratch always in the tiles.
     """
     groups = group_by_expert(ids, gate.parts)
     hidden = torch.empty(ids.numel(), gate.rows, dtype=x.dtype, device=x.device)
