@@ -182,11 +182,11 @@ def test_a_device_of_another_name_lists_the_allowed_ones(device: str) -> None:
 def test_too_little_memory_says_what_would_fit() -> None:
     room = Room(weight_bytes=6 << 30, workspace_bytes=1 << 30, bytes_per_token=1 << 20, n_ctx=4096)
     assert choose._room_refusals(room, 16 << 30) == []
-    assert "of n_ctx=4096 tokens 1024 fit" in choose._room_refusals(room, 10 << 30)[0]
+    assert "of n_ctx=4096 tokens 1024 fit" in choose._room_refusals(room, 11 << 30)[0]
     smaller = dataclasses.replace(room, smaller=(("q8_0", 1 << 19),))
-    assert choose._room_refusals(smaller, 10 << 30)[0].endswith("that are free, 2048 with cache_type=q8_0")
-    # 9 GiB: 2 are reserved, 1 is workspace, 64 MiB the smallest cache
-    assert choose._room_refusals(room, 9 << 30)[0].endswith("at most 6.38 GB fits, or use device=cpu")
+    assert choose._room_refusals(smaller, 11 << 30)[0].endswith("that are free, 2048 with cache_type=q8_0")
+    # 10 GiB: 2 are reserved, 2 are workspaces, 64 MiB the smallest cache
+    assert choose._room_refusals(room, 10 << 30)[0].endswith("at most 6.38 GB fits, or use device=cpu")
     assert "no model fits" in choose._room_refusals(room, 2 << 30)[0]
 
 
@@ -206,10 +206,10 @@ def test_backends_and_devices_that_exclude_each_other() -> None:
 
 def test_a_plan_for_a_gpu_has_its_memory_and_its_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "refusals", lambda device: [])
-    monkeypatch.setattr(gpu, "free_bytes", lambda device: (2 << 30) + (1 << 29))
+    monkeypatch.setattr(gpu, "free_bytes", lambda device: (2 << 30) + (3 << 28))
     checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
     report = plan_report(checkpoint, Settings.parse(device="cuda", workspace_bytes=1 << 28), batch_rows=None)
     assert (report.backend.name, report.memory.cache_type) == ("cuda", "bf16")
-    assert report.memory.free_bytes == (2 << 30) + (1 << 29)
+    assert report.memory.free_bytes == (2 << 30) + (3 << 28)
     assert report.batch_rows == GPU_WINDOW_ROWS
     assert "H200 profile" in report.phases[0].reason
