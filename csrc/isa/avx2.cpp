@@ -2,25 +2,8 @@
 #include "dispatch.h"
 
 #ifdef KVFOLD_X86_SETS
-// GCC 12 finds "uninitialized" values inside its own intrinsics.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
+#include "isa/begin_avx2.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <iterator>
-#include <type_traits>
-
-// Before the target region: what they define is shared with other files.
-#include "kernels/quant_types.h"
-#include "kernels/side_by_side.h"
-#include "kernels/tile.h"
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
 #include "simd/avx2.h"
 
 #include "kernels/quant_set.h"

@@ -3,23 +3,8 @@
 #include "dispatch.h"
 
 #ifdef KVFOLD_X86_SETS
-// GCC 12 finds "uninitialized" values inside its own intrinsics.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
+#include "isa/begin_avx512.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#include "kernels/pair_kernels.h"  // before the target region, as quant_types.h
-#include "kernels/quant_types.h"
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16")
 #include "simd/avx512.h"
 
 #include "kernels/pair_tile.h"
