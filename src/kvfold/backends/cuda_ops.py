@@ -436,10 +436,8 @@ class CudaOps:
                 hidden = row_product.gate_up(x.tensor, w_gate, w_up, ids.tensor, self._dtype, w_down)
                 row_product.down(hidden, w_down, ids.tensor, weights.tensor, out)
             else:
-                decodes = any(
-                    not w.is_plain(self._dtype) and not tile_product.rounds(w) for w in (w_gate, w_up, w_down)
-                )
-                scratch = self._backend.scratch if decodes else None
+                as_they_are = all(tile_product.multiplies_as_it_is(w, self._dtype) for w in (w_gate, w_up, w_down))
+                scratch = None if as_they_are else self._backend.scratch
                 tile_product.experts(x.tensor, ids.tensor, weights.tensor, w_gate, w_up, w_down, out, scratch)
             return out
 

@@ -24,7 +24,7 @@ TYPES = frozenset(["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
 # Rows of a program, its warps, and registers of a thread where the compiler would take so many that fewer programs fit.
 LINEAR = {"Q4_0": (16, 2), "IQ4_NL": (16, 4), "Q8_0": (16, 2), "Q4_K": (16, 2), "Q6_K": (16, 2)}
 GATE_UP = (16, 4)
-DOWN = {"Q4_0": (4, 4, 128), "IQ4_NL": (4, 4, 128), "Q8_0": (4, 4, 128), "Q4_K": (4, 4, 128), "Q6_K": (4, 4, 128)}
+DOWN = (4, 4, 128)
 GATE_UP_ROUNDS = {"Q4_0": (8, 128), "IQ4_NL": (8, 80), "Q8_0": (8,), "Q4_K": (8,), "Q6_K": (8,)}  # of 32 rows
 # Types whose gate and up are read one after the other. Q4_K: scales and minima leave no registers for the weights of both.
 # IQ4_NL: with 80 registers three programs fit a multiprocessor and V2-Lite's 352 run at once; two leave 88 for a second turn.
@@ -779,7 +779,7 @@ def down(
     """out [T, rows] = sum over a row's choices of weights [T, k] times the chosen experts' w hidden [T * k, cols], plus
     the shared experts' product of rows [T, their cols] and matrix, plus add float32 [T, rows]."""
     numbers, scales = (hidden.codes, hidden.scales) if isinstance(hidden, RoundedRows) else (hidden, hidden)
-    sizes = _sizes(w, *DOWN[w.type])
+    sizes = _sizes(w, *DOWN)
     per_row = ids.shape[1]
     sizes["PARTS"] = _lanes(per_row * w.cols // _EACH[w.type])
     ahead, together = _AHEAD[w.type]

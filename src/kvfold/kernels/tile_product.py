@@ -500,7 +500,7 @@ def _numbers_of(
     """(first part, one behind the last, these of all weights in numbers of dtype), as many as fit scratch (one at least);
     as they are, and all, without it."""
     parts = weights[0].parts
-    each = dtype.itemsize * sum(w.rows * w.cols for w in weights if not _multiplies_as_it_is(w, dtype))
+    each = dtype.itemsize * sum(w.rows * w.cols for w in weights if not multiplies_as_it_is(w, dtype))
     if scratch is None or each == 0:
         yield 0, parts, weights
         return
@@ -510,18 +510,19 @@ def _numbers_of(
         numbers, free = [], scratch
         for w in weights:
             numbers.append(_plain(w.part(first, last), dtype, free))
-            if not _multiplies_as_it_is(w, dtype):
+            if not multiplies_as_it_is(w, dtype):
                 free = free[(last - first) * w.rows * w.cols * dtype.itemsize :]
         yield first, last, numbers
 
 
-def _multiplies_as_it_is(w: Matrix, dtype: torch.dtype) -> bool:
+def multiplies_as_it_is(w: Matrix, dtype: torch.dtype) -> bool:
+    """Whether products with rows of this type decode nothing beforehand."""
     return w.is_plain(dtype) or rounds(w)
 
 
 def _plain(w: Matrix, dtype: torch.dtype, scratch: Tensor) -> Matrix:
     """The same matrix in numbers of this type, if it has to be."""
-    if _multiplies_as_it_is(w, dtype):
+    if multiplies_as_it_is(w, dtype):
         return w
     name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     return Matrix(name, w.rows, w.cols, decode(w, dtype, scratch).view(torch.uint8), None, w.parts)
