@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,61 @@ def test_the_ratio_is_to_the_fastest_opponent_of_each_round(
     assert len(row(prompt)["opponents"]) == 2
 
 
+# Prints a row, then counts in a file as fast as it can until the next one.
+COUNTING = """
+import pathlib, sys, time
+starts, count = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+for rate in (1.0, 2.0, 3.0):
+    print('{"n_prompt": 20, "n_gen": 0, "samples_ts": [%s]},' % rate, flush=True)
+    ends = time.monotonic() + 0.05
+    while time.monotonic() < ends:
+        with count.open("ab") as file:
+            file.write(b"x")
+"""
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> Opponent:
+    script = tmp_path / "counting.py"
+    script.write_text(COUNTING)
+    [parsed] = Opponent.parse_all(f"{sys.executable} {script} {tmp_path / 'starts'} {tmp_path / 'count'}")
+    return parsed
+
+
+def test_an_opponent_is_stopped_between_its_rows(counting: Opponent, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    lengths = []
+    for _ in counting.rows():
+        time.sleep(0.02)  # a signal is not there at once
+        before = count.stat().st_size if count.exists() else 0
+        time.sleep(0.2)
+        assert (count.stat().st_size if count.exists() else 0) == before
+        lengths.append(before)
+    assert lengths[0] < lengths[1] < lengths[2] < count.stat().st_size
+
+
+def test_an_opponent_that_repeats_its_cases_is_started_once(
+    checkpoint: Checkpoint, counting: Opponent, tmp_path: Path
+) -> None:
+    [prompt] = results(checkpoint, [Case(20, 0, 0)], (counting,))
+    assert prompt.pairs[0].samples_ts == (1.0, 2.0, 3.0)
+    assert (tmp_path / "starts").read_text() == "x"
+
+
+def test_an_opponent_is_ended_once_there_are_enough_rows(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    script = tmp_path / "endless.py"
+    script.write_text(
+        "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid()))\n"
+        'while True: print(\'{"n_prompt": 1, "n_gen": 0, "samples_ts": [1.0]}\', flush=True)'
+    )
+    [endless] = Opponent.parse_all(f"{sys.executable} {script} {tmp_path / 'pid'}")
+    [prompt] = results(checkpoint, [Case(1, 0, 0)], (endless,))
+    assert prompt.pairs[0].samples_ts == (1.0, 1.0, 1.0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_rows_are_found_between_other_lines() -> None:
     text = (
         'load {x} {"a": 1}\n[\n{"n_prompt": 1, "n_gen": 0, "samples_ts": [2.0], "deep": {"n": 1}}, {"n_prompt": 3,'
@@ -269,7 +326,7 @@ def test_samples_that_are_no_rates_are_refused(samples: Any) -> None:
 )
 def test_an_opponent_that_does_not_answer_is_one_sentence(command: str, sentence: str) -> None:
     with pytest.raises(SettingError, match=sentence):
-        Opponent.parse_all(command)[0].run()
+        list(Opponent.parse_all(command)[0].rows())
 
 
 def test_an_opponent_that_runs_other_cases_is_refused_before_ours(

@@ -1,4 +1,4 @@
-"""Another program under the same cases: its command, run to its end, and the rows of llama-bench's JSON it prints.
+"""Another program under the same cases: its command, stopped at every row of llama-bench's JSON that it prints.
 
 The contract is llama-bench's `-o json`: objects with n_prompt, n_gen, n_depth and samples_ts (tokens a second of each
 repetition, load excluded). Lines between them are passed over: ik_llama.cpp reports repacking on stdout.
@@ -7,13 +7,17 @@ repetition, load excluded). Lines between them are passed over: ik_llama.cpp rep
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import IO, Any
 
 from kvfold.bench.measure import Case
 from kvfold.errors import SettingError
@@ -21,6 +25,7 @@ from kvfold.errors import SettingError
 # ik_llama.cpp has no n_depth: `-gp 4096,128` generates 128 tokens behind 4096 that do not count.
 _AFTER_PROMPT = re.compile(r"tg\d+\s*@\s*pp\d+")
 _SHOWN_CHARACTERS = 400  # of what a command that failed printed last
+_CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -55,24 +60,50 @@ class Opponent:
     def command(self) -> str:
         return shlex.join(self.argv)
 
-    def run(self) -> Mapping[Case, float]:
-        """Tokens a second of every case it ran: the median of its repetitions. Raises SettingError where it fails or
-        prints no rows."""
+    def rows(self) -> Generator[tuple[Case, float]]:
+        """One run of the command: each case as its row is printed, and the median of its tokens a second.
+
+        Until the next row is asked for, the command and all it started are stopped (SIGSTOP), so whoever has a row
+        measures alone; closing the iterator ends them. Raises SettingError where it fails or prints no rows.
+        """
+        with tempfile.TemporaryFile() as said, self._start(said) as process:
+            try:
+                yield from self._rows_of(process, said)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    def _start(self, said: IO[bytes]) -> subprocess.Popen[bytes]:
         try:
-            done = subprocess.run(
-                self.argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+            return subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                bufsize=0,
+                start_new_session=True,  # a group of its own, which signals reach as a whole
             )
         except OSError as error:
             raise SettingError(f"opponent {self.argv[0]}: cannot be started: {error.strerror}.") from error
-        if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip())[-_SHOWN_CHARACTERS:]
-            raise SettingError(f"opponent {self.command}: exit code {done.returncode}: {said}")
-        rates = {case_of(row): rate_of(row) for row in rows_in(done.stdout)}
-        if not rates:
+
+    def _rows_of(self, process: subprocess.Popen[bytes], said: IO[bytes]) -> Iterator[tuple[Case, float]]:
+        assert process.stdout is not None
+        out, seen = b"", 0
+        while chunk := process.stdout.read(_CHUNK_BYTES):
+            out += chunk
+            for row in islice(rows_in(out.decode(errors="replace")), seen, None):
+                seen += 1
+                os.killpg(process.pid, signal.SIGSTOP)
+                yield case_of(row), rate_of(row)
+                os.killpg(process.pid, signal.SIGCONT)
+        if code := process.wait():
+            said.seek(0)
+            words = (said.read().strip() or out.strip()).decode(errors="replace")[-_SHOWN_CHARACTERS:]
+            raise SettingError(f"opponent {self.command}: exit code {code}: {words}")
+        if not seen:
             raise SettingError(
                 f"opponent {self.command}: printed no rows of llama-bench's JSON. Add `-o json` to the command."
             )
-        return rates
 
 
 def rows_in(text: str) -> Iterator[dict[str, Any]]:

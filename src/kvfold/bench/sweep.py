@@ -1,14 +1,15 @@
 """Which cases are run, under which settings, in which order: round after round, in turn with opponents.
 
-A round takes one sample of every case, so a machine that slows down slows all of them, and the pairs of a round saw
-the same machine.
+A round takes one sample of every case, so a machine that slows down slows all of them. Opponents say whose turn it is, so
+the two of a pair follow each other and saw the same machine.
 """
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -182,8 +183,9 @@ def sweep(
 ) -> Iterator[Result]:
     """The results of every variant, one after the other, each when its last round is over.
 
-    Opponents go first in every round: a command that does not keep the contract fails before anything is measured.
-    Raises as load() and Opponent.run() do, and SettingError for one that runs none of the cases.
+    Opponents lead: where one has printed a row it is stopped until ours has run the same case. A command that lists a case
+    once is started for every round; one that lists it `repetitions` times (-p 512,512,512) is loaded once. Raises as
+    load() and Opponent.rows() do, and SettingError for an opponent that runs none of the cases.
     """
     for variant in variants:
         loaded = load(checkpoint, variant.settings)
@@ -205,46 +207,88 @@ def _measure(
     rig = Rig(loaded, cases, batch_rows=rows, seed=seed)
     samples: dict[Case, list[Sample]] = {case: [] for case in cases}
     discarded: dict[Case, list[Discarded]] = {case: [] for case in cases}
-    theirs = [_Rates(opponent, cases) for opponent in opponents]
-    for number in range(1, repetitions + 1):
-        for rates in theirs:
-            rates.run()
-            notice(f"{number} of {repetitions}: opponent {rates.opponent.argv[0]} done")
-        for case in cases:
-            if number == 1:
+    theirs: dict[Case, dict[Opponent, list[float]]] = {case: {} for case in cases}
+    with closing(_turns(opponents, cases, repetitions)) as turns:
+        for case, rates in turns:
+            for opponent, rate in rates.items():
+                theirs[case].setdefault(opponent, []).append(rate)
+                notice(f"opponent {opponent.argv[0]}: {case.name} {rate:.2f} t/s")
+            if not samples[case]:
                 rig.warm_up(case)
             sample, failed = rig.sample(case)
             samples[case].append(sample)
             discarded[case] += failed
             rate = 1e9 * case.num_tokens / sample.run.ns
-            notice(f"{number} of {repetitions}: {case.name} {rate:.2f} t/s")
+            notice(f"{len(samples[case])} of {repetitions}: {case.name} {rate:.2f} t/s")
     for case in cases:
         result = Result(
             variant, loaded, rig.meter.peak_isa, case, tuple(samples[case]), tuple(discarded[case]), pairs=()
         )
-        ours = result.samples_ts
-        pairs = (rates.beside(case, ours) for rates in theirs if len(rates.of[case]) == repetitions)
+        pairs = (
+            _beside(opponent, rates, result.samples_ts)
+            for opponent, rates in theirs[case].items()
+            if len(rates) == repetitions
+        )
         yield replace(result, pairs=tuple(pairs))
 
 
-class _Rates:
-    """An opponent's tokens a second of the cases it ran, round after round."""
+def _beside(opponent: Opponent, theirs: list[float], ours: tuple[float, ...]) -> Pairs:
+    ratios = tuple(mine / other for mine, other in zip(ours, theirs, strict=True))
+    return Pairs(opponent.command, tuple(theirs), ratios)
+
+
+def _turns(
+    opponents: Sequence[Opponent], cases: list[Case], repetitions: int
+) -> Generator[tuple[Case, dict[Opponent, float]]]:
+    """Every case `repetitions` times: when ours is to run it, with the rates that opponents have just reached in it.
+
+    The first opponent that runs a case says when it is its turn; the others go on to their next row of it.
+    """
+    left = dict.fromkeys(cases, repetitions)
+    with ExitStack() as stack:
+        runs = [stack.enter_context(closing(_Runs(opponent, cases))) for opponent in opponents]
+        for number, lead in enumerate(runs):
+            while (wanted := [case for case in left if left[case]]) and (found := lead.next_of(wanted)) is not None:
+                case, rate = found
+                rates = {lead.opponent: rate}
+                for other in runs[number + 1 :]:
+                    if (beside := other.next_of([case])) is not None:
+                        rates[other.opponent] = beside[1]
+                left[case] -= 1
+                yield case, rates
+        for _ in range(repetitions):
+            yield from ((case, {}) for case in cases if left[case])
+
+
+class _Runs:
+    """An opponent's command, started again whenever it has come to its end."""
 
     def __init__(self, opponent: Opponent, cases: list[Case]) -> None:
         self.opponent = opponent
-        self.of: dict[Case, list[float]] = {case: [] for case in cases}
+        self._cases = cases
+        self._rows: Generator[tuple[Case, float]] | None = None
+        self._ran: dict[Case, None] = {}
+        self._ran_all = False  # a whole run is over, so there are no others
 
-    def run(self) -> None:
-        rates = self.opponent.run()
-        if not self.of.keys() & rates.keys():
-            raise SettingError(
-                f"opponent {self.opponent.command}: ran {', '.join(case.name for case in rates)}, and none of "
-                f"{', '.join(case.name for case in self.of)}. Give both the same -p, -n and -d."
-            )
-        for case in self.of.keys() & rates.keys():
-            self.of[case].append(rates[case])
+    def next_of(self, wanted: Sequence[Case]) -> tuple[Case, float] | None:
+        """The next row of one of these cases; None where it runs none of them. SettingError: it runs none of ours."""
+        for _ in range(2):  # what is left of a run, and a whole one
+            if self._rows is None:
+                if self._ran_all and not self._ran.keys() & set(wanted):
+                    return None
+                self._rows = self.opponent.rows()
+            for case, rate in self._rows:
+                self._ran[case] = None
+                if case in wanted:
+                    return case, rate
+            self._rows, self._ran_all = None, True
+            if not self._ran.keys() & set(self._cases):
+                raise SettingError(
+                    f"opponent {self.opponent.command}: ran {', '.join(case.name for case in self._ran)}, and none of "
+                    f"{', '.join(case.name for case in self._cases)}. Give both the same -p, -n and -d."
+                )
+        return None
 
-    def beside(self, case: Case, ours: tuple[float, ...]) -> Pairs:
-        theirs = tuple(self.of[case])
-        ratios = tuple(mine / other for mine, other in zip(ours, theirs, strict=True))
-        return Pairs(self.opponent.command, theirs, ratios)
+    def close(self) -> None:
+        if self._rows is not None:
+            self._rows.close()

@@ -175,9 +175,10 @@ def bench(
             metavar="COMMAND",
             envvar="KVFOLD_OPPONENT",
             show_default=False,
-            help="Another llama-bench to run in turn with ours, once a sample: 'llama-bench -m FILE -p 512 -n 128 -r 1 "
-            "-o json'. No shell reads it: variables go in front, as `env NAME=VALUE`. A semicolon parts several, and "
-            "the ratio is to the fastest of each round.",
+            help="Another llama-bench to run in turn with ours: 'llama-bench -m FILE -p 512 -n 128 -r 1 -o json'. At each "
+            "row that it prints it is stopped until ours has run the same; at its end it is started again, unless -p "
+            "512,512,512 serves three samples at once. No shell reads it: variables go in front, as `env NAME=VALUE`. "
+            "A semicolon parts several, and the ratio is to the fastest of each round.",
         ),
     ] = None,
     output: Annotated[
