@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -279,17 +281,41 @@ def test_an_opponent_that_repeats_its_cases_is_started_once(
     assert (tmp_path / "starts").read_text() == "x"
 
 
-def test_an_opponent_is_ended_once_there_are_enough_rows(checkpoint: Checkpoint, tmp_path: Path) -> None:
+@pytest.fixture
+def endless(tmp_path: Path) -> Opponent:
     script = tmp_path / "endless.py"
     script.write_text(
         "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid()))\n"
         'while True: print(\'{"n_prompt": 1, "n_gen": 0, "samples_ts": [1.0]}\', flush=True)'
     )
-    [endless] = Opponent.parse_all(f"{sys.executable} {script} {tmp_path / 'pid'}")
+    [parsed] = Opponent.parse_all(f"{sys.executable} {script} {tmp_path / 'pid'}")
+    return parsed
+
+
+def test_an_opponent_is_ended_once_there_are_enough_rows(
+    checkpoint: Checkpoint, endless: Opponent, tmp_path: Path
+) -> None:
     [prompt] = results(checkpoint, [Case(1, 0, 0)], (endless,))
     assert prompt.pairs[0].samples_ts == (1.0, 1.0, 1.0)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_stopped_opponent_does_not_outlive_us(endless: Opponent, tmp_path: Path) -> None:
+    killed = f"""
+import os, signal
+from kvfold.bench.opponent import Opponent
+rows = Opponent.parse_all({endless.command!r})[0].rows()
+next(rows)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
+    process = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    for _ in range(100):
+        if not process.exists() or process.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("it is still there")
 
 
 def test_rows_are_found_between_other_lines() -> None:

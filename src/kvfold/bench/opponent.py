@@ -81,7 +81,7 @@ class Opponent:
                 stdout=subprocess.PIPE,
                 stderr=said,
                 bufsize=0,
-                start_new_session=True,  # a group of its own, which signals reach as a whole
+                process_group=0,  # signals reach all it starts; stopped and without us, the system hangs it up
             )
         except OSError as error:
             raise SettingError(f"opponent {self.argv[0]}: cannot be started: {error.strerror}.") from error
