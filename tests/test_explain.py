@@ -230,7 +230,7 @@ def test_what_fits_without_the_buffers_of_a_step_does_not_fit(
 
 def test_phases_count_every_step_of_every_layer() -> None:
     config = SHAPES["deepseek-v3"]
-    found = phase("", config, settings(), 5000, 100, is_prompt=True, batch_rows=2048)
+    found = phase("", config, settings(), 5000, 100, is_prompt=True, batch_rows=2048, machine=ARITHMETIC)
     windows = [(2048, 100), (2048, 2148), (904, 4196)]
     assert found.steps == ((AttentionPath.DECOMPRESSED, 3),)
     for path, macs in found.forced:
@@ -241,7 +241,7 @@ def test_phases_count_every_step_of_every_layer() -> None:
 
 def test_a_phase_may_change_its_path_between_steps() -> None:
     config = SHAPES["deepseek-v3"]
-    found = phase("", config, settings(), 2048 + 100, 0, is_prompt=True, batch_rows=2048)
+    found = phase("", config, settings(), 2048 + 100, 0, is_prompt=True, batch_rows=2048, machine=ARITHMETIC)
     assert found.steps == ((AttentionPath.DECOMPRESSED, 1), (AttentionPath.ABSORBED, 1))
     assert found.macs < min(macs for path, macs in found.forced if path is not AttentionPath.STANDARD)
 

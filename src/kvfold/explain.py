@@ -417,7 +417,7 @@ def phase(
     *,
     is_prompt: bool,
     batch_rows: int,
-    machine: MachineProfile = ARITHMETIC,
+    machine: MachineProfile,
 ) -> Phase:
     """What the plan does with `new_rows` rows of one sequence over `cached_rows` cached ones."""
     windows = _windows(new_rows, cached_rows, batch_rows)

@@ -166,6 +166,12 @@ class Loaded:
     window_rows: int
     moving: MovingWeights | None
 
+    @property
+    def isa(self) -> str:
+        """The instruction set whose kernels run, by the name that --isa takes; empty where the backend has no choice."""
+        isa: str = getattr(self.backend, "isa", "")
+        return isa
+
     def plan(self, new_rows: int, cached_rows: int, is_prompt: bool) -> MlaPlan:
         return plan_for(self.model.config, self.settings, new_rows, cached_rows, is_prompt, self.choice.profile)
 

@@ -9,15 +9,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kit.command_line import Kvfold, heed_interrupts
 from kit.tiny_models import tiny_model, write_gguf
-from kvfold import LLM, SamplingParams
+from kvfold import LLM, SamplingParams, _native
 from kvfold.cli.later import LATER_FLAGS
 from kvfold.llm import Output
+from kvfold.mla.plan import CPU
 
 PROMPT = "abc abc"
 ARGUMENTS = ("run", "-c", "256", "-n", "12", "--seed", "3", "--ignore-eos")
@@ -150,12 +150,6 @@ def test_a_bad_stdin_is_refused(kvfold: Kvfold, stdin: bytes, reason: str) -> No
     assert done.err.startswith("kvfold: stdin: ") and reason in done.err
 
 
-def cheapest(phase: Any) -> str:
-    """Of the paths over latents."""
-    costs = {path: macs for path, macs in phase["forced"] if path != "standard"}
-    return min(costs, key=lambda path: costs[path])
-
-
 @pytest.mark.parametrize("mla", ["0", "1", "2", "3", "auto"])
 @pytest.mark.parametrize("fa", ["0", "on"])
 def test_json_holds_text_ids_rates_and_plan(
@@ -169,13 +163,15 @@ def test_json_holds_text_ids_rates_and_plan(
     assert answer["stats"]["prompt_tokens"] == prompt_tokens
     assert answer["stats"]["generation_rate"] > 0
     assert (answer["family"], answer["seed"]) == ("deepseek-v3", 3)
-    plan = answer["plan"]
+    plan, planned = answer["plan"], LLM(tiny_gguf, n_ctx=64).loaded.plan
     prompt_path, generation_path = {
         "0": ("standard", "standard"),
         "1": ("absorbed", "absorbed"),
         "2": ("decompressed", "decompressed"),
         "3": ("decompressed", "absorbed"),
-        "auto": tuple(cheapest(plan[phase]) for phase in ("prompt", "generation")),
+        "auto": tuple(
+            planned(*work).path.name.lower() for work in ((prompt_tokens, 0, True), (1, prompt_tokens + 11, False))
+        ),
     }[mla]
     assert plan["prompt"]["steps"] == [[prompt_path, 1]]
     assert plan["generation"]["steps"] == [[generation_path, 1]]
@@ -220,6 +216,23 @@ def test_verbose_says_model_backend_plan_and_sampler(kvfold: Kvfold, tiny_gguf: 
         f"generation: absorbed, fused; 1 new over {prompt_tokens + 11} cached rows: decompressed costs ",
     ):
         assert shown in done.err, shown
+
+
+@pytest.mark.parametrize("isa", _native.isa_names())
+def test_the_plan_and_the_instruction_set_shown_are_those_that_ran(
+    isa: str, kvfold: Kvfold, tiny_gguf: Path
+) -> None:
+    """The rates of the set decide between paths, so another profile would show another plan."""
+    try:
+        done = kvfold(*ARGUMENTS, "-v", "-t", "1", "--isa", isa, tiny_gguf, PROMPT)
+        answer = json.loads(kvfold(*ARGUMENTS, "--json", "--isa", isa, tiny_gguf, PROMPT).out)
+    finally:
+        _native.force_isa("auto")
+    assert f"; 1 threads on {isa}\n" in done.err
+    profile = f"({CPU[isa].name if isa in CPU else 'arithmetic'} profile)"
+    assert done.err.count(profile) == 2
+    assert answer["isa"] == isa
+    assert all(phase["reason"].endswith(profile) for phase in answer["plan"].values())
 
 
 def test_a_forced_backend_says_so(kvfold: Kvfold, tiny_gguf: Path) -> None:

@@ -70,7 +70,7 @@ def row(result: Result) -> dict[str, Any]:
         "samples_ts": list(result.samples_ts),
         "median_ts": statistics.median(result.samples_ts),
         "backend": loaded.backend.name,
-        "isa": getattr(loaded.backend, "isa", ""),
+        "isa": loaded.isa,
         "layers": loaded.model.config.num_layers,
         "plan": plans_of(result),
         "bound_by": bound_by(result),

@@ -298,7 +298,16 @@ def _phases(llm: LLM, stats: Stats) -> dict[str, Phase]:
     config, settings = loaded.model.config, loaded.settings
     kinds = {"prompt": (stats.prompt_tokens, 0, True), "generation": (1, depth, False)}
     return {
-        name: phase(name, config, settings, rows, cached, is_prompt=is_prompt, batch_rows=llm.batch_rows)
+        name: phase(
+            name,
+            config,
+            settings,
+            rows,
+            cached,
+            is_prompt=is_prompt,
+            batch_rows=llm.batch_rows,
+            machine=loaded.choice.profile,
+        )
         for name, (rows, cached, is_prompt) in kinds.items()
     }
 
@@ -313,6 +322,7 @@ def _print_json(llm: LLM, stream: Stream, phases: dict[str, Phase], seed: int, p
             "model": loaded.checkpoint.path,
             "family": loaded.model.config.family,
             "backend": loaded.backend.name,
+            "isa": loaded.isa,
             "seed": seed,
             "plan": phases,
         }
@@ -331,7 +341,8 @@ def show_choices(llm: LLM, seconds: float) -> None:
     note(f"weights: {loaded.weight_place}")
     for name, reasons in choice.refused:
         note(f"backend {name} refuses: {', '.join(reasons)}")
-    note(f"backend {choice.candidate.name}: {choice.reason}; {loaded.settings.threads} threads")
+    threads = f"{loaded.settings.threads} threads" + (f" on {loaded.isa}" if loaded.isa else "")
+    note(f"backend {choice.candidate.name}: {choice.reason}; {threads}")
     layout = loaded.cache.layout
     note(
         f"cache: {loaded.n_ctx:,} tokens in {layout.cache_type.value}, {layout.bytes_per_token:,} bytes a token, "
