@@ -59,6 +59,27 @@ def test_a_model_and_a_shape_exclude_each_other(
     assert json.loads(kvfold("bench", tiny_gguf, *few).out)[0]["model_filename"] == str(tiny_gguf)
 
 
+def test_a_model_may_be_written_as_llama_bench_has_it(
+    kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("-p", "4", "-n", "0", "-r", "1", "-t", "1", "-o", "json")
+    monkeypatch.setenv("KVFOLD_MODEL", "/no/such.gguf")
+    monkeypatch.setenv("KVFOLD_SHAPE", "deepseek-v3")
+    assert json.loads(kvfold("bench", "-m", tiny_gguf, *few).out)[0]["model_filename"] == str(tiny_gguf)
+    assert kvfold("bench", "-m", tiny_gguf, tiny_gguf, *few).code == 2
+    assert kvfold("bench", "-m", tiny_gguf, "--shape", "tiny", *few).code == 2
+
+
+@pytest.mark.parametrize("flag", [("--layers", "1"), ("--type", "q4_k"), ("--legacy-kv-b",)])
+def test_what_makes_a_shape_is_refused_beside_a_file(
+    kvfold: Kvfold, tiny_gguf: Path, flag: tuple[str, ...]
+) -> None:
+    """Taken and passed over it would look as if it had been measured."""
+    done = kvfold("bench", tiny_gguf, "-p", "4", "-n", "0", *flag)
+    assert (done.code, done.out) == (2, "")
+    assert f"{flag[0]}: of a --shape" in done.err
+
+
 def test_an_opponent_adds_its_rate_and_the_ratio(kvfold: Kvfold, tmp_path: Path) -> None:
     script = tmp_path / "peer.py"
     script.write_text('print(\'[{"n_prompt": 16, "n_gen": 0, "n_depth": 0, "samples_ts": [0.5]}]\')')

@@ -15,7 +15,7 @@ from kvfold.cli.options import (
     Dtype,
     Isa,
     Mmap,
-    ModelArgument,
+    Model,
     Profile,
     Workspace,
     parse_count,
@@ -38,7 +38,11 @@ Words = list[str] | None
 
 def bench(
     context: typer.Context,
-    model: ModelArgument = None,
+    path: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", show_default=False, help="The model, if no -m says it."),
+    ] = None,
+    model: Model = None,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -224,11 +228,18 @@ def bench(
         profile=profile,
     )
     against = () if opponents is None else Opponent.parse_all(opponents)
+    written = {name for name in context.params if _is_from_command_line(context, name)}
+    if written >= {"path", "model"}:
+        raise typer.BadParameter(f"{path} and -m {model}: one model is measured.")
+    model = path or model
     if shape is not None and model is not None:
-        given = [name for name in ("model", "shape") if _is_from_command_line(context, name)]
-        if len(given) == 2:
+        has_model = bool(written & {"path", "model"})
+        if has_model and "shape" in written:
             raise typer.BadParameter(f"{model} and --shape {shape}: one of them is measured.")
-        model, shape = (model, None) if given == ["model"] else (None, shape)
+        model, shape = (model, None) if has_model else (None, shape)
+    if shape is None and (of_shape := written & {"layers", "type", "legacy_kv_b"}):
+        flags = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in of_shape))
+        raise typer.BadParameter(f"{flags}: of a --shape, and a model is what its file says.")
     checkpoint = _open(model) if shape is None else _make(shape, layers, type, legacy_kv_b, seed)
     results = sweep(checkpoint, chosen, cases, repetitions=repetitions, opponents=against, seed=seed, notice=note)
     rows = [row(result) for result in results]

@@ -40,7 +40,11 @@ LATER_FLAGS = (
     LaterFlag(("-ts", "--tensor-split"), True, _ONE_DEVICE),
     LaterFlag(("-mg", "--main-gpu"), True, _ONE_DEVICE),
     LaterFlag(("--numa",), True, "start kvfold under `numactl --interleave=all`"),
-    LaterFlag(("-rtr", "--run-time-repack"), False, "weights stay in the file's blocks, unrepacked, leave it out"),
+    LaterFlag(
+        ("-rtr", "--run-time-repack"),
+        False,
+        "--mmap off or auto has rows in the order that is fastest, leave it out",
+    ),
     LaterFlag(("-fmoe", "--fused-moe"), False, "gate, up and down of the chosen experts are one op, leave it out"),
     LaterFlag(("-amb", "--attention-max-batch"), True, "--workspace bounds the scratch of attention"),
     LaterFlag(("-ser", "--smart-expert-reduction"), True, "every expert that the router chooses is computed"),
@@ -65,6 +69,9 @@ LATER_FLAGS = (
     LaterFlag(("--lora",), True, "merge the adapter into the model's weights before converting it"),
     LaterFlag(("--mlock",), False, "weights that fit are copied into memory at load, leave it out"),
     LaterFlag(("--no-mmap",), False, "--mmap off copies the weights into memory"),
+    LaterFlag(
+        ("-mmp",), True, "--mmap off copies the weights into memory, --mmap on leaves them in the map of their file"
+    ),
     LaterFlag(("-l", "--logit-bias"), True, "SamplingParams(logit_bias=...) in Python"),
     LaterFlag(("--grammar",), True, "generation is not constrained: check the text, and sample again"),
     LaterFlag(("-j", "--json-schema"), True, "generation is not constrained: check the text, and sample again"),
