@@ -298,7 +298,14 @@ def load(
     if placed.is_moving:
         assert isinstance(backend, MovesWeights)
         used = {name: checkpoint.tensors[name] for name in program.weight_names}
-        moving = MovingWeights(used, checkpoint.maps, backend.move_weights, _readers(settings), memory_types)
+        moving = MovingWeights(
+            used,
+            checkpoint.maps,
+            backend.move_weights,
+            lambda: backend.is_in_first_step,
+            _readers(settings),
+            memory_types,
+        )
     loaded = Loaded(
         checkpoint,
         network,

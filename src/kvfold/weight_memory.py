@@ -43,6 +43,9 @@ CHUNK_BYTES = 8 * HUGE_PAGE_BYTES
 # and with it the alignment of every number in the file.
 PAGE_BYTES = 4096
 _READ_AHEAD_BYTES = 16 << 20
+# A copy beside answers waits so long for a first step, which it then lets end: both want every CPU.
+BEGIN_SECONDS = 0.5
+GIVE_WAY_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class WeightCopy:
 class MovingWeights:
     """A copy that is made while a model answers from the maps: its weights move when all of it is there.
 
-    move: puts weights elsewhere, for steps under way too. memory_types: as `copied` takes them. Should the copy fail, the
-    weights stay mapped.
+    move: puts weights elsewhere, for steps under way too. gives_way: whether somebody waits for an answer that the copy
+    would delay. memory_types: as `copied` takes them. Should the copy fail, the weights stay mapped.
     """
 
     def __init__(
@@ -80,18 +83,22 @@ class MovingWeights:
         weights: Weights,
         maps: Sequence[FileMap],
         move: Callable[[Weights], None],
+        gives_way: Callable[[], bool],
         readers: int,
         memory_types: Mapping[str, BlockType],
     ) -> None:
         self._copy: WeightCopy | None = None
         self._failure = ""
-        self._is_cancelled = False
+        self._cancelled = threading.Event()
 
         def check(done: int, total: int) -> None:
-            if self._is_cancelled:
+            while gives_way() and not self._cancelled.wait(GIVE_WAY_SECONDS):
+                pass
+            if self._cancelled.is_set():
                 raise RuntimeError("the copy was cancelled")
 
         def work() -> None:
+            self._cancelled.wait(BEGIN_SECONDS)
             try:
                 moved, copy = copied(weights, maps, readers=readers, memory_types=memory_types, progress=check)
                 move(moved)
@@ -109,7 +116,7 @@ class MovingWeights:
 
     def cancel(self) -> None:
         """Nobody needs the model any more, or the process ends: stops after the chunks that are being read."""
-        self._is_cancelled = True
+        self._cancelled.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 

@@ -100,6 +100,10 @@ class MovesWeights(Protocol):
     def move_weights(self, weights: Weights) -> None:
         """The same weights elsewhere in memory; the old arrays are not read any more when this returns."""
 
+    @property
+    def is_in_first_step(self) -> bool:
+        """Whether the first of all its steps is under way: somebody waits for a first token."""
+
 
 @runtime_checkable
 class OnDevice(Protocol):

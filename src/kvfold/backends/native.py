@@ -7,6 +7,7 @@ but the angles of RoPE. numpy only: a native run never imports torch.
 from __future__ import annotations
 
 import time
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -62,6 +63,7 @@ class NativeBackend:
     ) -> None:
         self.model = model
         self.isa = _native.isa()
+        self._first_run: weakref.ref[NativeRun] | None = None
         recorded = record(model, {name: _rows(weight) for name, weight in weights.items()})
         self._handles = {name: handle for handle, name in enumerate(recorded.weight_names)}
         self._layouts = [_layout(weights[name]) for name in recorded.weight_names]
@@ -85,7 +87,16 @@ class NativeBackend:
 
     def start(self, step: Step) -> NativeRun:
         """Checks the step and reserves its buffers; nothing runs yet. ValueError: array, expected, got."""
-        return NativeRun(self.model, self._program, step, self.profile)
+        run = NativeRun(self.model, self._program, step, self.profile)
+        if self._first_run is None:
+            self._first_run = weakref.ref(run)
+        return run
+
+    @property
+    def is_in_first_step(self) -> bool:
+        """Whether the first of all its steps is under way, or stands at a cut."""
+        run = None if self._first_run is None else self._first_run()
+        return run is not None and run.position < self.model.num_segments
 
     def move_weights(self, weights: Weights) -> None:
         """The same weights at other places in memory, rows side by side perhaps, all of them from the next cut on, for
