@@ -1,5 +1,6 @@
 """MLA decode against the absorbed form in float64: any heads, lengths, pages; nothing unused is ever read."""
 
+import itertools
 import math
 import random
 
@@ -221,3 +222,16 @@ def test_the_hopper_kernels_agree(heads: int, s_q: int, dtype: torch.dtype) -> N
         pytest.skip("needs a Hopper GPU (sm_90)")
     tolerance = 4e-3 if dtype == torch.bfloat16 else 1e-3
     Case(heads, [4097, 1, 0, 63, 65, 9000], s_q, kv_lora=512, rope=64, dtype=dtype).check(tolerance, form="gluon")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("s_q", [1, 2])
+def test_scores_that_rise_along_a_sequence_on_hopper(s_q: int) -> None:
+    """Weights are relative to a number that moves only where scores lie 256 times above it: here they do, again and again."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU (sm_90)")
+    case = Case(128, [2049, 1000], s_q, kv_lora=512, rope=64, dtype=torch.bfloat16)
+    for first, last in itertools.pairwise(case.page_starts):
+        for i, page in enumerate(case.pages[first:last]):
+            case.pool[page] *= 0.2 + 0.15 * i
+    case.check(4e-3, form="gluon")

@@ -182,15 +182,18 @@ def _launch_triton(
 
 
 def _combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool) -> None:
-    """Merges the partials of the sequences that were cut: 4096 numbers are under way in each program at once.
+    """Merges the partials of the sequences that were cut: some 4096 numbers are under way in each program at once.
 
     Nothing here waits long but for memory, so a program loads several partials of few rows together: as many as an even
     batch has per sequence. A large batch has few or none, and programs that take several rows, since most end at once.
+    Up to 16 partials, rows are whole: 128 heads at batch 4 take 4.7 us so, and 9.0 in four programs a row.
     """
     rows = workspace.rows_per_sequence * workspace.num_heads
-    likely_splits = workspace.num_parts // workspace.batch + 1
+    likely_splits = workspace.num_parts // workspace.batch
     block_splits = min(max(triton.next_power_of_2(likely_splits), 4), MOST_SPLITS)
-    block_columns = min(triton.next_power_of_2(workspace.kv_lora), 4096 // block_splits)
+    block_columns = triton.next_power_of_2(workspace.kv_lora)
+    if block_splits > 16:
+        block_columns = min(block_columns, 4096 // block_splits)
     block_rows = max(4096 // (block_splits * block_columns), 1)
     column_blocks = triton.cdiv(workspace.kv_lora, block_columns)
     turns = max(workspace.batch * triton.cdiv(rows, block_rows) * column_blocks // COMBINE_PROGRAMS, 1)

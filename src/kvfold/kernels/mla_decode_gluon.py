@@ -17,11 +17,12 @@ next one into its place, so nothing waits for a loader's turn and each thread ma
     tile 1   kL1 + rope        by warpgroup 0               kR1                        by warpgroup 1
 
 The rope part of a tile is read once, for its scores; its 8 KB then carry the tile's weights P to the other warpgroup, and
-the maxima they are relative to go beside them. The second tile follows the first like any tile of an online softmax: the
-first one's weights wait for nothing of the second's, so that its values are multiplied, and its successor ordered, while
-the second one's scores are still under way. Warpgroup 0 queues the scores of its next tile behind its last values, so that
-the tensor cores do not wait for it; the last pair of a sequence, or its last tile, if their number is odd, has code of
-its own, and only there are keys masked.
+the number they are relative to, a row, goes beside them. It is the row's highest score of some moment and moves where a
+score lies more than 8 (log2) above it, so that what was summed is seldom rescaled. The second tile follows the first like
+any tile of an online softmax: the first one's weights wait for nothing of the second's, so that its values are multiplied,
+and its successor ordered, while the second one's scores are still under way. Warpgroup 0 queues the scores of its next
+tile behind its last values, so that the tensor cores do not wait for it; the last pair of a sequence, or its last tile, if
+their number is odd, has code of its own, and only there are keys masked.
 
 Unused slots of a sequence's last page may hold anything, NaN included. Their scores are masked, and their rows are
 zeroed in shared memory before they serve as values, since zero times NaN is NaN.
@@ -53,6 +54,27 @@ KV_LORA = 512
 LATENT = 576
 CHUNKS = gl.constexpr(2)  # of 128 columns, half a tile: each has a barrier, so that scores begin early
 NO_SCORE = gl.constexpr(-1e30)
+MOST_ABOVE = gl.constexpr(8.0)  # log2: weights of up to 256 before the number they are relative to moves
+
+
+def _multiplication(count: int) -> str:
+    """PTX: `count` accumulators, of whose rows a thread has two, times their rows' factors, left out where a warp's are all 1."""
+    own, factors = count, 2 * count
+    lines = [
+        "{", ".reg .pred one, all;",
+        f"setp.eq.f32 one, ${factors}, 0f3F800000;",
+        f"setp.eq.and.f32 one, ${factors + 2}, 0f3F800000, one;",
+        "vote.sync.all.pred all, one, 0xffffffff;",
+        "@all bra.uni DONE;",
+        *(f"mul.f32 ${i}, ${own + i}, ${factors + i};" for i in range(count)),
+        "DONE:", "}",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+THREAD_ACCUMULATORS = gl.constexpr(128)  # of [64, 256] over a warpgroup
+MULTIPLICATION = gl.constexpr(_multiplication(THREAD_ACCUMULATORS.value))
+MULTIPLICATION_REGISTERS = gl.constexpr(",".join(["=f"] * 128 + [str(i) for i in range(128)] + ["f"] * 128))
 
 # Triton after 3.6 renamed it.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -95,24 +117,38 @@ def _store_rows(
     values, m, weight, half, out, partial, partial_lse, part, sequence, row0, rows, whole, lo,
     M_LAYOUT: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Writes the normalized [64, 256] half of the result, as the result itself or as a partial with its lse."""
-    row = row0 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-    column = half * 256 + gl.arange(0, 256, gl.SliceLayout(0, LAYOUT))
+    """Writes the normalized [64, 256] half of the result, as the result itself or as a partial with its lse.
+
+    A row's four threads trade numbers first: each then stores 16 bytes, and the four of them 64 in a run.
+    """
+    OUT: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 256],
+    )  # fmt: skip
+    PARTIAL: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
+        [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 256],
+    )  # fmt: skip
     some = weight > 0
     share = gl.where(some, 1.0 / gl.where(some, weight, 1.0), 0.0)
     values = values * gl.convert_layout(share, gl.SliceLayout(1, LAYOUT))[:, None]
-    kept = (row < rows)[:, None]
     if whole:
+        result = gl.convert_layout(values.to(out.dtype.element_ty), OUT)
+        row = row0 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
+        column = half * 256 + gl.arange(0, 256, gl.SliceLayout(0, OUT))
         out_row = sequence.to(gl.int64) * rows + row
-        gl.store(out + out_row[:, None] * 512 + column[None, :], values.to(out.dtype.element_ty), mask=kept)
+        gl.store(out + out_row[:, None] * 512 + column[None, :], result, mask=(row < rows)[:, None])
     else:
-        slot_row = (2 * part + (lo == 0).to(gl.int32)).to(gl.int64) * rows + row
-        gl.store(partial + slot_row[:, None] * 512 + column[None, :], values, mask=kept)
+        part_values = gl.convert_layout(values, PARTIAL)
+        slot = (2 * part + (lo == 0).to(gl.int32)).to(gl.int64) * rows
+        part_row = row0 + gl.arange(0, 64, gl.SliceLayout(1, PARTIAL))
+        part_column = half * 256 + gl.arange(0, 256, gl.SliceLayout(0, PARTIAL))
+        part_at = (slot + part_row)[:, None] * 512 + part_column[None, :]
+        gl.store(partial + part_at, part_values, mask=(part_row < rows)[:, None])
         if half == 0:
             m_row = row0 + gl.arange(0, 64, M_LAYOUT)
-            m_slot = (2 * part + (lo == 0).to(gl.int32)).to(gl.int64) * rows + m_row
             lse = gl.where(some, m + gl.log2(gl.where(some, weight, 1.0)), float("-inf"))
-            gl.store(partial_lse + m_slot, lse, mask=m_row < rows)
+            gl.store(partial_lse + slot + m_row, lse, mask=m_row < rows)
 
 
 @gluon.jit
@@ -185,6 +221,27 @@ def _sums(p):
 
 
 @gluon.jit
+def _raised(m, highest):
+    """What a row's weights are relative to: its highest score of some moment, which later ones may exceed by MOST_ABOVE."""
+    return gl.where(highest > m + MOST_ABOVE, highest, m)
+
+
+@gluon.jit
+def _rescaled(acc, shrink):
+    """[64, 256] rows times their factors. Almost always all of them are 1, and a warp then does nothing."""
+    factors = gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+    factors, acc = gl.broadcast(factors, acc)
+    return gl.inline_asm_elementwise(
+        MULTIPLICATION,
+        MULTIPLICATION_REGISTERS,
+        [acc, factors],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=THREAD_ACCUMULATORS,
+    )
+
+
+@gluon.jit
 def _shrunk(weight, shrink):
     return weight * gl.convert_layout(shrink, gl.SliceLayout(1, weight.type.layout))[:, None]
 
@@ -228,11 +285,10 @@ def _left_pair(
     kr0, kr1 = kr0.index(zero), kr1.index(zero)
     DL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=AL, k_width=2)
     VL: gl.constexpr = gl.SliceLayout(1, SL)
-    WL: gl.constexpr = gl.SliceLayout(1, AL)
     if S_Q > 1 or not SECOND:
         if first_key + 64 > free_keys:
             s = _masked(s, first_key, key, end, sees, S_Q)
-    mx0 = gl.maximum(m, _highest(s) * scale_log2)
+    mx0 = _raised(m, _highest(s) * scale_log2)
     p = gl.exp2(s * scale_log2 - mx0[:, None])
     pq = p.to(dtype)
     M0.store(mx0)
@@ -241,7 +297,7 @@ def _left_pair(
     cta_barrier()
     mbarrier.arrive(mb[0], count=1)
     a0 = gl.exp2(m - mx0)
-    acc = acc * gl.convert_layout(a0, WL)[:, None]
+    acc = _rescaled(acc, a0)
     if not SECOND:
         if first_key + 64 > end:
             _zero_rows(kL0, end - first_key, 256)
@@ -258,7 +314,7 @@ def _left_pair(
         mx1 = M1.load(VL)
         a1 = gl.exp2(mx0 - mx1)
         weight = _shrunk(weight, a1)
-        acc = acc * gl.convert_layout(a1, WL)[:, None]
+        acc = _rescaled(acc, a1)
         if LAST:
             if first_key + 128 > end:
                 _zero_rows(kL1, end - first_key - 64, 256)
@@ -394,7 +450,6 @@ def _right_pair(
     kr0, kr1 = kr0.index(zero), kr1.index(zero)
     DL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=AL, k_width=2)
     VL: gl.constexpr = gl.SliceLayout(1, SL)
-    WL: gl.constexpr = gl.SliceLayout(1, AL)
     if SECOND:
         s = gl.zeros([64, 64], gl.float32, SL)
         s = _scores_of_half(qR, kR1, fR1, it1 & 1, s, True)
@@ -404,7 +459,7 @@ def _right_pair(
     mx1 = M0.load(VL)
     a0 = gl.exp2(m - mx1)
     weight = _shrunk(weight, a0)
-    acc = acc * gl.convert_layout(a0, WL)[:, None]
+    acc = _rescaled(acc, a0)
     if not SECOND:
         if first_key + 64 > end:
             _zero_rows(kR0, end - first_key, 256)
@@ -416,7 +471,7 @@ def _right_pair(
             if first_key + 128 > free_keys:
                 s = _masked(s, first_key + 64, key, end, sees, S_Q)
         mx0 = mx1
-        mx1 = gl.maximum(mx0, _highest(s) * scale_log2)
+        mx1 = _raised(mx0, _highest(s) * scale_log2)
         p = gl.exp2(s * scale_log2 - mx1[:, None])
         pq = p.to(dtype)
         M1.store(mx1)
@@ -433,7 +488,7 @@ def _right_pair(
         if LAST:
             if first_key + 128 > end:
                 _zero_rows(kR1, end - first_key - 64, 256)
-        acc = acc * gl.convert_layout(a1, WL)[:, None]
+        acc = _rescaled(acc, a1)
         acc = warpgroup_mma(pb, kR1, acc, is_async=True)
         _expect_half(fR1, there1, False)
         acc, pb = warpgroup_mma_wait(0, (acc, pb))
