@@ -71,48 +71,17 @@ constexpr int32_t columns_of_panel(int64_t bytes_of_256) {
   return static_cast<int32_t>(std::max<int64_t>(1, (20 << 10) / bytes_of_256) * 256);
 }
 
-// Where `pairs` of two products fit int16 they are added there, and widened together.
-template <class S, class F, int pairs>
-struct AnyTile {
-  static constexpr int kVectors = S::kCodeVectors, kCols = S::kCodeCols, kRows = kVectors * S::kLanes;
+// The panels of `vectors` vectors of rows, one shape of types.
+template <class S, class F, int vectors>
+struct CodePanel {
+  static constexpr int kVectors = vectors, kRows = vectors * S::kLanes;
 
-  // A record of a panel, in bytes.
+  // A record, in bytes.
   static constexpr int64_t kCodeBytes = 32 * kRows, kScaleBytes = F::kRuns * kRows * 4;
   static constexpr int64_t kRecord = kCodeBytes + kScaleBytes * (F::kHasMin ? 2 : 1);
-  // A record of a group, in words of 4 bytes.
-  static constexpr int64_t kStarts = 9 * kCols, kSums = kStarts + (F::kHasZero ? F::kRuns * kCols : 0);
-  static constexpr int64_t kGroup = kSums + (F::kHasMin ? F::kRuns * kCols : 0);
 
-  static int64_t group_bytes(int64_t k) { return k / kBlock * kGroup * 4; }
   static constexpr int32_t kPanelColumns = columns_of_panel(256 / kBlock * kRecord);
   static int64_t panel_bytes(int64_t k) { return k / kBlock * kRecord; }
-
-  static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k, int zero,
-                      uint8_t* prepared) {
-    for (int64_t first = 0; first < rows; first += kCols, prepared += group_bytes(k)) {
-      for (int64_t c = 0; c < kCols; c++) {
-        auto* record = reinterpret_cast<int32_t*>(prepared) + c;
-        if (first + c >= rows) {  // an empty column, which tile() does not read
-          continue;
-        }
-        const float* row = x + (pick ? pick[first + c] : first + c) * ldx;
-        for (int64_t at = 0; at < k; at += kBlock, record += kGroup) {
-          alignas(64) int8_t codes[kBlock];
-          int32_t quads[8], halves[2];
-          const float scale = S::quantize(row + at, codes, halves);
-          std::memcpy(quads, codes, sizeof quads);
-          for (int q = 0; q < 8; q++) record[q * kCols] = quads[q];
-          std::memcpy(record + 8 * kCols, &scale, 4);
-          for (int run = 0; run < F::kRuns; run++) {
-            const int32_t sum = F::kRuns == 2 ? halves[run] : halves[0] + halves[1];
-            if (F::kHasZero) record[kStarts + run * kCols] = -zero * sum;
-            const float scaled = scale * static_cast<float>(sum);
-            if (F::kHasMin) std::memcpy(record + kSums + run * kCols, &scaled, 4);
-          }
-        }
-      }
-    }
-  }
 
   // Any n.
   static void unpack(TakeApart take_apart, int elements, int bytes, int zero, const uint8_t* raw,
@@ -152,16 +121,62 @@ struct AnyTile {
     }
   }
 
-  // Whole panels, from vectors: take(block, v, codes [8]) hands over 32 columns of the rows of a vector, four
-  // codes a lane, and returns their scales.
+  // The first n rows, whole vectors of them, from vectors: take(block, v, codes [8]) hands over 32 columns of
+  // the rows of a vector, four codes a lane, and returns their scales.
   template <class Take>
-  static void unpack_quads(int64_t k, uint8_t* panel, const Take& take) {
+  static void unpack_quads(int64_t n, int64_t k, uint8_t* panel, const Take& take) {
     for (int64_t block = 0; block < k / kBlock; block++, panel += kRecord) {
       for (int v = 0; v < kVectors; v++) {
         typename S::Ints codes[8];
-        const auto scales = take(block, v, codes);
+        auto scales = S::zero();
+        if (v * S::kLanes < n) {
+          scales = take(block, v, codes);
+        } else {
+          for (auto& quad : codes) quad = S::zero_ints();
+        }
         for (int q = 0; q < 8; q++) S::store_codes(panel + (q * kVectors + v) * S::kLanes * 4, codes[q]);
         S::store(reinterpret_cast<float*>(panel + kCodeBytes) + v * S::kLanes, scales);
+      }
+    }
+  }
+};
+
+// Where `pairs` of two products fit int16 they are added there, and widened together.
+template <class S, class F, int pairs>
+struct AnyTile : CodePanel<S, F, S::kCodeVectors> {
+  using Panel = CodePanel<S, F, S::kCodeVectors>;
+  using Panel::kCodeBytes, Panel::kRecord, Panel::kVectors;
+  static constexpr int kCols = S::kCodeCols;
+
+  // A record of a group, in words of 4 bytes.
+  static constexpr int64_t kStarts = 9 * kCols, kSums = kStarts + (F::kHasZero ? F::kRuns * kCols : 0);
+  static constexpr int64_t kGroup = kSums + (F::kHasMin ? F::kRuns * kCols : 0);
+
+  static int64_t group_bytes(int64_t k) { return k / kBlock * kGroup * 4; }
+
+  static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k, int zero,
+                      uint8_t* prepared) {
+    for (int64_t first = 0; first < rows; first += kCols, prepared += group_bytes(k)) {
+      for (int64_t c = 0; c < kCols; c++) {
+        auto* record = reinterpret_cast<int32_t*>(prepared) + c;
+        if (first + c >= rows) {  // an empty column, which tile() does not read
+          continue;
+        }
+        const float* row = x + (pick ? pick[first + c] : first + c) * ldx;
+        for (int64_t at = 0; at < k; at += kBlock, record += kGroup) {
+          alignas(64) int8_t codes[kBlock];
+          int32_t quads[8], halves[2];
+          const float scale = S::quantize(row + at, codes, halves);
+          std::memcpy(quads, codes, sizeof quads);
+          for (int q = 0; q < 8; q++) record[q * kCols] = quads[q];
+          std::memcpy(record + 8 * kCols, &scale, 4);
+          for (int run = 0; run < F::kRuns; run++) {
+            const int32_t sum = F::kRuns == 2 ? halves[run] : halves[0] + halves[1];
+            if (F::kHasZero) record[kStarts + run * kCols] = -zero * sum;
+            const float scaled = scale * static_cast<float>(sum);
+            if (F::kHasMin) std::memcpy(record + kSums + run * kCols, &scaled, 4);
+          }
+        }
       }
     }
   }
@@ -236,29 +251,21 @@ struct AnyTile {
   }
 };
 
-// Weights that need all of int8 where a set has no dot for them, from half of the products (S. Winograd,
-// 1968):
+// Weights that need all of int8 where a set has no dot for them: x as magnitudes m and signs s, 0 or -1, so
+// that w x = m (w ^ s) - m s. The last term belongs to x alone and is where sums start. Four weights a lane
+// take an exclusive or, two products and an addition, one cycle of Zen 3, if little else is issued: a vector
+// of weights is an operand from memory, and four of them share what is loaded of x.
 //
-//   w0 x0 + w1 x1 = (w0 + x1) (w1 + x0) - w0 w1 - x0 x1
-//
-// The last two terms belong to a row of weights and to a row of x, and are where sums start. Four weights a
-// lane take two additions of words, a product that adds pairs, and an addition, of which one is bound to a
-// multiplier: on Zen 3 1.08 cycles for 32 weights, where magnitudes and signs in bytes take 1.40 and products
-// of words 1.25.
-//
-// As above, but codes of a panel are words [8 quads][vectors][even, odd][lanes][2], then the starts [vectors]
-// [lanes]; those of x are [8 quads][rows][odd, even][2], scales [rows], starts [rows].
+// A panel is as above; activations are [8 quads][rows][magnitudes, signs][4], scales [rows], starts [rows].
 template <class S, class F>
-struct CrossTile {
+struct SignTile : CodePanel<S, F, S::kSignVectors> {
   static_assert(F::kRuns == 1 && !F::kHasZero && !F::kHasMin);
-  static constexpr int kVectors = 2, kCols = 4, kRows = kVectors * S::kLanes;
-
-  static constexpr int64_t kCodeBytes = 64 * kRows, kRecord = kCodeBytes + 2 * 4 * kRows;
+  using Panel = CodePanel<S, F, S::kSignVectors>;
+  using Panel::kCodeBytes, Panel::kRecord, Panel::kVectors;
+  static constexpr int kCols = S::kSignCols;
   static constexpr int64_t kScales = 16 * kCols, kStarts = kScales + kCols, kGroup = kStarts + kCols;
 
   static int64_t group_bytes(int64_t k) { return k / kBlock * kGroup * 4; }
-  static constexpr int32_t kPanelColumns = columns_of_panel(256 / kBlock * kRecord);
-  static int64_t panel_bytes(int64_t k) { return k / kBlock * kRecord; }
 
   static void prepare(const float* x, int64_t ldx, const int32_t* pick, int64_t rows, int64_t k, int,
                       uint8_t* prepared) {
@@ -268,76 +275,17 @@ struct CrossTile {
         const float* row = x + (pick ? pick[first + c] : first + c) * ldx;
         for (int64_t at = 0; at < k; at += kBlock, record += kGroup) {
           alignas(64) int8_t codes[kBlock];
-          alignas(64) int32_t even[8], odd[8], products[8];
+          alignas(64) int32_t magnitudes[8], signs[8];
           int32_t halves[2];
           const float scale = S::quantize(row + at, codes, halves);
-          const auto even_words = S::even_words(S::load_codes(codes)),
-                     odd_words = S::odd_words(S::load_codes(codes));
-          S::store_codes(even, even_words);
-          S::store_codes(odd, odd_words);
-          S::store_codes(products, S::dot_words(even_words, odd_words));
-          int32_t start = 0;
+          const int32_t negative = S::take_signs(codes, magnitudes, signs);
           for (int q = 0; q < 8; q++) {
-            record[(q * kCols + c) * 2] = odd[q];
-            record[(q * kCols + c) * 2 + 1] = even[q];
-            start -= products[q];
+            record[(q * kCols + c) * 2] = magnitudes[q];
+            record[(q * kCols + c) * 2 + 1] = signs[q];
           }
           std::memcpy(record + kScales + c, &scale, 4);
-          record[kStarts + c] = start;
+          record[kStarts + c] = -negative;
         }
-      }
-    }
-  }
-
-  // A vector of codes to its place in the record of a panel; adds its share of the start.
-  static void store_quad(uint8_t* record, int q, int v, typename S::Ints codes, typename S::Ints& start) {
-    const auto even = S::even_words(codes), odd = S::odd_words(codes);
-    uint8_t* to = record + (q * kVectors + v) * 2 * S::kLanes * 4;
-    S::store_codes(to, even);
-    S::store_codes(to + S::kLanes * 4, odd);
-    start = S::sub_ints(start, S::dot_words(even, odd));
-  }
-
-  static void unpack(TakeApart take_apart, int elements, int bytes, int zero, const uint8_t* raw,
-                     int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel) {
-    constexpr int kMost = 256;  // weights of the largest block
-    for (int64_t at = 0; at < k; at += elements, raw += bytes) {
-      alignas(64) uint8_t codes[kRows][kMost];
-      float scales[kRows][kMost / kBlock], none[kMost / kBlock];
-      for (int64_t i = 0; i < kRows; i++) {
-        if (i < n) {
-          take_apart(raw + i * row_bytes, zero, codes[i], scales[i], none);
-        } else {
-          std::memset(codes[i], 0, elements);
-          std::memset(scales[i], 0, elements / kBlock * 4);
-        }
-      }
-      for (int block = 0; block < elements / kBlock; block++, panel += kRecord) {
-        for (int v = 0; v < kVectors; v++) {
-          auto start = S::zero_ints();
-          for (int half = 0; half < 2; half++) {
-            typename S::Ints quads[4];
-            S::transpose(codes[v * S::kLanes] + kBlock * block + 16 * half, kMost, quads);
-            for (int j = 0; j < 4; j++) store_quad(panel, 4 * half + j, v, quads[j], start);
-          }
-          S::store_codes(panel + kCodeBytes + v * S::kLanes * 4, start);
-        }
-        auto* to = reinterpret_cast<float*>(panel + kCodeBytes + 4 * kRows);
-        for (int i = 0; i < kRows; i++) to[i] = scales[i][block];
-      }
-    }
-  }
-
-  template <class Take>
-  static void unpack_quads(int64_t k, uint8_t* panel, const Take& take) {
-    for (int64_t block = 0; block < k / kBlock; block++, panel += kRecord) {
-      for (int v = 0; v < kVectors; v++) {
-        typename S::Ints codes[8];
-        const auto scales = take(block, v, codes);
-        auto start = S::zero_ints();
-        for (int q = 0; q < 8; q++) store_quad(panel, q, v, codes[q], start);
-        S::store_codes(panel + kCodeBytes + v * S::kLanes * 4, start);
-        S::store(reinterpret_cast<float*>(panel + kCodeBytes + 4 * kRows) + v * S::kLanes, scales);
       }
     }
   }
@@ -349,31 +297,22 @@ struct CrossTile {
     load_tile<S, kVectors, cols>(start, ld_start, n, out);
     const auto* words = reinterpret_cast<const int32_t*>(x);
     for (int64_t at = 0; at < k; at += kBlock, panel += kRecord, words += kGroup) {
-      const uint8_t* starts = panel + kCodeBytes;
-      const auto* scales = reinterpret_cast<const float*>(starts + 4 * kRows);
       typename S::Ints sum[kVectors][cols];
       KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
         const auto of_x = S::four_codes(words + kStarts + c);
-        KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
-          sum[v][c] = S::add_ints(of_x, S::load_codes(starts + v * S::kLanes * 4));
-        }
+        KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) sum[v][c] = of_x;
       }
       KVFOLD_UNROLLED for (int q = 0; q < 8; q++) {
-        typename S::Ints even[kVectors], odd[kVectors];
-        KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
-          const uint8_t* from = panel + (q * kVectors + v) * 2 * S::kLanes * 4;
-          even[v] = S::held(S::load_codes(from));
-          odd[v] = S::held(S::load_codes(from + S::kLanes * 4));
-        }
         KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
-          const auto x_odd = S::four_codes(words + (q * kCols + c) * 2),
-                     x_even = S::four_codes(words + (q * kCols + c) * 2 + 1);
+          const int32_t* quad = words + (q * kCols + c) * 2;
+          const auto magnitudes = S::held(S::four_codes(quad)), signs = S::held(S::four_codes(quad + 1));
           KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
-            const auto both = S::dot_words(S::add_words(even[v], x_odd), S::add_words(odd[v], x_even));
-            sum[v][c] = S::add_ints(sum[v][c], both);
+            const auto turned = S::xor_loaded(signs, panel + (q * kVectors + v) * S::kLanes * 4);
+            sum[v][c] = S::add_ints(sum[v][c], S::widened(S::pairs(magnitudes, turned)));
           }
         }
       }
+      const auto* scales = reinterpret_cast<const float*>(panel + kCodeBytes);
       const auto* x_scales = reinterpret_cast<const float*>(words + kScales);
       KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
         const auto scale = S::load(scales + v * S::kLanes);
@@ -398,7 +337,7 @@ struct CrossTile {
 template <class S, class T>
 struct QuantTile {
   using Like = typename Format<S, T>::Like;
-  using Any = std::conditional_t<S::kPairSums && Like::kWide, CrossTile<S, Like>,
+  using Any = std::conditional_t<S::kPairSums && Like::kWide, SignTile<S, Like>,
                                  AnyTile<S, Like, Format<S, T>::kPairs>>;
   static constexpr int kZero = Format<S, T>::kZero;
 
@@ -413,8 +352,8 @@ struct QuantTile {
     }
     if constexpr (Fast<S, T>::kQuads) {
       using Of32 = Fast<S, T>;
-      if (n == Any::kRows) {
-        return Any::unpack_quads(k, panel, [&](int64_t block, int v, auto& codes) {
+      if (n % S::kLanes == 0) {
+        return Any::unpack_quads(n, k, panel, [&](int64_t block, int v, auto& codes) {
           const uint8_t* first = raw + v * S::kLanes * row_bytes + block * Of32::kBytes;
           return Of32::quads(first, row_bytes, codes);
         });

@@ -22,10 +22,8 @@ struct WideLanes {  // weights that need all of int8: w x = m (w ^ s) - m s, as 
   int32_t start;
 
   void set(const int8_t* codes, const int32_t*, float x_scale) {
-    using Signs = AnyDot<Avx2, Shape<32, false, false, true>>;
     scale = x_scale;
-    start = -Signs::take_signs(codes, magnitudes, signs);
-    start -= Signs::take_signs(codes + 16, magnitudes + 16, signs + 16);
+    start = -Avx2::take_signs(codes, magnitudes, signs);
   }
 };
 template <int zero>
@@ -49,7 +47,7 @@ struct SideBySideProducts {
   using X = std::conditional_t<kWide, WideLanes, ZeroLanes<Format<Avx2, T>::kZero>>;
   using Dot = AnyDot<Avx2, Like>;
   using Tile = typename QuantTile<Avx2, T>::Any;
-  static_assert(T::elements == kBlock && Tile::kRows == kRowsSideBySide);
+  static_assert(T::elements == kBlock && Tile::kRows % kRowsSideBySide == 0);
   // Prepared rows take no more than where rows lie one by one, so that weights may move between the two.
   static_assert(sizeof(X) <= Dot::kCodes * kBlock + 2 * sizeof(float));
 
@@ -164,10 +162,12 @@ struct SideBySideProducts {
     }
   }
 
-  static void unpack(const uint8_t* raw, int64_t, int64_t, int64_t k, uint8_t* panel) {
-    const auto* blocks = reinterpret_cast<const Mixed*>(raw);
-    Tile::unpack_quads(k, panel, [&](int64_t block, int v, auto& codes) {
-      const Mixed& w = blocks[block];
+  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel) {
+    constexpr int kGroupVectors = kRowsSideBySide / Avx2::kLanes;
+    Tile::unpack_quads(n, k, panel, [&](int64_t block, int vector, auto& codes) {
+      const int v = vector % kGroupVectors;
+      const uint8_t* group = raw + vector / kGroupVectors * kRowsSideBySide * row_bytes;
+      const Mixed& w = reinterpret_cast<const Mixed*>(group)[block];
       for (int q = 0; q < Mixed::num_words; q++) {
         const __m256i packed = load(w, q, v);
         if constexpr (kNibbles) {

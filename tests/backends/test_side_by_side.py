@@ -55,6 +55,7 @@ def test_products_follow_the_definition(name: str, isa: str) -> None:
         (4, 64, 2),
         (7, 48, 3),
         (17, 96, 3),
+        (18, 48, 17),  # half of a panel
         (100, 32, 1),
     ]:
         weight, x = (
@@ -73,10 +74,11 @@ def test_sums_of_the_largest_codes_do_not_overflow(name: str, isa: str) -> None:
     for fill in (0x00, 0x7F, 0x80, 0xFF):
         weight = random_weight(t, 32, k, seed=5, fill=fill)
         for x in (1.27, -1.27):  # codes of 127 and -127
-            all_x = np.full((1, k), x, np.float32)
-            got, want = native_product(all_x, side_by_side(weight)), product(all_x, weight)
-            largest = max(np.abs(decode_tensor(weight)).max(), 1) * 1.27 * k
-            assert np.abs(got - want).max() <= 1e-6 * largest, f"{name} {isa} {fill} {x}"
+            for rows in (1, 17):  # by row dots, by tiles
+                all_x = np.full((rows, k), x, np.float32)
+                got, want = native_product(all_x, side_by_side(weight)), product(all_x, weight)
+                largest = max(np.abs(decode_tensor(weight)).max(), 1) * 1.27 * k
+                assert np.abs(got - want).max() <= 1e-6 * largest, f"{name} {isa} {fill} {x} {rows}"
 
 
 @every_type
