@@ -7,7 +7,7 @@ are odd, inputs random and spread, memory that nothing wrote is NaN. Takes secon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,14 +20,14 @@ from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache,
 from kvfold.config import MlaConfig, MoeConfig, RopeConfig, Scoring
 from kvfold.errors import SettingError
 from kvfold.formats.synthetic import random_matrix, synthetic_types
-from kvfold.mla.absorb import KvUp, split_kv_b
+from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
 from kvfold.mla.plan import Path
 from kvfold.mla.reference import attend
 from kvfold.mla.rope import cos_sin, rotate
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Recorder, Value
 from kvfold.model.step import Step
-from kvfold.quant.activations import product, rounded, rounding_for
+from kvfold.quant.activations import Rounding, product, rounded, rounding_for
 from kvfold.quant.attention import attend as attend_rounded
 from kvfold.quant.attention import attend_codes, attend_latents
 from kvfold.quant.decode import decode_tensor
@@ -77,7 +77,7 @@ def check(isas: list[str], *, threads: int) -> Iterator[Finding]:
             _native.force_isa(isa)
             yield from _products(isa, threads)
             yield from _ops(isa, threads)
-            for name in ("IQ4_NL", "Q4_K", "Q6_K", "Q8_0", "BF16", "F32"):
+            for name in ("IQ4_NL", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"):
                 yield _experts(name, isa, threads)
     finally:
         _native.force_isa(before)
@@ -148,7 +148,7 @@ _LENGTHS = (1, 300, 17)
 _Q = _MLA.num_heads * _MLA.qk_head_dim
 _HIDDEN = _Q + _MLA.latent_dim
 _EPS = 1e-6
-_UP = KvUp(kv_b="kv_b")
+_KV_B, _K_B_V_B = KvUp(kv_b="kv_b"), KvUp(k_b="k_b", v_b="v_b")
 
 
 @dataclass(frozen=True)
@@ -174,18 +174,18 @@ class _Network:
         return None
 
 
-def _attention(ops: Recorder, x: Value, path: Path) -> Value:
+def _attention(ops: Recorder, x: Value, path: Path, up: KvUp = _KV_B) -> Value:
     """x is [q | c_kv | k_rope], the rope parts still to be rotated."""
     lora = _MLA.kv_lora_rank
     q = ops.rope("q_rope", ops.columns(x, 0, _Q), _ROPE, head_dim=_MLA.qk_head_dim)
     c_kv = ops.columns(x, _Q, _Q + lora)
     k_rope = ops.rope("k_rope", ops.columns(x, _Q + lora, _HIDDEN), _ROPE, head_dim=_MLA.qk_rope_head_dim)
     if path is Path.STANDARD:
-        ops.append_full("append", 0, c_kv, k_rope, _UP, _MLA)
+        ops.append_full("append", 0, c_kv, k_rope, up, _MLA)
         return ops.attend_full("attend", 0, q, _MLA)
     ops.append_latent("append", 0, c_kv, k_rope)
-    o_latent = ops.attend_latent("attend", 0, ops.fold_q("fold", q, _UP, _MLA), _MLA)
-    return ops.attend_expanded("expanded", 0, q, _UP, _MLA, into=ops.unfold_v("unfold", o_latent, _UP, _MLA))
+    o_latent = ops.attend_latent("attend", 0, ops.fold_q("fold", q, up, _MLA), _MLA)
+    return ops.attend_expanded("expanded", 0, q, up, _MLA, into=ops.unfold_v("unfold", o_latent, up, _MLA))
 
 
 def _run(
@@ -240,6 +240,54 @@ def _float_weight(name: str, values: Floats) -> QuantTensor:
     return QuantTensor(name, by_name("F32"), values.shape, np.ascontiguousarray(values).view(np.uint8))
 
 
+@dataclass(frozen=True)
+class _Up:
+    """An up-projection in the blocks of a type, as one matrix or two, and what native rounds before it meets them
+    (backends/plain.py)."""
+
+    names: KvUp
+    parts: tuple[QuantTensor, ...]  # kv_b, or k_b and v_b
+
+    @classmethod
+    def random(cls, names: KvUp, type_name: str) -> _Up:
+        heads, lora, nope, v = _MLA.num_heads, _MLA.kv_lora_rank, _MLA.qk_nope_head_dim, _MLA.v_head_dim
+        shapes = {"kv_b": (heads * (nope + v), lora), "k_b": (heads * lora, nope), "v_b": (heads * v, lora)}
+        used = [name for name in shapes if getattr(names, name)]
+        parts = (random_matrix(by_name(type_name), *shapes[name], seed=8 + at) for at, name in enumerate(used))
+        return cls(names, tuple(replace(part, name=name) for part, name in zip(parts, used, strict=True)))
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        return {part.name: part for part in self.parts}
+
+    @property
+    def split(self) -> tuple[Floats, Floats]:
+        """W_UK [H, nope, lora] and W_UV [H, v, lora]."""
+        decoded = [cast(Any, decode_tensor(part)) for part in self.parts]
+        w_uk, w_uv = split_k_b_v_b(decoded[0], decoded[1], _MLA) if self.names.k_b else split_kv_b(decoded[0], _MLA)
+        return w_uk, w_uv
+
+    def rounded(self, x: Floats) -> NDArray[np.float64]:
+        """What meets the rows of its blocks."""
+        return rounded(np.ascontiguousarray(x), rounding_for(self.parts[-1].type))
+
+    def folded(self, q_nope: Floats, w_uk: Floats) -> Floats:
+        """Columns of kv_b have no scale in common to round for."""
+        meeting = self.rounded(q_nope) if self.names.k_b else q_nope
+        out: Floats = np.einsum("rhn,hnc->rhc", meeting, w_uk).astype(np.float32)
+        return out
+
+    def keys(self, c_kv: Floats, w_uk: Floats) -> Floats:
+        """Columns of k_b are met in bfloat16."""
+        left, right = (_bf16(c_kv), _bf16(w_uk)) if self.names.k_b else (self.rounded(c_kv), w_uk)
+        keys: Floats = np.einsum("lc,hnc->lhn", left, right).astype(np.float32)
+        return keys
+
+
+def _bf16(x: Floats) -> Floats:
+    return rounded(np.ascontiguousarray(x), Rounding.BF16).astype(np.float32)
+
+
 def _rotated(x: Floats) -> tuple[Floats, Floats]:
     """(q [T, H, nope + rope], k_rope [T, rope]) of rows of x."""
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in _LENGTHS])
@@ -249,7 +297,7 @@ def _rotated(x: Floats) -> tuple[Floats, Floats]:
     return q, rotate(x[:, -_MLA.qk_rope_head_dim :], cos, sin, _ROPE)
 
 
-def _attended(x: Floats, kv_b: Floats, cache_type: CacheType, path: Path, rounds: bool) -> NDArray[np.floating]:
+def _attended(x: Floats, up: _Up, cache_type: CacheType, path: Path, rounds: bool) -> NDArray[np.floating]:
     """The definition over what the cache returns: latents, or for mla=0 keys and values. rounds: keys and values that are
     expanded are attended on bfloat16 (quant/attention.py)."""
 
@@ -258,35 +306,31 @@ def _attended(x: Floats, kv_b: Floats, cache_type: CacheType, path: Path, rounds
 
     q, k_rope = _rotated(x)
     c_kv = x[:, _Q : _Q + _MLA.kv_lora_rank]
-    w_uk, w_uv = split_kv_b(cast(Any, kv_b), _MLA)
     parts = []
     for start, length in zip(np.cumsum([0, *_LENGTHS]), _LENGTHS, strict=False):
         rows = slice(start, start + length)
         if path is Path.STANDARD:
-            parts.append(_ordinary(q[rows], *_expanded(c_kv[rows], k_rope[rows], w_uk, w_uv, cached), rounds))
+            parts.append(_ordinary(q[rows], *_expanded(c_kv[rows], k_rope[rows], up, cached), rounds))
         elif path is Path.DECOMPRESSED and rounds:
             latents = cached(c_kv[rows]), cached(k_rope[rows])
-            parts.append(_ordinary(q[rows], *_expanded(*latents, w_uk, w_uv, lambda numbers: numbers), rounds))
+            parts.append(_ordinary(q[rows], *_expanded(*latents, up, lambda numbers: numbers), rounds))
         elif rounds:
             joined = np.concatenate([c_kv[rows], k_rope[rows]], -1)
-            parts.append(_absorbed(q[rows], encode(joined, cache_type), cache_type, w_uk, w_uv))
+            parts.append(_absorbed(q[rows], encode(joined, cache_type), cache_type, up))
         else:
-            parts.append(attend(q[rows], cached(c_kv[rows]), cached(k_rope[rows]), w_uk, w_uv, _MLA))
+            parts.append(attend(q[rows], cached(c_kv[rows]), cached(k_rope[rows]), *up.split, _MLA))
     return np.concatenate(parts).reshape(len(x), -1)
 
 
-def _expanded(
-    c_kv: Floats, k_rope: Floats, w_uk: Floats, w_uv: Floats, cached: Callable[[Floats], Floats]
-) -> tuple[Floats, Floats]:
+def _expanded(c_kv: Floats, k_rope: Floats, up: _Up, cached: Callable[[Floats], Floats]) -> tuple[Floats, Floats]:
     """Per-head keys and values, as the cache returns them: [L, H, nope + rope], [L, H, v]."""
-    k_nope = np.einsum("lc,hnc->lhn", c_kv, w_uk)
+    w_uk, w_uv = up.split
+    k_nope = up.keys(c_kv, w_uk)
     k = cached(np.concatenate([k_nope, np.broadcast_to(k_rope[:, None], (*k_nope.shape[:2], k_rope.shape[1]))], -1))
-    return k, cached(np.einsum("lc,hvc->lhv", c_kv, w_uv))
+    return k, cached(np.einsum("lc,hvc->lhv", up.rounded(c_kv), w_uv).astype(np.float32))
 
 
-def _absorbed(
-    q: Floats, stored: NDArray[np.generic], cache_type: CacheType, w_uk: Floats, w_uv: Floats
-) -> NDArray[np.floating]:
+def _absorbed(q: Floats, stored: NDArray[np.generic], cache_type: CacheType, up: _Up) -> NDArray[np.floating]:
     """Causal attention of folded queries over rows of the cache, in the numbers of quant/attention.py: [T, H, v]."""
     lora, scale = _MLA.kv_lora_rank, _MLA.softmax_scale
 
@@ -295,10 +339,10 @@ def _absorbed(
             return attend_codes(row, *codes_and_scales(seen), lora, scale)
         return attend_latents(row, decode(seen, cache_type), lora, scale)
 
-    nope = _MLA.qk_nope_head_dim
-    folded = np.concatenate([np.einsum("rhn,hnc->rhc", q[..., :nope], w_uk), q[..., nope:]], -1)
+    nope, (w_uk, w_uv) = _MLA.qk_nope_head_dim, up.split
+    folded = np.concatenate([up.folded(q[..., :nope], w_uk), q[..., nope:]], -1)
     means = [over(row, stored[: i + 1]) for i, row in enumerate(folded)]
-    out: NDArray[np.floating] = np.einsum("rhc,hvc->rhv", np.stack(means), w_uv)
+    out: NDArray[np.floating] = np.einsum("rhc,hvc->rhv", up.rounded(np.stack(means).astype(np.float32)), w_uv)
     return out
 
 
@@ -320,7 +364,7 @@ def _ops(isa: str, threads: int) -> Iterator[Finding]:
     lora, heads = _MLA.kv_lora_rank, _MLA.num_heads
     kv_b = _normal(heads * (_MLA.qk_nope_head_dim + _MLA.v_head_dim), lora, seed=4) / np.float32(np.sqrt(lora))
     gain = _normal(1, lora, seed=5)
-    weights: dict[str, Weight] = {"kv_b": _float_weight("kv_b", kv_b), "gain": _float_weight("gain", gain)}
+    up = _Up(_KV_B, (_float_weight("kv_b", kv_b),))
 
     def rowwise(ops: Recorder, value: Value) -> None:
         latent, other = ops.columns(value, _Q, _Q + lora), ops.columns(value, 0, lora)
@@ -333,7 +377,7 @@ def _ops(isa: str, threads: int) -> Iterator[Finding]:
         ops.output("attention", ops.take_outputs("take", _attention(ops, value, Path.ABSORBED)))
         ops.output("rope", ops.take_outputs("take_rope", ops.columns(value, 0, _Q)))
 
-    got, _ = _run(rowwise, x, weights, threads=threads)
+    got, _ = _run(rowwise, x, up.weights | {"gain": _float_weight("gain", gain)}, threads=threads)
     latent, other = x[:, _Q : _Q + lora].astype(np.float64), x[:, :lora].astype(np.float64)
     wanted = {
         "norm": latent / np.sqrt((latent**2).mean(-1, keepdims=True) + _EPS) * gain,
@@ -347,10 +391,14 @@ def _ops(isa: str, threads: int) -> Iterator[Finding]:
     for path in Path:
         for cache_type in CACHE_TYPES:
             for fused in (True, False):
-                yield _attention_finding(path, cache_type, fused, False, x, kv_b, weights, isa, threads)
-    for path in Path:
-        for cache_type in CACHE_TYPES:
-            yield _attention_finding(path, cache_type, True, True, x, kv_b, weights, isa, threads)
+                for rounds in (False, True):
+                    yield _attention_finding(path, cache_type, fused, rounds, x, up, isa, threads)
+    x[:, _Q : _Q + lora] /= np.float32(np.sqrt(lora))  # weights of blocks have the size of one
+    for type_name in ("IQ4_NL", "Q4_0", "Q8_0", "F16", "BF16"):
+        for names in (_KV_B, _K_B_V_B):
+            for path in (Path.ABSORBED, Path.DECOMPRESSED):
+                up = _Up.random(names, type_name)
+                yield _attention_finding(path, CacheType.F16, True, True, x, up, isa, threads)
 
 
 def _attention_finding(
@@ -359,18 +407,17 @@ def _attention_finding(
     fused: bool,
     rounds: bool,
     x: Floats,
-    kv_b: Floats,
-    weights: dict[str, Weight],
+    up: _Up,
     isa: str,
     threads: int,
 ) -> Finding:
     def network(ops: Recorder, value: Value) -> None:
-        ops.output("out", ops.take_outputs("take", _attention(ops, value, path)))
+        ops.output("out", ops.take_outputs("take", _attention(ops, value, path, up.names)))
 
     got, _ = _run(
         network,
         x,
-        {"kv_b": weights["kv_b"]},
+        up.weights,
         threads=threads,
         path=path,
         fused=fused,
@@ -379,9 +426,14 @@ def _attention_finding(
     )
     # mla=0 rounds what it has expanded.
     exact = not rounds and (cache_type is CacheType.F32 or path is not Path.STANDARD)
-    name = f"attention, {path.name.lower()}, {'fused' if fused else 'unfused'}{', int8' if rounds else ''}"
-    worst = _error(got["out"], _attended(x, kv_b, cache_type, path, rounds))
-    return Finding(name, cache_type.value, isa, worst, ATTENTION_BOUND if exact else ROUNDED_BOUND)
+    type = up.parts[0].type.name
+    how = "int8" if rounds else "float32"
+    name = f"attention, {path.name.lower()}, {'fused' if fused else 'unfused'}, {how}"
+    if type != "F32":
+        name = f"attention, {path.name.lower()}, {' and '.join(part.name for part in up.parts)}"
+    worst = _error(got["out"], _attended(x, up, cache_type, path, rounds))
+    shown = cache_type.value if type == "F32" else type
+    return Finding(name, shown, isa, worst, ATTENTION_BOUND if exact else ROUNDED_BOUND)
 
 
 def _experts(type_name: str, isa: str, threads: int) -> Finding:

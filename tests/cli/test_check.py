@@ -24,7 +24,18 @@ def test_every_kernel_is_right_and_every_type_has_its_line() -> None:
     assert {"IQ4_NL", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"} <= products
     in_memory = {t.name for t in SIDE_BY_SIDE.values() if t.id in _native.side_by_side_types(isa)}
     assert in_memory <= products <= in_memory | {by_id(number).name for number in _native.kernel_types()}
-    assert {f.type for f in found if f.kernel.startswith("attention, absorbed")} == {"f32", "f16", "bf16", "q8_0"}
+    assert {f.type for f in found if f.kernel == "attention, standard, fused, int8"} == {
+        "f32",
+        "f16",
+        "bf16",
+        "q8_0",
+    }
+    for path in ("absorbed", "decompressed"):
+        for parts in ("kv_b", "k_b and v_b"):
+            in_blocks = {f.type for f in found if f.kernel == f"attention, {path}, {parts}"}
+            assert in_blocks == {"IQ4_NL", "Q4_0", "Q8_0", "F16", "BF16"}
+        for form in ("fused, int8", "unfused, int8", "fused, float32", "unfused, float32"):
+            assert len([f for f in found if f.kernel == f"attention, {path}, {form}"]) == 4
     assert {f.isa for f in found} == {"any", isa}
     assert _native.isa() == _native.isa_names()[0]
 
