@@ -24,9 +24,10 @@ struct Format {
   static constexpr int kZero =
       Parts<T>::kWide ? S::kWideZero : Parts<T>::kZero;  // what codes have on top of levels
   using Like = Shape<Parts<T>::kRun, kZero != 0, Parts<T>::kHasMin, Parts<T>::kWide && S::kWideZero == 0>;
-  // Sums of two products that add up in int16, where the set has them: of 8, of 2 or of none.
+  // Sums of two products that add up in int16, where the set has them: of 8, of 4, of 2 or of none.
   static constexpr int kPairs = !S::kPairSums || Like::kWide             ? 1
                                 : 8 * 2 * 127 * Parts<T>::kMost <= 32767 ? 8
+                                : 4 * 2 * 127 * Parts<T>::kMost <= 32767 ? 4
                                 : 2 * 2 * 127 * Parts<T>::kMost <= 32767 ? 2
                                                                          : 1;
 };

@@ -23,6 +23,8 @@ void put_side_by_side(int32_t type_id, uint8_t* raw, int64_t rows, int64_t row_b
   switch (type_id) {
     case 2:
       return put_groups<blocks::Q4_0>(raw, rows, row_bytes);
+    case 6:
+      return put_groups<blocks::Q5_0>(raw, rows, row_bytes);
     case 8:
       return put_groups<blocks::Q8_0>(raw, rows, row_bytes);
     case 20:

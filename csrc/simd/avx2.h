@@ -272,6 +272,36 @@ template <>
 struct Codes32<blocks::Q4_0> {
   static __m256i codes(const uint8_t* p) { return nibbles(p + 2); }
 };
+
+// Q5_0: nibbles, and 16 where a byte of `bits` has the bit that `which` has there.
+inline __m256i with_fifth(__m256i nibbles, __m256i bits, __m256i which) {
+  const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bits, which), which);
+  return _mm256_or_si256(nibbles, _mm256_and_si256(is_set, _mm256_set1_epi8(16)));
+}
+// The same for bits in order: those of the lower lane's codes in the bytes `low` and `low` + 1 of the lower
+// lane of `bits`, those of the upper lane's in `high` and `high` + 1 of the upper one.
+template <int low, int high>
+inline __m256i with_fifths(__m256i nibbles, __m256i bits) {
+  constexpr int64_t kEach = 0x0101010101010101;
+  const __m256i bytes = _mm256_setr_epi64x(low * kEach, (low + 1) * kEach, high * kEach, (high + 1) * kEach);
+  return with_fifth(nibbles, _mm256_shuffle_epi8(bits, bytes),
+                    _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201)));
+}
+// The same for the codes 4 quad to 4 quad + 3 of eight rows, whose 32 bits are the lanes of `bits`.
+inline __m256i with_fifths_of(int quad, __m256i nibbles, __m256i bits) {
+  const __m256i byte =
+      _mm256_add_epi8(_mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c)),
+                      _mm256_set1_epi8(static_cast<char>(quad / 2)));
+  return with_fifth(nibbles, _mm256_shuffle_epi8(bits, byte),
+                    _mm256_set1_epi32(static_cast<int>(0x08040201u << quad % 2 * 4)));
+}
+
+template <>
+struct Codes32<blocks::Q5_0> {
+  static __m256i codes(const uint8_t* p) {
+    return with_fifths<0, 2>(nibbles(p + 6), _mm256_set1_epi32(static_cast<int>(blocks::load32(p + 2))));
+  }
+};
 template <>
 struct Codes32<blocks::IQ4_NL> {
   static __m256i of(__m256i nibbles) {
@@ -342,32 +372,50 @@ inline __m256i wide_pairs(__m256i w, const DotRow& x, int64_t at) {
                               _mm256_xor_si256(w, Avx2::load_codes(x.signs + at)));
 }
 
-// 32 nibbles under one float16, 18 bytes a block, two blocks a vector: a lane has 16 weights of one.
+// 32 nibbles under one float16, 18 bytes a block, or 22 with the fifth bits of Q5_0 before them. Two blocks a
+// vector: a lane has 16 weights of one.
 template <class T>
-struct Dot18 {
-  static constexpr int64_t kBytes = 18;
+struct DotNibbles {
+  static constexpr int64_t kBytes = sizeof(T), kNibbles = kBytes - 16;
+  static constexpr bool kFifth = kNibbles == 6;
   static constexpr bool kWide = Format<Avx2, T>::Like::kWide;
   // Of 128 codes: the low nibbles of two blocks side by side, then the high ones.
   static constexpr int place(int piece) { return piece / 4 * 4 + piece % 2 * 2 + piece % 4 / 2; }
 
   static void quad_codes(const uint8_t* raw, int64_t row_bytes, __m256i (&out)[8]) {
     __m256i packed[4];
-    Avx2::transpose(raw, row_bytes, packed);
+    Avx2::transpose(raw + kNibbles, row_bytes, packed);
+    [[maybe_unused]] __m256i bits;
+    if constexpr (kFifth) bits = words(raw + 2, row_bytes);
     for (int j = 0; j < 4; j++) {
       out[j] = _mm256_and_si256(packed[j], _mm256_set1_epi8(15));
       out[4 + j] = _mm256_and_si256(_mm256_srli_epi16(packed[j], 4), _mm256_set1_epi8(15));
       if constexpr (kWide) out[j] = Codes32<T>::of(out[j]), out[4 + j] = Codes32<T>::of(out[4 + j]);
+      if constexpr (kFifth) {
+        out[j] = with_fifths_of(j, out[j], bits);
+        out[4 + j] = with_fifths_of(4 + j, out[4 + j], bits);
+      }
     }
+  }
+
+  static __m256i words(const uint8_t* p, int64_t row_bytes) {  // of four bytes, one of each row
+    const auto at = [&](int64_t i) { return static_cast<int>(blocks::load32(p + i * row_bytes)); };
+    return _mm256_setr_epi32(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
   }
 
   // Products of both vectors of two blocks with 64 codes of x: sums of four in int32.
   static __m256i products(__m256i low, __m256i high, const DotRow& x, int64_t at) {
     if constexpr (kWide) {
       return _mm256_add_epi32(fours(wide_pairs(low, x, at)), fours(wide_pairs(high, x, at + 32)));
-    } else {  // 4 * 15 * 127 fits int16
+    } else {  // 4 * 31 * 127 fits int16
       return fours(_mm256_add_epi16(_mm256_maddubs_epi16(low, Avx2::load_codes(x.codes + at)),
                                     _mm256_maddubs_epi16(high, Avx2::load_codes(x.codes + at + 32))));
     }
+  }
+
+  // 16 bytes from there, and from the same place in the next block.
+  static __m256i two_blocks(const uint8_t* p) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(Avx2::load16(p)), Avx2::load16(p + kBytes), 1);
   }
 
   template <int rows, int blocks>
@@ -384,10 +432,7 @@ struct Dot18 {
     __m256i low[kPairs], high[kPairs];
     const __m256i nibble = _mm256_set1_epi8(15);
 #pragma GCC unroll 4
-    for (int i = 0; i < kPairs; i++) {
-      const uint8_t* q = p + 2 * i * kBytes + 2;
-      low[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(Avx2::load16(q)), Avx2::load16(q + kBytes), 1);
-    }
+    for (int i = 0; i < kPairs; i++) low[i] = two_blocks(p + 2 * i * kBytes + kNibbles);
 #pragma GCC unroll 4
     for (int i = 0; i < kPairs; i++) high[i] = _mm256_and_si256(_mm256_srli_epi16(low[i], 4), nibble);
 #pragma GCC unroll 4
@@ -395,6 +440,14 @@ struct Dot18 {
     if constexpr (kWide) {
 #pragma GCC unroll 4
       for (int i = 0; i < kPairs; i++) low[i] = Codes32<T>::of(low[i]), high[i] = Codes32<T>::of(high[i]);
+    }
+    if constexpr (kFifth) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; i++) {
+        const __m256i bits = two_blocks(p + 2 * i * kBytes + 2);
+        low[i] = with_fifths<0, 0>(low[i], bits);
+        high[i] = with_fifths<2, 2>(high[i], bits);
+      }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
@@ -445,8 +498,8 @@ struct Dot34 {
   static constexpr int place(int piece) { return piece; }
 
   static void quad_codes(const uint8_t* raw, int64_t row_bytes, __m256i (&out)[8]) {
-    Avx2::transpose(raw, row_bytes, out);
-    Avx2::transpose(raw + 16, row_bytes, out + 4);
+    Avx2::transpose(raw + 2, row_bytes, out);
+    Avx2::transpose(raw + 18, row_bytes, out + 4);
   }
 
   template <int rows, int blocks>
@@ -491,7 +544,7 @@ struct Fast32 : Dot {
   static constexpr bool kDot = true, kUnpack = false, kQuads = true, kTakeApart = true;
 
   static __m256 quads(const uint8_t* raw, int64_t row_bytes, __m256i (&out)[8]) {
-    Dot::quad_codes(raw + 2, row_bytes, out);
+    Dot::quad_codes(raw, row_bytes, out);
     const auto at = [&](int64_t i) { return static_cast<int16_t>(blocks::load16(raw + i * row_bytes)); };
     return _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
   }
@@ -503,9 +556,11 @@ struct Fast32 : Dot {
   }
 };
 template <>
-struct Fast<Avx2, blocks::Q4_0> : Fast32<blocks::Q4_0, Dot18<blocks::Q4_0>> {};
+struct Fast<Avx2, blocks::Q4_0> : Fast32<blocks::Q4_0, DotNibbles<blocks::Q4_0>> {};
 template <>
-struct Fast<Avx2, blocks::IQ4_NL> : Fast32<blocks::IQ4_NL, Dot18<blocks::IQ4_NL>> {};
+struct Fast<Avx2, blocks::Q5_0> : Fast32<blocks::Q5_0, DotNibbles<blocks::Q5_0>> {};
+template <>
+struct Fast<Avx2, blocks::IQ4_NL> : Fast32<blocks::IQ4_NL, DotNibbles<blocks::IQ4_NL>> {};
 template <>
 struct Fast<Avx2, blocks::Q8_0> : Fast32<blocks::Q8_0, Dot34> {};
 

@@ -43,7 +43,10 @@ template <class T>
 struct SideBySideProducts {
   using Mixed = SideBySide<T>;
   using Like = typename Format<Avx2, T>::Like;
-  static constexpr bool kWide = Like::kWide, kNibbles = sizeof(T) == 18;
+  static constexpr bool kWide = Like::kWide, kNibbles = sizeof(T::qs) == 16, kFifth = sizeof(T) == 22;
+  // Words of nibbles, or of codes, and how many of fifth bits there are before them.
+  static constexpr int kWords = sizeof(T::qs) / 4, kFirst = Mixed::num_words - kWords;
+  static constexpr int kPairs = Format<Avx2, T>::kPairs;  // that add up in int16
   using X = std::conditional_t<kWide, WideLanes, ZeroLanes<Format<Avx2, T>::kZero>>;
   using Dot = AnyDot<Avx2, Like>;
   using Tile = typename QuantTile<Avx2, T>::Any;
@@ -55,13 +58,20 @@ struct SideBySideProducts {
   // 31, 27, 27, 32, Q4_0 33, 34, 28, 26, 30, Q8_0 34, 33, 27, 26, 28.
   static constexpr int64_t kAhead = 1536;
 
-  static __m256i load(const Mixed& w, int word, int v) { return Avx2::load_codes(w.words[word][8 * v]); }
+  static __m256i load(const Mixed& w, int word, int v) {
+    return Avx2::load_codes(w.words[kFirst + word][8 * v]);
+  }
   static __m256i low_codes(__m256i packed) {
     const __m256i nibbles = _mm256_and_si256(packed, _mm256_set1_epi8(15));
     if constexpr (kWide) return Codes32<T>::of(nibbles);
     return nibbles;
   }
   static __m256i high_codes(__m256i packed) { return low_codes(_mm256_srli_epi16(packed, 4)); }
+  // The codes 4 quad to 4 quad + 3 of all.
+  static __m256i with_fifths(const Mixed& w, int quad, int v, __m256i codes) {
+    if constexpr (kFifth) return with_fifths_of(quad, codes, Avx2::load_codes(w.words[0][8 * v]));
+    return codes;
+  }
 
   static void prepare(const float* x, int64_t k, uint8_t* prepared) {
     for (int64_t at = 0; at < k; at += kBlock, prepared += sizeof(X)) {
@@ -72,8 +82,7 @@ struct SideBySideProducts {
     }
   }
 
-  // Four columns, `quad` of eight: sums of four products in int32, or of two in int16, where eight times
-  // 2 * 15 * 127 fit.
+  // Four columns, `quad` of eight: sums of four products in int32, or of two in int16, of which kPairs fit.
   template <int rows>
   static void add_quad(const X* const (&x)[rows], int quad, const __m256i (&w)[2], __m256i (&sum)[rows][2]) {
 #pragma GCC unroll 2
@@ -96,23 +105,43 @@ struct SideBySideProducts {
     }
   }
 
+  // Adds sums of two in int16 to sums in int32, and begins anew.
   template <int rows>
-  static void block(const Mixed& w, const X* const (&x)[rows], __m256 (&out)[rows][2]) {
-    __m256i sum[rows][2];
+  static void widen(__m256i (&pairs)[rows][2], __m256i (&sum)[rows][2]) {
 #pragma GCC unroll 2
     for (int r = 0; r < rows; r++) {
-      sum[r][0] = sum[r][1] = kWide ? _mm256_set1_epi32(x[r]->start) : _mm256_setzero_si256();
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) {
+        sum[r][v] = _mm256_add_epi32(sum[r][v], fours(pairs[r][v]));
+        pairs[r][v] = _mm256_setzero_si256();
+      }
+    }
+  }
+
+  template <int rows>
+  static void block(const Mixed& w, const X* const (&x)[rows], __m256 (&out)[rows][2]) {
+    __m256i sum[rows][2], pairs[rows][2];
+    auto& products = kWide ? sum : pairs;
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; r++) {
+      sum[r][0] = sum[r][1] = _mm256_set1_epi32(x[r]->start);
+      pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
     }
 #pragma GCC unroll 8
-    for (int q = 0; q < Mixed::num_words; q++) {
+    for (int q = 0; q < kWords; q++) {
       const __m256i packed[2] = {load(w, q, 0), load(w, q, 1)};
       if constexpr (kNibbles) {
-        const __m256i low[2] = {low_codes(packed[0]), low_codes(packed[1])};
-        add_quad<rows>(x, q, low, sum);
-        const __m256i high[2] = {high_codes(packed[0]), high_codes(packed[1])};
-        add_quad<rows>(x, 4 + q, high, sum);
+        const __m256i low[2] = {with_fifths(w, q, 0, low_codes(packed[0])),
+                                with_fifths(w, q, 1, low_codes(packed[1]))};
+        add_quad<rows>(x, q, low, products);
+        const __m256i high[2] = {with_fifths(w, 4 + q, 0, high_codes(packed[0])),
+                                 with_fifths(w, 4 + q, 1, high_codes(packed[1]))};
+        add_quad<rows>(x, 4 + q, high, products);
       } else {
-        add_quad<rows>(x, q, packed, sum);
+        add_quad<rows>(x, q, packed, products);
+      }
+      if constexpr (!kWide) {
+        if ((2 * q + 2) % kPairs == 0) widen<rows>(pairs, sum);
       }
     }
 #pragma GCC unroll 2
@@ -120,7 +149,6 @@ struct SideBySideProducts {
       const __m256 d = Avx2::load_half(w.scales[8 * v]);
 #pragma GCC unroll 2
       for (int r = 0; r < rows; r++) {
-        if constexpr (!kWide) sum[r][v] = _mm256_add_epi32(_mm256_set1_epi32(x[r]->start), fours(sum[r][v]));
         const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(x[r]->scale));
         out[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][v]), scale, out[r][v]);
       }
@@ -168,11 +196,11 @@ struct SideBySideProducts {
       const int v = vector % kGroupVectors;
       const uint8_t* group = raw + vector / kGroupVectors * kRowsSideBySide * row_bytes;
       const Mixed& w = reinterpret_cast<const Mixed*>(group)[block];
-      for (int q = 0; q < Mixed::num_words; q++) {
+      for (int q = 0; q < kWords; q++) {
         const __m256i packed = load(w, q, v);
         if constexpr (kNibbles) {
-          codes[q] = low_codes(packed);
-          codes[4 + q] = high_codes(packed);
+          codes[q] = with_fifths(w, q, v, low_codes(packed));
+          codes[4 + q] = with_fifths(w, 4 + q, v, high_codes(packed));
         } else {
           codes[q] = packed;
         }
@@ -202,6 +230,7 @@ struct SideBySideProducts {
 
 constexpr MatrixKernels kSideBySide[] = {
     SideBySideProducts<blocks::Q4_0>::kernels(2),
+    SideBySideProducts<blocks::Q5_0>::kernels(6),
     SideBySideProducts<blocks::Q8_0>::kernels(8),
     SideBySideProducts<blocks::IQ4_NL>::kernels(20),
 };

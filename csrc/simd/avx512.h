@@ -254,63 +254,122 @@ inline __m512i SignedNibbles<blocks::IQ4_NL>::table() {
   return _mm512_xor_si512(Nibbles<blocks::IQ4_NL>::table(), _mm512_set1_epi8(-128));
 }
 
-// 32 nibbles under one float16: 18 bytes a block.
+// Q5_0's fifth bits, one at any place of its 64-bit lane for each byte, onto nibbles: `place` is where it is
+// less 4.
+inline __m512i with_fifths(__m512i nibbles, __m512i bits, __m512i place) {
+  const __m512i fourth = _mm512_multishift_epi64_epi8(place, bits);
+  return _mm512_ternarylogic_epi32(nibbles, fourth, _mm512_set1_epi8(16), 0xf8);  // | (fourth & 16)
+}
+
+// 32 nibbles under one float16: 18 bytes a block, or 22 with the fifth bits of Q5_0 before them.
 template <class T>
-struct Fast18 {
+struct FastNibbles {
   static constexpr bool kDot = true, kUnpack = true, kQuads = false, kTakeApart = false;
-  static constexpr int64_t kBytes = 18;
+  static constexpr int64_t kBytes = sizeof(T), kNibbles = kBytes - 16;
+  static constexpr bool kFifth = kNibbles == 6;
   // Of 128 codes: the low nibbles of four blocks side by side, then the high ones. Both have the same scales
   // a lane.
   static constexpr int place(int piece) { return piece % 2 * 4 + piece / 2; }
   static constexpr float kZero = Format<Avx512, T>::kZero;
 
-  // The scales of 16 blocks. Word 9 i of 64 is the scale of block i, for 8 blocks a pair of vectors.
-  static __m512i spread() {
-    const __m256i eight =
-        _mm256_setr_epi32(0 | 9 << 16, 18 | 27 << 16, 36 | 45 << 16, 54 | 63 << 16, 0, 0, 0, 0);
-    return _mm512_castsi256_si512(eight);
+  // The scales of 16 blocks. load(at) has the 64 bytes after byte `at` of them.
+  template <class Load>
+  static __m512 scales_from(const Load& load) {
+    if constexpr (kFifth) {  // three begin within 64 bytes; the last block's is byte 42 of the last 64
+      const __m512i bytes = _mm512_castsi256_si512(
+          _mm256_setr_epi16(0x0100, 0x1716, 0x2d2c, 0x0100, 0x1716, 0x2d2c, 0x0100, 0x1716, 0x2d2c, 0x0100,
+                            0x1716, 0x2d2c, 0x0100, 0x1716, 0x2d2c, 0x2b2a));
+      __m512i words = _mm512_permutexvar_epi8(bytes, load(0));
+#pragma GCC unroll 5
+      for (int i = 1; i < 6; i++) {
+        const int64_t at = i < 5 ? 3 * i * kBytes : 16 * kBytes - 64;
+        words = _mm512_mask_permutexvar_epi8(words, ~uint64_t{0} << 6 * i, bytes, load(at));
+      }
+      return _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+    } else {  // word 9 i of 64 is the scale of block i, for 8 blocks a pair of vectors
+      const __m512i spread = _mm512_castsi256_si512(
+          _mm256_setr_epi32(0 | 9 << 16, 18 | 27 << 16, 36 | 45 << 16, 54 | 63 << 16, 0, 0, 0, 0));
+      const __m512i first = _mm512_permutex2var_epi16(load(0), spread, load(64));
+      const __m512i second = _mm512_permutex2var_epi16(load(8 * kBytes), spread, load(8 * kBytes + 64));
+      return _mm512_cvtph_ps(
+          _mm256_inserti128_si256(_mm512_castsi512_si256(first), _mm512_castsi512_si128(second), 1));
+    }
   }
   static __m512 scales(const uint8_t* p) {
-    const __m512i first =
-        _mm512_permutex2var_epi16(_mm512_loadu_si512(p), spread(), _mm512_loadu_si512(p + 64));
-    const uint8_t* q = p + 8 * kBytes;
-    const __m512i second =
-        _mm512_permutex2var_epi16(_mm512_loadu_si512(q), spread(), _mm512_loadu_si512(q + 64));
-    return _mm512_cvtph_ps(
-        _mm256_inserti128_si256(_mm512_castsi512_si256(first), _mm512_castsi512_si128(second), 1));
+    return scales_from([&](int64_t at) { return _mm512_loadu_si512(p + at); });
   }
   // Of fewer than 16; nothing after them is read.
   static __m512 scales(const uint8_t* p, int64_t count) {
-    const auto some = [&](int64_t at) {  // 64 bytes from there, zeros after the last block
+    return scales_from([&](int64_t at) {  // zeros after the last block
       const int64_t bytes = std::clamp<int64_t>(count * kBytes - at, 0, 64);
       const uint64_t mask = bytes == 64 ? ~uint64_t{0} : (uint64_t{1} << bytes) - 1;
       return _mm512_maskz_loadu_epi8(mask, p + at);
-    };
-    const __m512i first = _mm512_permutex2var_epi16(some(0), spread(), some(64));
-    const __m512i second = _mm512_permutex2var_epi16(some(8 * kBytes), spread(), some(8 * kBytes + 64));
-    return _mm512_cvtph_ps(
-        _mm256_inserti128_si256(_mm512_castsi512_si256(first), _mm512_castsi512_si128(second), 1));
+    });
   }
 
-  // The nibbles of four blocks side by side: 54 of the 64 bytes after the first scale, and the last block's
-  // own.
-  static __m512i side_by_side(const uint8_t* p) {
-    const __m512i index =
-        _mm512_add_epi8(_mm512_setr_epi64(0x0706050403020100, 0x0f0e0d0c0b0a0908, 0x1716151413121110,
-                                          0x1f1e1d1c1b1a1918, 0x2726252423222120, 0x2f2e2d2c2b2a2928, 0, 0),
-                        _mm512_setr_epi64(0, 0, 0x0202020202020202, 0x0202020202020202, 0x0404040404040404,
-                                          0x0404040404040404, 0, 0));
-    const __m512i three = _mm512_permutexvar_epi8(index, _mm512_loadu_si512(p + 2));
-    return _mm512_mask_broadcast_i32x4(three, 0xf000, Avx512::load16(p + 3 * kBytes + 2));
+  // Four blocks side by side: nibbles, and the fifth bits of a block in both halves of each 64-bit lane of
+  // its quarter. Of three blocks the 64 bytes after the first scale have all.
+  struct Four {
+    __m512i nibbles, fifth;
+  };
+  // Of bytes that begin `first` after the first scale, the same in each block, where they are in those 64.
+  static __m512i quarters(__m512i bytes, int first) {
+    const auto each = [&](int block) {
+      return static_cast<int64_t>(0x0101010101010101) * (first + static_cast<int>(kBytes) * block);
+    };
+    return _mm512_add_epi8(bytes,
+                           _mm512_setr_epi64(each(0), each(0), each(1), each(1), each(2), each(2), 0, 0));
+  }
+  static Four side_by_side(const uint8_t* p) {
+    const __m512i three = _mm512_loadu_si512(p + 2);
+    const __m512i in_order = _mm512_broadcast_i32x4(_mm_set_epi64x(0x0f0e0d0c0b0a0908, 0x0706050403020100));
+    const uint8_t* last = p + 3 * kBytes;
+    Four four;
+    four.nibbles =
+        _mm512_mask_broadcast_i32x4(_mm512_permutexvar_epi8(quarters(in_order, kNibbles - 2), three), 0xf000,
+                                    Avx512::load16(last + kNibbles));
+    if constexpr (kFifth) {
+      const __m512i word = _mm512_permutexvar_epi8(quarters(_mm512_set1_epi32(0x03020100), 0), three);
+      four.fifth = _mm512_mask_set1_epi32(word, 0xf000, static_cast<int>(blocks::load32(last + 2)));
+    }
+    return four;
+  }
+  static Four side_by_side(const uint8_t* p, int64_t count) {  // of fewer than four
+    uint8_t blocks[4 * kBytes] = {};
+    std::memcpy(blocks, p, count * kBytes);
+    return side_by_side(blocks);
+  }
+  static __m512i low(const Four& of) {
+    if constexpr (!kFifth) return Nibbles<T>::low(of.nibbles);
+    return with_fifths(Nibbles<T>::low(of.nibbles), of.fifth, fifth_places(0));
+  }
+  static __m512i high(const Four& of) {
+    if constexpr (!kFifth) return Nibbles<T>::high(of.nibbles);
+    return with_fifths(Nibbles<T>::high(of.nibbles), of.fifth, fifth_places(16));
+  }
+  static __m512i fifth_places(char first) {  // of 16 bits from bit `first`, less 4, modulo 64
+    const __m128i places = _mm_setr_epi8(60, 61, 62, 63, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11);
+    return _mm512_add_epi8(_mm512_broadcast_i32x4(places), _mm512_set1_epi8(first));
+  }
+
+  // The codes 4 quad to 4 quad + 3 of 16 rows, a lane each: nibbles, with their fifth bits out of the
+  // rows' 32.
+  template <bool is_signed>
+  static __m512i quad_codes(__m512i nibbles, __m512i bits, int quad) {
+    if constexpr (!kFifth) return nibbles;
+    const __m512i places = _mm512_set1_epi64(0x1f1e1d1c3f3e3d3c);  // of bits 0 to 3 of both lanes' 32, less 4
+    const __m512i codes =
+        with_fifths(nibbles, bits, _mm512_add_epi8(places, _mm512_set1_epi8(static_cast<char>(4 * quad))));
+    return is_signed ? _mm512_sub_epi8(codes, _mm512_set1_epi8(16)) : codes;
   }
 
   template <int rows>
-  static void four(__m512i packed, const __m512 (&scale)[rows], __m512i lanes, const DotRow* x, int64_t at,
-                   __m512 (&sum)[rows]) {
-    const __m512i low = Nibbles<T>::low(packed), high = Nibbles<T>::high(packed);
+  static void add_four(const Four& blocks, const __m512 (&scale)[rows], __m512i lanes, const DotRow* x,
+                       int64_t at, __m512 (&sum)[rows]) {
+    const __m512i first = low(blocks), second = high(blocks);
     for (int r = 0; r < rows; r++) {
-      __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, Avx512::load_codes(x[r].codes + at));
-      dot = _mm512_dpbusd_epi32(dot, high, Avx512::load_codes(x[r].codes + at + 64));
+      __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, Avx512::load_codes(x[r].codes + at));
+      dot = _mm512_dpbusd_epi32(dot, second, Avx512::load_codes(x[r].codes + at + 64));
       sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lanes, scale[r]), sum[r]);
     }
   }
@@ -332,11 +391,13 @@ struct Fast18 {
         scale[r] = _mm512_mul_ps(d, _mm512_loadu_ps(x[r].scales + block));
         minus[r] = _mm512_fmadd_ps(d, _mm512_loadu_ps(x[r].sums + block), minus[r]);
       }
-      Avx512::prefetch(p + Avx512::kAhead + 256);
+#pragma GCC unroll 4
+      for (int64_t line = 4; 64 * line < 16 * kBytes; line++)
+        Avx512::prefetch(p + Avx512::kAhead + 64 * line);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
         Avx512::prefetch(p + Avx512::kAhead + 64 * i);
-        four<rows>(side_by_side(p + 4 * i * kBytes), scale, steps[i], x, 32 * (block + 4 * i), sum);
+        add_four<rows>(side_by_side(p + 4 * i * kBytes), scale, steps[i], x, 32 * (block + 4 * i), sum);
       }
     }
     if (block < num_blocks) {
@@ -350,15 +411,9 @@ struct Fast18 {
       for (int64_t i = 0; i < count; i += 4) {
         Avx512::prefetch(p + Avx512::kAhead + i * kBytes);
         Avx512::prefetch(p + Avx512::kAhead + i * kBytes + 64);
-        __m512i packed;
-        if (i + 4 <= count) {
-          packed = side_by_side(p + i * kBytes);
-        } else {
-          alignas(64) uint8_t last[64] = {};
-          for (int64_t j = 0; j < count - i; j++) std::memcpy(last + 16 * j, p + (i + j) * kBytes + 2, 16);
-          packed = _mm512_load_si512(last);
-        }
-        four<rows>(packed, scale, steps[i / 4], x, 32 * (block + i), sum);
+        const uint8_t* from = p + i * kBytes;
+        const Four blocks = i + 4 <= count ? side_by_side(from) : side_by_side(from, count - i);
+        add_four<rows>(blocks, scale, steps[i / 4], x, 32 * (block + i), sum);
       }
     }
     for (int r = 0; r < rows; r++) {
@@ -368,17 +423,26 @@ struct Fast18 {
 
   template <bool is_signed = false>
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
-    using Codes = std::conditional_t<is_signed, SignedNibbles<T>, Nibbles<T>>;
+    using Codes = std::conditional_t<is_signed && !kFifth, SignedNibbles<T>, Nibbles<T>>;
     constexpr int kRows = 32;
     for (int64_t block = 0; block < k / 32; block++, raw += kBytes, panel += 32 * kRows + 4 * kRows) {
       alignas(64) uint16_t halves[kRows];
       for (int64_t i = 0; i < kRows; i++) halves[i] = blocks::load16(raw + i * row_bytes);
       for (int64_t v = 0; v < 2; v++) {
-        __m512i packed[4];
-        Avx512::transpose(raw + 16 * v * row_bytes + 2, row_bytes, packed);
+        const uint8_t* rows = raw + 16 * v * row_bytes;
+        __m512i packed[4], bits = _mm512_setzero_si512();
+        Avx512::transpose(rows + kNibbles, row_bytes, packed);
+        if constexpr (kFifth) {
+          alignas(64) uint32_t words[16];
+          for (int64_t i = 0; i < 16; i++) words[i] = blocks::load32(rows + i * row_bytes + 2);
+          bits = _mm512_load_si512(words);
+        }
         for (int j = 0; j < 4; j++) {
-          _mm512_store_si512(panel + (2 * j + v) * 64, Codes::low(packed[j]));
-          _mm512_store_si512(panel + (2 * (4 + j) + v) * 64, Codes::high(packed[j]));
+          const auto put = [&](int quad, __m512i nibbles) {
+            _mm512_store_si512(panel + (2 * quad + v) * 64, quad_codes<is_signed>(nibbles, bits, quad));
+          };
+          put(j, Codes::low(packed[j]));
+          put(4 + j, Codes::high(packed[j]));
         }
       }
       auto* to = reinterpret_cast<float*>(panel + 32 * kRows);
@@ -391,9 +455,11 @@ struct Fast18 {
   }
 };
 template <>
-struct Fast<Avx512, blocks::Q4_0> : Fast18<blocks::Q4_0> {};
+struct Fast<Avx512, blocks::Q4_0> : FastNibbles<blocks::Q4_0> {};
 template <>
-struct Fast<Avx512, blocks::IQ4_NL> : Fast18<blocks::IQ4_NL> {};
+struct Fast<Avx512, blocks::Q5_0> : FastNibbles<blocks::Q5_0> {};
+template <>
+struct Fast<Avx512, blocks::IQ4_NL> : FastNibbles<blocks::IQ4_NL> {};
 
 // 32 signed bytes under one float16: 34 bytes a block.
 template <>

@@ -77,7 +77,7 @@ def check(isas: list[str], *, threads: int) -> Iterator[Finding]:
             _native.force_isa(isa)
             yield from _products(isa, threads)
             yield from _ops(isa, threads)
-            for name in ("IQ4_NL", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"):
+            for name in ("IQ4_NL", "Q4_0", "Q5_0", "Q4_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"):
                 yield _experts(name, isa, threads)
     finally:
         _native.force_isa(before)

@@ -136,7 +136,7 @@ def test_sums_of_the_largest_codes_do_not_overflow(name: str, isa: str) -> None:
 
 
 @every_isa
-@pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
 def test_a_row_ends_before_the_next_rows_numbers(name: str, isa: str) -> None:
     """Rows are prepared one behind another: vectors that reach past a row's end meet no codes of -1, which are NaN."""
     t = by_name(name)
@@ -160,7 +160,7 @@ def test_products_follow_the_definition_at_full_size(name: str, isa: str) -> Non
 
 
 @every_isa
-@pytest.mark.parametrize("name", ["IQ4_NL", "Q4_K", "Q6_K", "Q8_0", "IQ1_S", "BF16", "F16"])
+@pytest.mark.parametrize("name", ["IQ4_NL", "Q4_K", "Q6_K", "Q8_0", "Q5_0", "IQ1_S", "BF16", "F16"])
 def test_the_error_is_that_of_activations_alone(name: str, isa: str) -> None:
     weight = random_weight(by_name(name), 64, 2048, seed=3)
     for rows in (1, 48):

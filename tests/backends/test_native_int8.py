@@ -69,7 +69,8 @@ def test_linear_follows_the_definition(name: str, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 25, 200])
 @pytest.mark.parametrize(
-    ("gate_up", "down"), [("IQ4_NL", "IQ4_NL"), ("Q4_K", "Q8_0"), ("Q6_K", "Q5_1"), ("F16", "BF16")]
+    ("gate_up", "down"),
+    [("IQ4_NL", "IQ4_NL"), ("Q4_K", "Q5_0"), ("Q4_K", "Q8_0"), ("Q6_K", "Q5_1"), ("F16", "BF16")],
 )
 def test_experts_follow_the_definition(gate_up: str, down: str, rows: int) -> None:
     """Few rows go by row dots, many by tiles, and experts with few and many rows meet in one op."""

@@ -21,7 +21,7 @@ def test_every_kernel_is_right_and_every_type_has_its_line() -> None:
     found = list(check([isa], threads=2))
     assert [f for f in found if not f.is_right] == []
     products = {f.type for f in found if f.kernel == "tiles"}
-    assert {"IQ4_NL", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"} <= products
+    assert {"IQ4_NL", "Q4_0", "Q5_0", "Q4_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"} <= products
     in_memory = {t.name for t in SIDE_BY_SIDE.values() if t.id in _native.side_by_side_types(isa)}
     assert in_memory <= products <= in_memory | {by_id(number).name for number in _native.kernel_types()}
     assert {f.type for f in found if f.kernel == "attention, standard, fused, int8"} == {
