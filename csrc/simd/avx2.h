@@ -223,9 +223,13 @@ struct Avx2 {
 
   // Attention over latents.
   static constexpr int kLatentKeys = 4, kLatentCodeKeys = 2, kLatentColumns = 4;
+  // Widened on their way from memory; GCC loads them first, and from a register that is half as fast (2.5
+  // instead of 4.5 G/s on Zen 3).
   static Floats load_bytes(const int8_t* p) {
-    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+    using Eight = int8_t[kLanes];
+    Ints words;
+    __asm__("vpmovsxbd %1, %0" : "=x"(words) : "m"(*reinterpret_cast<const Eight*>(p)));
+    return _mm256_cvtepi32_ps(words);
   }
   static Ints interleave(const uint16_t* low, const uint16_t* high) {
     const __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));
@@ -745,6 +749,58 @@ template <>
 struct FastDecode<Avx2, blocks::IQ4_NL> : Decode32<blocks::IQ4_NL> {};
 template <>
 struct FastDecode<Avx2, blocks::Q8_0> : Decode32<blocks::Q8_0> {};
+
+// Levels of a block as signed bytes.
+template <class T>
+inline __m256i levels32(const uint8_t* block) {
+  const __m256i codes = Codes32<T>::codes(block);
+  if constexpr (Parts<T>::kWide) return codes;
+  return _mm256_sub_epi8(codes, _mm256_set1_epi8(Parts<T>::kZero));
+}
+
+template <class T>
+struct Fold32 {
+  static constexpr int64_t kBytes = sizeof(T), kRows = 16;
+
+  // 32 columns at a time, in stages: bytes of all rows, then their products.
+  static void rows(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
+                   const uint8_t* next) {
+    constexpr int64_t kLines = (kRows * kBytes + 63) / 64;  // of 16 blocks
+    for (const float* end = out + k; out < end; out += 32, rows += kBytes) {
+      for (int64_t line = 0; line < kLines; line++, next += 64) Avx2::prefetch(next);
+      alignas(32) uint16_t halves[kRows];
+      alignas(32) int8_t levels[kRows][32];
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kRows; j++) {
+        halves[j] = blocks::load16(rows + j * row_bytes);
+        Avx2::store_codes(levels[j], levels32<T>(rows + j * row_bytes));
+      }
+      alignas(32) float scaled[kRows];
+      for (int64_t j = 0; j < kRows; j += 8) {
+        const __m256 scales = Avx2::load_half(reinterpret_cast<const uint8_t*>(halves + j));
+        Avx2::store(scaled + j, _mm256_mul_ps(scales, Avx2::load(x + j)));
+      }
+      __m256 sum[2][4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) sum[0][v] = Avx2::load(out + 8 * v), sum[1][v] = Avx2::zero();
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kRows; j++) {
+        const __m256 factor = _mm256_broadcast_ss(scaled + j);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++)
+          sum[j % 2][v] = _mm256_fmadd_ps(factor, Avx2::load_bytes(levels[j] + 8 * v), sum[j % 2][v]);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) Avx2::store(out + 8 * v, _mm256_add_ps(sum[0][v], sum[1][v]));
+    }
+  }
+};
+template <>
+struct FastFold<Avx2, blocks::Q4_0> : Fold32<blocks::Q4_0> {};
+template <>
+struct FastFold<Avx2, blocks::IQ4_NL> : Fold32<blocks::IQ4_NL> {};
+template <>
+struct FastFold<Avx2, blocks::Q8_0> : Fold32<blocks::Q8_0> {};
 
 }  // namespace
 }  // namespace kvfold
