@@ -14,15 +14,18 @@ const InstructionSet& generic_set();
 #ifdef KVFOLD_X86_SETS
 const InstructionSet& avx2_set();
 const InstructionSet& avx512_set();
+#endif
+#ifdef KVFOLD_AMX_SET
 const InstructionSet& amx_set();
 #endif
 
 namespace {
 
+#ifdef KVFOLD_AMX_SET
 // Linux gives a process tiles when it asks for them, once and for all of its threads: what a thread saves
 // grows by 8 KiB. Refused where a thread's stack for signals is too small for that.
 bool may_use_tiles() {
-#if defined(KVFOLD_X86_SETS) && defined(__linux__)
+#if defined(__linux__)
   constexpr long kArchRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, from Linux 5.16 on
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
          __builtin_cpu_supports("amx-bf16") &&
@@ -31,8 +34,10 @@ bool may_use_tiles() {
   return false;
 #endif
 }
+#endif
 
 std::atomic<const InstructionSet*> forced{nullptr};
+
 }  // namespace
 
 const std::vector<const InstructionSet*>& instruction_sets() {
@@ -44,7 +49,9 @@ const std::vector<const InstructionSet*>& instruction_sets() {
                 __builtin_cpu_supports("avx512vl"), __builtin_cpu_supports("avx512dq"),
                 __builtin_cpu_supports("avx512vbmi"), __builtin_cpu_supports("avx512vnni"),
                 __builtin_cpu_supports("avx512bf16"))) {
+#ifdef KVFOLD_AMX_SET
       if (may_use_tiles()) found.push_back(&amx_set());
+#endif
       found.push_back(&avx512_set());
     }
     if (has_all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"),

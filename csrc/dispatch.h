@@ -12,6 +12,10 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define KVFOLD_X86_SETS 1
 #endif
+// Tiles besides where the compiler and its assembler know their names: csrc/CMakeLists.txt.
+#if defined(KVFOLD_X86_SETS) && defined(KVFOLD_HAS_AMX)
+#define KVFOLD_AMX_SET 1
+#endif
 
 namespace kvfold {
 
@@ -39,6 +43,9 @@ struct MatrixKernels {
   void (*prepare_dot)(const float* x, int64_t k, uint8_t* prepared);
   void (*dot)(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* x, int64_t rows,
               float* y, int64_t ldy);
+
+  // Rows of x that pass over part of a panel together (kernels/quant_panels.h): whole groups of every set.
+  static constexpr int64_t kFewRows = 96;
 
   // Tiles. Rows of x are prepared in groups of tile_cols, tile_bytes(k) a group; row i of a group is
   // x + pick[i] * ldx, or x + i * ldx where pick is null.

@@ -1,7 +1,7 @@
 // AVX-512 as in avx512.cpp, and products of tiles: Sapphire Rapids and what came after.
 #include "dispatch.h"
 
-#ifdef KVFOLD_X86_SETS
+#ifdef KVFOLD_AMX_SET
 #include "isa/begin_avx512.h"
 
 #include "simd/amx.h"

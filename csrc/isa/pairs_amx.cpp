@@ -2,7 +2,7 @@
 // beside amx.cpp.
 #include "dispatch.h"
 
-#ifdef KVFOLD_X86_SETS
+#ifdef KVFOLD_AMX_SET
 #include "isa/begin_avx512.h"
 
 #include "simd/amx.h"

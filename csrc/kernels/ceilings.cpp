@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "simd/tile_shapes.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define KVFOLD_X86
@@ -89,17 +90,11 @@ KVFOLD_PEAK(f32_avx512, 64, "avx512f", "vfmadd231ps %2, %3, %0")
 KVFOLD_PEAK(f32_avx2, 32, "avx2,fma", "vfmadd231ps %2, %3, %0")
 #endif
 
-#ifdef KVFOLD_X86_SETS
+#ifdef KVFOLD_AMX_SET
 // Tiles of 16 rows of 64 bytes: four of sums, 0 to 3, out of two of each operand, 4 to 7.
 constexpr int kTileSums = 4;
 void int8_tiles(int64_t rounds) {
-  struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } shapes = {};
-  shapes.palette = 1;
-  for (int tile = 0; tile < 8; tile++) shapes.row_bytes[tile] = 64, shapes.rows[tile] = 16;
+  static constexpr TileShapes shapes;
   uint8_t operand[16 * 64];
   std::memset(operand, 0x3c, sizeof operand);
   __asm__ volatile(
@@ -150,7 +145,7 @@ Peak int8_peak() {
 }
 
 Peak int8_tiles_peak() {
-#ifdef KVFOLD_X86_SETS
+#ifdef KVFOLD_AMX_SET
   for (const InstructionSet* set : instruction_sets()) {
     if (std::strcmp(set->name, "amx") == 0) return {"amx", kTileSums * 16 * 16 * 64, int8_tiles};
   }

@@ -16,7 +16,7 @@
 
 namespace kvfold {
 
-constexpr int64_t kFewRows = 96;
+constexpr int64_t kFewRows = MatrixKernels::kFewRows;
 
 inline int64_t unpacked_bytes(const MatrixKernels& kernels, int64_t k) {
   return (kernels.panel_bytes(k) + 63) / 64 * 64;

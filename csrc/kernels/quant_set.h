@@ -16,6 +16,7 @@ constexpr MatrixKernels quantized(int32_t id) {
   using Dot = QuantDot<S, T>;
   using Tile = QuantTile<S, T>;
   using Any = typename Tile::Any;
+  static_assert(MatrixKernels::kFewRows % Any::kCols == 0);
   return {id,
           Rounding::kInt8,
           1,
@@ -36,6 +37,7 @@ constexpr MatrixKernels quantized(int32_t id) {
 template <class S, class T>
 constexpr MatrixKernels numbers() {
   using M = FloatMatrix<S, T>;
+  static_assert(MatrixKernels::kFewRows % M::kCols == 0);
   return {T::kId,
           T::kPairs ? Rounding::kBf16 : Rounding::kNone,
           1,

@@ -164,7 +164,7 @@ struct ScaledTile {
 template <class S, class T>
 void take_scaled_tiles(MatrixKernels& kernels) {
   using Tile = ScaledTile<S, Parts<T>::kHasMin>;
-  static_assert(Parts<T>::kRun == kBlock);
+  static_assert(Parts<T>::kRun == kBlock && MatrixKernels::kFewRows % Tile::kCols == 0);
   kernels.tile_rows = Tile::kRows;
   kernels.tile_cols = Tile::kCols;
   kernels.tile_bytes = Tile::group_bytes;

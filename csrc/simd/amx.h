@@ -8,6 +8,7 @@
 #pragma once
 
 #include "simd/avx512.h"
+#include "simd/tile_shapes.h"
 
 namespace kvfold {
 namespace {
@@ -18,12 +19,7 @@ struct Amx : Avx512 {
   static constexpr int64_t kPairStep = kTileWords;
   using Vectors = Avx512;
 
-  // All of 16 rows of 64 bytes unless changed.
-  struct TileShapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
+  using TileShapes = kvfold::TileShapes;
   static void configure(const TileShapes& shapes) {
     __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory");
   }

@@ -64,7 +64,7 @@ def isas_of(setting: str) -> list[str]:
     """The instruction sets of a setting: all of this processor for auto. Raises SettingError for one it has not."""
     available = _native.isa_names()
     if setting not in ("auto", *available):
-        raise SettingError(f"isa={setting}: this processor has {', '.join(available)}.")
+        raise SettingError(f"isa={setting}: this processor, system and build have {', '.join(available)}.")
     return available if setting == "auto" else [setting]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import kvfold
 from backends.test_kernels import native_product
 from backends.test_native import WIDE
 from kit.harness import Harness
@@ -67,11 +71,33 @@ def test_float32_has_the_same_bits_on_every_set(path: Path) -> None:
         assert np.array_equal(result, results[0]), isa
 
 
+SMALL_SIGNAL_STACK = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("memory", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 4096)), None) == 0
+from kvfold import _native
+print(*_native.isa_names())
+"""
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="needs a processor with AMX, and a Linux that grants tiles")
+def test_where_linux_refuses_tiles_avx512_runs() -> None:
+    """A thread whose stack for signals does not hold 8 KiB of tiles is refused them."""
+    environment = os.environ | {"PYTHONPATH": str(Path(kvfold.__file__).parents[1])}
+    command = [sys.executable, "-c", SMALL_SIGNAL_STACK]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["avx512", "avx2", "generic"]
+
+
 def test_a_set_that_is_not_there_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingError, match=r"isa=sse9: allowed are auto, generic, avx2, avx512, amx\."):
         Settings.parse(isa="sse9")
     monkeypatch.setattr(_native, "isa_names", lambda: ["avx2", "generic"])
-    with pytest.raises(SettingError, match="native: isa=avx512: this processor has avx2, generic"):
+    with pytest.raises(
+        SettingError, match="native: isa=avx512: this processor, system and build have avx2, generic"
+    ):
         Harness(path, backend="native", isa="avx512")
     with pytest.raises(SettingError, match="plain: has no isa"):
         Harness(path, backend="plain", isa="generic")

@@ -67,5 +67,5 @@ def test_a_set_that_is_not_there_is_refused(kvfold: Kvfold) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "isa_names", lambda: ["generic"])
         assert isas_of("auto") == ["generic"]
-        with pytest.raises(SettingError, match="isa=avx512: this processor has generic"):
+        with pytest.raises(SettingError, match="isa=avx512: this processor, system and build have generic"):
             isas_of("avx512")

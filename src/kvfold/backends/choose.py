@@ -233,7 +233,9 @@ def _native_refusals(needs: Needs) -> list[str]:
     if needs.cache_type is CacheType.FP8:
         reasons.append("keeps its cache in f16, q8_0 (smaller and more exact than fp8), bf16 or f32")
     if needs.native.isa not in ("auto", *_native.isa_names()):
-        reasons.append(f"isa={needs.native.isa}: this processor has {', '.join(_native.isa_names())}")
+        reasons.append(
+            f"isa={needs.native.isa}: this processor, system and build have {', '.join(_native.isa_names())}"
+        )
     return reasons
 
 
