@@ -269,7 +269,7 @@ def _fresh_zero(nothing):
 
 @gluon.jit
 def _left_pair(
-    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, there0, there1,
+    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, pages, at0, at1, there0, there1,
     first_key, end, free_keys, sees, key, scale_log2, nothing,
     qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
     SECOND: gl.constexpr, LAST: gl.constexpr, S_Q: gl.constexpr, dtype: gl.constexpr,
@@ -277,7 +277,8 @@ def _left_pair(
 ):  # fmt: skip
     """One pair of tiles, or a first tile alone, of which `s` holds the scores; unless LAST, those of the next are returned.
 
-    it0, it1: first and second tiles before these, which give the parity of their barriers.
+    it0, it1: first and second tiles before these, which give the parity of their barriers. at0, at1: where the pages of the
+    tiles that follow these stand in the list.
     """
     zero = _fresh_zero(nothing)
     qL, qR, qr = qL.index(zero), qR.index(zero), qr.index(zero)
@@ -296,6 +297,8 @@ def _left_pair(
     fence_async_shared()
     cta_barrier()
     mbarrier.arrive(mb[0], count=1)
+    page0 = gl.load(pages + at0, mask=there0 > 0, other=0)  # not before: the fence above would wait for them
+    page1 = gl.load(pages + at1, mask=there0 > 0, other=0)
     a0 = gl.exp2(m - mx0)
     acc = _rescaled(acc, a0)
     if not SECOND:
@@ -386,10 +389,9 @@ def _left_warpgroup(
             before_last = (tiles - 1) // 2  # pairs that another pair of the sequence follows
             for j in range(0, before_last):
                 second = (2 * j + 3 < tiles).to(gl.int32)
-                page0 = gl.load(pages + start + lo + 2 * j + 2)
-                page1 = gl.load(pages + start + lo + 2 * j + 2 + second)
+                next_at = start + lo + 2 * j + 2
                 s, acc, m, weight = _left_pair(
-                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, 1, second,
+                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, pages, next_at, next_at + second, 1, second,
                     (lo + 2 * j) * 64, end, free_keys, sees, key, scale_log2, nothing,
                     qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
                     True, False, S_Q, dtype, SL, AL,
@@ -400,11 +402,9 @@ def _left_warpgroup(
             follows, second, following0, following1 = _following(
                 part_starts, kv_lens, page_starts, part, step, count, sequence
             )
-            page0 = gl.load(pages + following0, mask=follows > 0, other=0)
-            page1 = gl.load(pages + following1, mask=follows > 0, other=0)
             if tiles % 2 == 0:
                 s, acc, m, weight = _left_pair(
-                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, follows, second,
+                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, pages, following0, following1, follows, second,
                     (lo + 2 * before_last) * 64, end, free_keys, sees, key, scale_log2, nothing,
                     qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
                     True, True, S_Q, dtype, SL, AL,
@@ -412,7 +412,7 @@ def _left_warpgroup(
                 it1 += 1
             else:
                 s, acc, m, weight = _left_pair(
-                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, follows, second,
+                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, pages, following0, following1, follows, second,
                     (lo + 2 * before_last) * 64, end, free_keys, sees, key, scale_log2, nothing,
                     qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
                     False, True, S_Q, dtype, SL, AL,
