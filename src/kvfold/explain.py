@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvfold.backends.choose import Choice, Needs, choose_backend, types_of
+from kvfold.backends.choose import GPU_WORKSPACES, Choice, Needs, choose_backend, types_of
 from kvfold.cache.latent import CacheLayout, CacheType
 from kvfold.config import ModelConfig
 from kvfold.errors import KvfoldError
@@ -332,7 +332,16 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
         config=config,
         n_ctx=n_ctx,
         batch_rows=batch_rows,
-        memory=memory_of(program, checkpoint, settings, n_ctx, batch_rows, free_bytes, machine),
+        memory=memory_of(
+            program,
+            checkpoint,
+            settings,
+            n_ctx,
+            batch_rows,
+            free_bytes,
+            machine,
+            workspaces=1 if own_memory is None else GPU_WORKSPACES,
+        ),
         phases=tuple(
             phase(name, config, settings, new, cached, is_prompt=is_prompt, batch_rows=batch_rows, machine=machine)
             for name, new, cached, is_prompt in kinds
@@ -355,7 +364,10 @@ def memory_of(
     batch_rows: int,
     free_bytes: int | None,
     machine: MachineProfile,
+    *,
+    workspaces: int = 1,
 ) -> Memory:
+    """workspaces: as many as the backend may hold at once."""
     config = checkpoint.config
     sizes = dict.fromkeys(_GROUPS, 0)
     for name, tensor in checkpoint.tensors.items():
@@ -367,7 +379,7 @@ def memory_of(
         latent_cache_bytes=n_ctx * CacheLayout.latent(config, settings.cache_type).bytes_per_token,
         full_cache_bytes=None if full is None else n_ctx * full,
         cache_bytes=n_ctx * cache_layout(config, settings).bytes_per_token,
-        workspace_bytes=settings.workspace_bytes,
+        workspace_bytes=workspaces * settings.workspace_bytes,
         buffer_bytes=_buffer_bytes(program, config, settings, n_ctx, batch_rows, machine),
         free_bytes=free_bytes,
     )

@@ -27,6 +27,8 @@ auto: int8 on cuda and native, float32 on plain."""
 
 # On a GPU, beside weights, cache and workspace: the context of CUDA, compiled kernels, the values of a step.
 GPU_RESERVE_BYTES = 2 << 30
+# One of weights that an op decodes, kept, and one of keys and values that attention expands.
+GPU_WORKSPACES = 2
 
 ISAS = ("auto", "generic", "avx2", "avx512", "amx")
 
@@ -72,8 +74,7 @@ class Room:
 
     @property
     def scratch_bytes(self) -> int:
-        """A workspace of weights that an op decodes, kept, and one of keys and values that attention expands."""
-        return 2 * self.workspace_bytes
+        return GPU_WORKSPACES * self.workspace_bytes
 
     def tokens_in(self, free_bytes: int, bytes_per_token: int | None = None) -> int:
         """Whole pages of the cache, in tokens, that fit this GPU memory beside everything else; below 0 for too little."""
