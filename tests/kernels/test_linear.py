@@ -76,11 +76,10 @@ def test_a_few_rows_times_blocks(name: str, device: str) -> None:
     w, dense = matrix(name, rows, cols, device, seed=3)
     x = RNG(1).standard_normal((2, cols + 8)).astype(np.float32)
     x_device = torch.from_numpy(x).to(device)[:, :cols]
-    for product in (row_product.linear, tile_product.linear):
-        out = torch.full((2, rows + 2), torch.nan, device=device)
-        product(x_device, w, out)
-        same(out[:, :rows], x[:, :cols] @ dense[0].T, 1e-5)
-        assert out[:, rows:].isnan().all()
+    out = torch.full((2, rows + 2), torch.nan, device=device)
+    row_product.linear(x_device, w, out)
+    same(out[:, :rows], x[:, :cols] @ dense[0].T, 1e-5)
+    assert out[:, rows:].isnan().all()
 
 
 @pytest.mark.parametrize("cols", [136, 2064, 18448])

@@ -184,22 +184,16 @@ class CudaOps:
         out = torch.empty(len(x), w.rows, dtype=dtype, device=x.device)
         if not len(x):  # the head of a step without outputs: no reason to read 0.4 GB (V2-Lite in bf16)
             return out
-        is_plain = w.is_plain(x.dtype)
         if number_product.serves(len(x), w):
             number_product.linear(x, w, out)
-        elif len(x) <= ROW_PRODUCT_ROWS and not is_plain:
+        elif len(x) <= ROW_PRODUCT_ROWS and not w.is_plain(x.dtype):
             row_product.linear(x, w, out)
         elif tile_product.rounds(w):
             tile_product.linear(x, w, out)
-        elif is_plain and dtype != x.dtype:
-            return torch.mm(x, w.plain().T, out_dtype=dtype)
         else:
+            to_type = {} if dtype == x.dtype else {"out_dtype": dtype}
             for start, numbers in self._numbers(w, x.dtype):
-                place = out[:, start : start + len(numbers)]
-                if dtype == x.dtype:
-                    torch.mm(x, numbers.T, out=place)
-                else:
-                    place.copy_(torch.mm(x, numbers.T, out_dtype=dtype))
+                torch.mm(x, numbers.T, **to_type, out=out[:, start : start + len(numbers)])
         return out
 
     def _numbers(self, w: Matrix, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

@@ -1,4 +1,5 @@
-"""Products of many rows: tiles on the matrix units, weights decoded into the tile or, for long prompts, into scratch first.
+"""Products of many rows: tiles on the matrix units. Experts of few rows decode their weights into the tile, of more into scratch
+first; linear products multiply here in fp8 alone, since cuBLAS does the others from decoded weights.
 
 Experts run as groups: the (row, expert) pairs sorted by expert, cut in tiles of one expert each. How many tiles there are
 stays on the device; the grid is what there can be at most, and a program without a tile ends.
@@ -101,24 +102,21 @@ def _experts(
 
 @triton.jit
 def _linear(
-    x, x_scale, x_stride, raw, scale, out, out_stride, num_rows, rows, cols, row_bytes, scale_cols,
-    TYPE: tl.constexpr, NUMBER: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
+    x, x_scale, raw, scale, out, out_stride, num_rows, rows, cols, scale_cols,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    """Rows and weights in F8_E4M3."""
     m = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     y = tl.zeros([ROWS, FEATURES], tl.float32)
     is_row = m < num_rows
     for first in range(0, cols, DEPTH):
         col = first + tl.arange(0, DEPTH)
-        mask = is_row[:, None] & (col < cols)[None, :]
-        a = tl.load(x + m[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(NUMBER)
-        w = _weight_tile(raw, scale, feature, col, rows, cols, row_bytes, scale_cols, TYPE, NUMBER)
-        if tl.float8e4nv == NUMBER:
-            at = feature // 128 * scale_cols + first // 128
-            s = tl.load(x_scale + m * scale_cols + first // 128, mask=is_row, other=0.0)[:, None]
-            y += s * tl.load(scale + at, mask=feature < rows, other=0.0)[None, :] * tl.dot(a, w)
-        else:
-            y = tl.dot(a, w, y, input_precision="ieee")
+        a = tl.load(x + m[:, None] * cols + col[None, :], mask=is_row[:, None] & (col < cols)[None, :], other=0.0)
+        w = _weight_tile(raw, scale, feature, col, rows, cols, cols, scale_cols, "PLAIN", tl.float8e4nv)
+        at = feature // 128 * scale_cols + first // 128
+        s = tl.load(x_scale + m * scale_cols + first // 128, mask=is_row, other=0.0)[:, None]
+        y += s * tl.load(scale + at, mask=feature < rows, other=0.0)[None, :] * tl.dot(a, w)
     inside = is_row[:, None] & (feature < rows)[None, :]
     tl.store(out + m[:, None] * out_stride + feature[None, :], y, mask=inside)
 
@@ -329,13 +327,13 @@ def _rows_of_tile(rows: int) -> int:
 
 
 def linear(x: Tensor, w: Matrix, out: Tensor) -> None:
-    """out [T, rows] = x [T, cols] @ w^T in x's type, each weight decoded once for every tile of rows."""
+    """out [T, rows] = x [T, cols] @ w^T with a matrix that `rounds`."""
     rows = _rows_of_tile(len(x))
-    x, x_scale = _rounded(x, w)
-    sizes = _sizes(x, rows, FP8_MANY)
+    codes, x_scale = _rounded(x, w)
+    sizes = _sizes(codes, rows, FP8_MANY)
     _linear[(triton.cdiv(w.rows, sizes["FEATURES"]), triton.cdiv(len(x), rows))](
-        x, x_scale, x.stride(0), w.raw, w.scale_or_raw, out, out.stride(0), len(x), w.rows, w.cols, w.row_bytes, w.scale_cols,
-        TYPE=_type(w, x.dtype), NUMBER=_NUMBERS[x.dtype], ROWS=rows, **sizes,
+        codes, x_scale, w.raw, w.scale_or_raw, out, out.stride(0), len(x), w.rows, w.cols, w.scale_cols,
+        ROWS=rows, **sizes,
     )  # fmt: skip
 
 
