@@ -5,6 +5,7 @@ Marked gpu: what a GPU computes. The others run the same ops in Triton's interpr
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,6 +287,31 @@ def test_layers_go_on_where_another_step_came_between(tmp_path: Path) -> None:
         close(run.outputs["logits"], expected, 5e-5)
         batch.commit()
         prompted.release()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_others_may_take_memory_while_a_step_is_captured(tmp_path: Path) -> None:
+    """Another thread asks the driver for memory and gives it back, over and over."""
+    harness = cuda_harness(write_gguf(blocks_model(), tmp_path / "m.gguf"), dtype=torch.bfloat16, mla="3")
+    is_over, taken = threading.Event(), []
+
+    def take() -> None:
+        while not is_over.is_set():
+            taken.append(len(torch.empty(64 << 20, dtype=torch.uint8, device="cuda")))
+            torch.cuda.empty_cache()
+
+    other = threading.Thread(target=take)
+    other.start()
+    try:
+        for size in (16, 32, 64):
+            for _ in range(3):  # launched, captured, replayed
+                harness.logits(ids(size), [size])
+            harness.logits(ids(size), [size - 1, 1], is_prompt=False)
+    finally:
+        is_over.set()
+        other.join()
+    assert len(taken) > 3
 
 
 @pytest.mark.gpu

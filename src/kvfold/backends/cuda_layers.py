@@ -41,8 +41,13 @@ def bucket_of(num_rows: int) -> int | None:
     return next((bucket for bucket in BUCKETS if bucket >= num_rows), None)
 
 
-_Kind = tuple[tuple[str, str, int], ...]
-"""(name within the layer, type, first row in its matrix) of a layer's matrices."""
+_Kind = tuple[tuple[str, str, int, int], ...]
+"""(name within the layer, type, first row in its matrix, address modulo ALIGNMENT) of a layer's matrices."""
+
+# Triton compiles another kernel where a pointer is no multiple of it.
+ALIGNMENT = 16
+# Other threads may allocate and wait meanwhile; with "global" their calls would end the capture.
+CAPTURE_MODE = "thread_local"
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +146,7 @@ class CapturedLayers:
         prefixes = [f"blk.{layer}." for layer in range(self._backend.model.config.num_layers)]
         return [
             tuple(
-                (name.removeprefix(prefix), r.matrix.type, r.start)
+                (name.removeprefix(prefix), r.matrix.type, r.start, r.matrix.raw.data_ptr() % ALIGNMENT)
                 for name, r in rows.items()
                 if name.startswith(prefix)
             )
@@ -189,10 +194,10 @@ class CapturedLayers:
             nonlocal open_graph
             open_graph.capture_end()
             open_graph = behind
-            open_graph.capture_begin(pool=self._memory)
+            open_graph.capture_begin(pool=self._memory, capture_error_mode=CAPTURE_MODE)
 
         with torch.cuda.stream(self._side):
-            open_graph.capture_begin(pool=self._memory)
+            open_graph.capture_begin(pool=self._memory, capture_error_mode=CAPTURE_MODE)
             try:
                 self._launch(bucket, layer, cut)
             except BaseException:
