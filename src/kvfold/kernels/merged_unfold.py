@@ -38,12 +38,14 @@ def _merge_unfold(
     at = (head * v_dim + tl.minimum(feature, v_dim - 1)).to(tl.int64) * KV_LORA
     tile = tl.load(w + at[:, None] + column[None, :], mask=real_column[None, :], other=0.0)
     lane = tl.arange(0, SPLITS)
+    parts = ()
+    for t in tl.static_range(TOKENS):
+        parts += ((tl.load(splits + t // S_Q * 2), tl.load(splits + t // S_Q * 2 + 1)),)  # type: ignore[assignment]
     if EARLY:
         wait_for_inputs()
     for t in tl.static_range(TOKENS):
-        sequence, row = t // S_Q, t % S_Q * HEADS + head
-        first_part = tl.load(splits + 2 * sequence)
-        num_splits = tl.load(splits + 2 * sequence + 1)
+        row = t % S_Q * HEADS + head
+        first_part, num_splits = parts[t]  # type: ignore[misc]
         if num_splits > 1:
             highest = tl.full([], NO_SCORE, tl.float32)
             weight = tl.zeros([SPLITS], tl.float32)

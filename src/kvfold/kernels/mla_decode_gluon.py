@@ -706,13 +706,13 @@ def _few_rows_worker(
     at_l = row_l[:, None] * 576 + gl.arange(0, 512, gl.SliceLayout(0, QL))[None, :]
     at_r = row_r[:, None] * 576 + 512 + gl.arange(0, 64, gl.SliceLayout(0, QR))[None, :]
     it = 0
-    if PDL:
-        gdc_wait()
     for step in range(0, _num_stretches(part_starts, part)):
         sequence, kv_len, lo, hi, num_tiles = _stretch(part_starts, kv_lens, part, step)
         end = gl.minimum(kv_len, hi * 64)
         sees = kv_len - S_Q + 1 + row // HEADS
         free_keys = gl.minimum(end, kv_len - S_Q + 1)
+        if PDL:
+            gdc_wait()  # only now: the schedule is older, and its loads wait for one another
         first_q = q + sequence.to(gl.int64) * rows * 576
         q_lora = gl.load(first_q + at_l, mask=(row_l < rows)[:, None], other=0)
         q_rope = gl.load(first_q + at_r, mask=(row_r < rows)[:, None], other=0)
