@@ -38,6 +38,9 @@ FEW_ROWS, MANY_ROWS = 16, 128  # rows of a tile: matrix units want 16 at least
 FP8_FEW = {"FEATURES": 64, "DEPTH": 128, "num_warps": 4, "num_stages": 5}
 FP8_MANY = {"FEATURES": 128, "DEPTH": 128, "num_warps": 8, "num_stages": 3}
 FP8_EXPERTS = {"FEATURES": 64, "DEPTH": 128, "num_warps": 8, "num_stages": 3}  # of many rows: two matrices at once
+# Experts with more pairs than this, mean of all, have their weights decoded first. V2-Lite on an H200, all kernels of a prompt:
+# 64 rows (6 pairs) of Q4_0 16.3 ms in tiles and 16.5 decoded first, of Q4_K 17.2 and 22.9; 128 rows 24.6 and 17.6, 29.7 and 24.3.
+TILED_PAIRS = 8
 # Up to so many pairs each is compared with all others: 384 of them took 19 us in torch.sort alone, and a dozen launches
 # around it.
 COUNTED_PAIRS = 2048
@@ -476,13 +479,13 @@ def experts(
 ) -> None:
     """out [T, rows of down] = sum of weights [T, k] times down(silu(gate x) * up x) over the experts ids int32 [T, k].
 
-    Weights that are not of x's type are decoded in the tiles while a tile has few rows, else beforehand, as many
+    Weights that are not of x's type are decoded in the tiles while an expert has few rows, else beforehand, as many
     experts at a time as fit scratch (uint8), one at least; without scratch always in the tiles.
     """
     groups = group_by_expert(ids, gate.parts)
     hidden = torch.empty(ids.numel(), gate.rows, dtype=x.dtype, device=x.device)
     y = torch.empty(ids.numel(), down.rows, dtype=x.dtype, device=x.device)
-    place = scratch if groups.rows > FEW_ROWS else None
+    place = scratch if ids.numel() > TILED_PAIRS * gate.parts else None
     for first, last, (w_gate, w_up) in _numbers_of([gate, up], x.dtype, place):
         _run_experts(x, ids.shape[1], w_gate, w_up, groups, hidden, first, last)
     for first, last, (w_down,) in _numbers_of([down], x.dtype, place):
