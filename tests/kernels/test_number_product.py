@@ -98,13 +98,11 @@ def test_a_mixture_adds_experts_to_its_rows(
         return Matrix("F32", *w.shape[-2:], on(device, w).flatten(0, -2).view(torch.uint8), None, w[..., 0, 0].size)
 
     shared = [numbers(7, shared_width, cols), numbers(8, shared_width, cols), numbers(9, cols, shared_width)]
-    s_gate, s_up, s_down = (matrix(w) for w in shared) if shared_width else (None, None, None)
     bias_device = None if bias is None else on(device, bias)
     for _ in range(2):  # the count of arrived programs is zero again after the first
-        routed = number_product.route_gate_up(
-            on(device, x), Norm(on(device, weight), 1e-5), matrix(router), bias_device, rule,
-            (s_gate, s_up) if s_gate and s_up else None, arrived, torch.float32,
-        )  # fmt: skip
+        routed = number_product.route(
+            on(device, x), Norm(on(device, weight), 1e-5), matrix(router), bias_device, rule, arrived, torch.float32
+        )
     rows = normed(x, weight)
     close(routed.normed, rows)
     ids, weights = (a.cpu() for a in route(on(device, (rows @ router.T)), bias_device, rule))
@@ -115,5 +113,7 @@ def test_a_mixture_adds_experts_to_its_rows(
         for e, share in zip(chosen, weights[t].tolist(), strict=True):
             expected[t] += share * (down[e] @ gated(gate[e] @ rows[t], up[e] @ rows[t]))
     out = torch.full((num_rows, cols), torch.nan, device=device)
-    number_product.experts(on(device, x), routed, matrix(gate), matrix(up), matrix(down), s_down, out)
+    matrices = matrix(gate), matrix(up), matrix(down)
+    of_all = (matrix(shared[0]), matrix(shared[1]), matrix(shared[2])) if shared_width else None
+    number_product.experts(on(device, x), routed, matrices, of_all, out)
     close(out, expected)

@@ -9,7 +9,7 @@ from test_linear import matrix, same
 
 from kvfold.kernels import rounded_product, row_product, tile_product
 from kvfold.kernels.matrix import Matrix
-from kvfold.kernels.number_product import Norm, Routed, route_gate_up
+from kvfold.kernels.number_product import Norm, Routed, route
 from kvfold.kernels.rounding import RoundedRows
 from kvfold.kernels.rows import RoutingRule
 from kvfold.quant.activations import quantize, quantize_e4m3
@@ -141,8 +141,8 @@ def test_shared_experts_come_along(
         torch.from_numpy(in_order(codes, types[0])).to(device), torch.from_numpy(scales).to(device), types[0]
     )
     for routed in (
-        Routed(x, ids, weights, x[:, :0]),
-        Routed(x[:, :0], ids, weights, x[:, :0], before),
+        Routed(x, ids, weights),
+        Routed(x[:, :0], ids, weights, before),
     ):
         out = torch.full((2, out_rows), torch.nan, device=device)
         rounded_product.experts(hidden_rows, routed, matrices, shared, out)
@@ -165,7 +165,7 @@ def test_normed_rows_are_rounded_with_the_routing(name: str, device: str) -> Non
     router = Matrix.of(torch.from_numpy(RNG(4).standard_normal((experts, cols)).astype(np.float32)).to(device))
     arrived = torch.zeros(1, dtype=torch.int32, device=device)
     rule = RoutingRule(2, 1, 1, is_sigmoid=False, is_top2=False, is_normed=False, factor=1.0)
-    routed = route_gate_up(x, Norm(weight, 1e-6), router, None, rule, None, arrived, torch.float32, name)
+    routed = route(x, Norm(weight, 1e-6), router, None, rule, arrived, torch.float32, name)
     assert routed.rounded is not None
     exact = x.double().cpu().numpy()
     exact = exact / np.sqrt((exact**2).mean(1, keepdims=True) + 1e-6) * weight.double().cpu().numpy()

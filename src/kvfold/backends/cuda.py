@@ -91,7 +91,7 @@ class CudaBackend:
         # Of every position that fits the cache: 32 numbers each for 64 rotary dimensions, 8 MB for 32k tokens.
         positions = np.arange(cache.num_pages * PAGE_TOKENS, dtype=np.int32)
         self.cos, self.sin = (torch.from_numpy(a).to(device) for a in cos_sin(model.config.rope, positions))
-        self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # number_product.route_gate_up's
+        self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # number_product.route's
         captures = captures and device.type == "cuda" and not model.standard
         self._graphs = _Graphs(self) if captures else None
         self._layers = CapturedLayers(self) if captures else None

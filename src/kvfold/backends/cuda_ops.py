@@ -347,12 +347,11 @@ class CudaOps:
 
         def mixture() -> Tensor:
             hidden_rows = x.tensor
-            routed = number_product.route_gate_up(
-                hidden_rows, norm, choice.router, choice.bias, choice.rule, w_shared and w_shared[:2],
-                self._backend.arrived, self._dtype,
-            )  # fmt: skip
+            routed = number_product.route(
+                hidden_rows, norm, choice.router, choice.bias, choice.rule, self._backend.arrived, self._dtype
+            )
             out = torch.empty_like(hidden_rows)
-            number_product.experts(hidden_rows, routed, *experts.matrices, w_shared and w_shared[2], out)
+            number_product.experts(hidden_rows, routed, experts.matrices, w_shared, out)
             return out
 
         return mixture
@@ -368,8 +367,8 @@ class CudaOps:
         """The same where the experts round their rows."""
         # Rounded once, where both networks want the codes in the same order.
         orders = {is_mixed(network[0].type) for network in (matrices, shared) if network is not None}
-        routed = number_product.route_gate_up(
-            x, norm, choice.router, choice.bias, choice.rule, None, self._backend.arrived, self._dtype,
+        routed = number_product.route(
+            x, norm, choice.router, choice.bias, choice.rule, self._backend.arrived, self._dtype,
             matrices[0].type if len(orders) == 1 else None,
         )  # fmt: skip
         out = torch.empty_like(x)
