@@ -12,6 +12,7 @@ time of one step; its floor is the model's multiply-adds at cuBLAS's bf16 rate f
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -204,6 +205,23 @@ def print_profile(what: str, work: Any) -> None:
         print(f"  {k.device_time_total:9.1f} us {k.count:5d} x {k.device_time_total / k.count:8.2f}  {k.key[:70]}")
 
 
+def print_ends(what: str, work: Any) -> None:
+    """Time from the end of one kernel to that of the next, mean of all pairs of these two: kernels overlap, so their own
+    spans add up to more than the step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    ends = sorted((e.time_range.end, e.name[:26]) for e in kernels)
+    apart: dict[tuple[str, str], list[float]] = {}
+    for (end, name), (next_end, next_name) in itertools.pairwise(ends):
+        apart.setdefault((name, next_name), []).append(next_end - end)
+    print(f"{what}: ends of {len(ends)} kernels")
+    for (name, next_name), spans in apart.items():
+        if len(spans) > 3:
+            print(f"  {statistics.mean(spans):6.2f} us x {len(spans):3d}  {name} -> {next_name}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="deepseek-v2-lite")
@@ -213,7 +231,11 @@ def main() -> None:
     parser.add_argument("--batch", default="1")
     parser.add_argument("--depth", default="128")
     parser.add_argument("--prompt", default="")
-    parser.add_argument("--profile", action="store_true", help="print the kernels of each case")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="print the kernels of each case, and of steps what lies between their ends",
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = torch.device("cuda", 0)
@@ -273,6 +295,7 @@ def main() -> None:
             replay = timed(graph.replay)
             if options.profile:
                 print_profile(f"decode {batch} x {depth}", graph.replay)
+                print_ends(f"decode {batch} x {depth}", graph.replay)
 
             def loop(sequences: list[Sequence] = sequences, tokens: list[int] = first) -> tuple[float, list[int]]:
                 """(seconds a step, the last tokens) where each takes the tokens of the one before it from the device, and

@@ -45,7 +45,7 @@ def _merge_unfold(
         wait_for_inputs()
     for t in tl.static_range(TOKENS):
         row = t % S_Q * HEADS + head
-        first_part, num_splits = parts[t]  # type: ignore[misc]
+        first_part, num_splits = parts[t]  # type: ignore[var-annotated]
         if num_splits > 1:
             highest = tl.full([], NO_SCORE, tl.float32)
             weight = tl.zeros([SPLITS], tl.float32)
