@@ -277,7 +277,7 @@ struct Codes32<blocks::Q4_0> {
   static __m256i codes(const uint8_t* p) { return nibbles(p + 2); }
 };
 
-// Q5_0: nibbles, and 16 where a byte of `bits` has the bit that `which` has there.
+// Nibbles, and 16 where a byte of `bits` has the bit that `which` has there.
 inline __m256i with_fifth(__m256i nibbles, __m256i bits, __m256i which) {
   const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bits, which), which);
   return _mm256_or_si256(nibbles, _mm256_and_si256(is_set, _mm256_set1_epi8(16)));
@@ -301,11 +301,20 @@ inline __m256i with_fifths_of(int quad, __m256i nibbles, __m256i bits) {
 }
 
 template <>
-struct Codes32<blocks::Q5_0> {
+struct Codes32<blocks::Q4_1> {
+  static __m256i codes(const uint8_t* p) { return nibbles(p + 4); }
+};
+template <int fifths>
+struct FiveBits {
   static __m256i codes(const uint8_t* p) {
-    return with_fifths<0, 2>(nibbles(p + 6), _mm256_set1_epi32(static_cast<int>(blocks::load32(p + 2))));
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(blocks::load32(p + fifths)));
+    return with_fifths<0, 2>(nibbles(p + fifths + 4), bits);
   }
 };
+template <>
+struct Codes32<blocks::Q5_0> : FiveBits<2> {};
+template <>
+struct Codes32<blocks::Q5_1> : FiveBits<4> {};
 template <>
 struct Codes32<blocks::IQ4_NL> {
   static __m256i of(__m256i nibbles) {
@@ -376,12 +385,14 @@ inline __m256i wide_pairs(__m256i w, const DotRow& x, int64_t at) {
                               _mm256_xor_si256(w, Avx2::load_codes(x.signs + at)));
 }
 
-// 32 nibbles under one float16, 18 bytes a block, or 22 with the fifth bits of Q5_0 before them. Two blocks a
-// vector: a lane has 16 weights of one.
+// 32 nibbles under one float16, or two, the second the minimum, with fifth bits before them in Q5_0 and Q5_1.
+// Two blocks a vector: a lane has 16 weights of one.
 template <class T>
 struct DotNibbles {
-  static constexpr int64_t kBytes = sizeof(T), kNibbles = kBytes - 16;
-  static constexpr bool kFifth = kNibbles == 6;
+  static constexpr bool kHasMin = Parts<T>::kHasMin;
+  static constexpr int64_t kBytes = sizeof(T), kNibbles = kBytes - 16,
+                           kFifths = kHasMin ? 4 : 2;  // where they begin
+  static constexpr bool kHasFifth = kNibbles > kFifths;
   static constexpr bool kWide = Format<Avx2, T>::Like::kWide;
   // Of 128 codes: the low nibbles of two blocks side by side, then the high ones.
   static constexpr int place(int piece) { return piece / 4 * 4 + piece % 2 * 2 + piece % 4 / 2; }
@@ -390,12 +401,12 @@ struct DotNibbles {
     __m256i packed[4];
     Avx2::transpose(raw + kNibbles, row_bytes, packed);
     [[maybe_unused]] __m256i bits;
-    if constexpr (kFifth) bits = words(raw + 2, row_bytes);
+    if constexpr (kHasFifth) bits = words(raw + kFifths, row_bytes);
     for (int j = 0; j < 4; j++) {
       out[j] = _mm256_and_si256(packed[j], _mm256_set1_epi8(15));
       out[4 + j] = _mm256_and_si256(_mm256_srli_epi16(packed[j], 4), _mm256_set1_epi8(15));
       if constexpr (kWide) out[j] = Codes32<T>::of(out[j]), out[4 + j] = Codes32<T>::of(out[4 + j]);
-      if constexpr (kFifth) {
+      if constexpr (kHasFifth) {
         out[j] = with_fifths_of(j, out[j], bits);
         out[4 + j] = with_fifths_of(4 + j, out[4 + j], bits);
       }
@@ -426,12 +437,13 @@ struct DotNibbles {
   static void group(const uint8_t* p, const DotRow* x, int64_t block, DotSums<rows>& sums) {
     constexpr int kPairs = blocks / 2;
     const __m256 d = block_scales<kBytes, blocks>(p);
+    const __m256 zero = kHasMin ? block_scales<kBytes, blocks>(p + 2) : d;
     __m256 scale[rows];  // a lane: of one block of each pair
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
       scale[r] = _mm256_permutevar8x32_ps(_mm256_mul_ps(d, _mm256_loadu_ps(x[r].scales + block)),
                                           _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-      sums.minus[r] = _mm256_fmadd_ps(d, _mm256_loadu_ps(x[r].sums + block), sums.minus[r]);
+      sums.minus[r] = _mm256_fmadd_ps(zero, _mm256_loadu_ps(x[r].sums + block), sums.minus[r]);
     }
     __m256i low[kPairs], high[kPairs];
     const __m256i nibble = _mm256_set1_epi8(15);
@@ -445,10 +457,10 @@ struct DotNibbles {
 #pragma GCC unroll 4
       for (int i = 0; i < kPairs; i++) low[i] = Codes32<T>::of(low[i]), high[i] = Codes32<T>::of(high[i]);
     }
-    if constexpr (kFifth) {
+    if constexpr (kHasFifth) {
 #pragma GCC unroll 4
       for (int i = 0; i < kPairs; i++) {
-        const __m256i bits = two_blocks(p + 2 * i * kBytes + 2);
+        const __m256i bits = two_blocks(p + 2 * i * kBytes + kFifths);
         low[i] = with_fifths<0, 0>(low[i], bits);
         high[i] = with_fifths<2, 2>(high[i], bits);
       }
@@ -490,7 +502,7 @@ struct DotNibbles {
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
-      const float zero = kWide ? 1.0f : static_cast<float>(Format<Avx2, T>::kZero);
+      const float zero = kHasMin ? -1.0f : kWide ? 1.0f : static_cast<float>(Format<Avx2, T>::kZero);
       y[r] = sums.total(r) - zero * Avx2::sum(sums.minus[r]);
     }
   }
@@ -545,7 +557,7 @@ struct Dot34 {
 
 template <class T, class Dot>
 struct Fast32 : Dot {
-  static constexpr bool kDot = true, kUnpack = false, kQuads = true, kTakeApart = true;
+  static constexpr bool kDot = true, kUnpack = false, kQuads = !Parts<T>::kHasMin, kTakeApart = true;
 
   static __m256 quads(const uint8_t* raw, int64_t row_bytes, __m256i (&out)[8]) {
     Dot::quad_codes(raw, row_bytes, out);
@@ -554,13 +566,18 @@ struct Fast32 : Dot {
   }
 
   static float scale(const uint8_t* p) { return _cvtsh_ss(blocks::load16(p)); }
-  static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float*) {
+  static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float* minimums) {
     Avx2::store_codes(codes, Codes32<T>::codes(block));
     scales[0] = scale(block);
+    if constexpr (Parts<T>::kHasMin) minimums[0] = -scale(block + 2);
   }
 };
 template <>
 struct Fast<Avx2, blocks::Q4_0> : Fast32<blocks::Q4_0, DotNibbles<blocks::Q4_0>> {};
+template <>
+struct Fast<Avx2, blocks::Q4_1> : Fast32<blocks::Q4_1, DotNibbles<blocks::Q4_1>> {};
+template <>
+struct Fast<Avx2, blocks::Q5_1> : Fast32<blocks::Q5_1, DotNibbles<blocks::Q5_1>> {};
 template <>
 struct Fast<Avx2, blocks::Q5_0> : Fast32<blocks::Q5_0, DotNibbles<blocks::Q5_0>> {};
 template <>

@@ -254,52 +254,62 @@ inline __m512i SignedNibbles<blocks::IQ4_NL>::table() {
   return _mm512_xor_si512(Nibbles<blocks::IQ4_NL>::table(), _mm512_set1_epi8(-128));
 }
 
-// Q5_0's fifth bits, one at any place of its 64-bit lane for each byte, onto nibbles: `place` is where it is
-// less 4.
+// Fifth bits of Q5_0 and Q5_1, one at any place of its 64-bit lane for each byte, onto nibbles: `place` is
+// where it is less 4.
 inline __m512i with_fifths(__m512i nibbles, __m512i bits, __m512i place) {
   const __m512i fourth = _mm512_multishift_epi64_epi8(place, bits);
   return _mm512_ternarylogic_epi32(nibbles, fourth, _mm512_set1_epi8(16), 0xf8);  // | (fourth & 16)
 }
 
-// 32 nibbles under one float16: 18 bytes a block, or 22 with the fifth bits of Q5_0 before them.
+// 32 nibbles under one float16, or two, the second the minimum, with fifth bits before them in Q5_0 and Q5_1.
 template <class T>
 struct FastNibbles {
   static constexpr bool kDot = true, kUnpack = true, kQuads = false, kTakeApart = false;
-  static constexpr int64_t kBytes = sizeof(T), kNibbles = kBytes - 16;
-  static constexpr bool kFifth = kNibbles == 6;
+  static constexpr bool kHasMin = Parts<T>::kHasMin;
+  static constexpr int64_t kBytes = sizeof(T), kNibbles = kBytes - 16,
+                           kFifths = kHasMin ? 4 : 2;  // where they begin
+  static constexpr bool kHasFifth = kNibbles > kFifths;
   // Of 128 codes: the low nibbles of four blocks side by side, then the high ones. Both have the same scales
   // a lane.
   static constexpr int place(int piece) { return piece % 2 * 4 + piece / 2; }
-  static constexpr float kZero = Format<Avx512, T>::kZero;
+  // What is subtracted: this times the minimums, or scales where there are none, times the sums of x.
+  static constexpr float kZero = kHasMin ? -1.0f : Format<Avx512, T>::kZero;
 
-  // The scales of 16 blocks. load(at) has the 64 bytes after byte `at` of them.
+  // Of 16 blocks. load(at) has the 64 bytes after byte `at` of them.
+  struct Scales {
+    __m512 scale, zero;  // what kZero is multiplied by
+  };
   template <class Load>
-  static __m512 scales_from(const Load& load) {
-    if constexpr (kFifth) {  // three begin within 64 bytes; the last block's is byte 42 of the last 64
-      const __m512i bytes = _mm512_castsi256_si512(
-          _mm256_setr_epi16(0x0100, 0x1716, 0x2d2c, 0x0100, 0x1716, 0x2d2c, 0x0100, 0x1716, 0x2d2c, 0x0100,
-                            0x1716, 0x2d2c, 0x0100, 0x1716, 0x2d2c, 0x2b2a));
-      __m512i words = _mm512_permutexvar_epi8(bytes, load(0));
-#pragma GCC unroll 5
-      for (int i = 1; i < 6; i++) {
-        const int64_t at = i < 5 ? 3 * i * kBytes : 16 * kBytes - 64;
-        words = _mm512_mask_permutexvar_epi8(words, ~uint64_t{0} << 6 * i, bytes, load(at));
-      }
-      return _mm512_cvtph_ps(_mm512_castsi512_si256(words));
-    } else {  // word 9 i of 64 is the scale of block i, for 8 blocks a pair of vectors
+  static Scales scales_from(const Load& load) {
+    if constexpr (kBytes == 18) {  // word 9 i of 64 is the scale of block i, for 8 blocks a pair of vectors
       const __m512i spread = _mm512_castsi256_si512(
           _mm256_setr_epi32(0 | 9 << 16, 18 | 27 << 16, 36 | 45 << 16, 54 | 63 << 16, 0, 0, 0, 0));
       const __m512i first = _mm512_permutex2var_epi16(load(0), spread, load(64));
       const __m512i second = _mm512_permutex2var_epi16(load(8 * kBytes), spread, load(8 * kBytes + 64));
-      return _mm512_cvtph_ps(
+      const __m512 scale = _mm512_cvtph_ps(
           _mm256_inserti128_si256(_mm512_castsi512_si256(first), _mm512_castsi512_si128(second), 1));
+      return {scale, scale};
+    } else {  // three blocks begin within 64 bytes, the last block in the last 64
+      constexpr int each = 0x01010101, i = kBytes * each, j = 2 * i, last = (64 - kBytes) * each;
+      const __m512i bytes =
+          _mm512_add_epi8(_mm512_set1_epi32(0x03020100),
+                          _mm512_setr_epi32(0, i, j, 0, i, j, 0, i, j, 0, i, j, 0, i, j, last));
+      __m512i heads = _mm512_permutexvar_epi8(bytes, load(0));
+#pragma GCC unroll 5
+      for (int turn = 1; turn < 6; turn++) {
+        const int64_t at = turn < 5 ? 3 * turn * kBytes : 16 * kBytes - 64;
+        heads = _mm512_mask_permutexvar_epi8(heads, ~uint64_t{0} << 12 * turn, bytes, load(at));
+      }
+      const __m512 scale = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(heads));
+      if constexpr (!kHasMin) return {scale, scale};
+      return {scale, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(heads, 16)))};
     }
   }
-  static __m512 scales(const uint8_t* p) {
+  static Scales scales(const uint8_t* p) {
     return scales_from([&](int64_t at) { return _mm512_loadu_si512(p + at); });
   }
   // Of fewer than 16; nothing after them is read.
-  static __m512 scales(const uint8_t* p, int64_t count) {
+  static Scales scales(const uint8_t* p, int64_t count) {
     return scales_from([&](int64_t at) {  // zeros after the last block
       const int64_t bytes = std::clamp<int64_t>(count * kBytes - at, 0, 64);
       const uint64_t mask = bytes == 64 ? ~uint64_t{0} : (uint64_t{1} << bytes) - 1;
@@ -308,29 +318,25 @@ struct FastNibbles {
   }
 
   // Four blocks side by side: nibbles, and the fifth bits of a block in both halves of each 64-bit lane of
-  // its quarter. Of three blocks the 64 bytes after the first scale have all.
+  // its quarter. 64 bytes have all of three blocks.
   struct Four {
     __m512i nibbles, fifth;
   };
-  // Of bytes that begin `first` after the first scale, the same in each block, where they are in those 64.
-  static __m512i quarters(__m512i bytes, int first) {
-    const auto each = [&](int block) {
-      return static_cast<int64_t>(0x0101010101010101) * (first + static_cast<int>(kBytes) * block);
-    };
-    return _mm512_add_epi8(bytes,
-                           _mm512_setr_epi64(each(0), each(0), each(1), each(1), each(2), each(2), 0, 0));
+  // Bytes of a block for each quarter, in the 64 bytes that begin with such a byte.
+  static __m512i of_three(__m512i bytes) {
+    constexpr int64_t each = 0x0101010101010101, i = kBytes * each, j = 2 * i;
+    return _mm512_add_epi8(bytes, _mm512_setr_epi64(0, 0, i, i, j, j, 0, 0));
   }
   static Four side_by_side(const uint8_t* p) {
-    const __m512i three = _mm512_loadu_si512(p + 2);
     const __m512i in_order = _mm512_broadcast_i32x4(_mm_set_epi64x(0x0f0e0d0c0b0a0908, 0x0706050403020100));
     const uint8_t* last = p + 3 * kBytes;
-    Four four;
-    four.nibbles =
-        _mm512_mask_broadcast_i32x4(_mm512_permutexvar_epi8(quarters(in_order, kNibbles - 2), three), 0xf000,
-                                    Avx512::load16(last + kNibbles));
-    if constexpr (kFifth) {
-      const __m512i word = _mm512_permutexvar_epi8(quarters(_mm512_set1_epi32(0x03020100), 0), three);
-      four.fifth = _mm512_mask_set1_epi32(word, 0xf000, static_cast<int>(blocks::load32(last + 2)));
+    const __m512i three = _mm512_permutexvar_epi8(of_three(in_order), _mm512_loadu_si512(p + kNibbles));
+    Four four = {_mm512_mask_broadcast_i32x4(three, 0xf000, Avx512::load16(last + kNibbles)),
+                 _mm512_setzero_si512()};
+    if constexpr (kHasFifth) {
+      const __m512i word = _mm512_set1_epi32(0x03020100);
+      const __m512i words = _mm512_permutexvar_epi8(of_three(word), _mm512_loadu_si512(p + kFifths));
+      four.fifth = _mm512_mask_set1_epi32(words, 0xf000, static_cast<int>(blocks::load32(last + kFifths)));
     }
     return four;
   }
@@ -340,11 +346,11 @@ struct FastNibbles {
     return side_by_side(blocks);
   }
   static __m512i low(const Four& of) {
-    if constexpr (!kFifth) return Nibbles<T>::low(of.nibbles);
+    if constexpr (!kHasFifth) return Nibbles<T>::low(of.nibbles);
     return with_fifths(Nibbles<T>::low(of.nibbles), of.fifth, fifth_places(0));
   }
   static __m512i high(const Four& of) {
-    if constexpr (!kFifth) return Nibbles<T>::high(of.nibbles);
+    if constexpr (!kHasFifth) return Nibbles<T>::high(of.nibbles);
     return with_fifths(Nibbles<T>::high(of.nibbles), of.fifth, fifth_places(16));
   }
   static __m512i fifth_places(char first) {  // of 16 bits from bit `first`, less 4, modulo 64
@@ -356,11 +362,14 @@ struct FastNibbles {
   // rows' 32.
   template <bool is_signed>
   static __m512i quad_codes(__m512i nibbles, __m512i bits, int quad) {
-    if constexpr (!kFifth) return nibbles;
-    const __m512i places = _mm512_set1_epi64(0x1f1e1d1c3f3e3d3c);  // of bits 0 to 3 of both lanes' 32, less 4
-    const __m512i codes =
-        with_fifths(nibbles, bits, _mm512_add_epi8(places, _mm512_set1_epi8(static_cast<char>(4 * quad))));
-    return is_signed ? _mm512_sub_epi8(codes, _mm512_set1_epi8(16)) : codes;
+    if constexpr (kHasFifth) {
+      const __m512i places =
+          _mm512_set1_epi64(0x1f1e1d1c3f3e3d3c);  // of bits 0 to 3 of both lanes' 32, less 4
+      const __m512i codes =
+          with_fifths(nibbles, bits, _mm512_add_epi8(places, _mm512_set1_epi8(static_cast<char>(4 * quad))));
+      return is_signed ? _mm512_sub_epi8(codes, _mm512_set1_epi8(Format<Avx512, T>::kZero)) : codes;
+    }
+    return nibbles;
   }
 
   template <int rows>
@@ -386,10 +395,10 @@ struct FastNibbles {
     int64_t block = 0;
     for (; block + 16 <= num_blocks; block += 16) {
       const uint8_t* p = row + block * kBytes;
-      const __m512 d = scales(p);
+      const Scales d = scales(p);
       for (int r = 0; r < rows; r++) {
-        scale[r] = _mm512_mul_ps(d, _mm512_loadu_ps(x[r].scales + block));
-        minus[r] = _mm512_fmadd_ps(d, _mm512_loadu_ps(x[r].sums + block), minus[r]);
+        scale[r] = _mm512_mul_ps(d.scale, _mm512_loadu_ps(x[r].scales + block));
+        minus[r] = _mm512_fmadd_ps(d.zero, _mm512_loadu_ps(x[r].sums + block), minus[r]);
       }
 #pragma GCC unroll 4
       for (int64_t line = 4; 64 * line < 16 * kBytes; line++)
@@ -403,10 +412,10 @@ struct FastNibbles {
     if (block < num_blocks) {
       const int64_t count = num_blocks - block;
       const uint8_t* p = row + block * kBytes;
-      const __m512 d = scales(p, count);
+      const Scales d = scales(p, count);
       for (int r = 0; r < rows; r++) {
-        scale[r] = _mm512_mul_ps(d, _mm512_loadu_ps(x[r].scales + block));
-        minus[r] = _mm512_fmadd_ps(d, _mm512_loadu_ps(x[r].sums + block), minus[r]);
+        scale[r] = _mm512_mul_ps(d.scale, _mm512_loadu_ps(x[r].scales + block));
+        minus[r] = _mm512_fmadd_ps(d.zero, _mm512_loadu_ps(x[r].sums + block), minus[r]);
       }
       for (int64_t i = 0; i < count; i += 4) {
         Avx512::prefetch(p + Avx512::kAhead + i * kBytes);
@@ -423,20 +432,21 @@ struct FastNibbles {
 
   template <bool is_signed = false>
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
-    using Codes = std::conditional_t<is_signed && !kFifth, SignedNibbles<T>, Nibbles<T>>;
-    constexpr int kRows = 32;
-    for (int64_t block = 0; block < k / 32; block++, raw += kBytes, panel += 32 * kRows + 4 * kRows) {
-      alignas(64) uint16_t halves[kRows];
-      for (int64_t i = 0; i < kRows; i++) halves[i] = blocks::load16(raw + i * row_bytes);
+    using Codes = std::conditional_t<is_signed && !kHasFifth && !kHasMin, SignedNibbles<T>, Nibbles<T>>;
+    constexpr int64_t kRows = 32, kFields = kHasMin ? 2 : 1, kRecord = 32 * kRows + 4 * kRows * kFields;
+    for (int64_t block = 0; block < k / 32; block++, raw += kBytes, panel += kRecord) {
+      // Written well before vectors of them are loaded, which waits until every part is in the cache.
+      alignas(64) uint16_t halves[kFields][kRows];
+      [[maybe_unused]] alignas(64) uint32_t fifths[kRows];
+      for (int64_t i = 0; i < kRows; i++) {
+        const uint8_t* row = raw + i * row_bytes;
+        for (int64_t field = 0; field < kFields; field++) halves[field][i] = blocks::load16(row + 2 * field);
+        if constexpr (kHasFifth) fifths[i] = blocks::load32(row + kFifths);
+      }
       for (int64_t v = 0; v < 2; v++) {
-        const uint8_t* rows = raw + 16 * v * row_bytes;
         __m512i packed[4], bits = _mm512_setzero_si512();
-        Avx512::transpose(rows + kNibbles, row_bytes, packed);
-        if constexpr (kFifth) {
-          alignas(64) uint32_t words[16];
-          for (int64_t i = 0; i < 16; i++) words[i] = blocks::load32(rows + i * row_bytes + 2);
-          bits = _mm512_load_si512(words);
-        }
+        Avx512::transpose(raw + 16 * v * row_bytes + kNibbles, row_bytes, packed);
+        if constexpr (kHasFifth) bits = _mm512_load_si512(fifths + 16 * v);
         for (int j = 0; j < 4; j++) {
           const auto put = [&](int quad, __m512i nibbles) {
             _mm512_store_si512(panel + (2 * quad + v) * 64, quad_codes<is_signed>(nibbles, bits, quad));
@@ -445,11 +455,12 @@ struct FastNibbles {
           put(4 + j, Codes::high(packed[j]));
         }
       }
+      // A minimum is minus the second float16, and a panel has it negated.
       auto* to = reinterpret_cast<float*>(panel + 32 * kRows);
-      for (int v = 0; v < 2; v++) {
-        _mm512_store_ps(
-            to + 16 * v,
-            _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves + 16 * v))));
+      for (int64_t field = 0; field < kFields; field++) {
+        for (int64_t i = 0; i < kRows; i += 16, to += 16) {
+          _mm512_store_ps(to, Avx512::load_half(reinterpret_cast<const uint8_t*>(halves[field] + i)));
+        }
       }
     }
   }
@@ -457,7 +468,11 @@ struct FastNibbles {
 template <>
 struct Fast<Avx512, blocks::Q4_0> : FastNibbles<blocks::Q4_0> {};
 template <>
+struct Fast<Avx512, blocks::Q4_1> : FastNibbles<blocks::Q4_1> {};
+template <>
 struct Fast<Avx512, blocks::Q5_0> : FastNibbles<blocks::Q5_0> {};
+template <>
+struct Fast<Avx512, blocks::Q5_1> : FastNibbles<blocks::Q5_1> {};
 template <>
 struct Fast<Avx512, blocks::IQ4_NL> : FastNibbles<blocks::IQ4_NL> {};
 

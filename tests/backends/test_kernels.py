@@ -136,7 +136,7 @@ def test_sums_of_the_largest_codes_do_not_overflow(name: str, isa: str) -> None:
 
 
 @every_isa
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
 def test_a_row_ends_before_the_next_rows_numbers(name: str, isa: str) -> None:
     """Rows are prepared one behind another: vectors that reach past a row's end meet no codes of -1, which are NaN."""
     t = by_name(name)
