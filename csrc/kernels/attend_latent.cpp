@@ -115,13 +115,13 @@ void attend_latent(const Machine& machine, const Step& step, const MlaDims& dims
 
   const int64_t tile_memory = kScoreFloats + kPageTokens * dims.latent();
   rows.for_runs(
-      machine, op.groups(), op.partial_floats(),
+      machine, op.groups(), op.partial_floats(), 1,
       [&](int member) { return machine.of(member) + tile_memory + kStateFloats; },
       [](int64_t, int64_t, int) {},
       [&](int64_t i, int64_t group, int64_t run, float* partial, int member) {
         op.attend_run(i, group, run, op.partial(partial), machine.of(member));
       },
-      [&](int64_t i, int64_t group, int member, const auto& next) {
+      [&](int64_t i, int64_t group, int64_t, int64_t, int member, const auto& next) {
         op.join_runs(i, group, machine.of(member) + tile_memory, next);
       });
 }

@@ -15,6 +15,9 @@ namespace {
 // of 64 heads and more, and the sums of four tiles stay in the second-level cache (512 columns: 128 KiB).
 constexpr int64_t kMostTiles = 4;
 
+// Columns of a row's runs that a member joins: those of V2-Lite's 16 heads are work for four threads.
+constexpr int64_t kJoinColumns = 128;
+
 int64_t whole_steps(int64_t n) { return ceil_div(n, kLatentStep) * kLatentStep; }
 
 // Floats of each part of a member's scratch, whole lines.
@@ -80,12 +83,23 @@ struct RoundedLatentOp {
     return partial + tile * parts.partial() + parts.state;
   }
 
-  void start(float* partial, int64_t count) const {
+  // Weighted columns that a member looks after, whole steps.
+  struct Columns {
+    int64_t first, count;
+  };
+  Columns all_columns() const { return {0, columns()}; }
+  int64_t join_parts() const { return ceil_div(columns(), kJoinColumns); }
+  Columns join_part(int64_t part) const {
+    const int64_t first = part * kJoinColumns;
+    return {first, std::min(kJoinColumns, columns() - first)};
+  }
+
+  void start(float* partial, int64_t count, Columns c) const {
     for (int64_t tile = 0; tile < count; tile++) {
       LatentState& s = *state(partial, tile);
       std::fill_n(s.exponent, kHeadLanes, -std::numeric_limits<float>::infinity());
       std::fill_n(s.sum, kHeadLanes, 0.0f);
-      std::memset(weighted(partial, tile), 0, parts.weighted * 4);
+      std::fill_n(weighted(partial, tile) + c.first * kHeadLanes, c.count * kHeadLanes, 0.0f);
     }
   }
 
@@ -158,7 +172,7 @@ struct RoundedLatentOp {
 
   // Keys of a run into the softmax at `partial`.
   void attend_run(int64_t i, int64_t group, int64_t run, float* partial, const Memory& m) const {
-    start(partial, tiles(group));
+    start(partial, tiles(group), all_columns());
     float* scores = scores_of(m.tile);
     auto* words = reinterpret_cast<uint32_t*>(scores + parts.scores);
     alignas(64) float exponents[kHeadLanes];
@@ -174,27 +188,29 @@ struct RoundedLatentOp {
     });
   }
 
-  void merge(float* from, float* into, int64_t count) const {
+  void merge(float* from, float* into, int64_t count, Columns c) const {
+    const int64_t at = c.first * kHeadLanes;
     for (int64_t tile = 0; tile < count; tile++) {
-      kernels.merge(*state(from, tile), weighted(from, tile), state(into, tile), weighted(into, tile),
-                    columns());
+      kernels.merge(*state(from, tile), weighted(from, tile) + at, state(into, tile),
+                    weighted(into, tile) + at, c.count);
     }
   }
 
-  void finish(int64_t i, int64_t group, float* partial) const {
+  void finish(int64_t i, int64_t group, float* partial, Columns c) const {
     for (int64_t tile = 0; tile < tiles(group); tile++) {
       const int64_t head = first_head(group, tile), heads = std::min(kHeadLanes, dims.heads - head);
-      kernels.divide(*state(partial, tile), weighted(partial, tile), heads, dims.kv_lora,
-                     out.row(i) + head * dims.kv_lora, dims.kv_lora);
+      kernels.divide(*state(partial, tile), weighted(partial, tile) + c.first * kHeadLanes, heads,
+                     std::min(c.count, dims.kv_lora - c.first), out.row(i) + head * dims.kv_lora + c.first,
+                     dims.kv_lora);
     }
   }
 
-  // Joins the runs of a row in order. next(run): where their softmaxes are.
+  // Joins columns of the runs of a row in order. next(run): where their softmaxes are.
   template <class Next>
-  void join_runs(int64_t i, int64_t group, const Memory& m, const Next& next) const {
-    start(m.row, tiles(group));
-    for (int64_t run = 0; run < rows.num_runs(i); run++) merge(next(run), m.row, tiles(group));
-    finish(i, group, m.row);
+  void join_runs(int64_t i, int64_t group, Columns c, const Memory& m, const Next& next) const {
+    start(m.row, tiles(group), c);
+    for (int64_t run = 0; run < rows.num_runs(i); run++) merge(next(run), m.row, tiles(group), c);
+    finish(i, group, m.row, c);
   }
 
   // fa=0: all scores of a tile [keys][kHeadLanes], then their softmax in a second pass.
@@ -231,22 +247,22 @@ void attend_latent_rounded(const Machine& machine, const AbsorbedRows& rows, boo
       const int64_t i = unit / groups, group = unit % groups;
       const auto memory = op.memory(member);
       op.pack(i, group, memory.query);
-      op.start(memory.row, op.tiles(group));
+      op.start(memory.row, op.tiles(group), op.all_columns());
       for (int64_t tile = 0; tile < op.tiles(group); tile++) {
         op.attend_stored(i, tile, machine.shared + member * stored_floats(machine), memory);
       }
-      op.finish(i, group, memory.row);
+      op.finish(i, group, memory.row, op.all_columns());
     });
     return;
   }
   rows.for_runs(
-      machine, groups, op.group_partial(), [&](int member) { return op.memory(member).run; },
+      machine, groups, op.group_partial(), op.join_parts(), [&](int member) { return op.memory(member).run; },
       [&](int64_t i, int64_t group, int member) { op.pack(i, group, op.memory(member).query); },
       [&](int64_t i, int64_t group, int64_t run, float* partial, int member) {
         op.attend_run(i, group, run, partial, op.memory(member));
       },
-      [&](int64_t i, int64_t group, int member, const auto& next) {
-        op.join_runs(i, group, op.memory(member), next);
+      [&](int64_t i, int64_t group, int64_t part, int64_t parts, int member, const auto& next) {
+        op.join_runs(i, group, parts == 1 ? op.all_columns() : op.join_part(part), op.memory(member), next);
       });
 }
 

@@ -56,18 +56,21 @@ struct AbsorbedRows {
   // The softmaxes of all rows and `groups` of heads, with the work of each spread as there are many or few:
   //   prepare(i, group, member)                before a member attends
   //   attend(i, group, run, partial, member)   a run's softmax into partial_floats
-  //   join(i, group, member, next)             joins next(0), next(1) ... next(num_runs(i) - 1)
+  //   join(i, group, part, parts, member, next)
+  //                                            joins a part of next(0), next(1) ... next(num_runs(i) - 1):
+  //                                            there are join_parts, or one where a member goes through the
+  //                                            runs by itself
   // own(member): partial_floats of a member.
   template <class Own, class Prepare, class Attend, class Join>
-  void for_runs(const Machine& machine, int64_t groups, int64_t partial_floats, const Own& own,
-                const Prepare& prepare, const Attend& attend, const Join& join) const {
+  void for_runs(const Machine& machine, int64_t groups, int64_t partial_floats, int64_t join_parts,
+                const Own& own, const Prepare& prepare, const Attend& attend, const Join& join) const {
     const int64_t runs = most_runs(), window = machine.shared_floats / (runs * groups * partial_floats);
     // Enough for every member: each goes through the runs of its row by itself.
     if (runs == 1 || num_rows * groups >= 8 * machine.team.size() || window == 0) {
       machine.team.for_each(num_rows * groups, [&](int64_t unit, int member) {
         const int64_t i = unit / groups, group = unit % groups;
         prepare(i, group, member);
-        join(i, group, member, [&](int64_t run) {
+        join(i, group, 0, 1, member, [&](int64_t run) {
           attend(i, group, run, own(member), member);
           return own(member);
         });
@@ -85,9 +88,10 @@ struct AbsorbedRows {
         prepare(i, group, member);
         attend(i, group, run, partial(i, group, run), member);
       });
-      machine.team.for_each(n * groups, [&](int64_t unit, int member) {
-        const int64_t i = first + unit / groups, group = unit % groups;
-        join(i, group, member, [&](int64_t run) { return partial(i, group, run); });
+      machine.team.for_each(n * groups * join_parts, [&](int64_t unit, int member) {
+        const int64_t i = first + unit / (groups * join_parts), group = unit / join_parts % groups;
+        join(i, group, unit % join_parts, join_parts, member,
+             [&](int64_t run) { return partial(i, group, run); });
       });
     }
   }
