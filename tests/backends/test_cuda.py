@@ -5,6 +5,7 @@ Marked gpu: what a GPU computes. The others run the same ops in Triton's interpr
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from kit.interpreter import torch  # before any kernel
 from kit.poison import poisoned_memory  # noqa: F401
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold import LLM, SamplingParams
+from kvfold.backends import cuda_layers
 from kvfold.engine.batch import Work, build_batch
 from kvfold.engine.runner import Runner
 from kvfold.load import embedded_model
@@ -287,6 +289,14 @@ def test_layers_go_on_where_another_step_came_between(tmp_path: Path) -> None:
         close(run.outputs["logits"], expected, 5e-5)
         batch.commit()
         prompted.release()
+
+
+def test_nothing_is_collected_during_a_capture() -> None:
+    """And after it, also one that failed, as before."""
+    with pytest.raises(RuntimeError), cuda_layers.uncollected():
+        assert not gc.isenabled()
+        raise RuntimeError
+    assert gc.isenabled()
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvfold.backends.cuda_layers import CAPTURE_MODE, CapturedLayers, bucket_of
+from kvfold.backends.cuda_layers import CAPTURE_MODE, CapturedLayers, bucket_of, uncollected
 from kvfold.backends.cuda_ops import CudaOps, Value, made
 from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep, is_short, on_device, path_rows
 from kvfold.backends.cuda_weights import DeviceWeights
@@ -376,6 +376,6 @@ class _Graphs:
             whole()
         torch.cuda.current_stream(backend.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode=CAPTURE_MODE):
+        with uncollected(), torch.cuda.graph(graph, pool=self._memory, capture_error_mode=CAPTURE_MODE):
             outputs = whole()
         return _Captured(graph, outputs, workspace)

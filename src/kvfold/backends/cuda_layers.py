@@ -10,8 +10,9 @@ Rows up to the bucket are padding: no slot, nobody attends to them, and every ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -33,6 +34,19 @@ if TYPE_CHECKING:
 # whose launches are few; with more than the last the device is slower than the host.
 LEAST_ROWS = ROW_PRODUCT_ROWS + 1
 BUCKETS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Around a capture: no search for unreachable objects. A graph of a model that is gone, freed meanwhile by this thread, would
+    end it ("operation not permitted when stream is capturing")."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def bucket_of(num_rows: int) -> int | None:
@@ -196,7 +210,7 @@ class CapturedLayers:
             open_graph = behind
             open_graph.capture_begin(pool=self._memory, capture_error_mode=CAPTURE_MODE)
 
-        with torch.cuda.stream(self._side):
+        with torch.cuda.stream(self._side), uncollected():
             open_graph.capture_begin(pool=self._memory, capture_error_mode=CAPTURE_MODE)
             try:
                 self._launch(bucket, layer, cut)
