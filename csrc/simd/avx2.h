@@ -771,8 +771,11 @@ struct FastDecode<Avx2, blocks::Q8_0> : Decode32<blocks::Q8_0> {};
 template <class T>
 inline __m256i levels32(const uint8_t* block) {
   const __m256i codes = Codes32<T>::codes(block);
-  if constexpr (Parts<T>::kWide) return codes;
-  return _mm256_sub_epi8(codes, _mm256_set1_epi8(Parts<T>::kZero));
+  if constexpr (Parts<T>::kWide) {
+    return codes;
+  } else {
+    return _mm256_sub_epi8(codes, _mm256_set1_epi8(Parts<T>::kZero));
+  }
 }
 
 template <class T>
