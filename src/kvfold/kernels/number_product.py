@@ -30,7 +30,7 @@ PASS = 2048
 THREADS = 128
 HELD_BYTES = 4 * 128 * THREADS
 # Passes of _down, 16 bytes of a thread each, that are asked for before the wait: with 7 a thread needs 64 registers and 8
-# programs share a multiprocessor, with all 12 of V2-Lite 110, and a step took 1917 us instead of 1863.
+# programs share a multiprocessor, with all 12 of V2-Lite 110, and a step took 1917 us of replay instead of 1863.
 DOWN_HELD = 7
 
 
