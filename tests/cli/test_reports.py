@@ -106,6 +106,12 @@ def test_plan_says_what_a_setting_changes(kvfold: Kvfold, tiny_gguf: Path) -> No
     assert phases("-mla", "0")[3] == [["standard", 1]]
 
 
+def test_plan_is_by_the_rates_of_a_forced_instruction_set(kvfold: Kvfold, tiny_gguf: Path) -> None:
+    done = kvfold("plan", tiny_gguf, "--isa", "generic", "--device", "cpu")
+    assert "(arithmetic profile)" in done.out and "(AVX" not in done.out
+    assert "isa=neon: allowed are" in kvfold("plan", tiny_gguf, "--isa", "neon").err
+
+
 def test_plan_says_when_nothing_fits_and_nothing_runs(
     kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

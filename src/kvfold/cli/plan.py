@@ -9,9 +9,11 @@ from kvfold.cli.options import (
     BatchRows,
     CacheTypeOption,
     Context,
+    Deterministic,
     Device,
     Dtype,
     Fa,
+    Isa,
     Json,
     Mla,
     ModelArgument,
@@ -40,6 +42,8 @@ def plan(
     threads: Threads = None,
     batch_size: BatchRows = None,
     workspace: Workspace = None,
+    isa: Isa = "auto",
+    deterministic: Deterministic = False,
     json: Json = False,
 ) -> None:
     """Says what a model takes and which attention path its work takes.
@@ -61,6 +65,8 @@ def plan(
         threads=threads,
         n_ctx=ctx_size or None,
         workspace_bytes=workspace,
+        isa=isa,
+        deterministic=deterministic,
     )
     found = plan_report(open_checkpoint(model_path(model)), settings, batch_rows=batch_size)
     if json:

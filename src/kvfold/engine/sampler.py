@@ -116,7 +116,8 @@ _ALLOWED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 def no_distribution(found: str) -> NumericsError:
     return NumericsError(
         f"{found}: the model computed no usable distribution. "
-        "The file may be damaged (kvfold inspect), or a kernel overflowed: try --dtype float32"
+        "The file may be damaged (kvfold inspect), or a kernel overflowed: try --dtype float32. --check-numerics names the "
+        "layer and op"
     )
 
 
