@@ -196,12 +196,17 @@ print("]")
 """
 
 
+def scripted(script: Path, text: str, *arguments: Path) -> Opponent:
+    """An opponent that runs this text of Python."""
+    script.write_text(text)
+    quoted = " ".join(f'"{argument}"' for argument in (script, *arguments))
+    [parsed] = Opponent.parse_all(f"{sys.executable} {quoted}")
+    return parsed
+
+
 @pytest.fixture
 def opponent(tmp_path: Path) -> Opponent:
-    script = tmp_path / "llama bench.py"
-    script.write_text(SCRIPT)
-    [parsed] = Opponent.parse_all(f'{sys.executable} "{script}" "{tmp_path / "count"}"')
-    return parsed
+    return scripted(tmp_path / "llama bench.py", SCRIPT, tmp_path / "count")
 
 
 def test_an_opponent_runs_once_a_round_and_its_rates_pair_with_ours(
@@ -239,15 +244,15 @@ def test_the_ratio_is_to_the_fastest_opponent_of_each_round(
     assert len(row(prompt)["opponents"]) == 2
 
 
-# Prints a row, then counts in a file as fast as it can until the next one.
+# Prints a row, then counts 20 steps of 5 ms in a file until the next one.
 COUNTING = """
 import pathlib, sys, time
 starts, count = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
 for rate in (1.0, 2.0, 3.0):
     print('{"n_prompt": 20, "n_gen": 0, "samples_ts": [%s]},' % rate, flush=True)
-    ends = time.monotonic() + 0.05
-    while time.monotonic() < ends:
+    for _ in range(20):
+        time.sleep(0.005)
         with count.open("ab") as file:
             file.write(b"x")
 """
@@ -255,10 +260,7 @@ for rate in (1.0, 2.0, 3.0):
 
 @pytest.fixture
 def counting(tmp_path: Path) -> Opponent:
-    script = tmp_path / "counting.py"
-    script.write_text(COUNTING)
-    [parsed] = Opponent.parse_all(f"{sys.executable} {script} {tmp_path / 'starts'} {tmp_path / 'count'}")
-    return parsed
+    return scripted(tmp_path / "counting.py", COUNTING, tmp_path / "starts", tmp_path / "count")
 
 
 def test_an_opponent_is_stopped_between_its_rows(counting: Opponent, tmp_path: Path) -> None:
@@ -270,7 +272,7 @@ def test_an_opponent_is_stopped_between_its_rows(counting: Opponent, tmp_path: P
         time.sleep(0.2)
         assert (count.stat().st_size if count.exists() else 0) == before
         lengths.append(before)
-    assert lengths[0] < lengths[1] < lengths[2] < count.stat().st_size
+    assert lengths[0] < 20 <= lengths[1] < 40 <= lengths[2] < 60 == count.stat().st_size
 
 
 def test_an_opponent_that_repeats_its_cases_is_started_once(
@@ -283,13 +285,29 @@ def test_an_opponent_that_repeats_its_cases_is_started_once(
 
 @pytest.fixture
 def endless(tmp_path: Path) -> Opponent:
-    script = tmp_path / "endless.py"
-    script.write_text(
-        "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid()))\n"
+    text = (
+        "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid()))\n"
         'while True: print(\'{"n_prompt": 1, "n_gen": 0, "samples_ts": [1.0]}\', flush=True)'
     )
-    [parsed] = Opponent.parse_all(f"{sys.executable} {script} {tmp_path / 'pid'}")
-    return parsed
+    return scripted(tmp_path / "endless.py", text, tmp_path / "pid")
+
+
+# Runs another case from its second start on.
+CHANGING = """
+import json, pathlib, sys
+count = pathlib.Path(sys.argv[1])
+rows = 21 if count.exists() else 20
+count.write_text("")
+print(json.dumps({"n_prompt": rows, "n_gen": 0, "samples_ts": [100.0]}))
+"""
+
+
+def test_an_opponent_that_stops_running_a_case_leaves_ours_its_samples(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    changing = scripted(tmp_path / "changing.py", CHANGING, tmp_path / "count")
+    [prompt] = results(checkpoint, [Case(20, 0, 0)], (changing,))
+    assert (len(prompt.samples), prompt.pairs) == (3, ())
 
 
 def test_an_opponent_is_ended_once_there_are_enough_rows(

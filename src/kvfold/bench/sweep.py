@@ -256,8 +256,8 @@ def _turns(
                         rates[other.opponent] = beside[1]
                 left[case] -= 1
                 yield case, rates
-        for _ in range(repetitions):
-            yield from ((case, {}) for case in cases if left[case])
+        for number in range(repetitions, 0, -1):
+            yield from ((case, {}) for case in cases if left[case] >= number)
 
 
 class _Runs:
