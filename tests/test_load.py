@@ -331,24 +331,32 @@ def test_reading_ahead_asks_for_every_byte_of_every_file(tmp_path: Path, monkeyp
 # --- answers from the map while a copy is made -------------------------------------------------------------------------
 
 
+@pytest.fixture
+def may_copy(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """What every copy waits for."""
+    event = threading.Event()
+    copy = kvfold.weight_memory.copied
+
+    def later(*arguments: Any, **settings: Any) -> Any:
+        event.wait()
+        return copy(*arguments, **settings)
+
+    monkeypatch.setattr(kvfold.weight_memory, "copied", later)
+    return event
+
+
 @BOTH_ORDERS
 def test_a_large_model_answers_from_its_map_and_moves_meanwhile(
-    order: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    order: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, may_copy: threading.Event
 ) -> None:
     from kvfold import LLM
 
     path = written("gguf-k_b", tmp_path)
     ids = [1, 5, 9, 200, 3]
+    may_copy.set()
     expected = LLM(path, **SETTINGS, **order).logits(ids)
+    may_copy.clear()
     monkeypatch.setattr(kvfold.load, "EARLY_ANSWER_BYTES", 1)
-    may_copy = threading.Event()
-    copy = kvfold.weight_memory.copied
-
-    def later(*arguments: Any, **settings: Any) -> Any:
-        may_copy.wait()
-        return copy(*arguments, **settings)
-
-    monkeypatch.setattr(kvfold.weight_memory, "copied", later)
     llm = LLM(path, **SETTINGS, **order)
     moving = llm.loaded.moving
     assert moving is not None and "meanwhile" in moving.place and "meanwhile" in llm.loaded.weight_place
@@ -361,19 +369,11 @@ def test_a_large_model_answers_from_its_map_and_moves_meanwhile(
 
 
 def test_the_copy_gives_way_to_the_first_step_and_to_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, may_copy: threading.Event
 ) -> None:
     """Beside the copy a first token of a large model took 2 to 4 times as long as from the map alone."""
     monkeypatch.setattr(kvfold.load, "EARLY_ANSWER_BYTES", 1)
     monkeypatch.setattr(kvfold.weight_memory, "BEGIN_SECONDS", 0.0)
-    may_copy = threading.Event()
-    copy = kvfold.weight_memory.copied
-
-    def later(*arguments: Any, **settings: Any) -> Any:
-        may_copy.wait()
-        return copy(*arguments, **settings)
-
-    monkeypatch.setattr(kvfold.weight_memory, "copied", later)
     found = load(written("gguf-k_b", tmp_path), Settings.parse(**SETTINGS), answers_early=True)
     backend, moving = found.backend, found.moving
     assert isinstance(backend, NativeBackend) and moving is not None
