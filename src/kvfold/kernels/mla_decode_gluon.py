@@ -57,6 +57,10 @@ NO_SCORE = gl.constexpr(-1e30)
 MOST_ABOVE = gl.constexpr(8.0)  # log2: weights of up to 256 before the number they are relative to moves
 
 
+def _multiplication_registers(count: int) -> str:
+    return ",".join([*["=f"] * count, *map(str, range(count)), *["f"] * count])
+
+
 def _multiplication(count: int) -> str:
     """PTX: `count` accumulators, of whose rows a thread has two, times their rows' factors, left out where a warp's are all 1."""
     own, factors = count, 2 * count
@@ -74,7 +78,7 @@ def _multiplication(count: int) -> str:
 
 THREAD_ACCUMULATORS = gl.constexpr(128)  # of [64, 256] over a warpgroup
 MULTIPLICATION = gl.constexpr(_multiplication(THREAD_ACCUMULATORS.value))
-MULTIPLICATION_REGISTERS = gl.constexpr(",".join(["=f"] * 128 + [str(i) for i in range(128)] + ["f"] * 128))
+MULTIPLICATION_REGISTERS = gl.constexpr(_multiplication_registers(THREAD_ACCUMULATORS.value))
 
 # Triton after 3.6 renamed it.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
