@@ -769,6 +769,8 @@ def _few_rows_worker(
             gl.store(partial + slot_row[None, :] * 512 + d[:, None], acc, mask=kept)
             lse = gl.where(some, m + gl.log2(gl.where(some, total, 1.0)), float("-inf"))
             gl.store(partial_lse + slot_row, lse, mask=row < rows)
+    if PDL:
+        gdc_wait()  # without tiles, too: what follows waits for this launch alone
 
 
 @gluon.jit
