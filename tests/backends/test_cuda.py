@@ -293,10 +293,33 @@ def test_layers_go_on_where_another_step_came_between(tmp_path: Path) -> None:
 
 def test_nothing_is_collected_during_a_capture() -> None:
     """And after it, also one that failed, as before."""
-    with pytest.raises(RuntimeError), cuda_layers.uncollected():
+    with pytest.raises(RuntimeError), cuda_layers.uncollected:
         assert not gc.isenabled()
         raise RuntimeError
     assert gc.isenabled()
+
+
+def test_nothing_is_collected_until_the_last_capture_ends() -> None:
+    """Two threads capture at once, and the one that came first ends first."""
+    both, first_left, checked = threading.Barrier(2), threading.Event(), []
+
+    def first() -> None:
+        with cuda_layers.uncollected:
+            both.wait(10)
+        first_left.set()
+
+    def second() -> None:
+        with cuda_layers.uncollected:
+            both.wait(10)
+            assert first_left.wait(10)
+            checked.append(gc.isenabled())
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert checked == [False] and gc.isenabled()
 
 
 @pytest.mark.gpu
@@ -345,7 +368,7 @@ def test_the_embedded_model_tells_the_same_story() -> None:
     of most weight is the same wherever float32 puts it 0.2 before the next, on every path and cache type."""
     settings: dict[str, Any] = {"dtype": "float32", "cache_type": "f32", "n_ctx": 512}
     greedy = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
-    cpu = LLM(backend="native", **settings)
+    cpu = LLM(backend="native", threads=2, **settings)
     expected = cpu.generate(["Once upon a time"], greedy)[0].token_ids
     gpu = LLM(device="cuda", **settings)
     assert gpu.generate(["Once upon a time"], greedy)[0].token_ids == expected

@@ -376,6 +376,6 @@ class _Graphs:
             whole()
         torch.cuda.current_stream(backend.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with uncollected(), torch.cuda.graph(graph, pool=self._memory, capture_error_mode=CAPTURE_MODE):
+        with uncollected, torch.cuda.graph(graph, pool=self._memory, capture_error_mode=CAPTURE_MODE):
             outputs = whole()
         return _Captured(graph, outputs, workspace)

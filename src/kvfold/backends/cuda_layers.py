@@ -11,8 +11,9 @@ Rows up to the bucket are padding: no slot, nobody attends to them, and every ro
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -36,17 +37,31 @@ LEAST_ROWS = ROW_PRODUCT_ROWS + 1
 BUCKETS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Around a capture: no search for unreachable objects. A graph of a model that is gone, freed meanwhile by this thread, would
-    end it ("operation not permitted when stream is capturing")."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+class _Uncollected:
+    """Around captures: no search for unreachable objects. A graph of a model that is gone, freed meanwhile by this thread, would
+    end it ("operation not permitted when stream is capturing"). Threads may capture at once: the last to leave switches it on
+    again, if it was on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._was_enabled = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_inside == 0:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._num_inside += 1
+
+    def __exit__(self, *failure: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0 and self._was_enabled:
+                gc.enable()
+
+
+uncollected = _Uncollected()  # the collector is the process's, and so is the count
 
 
 def bucket_of(num_rows: int) -> int | None:
@@ -210,7 +225,7 @@ class CapturedLayers:
             open_graph = behind
             open_graph.capture_begin(pool=self._memory, capture_error_mode=CAPTURE_MODE)
 
-        with torch.cuda.stream(self._side), uncollected():
+        with torch.cuda.stream(self._side), uncollected:
             open_graph.capture_begin(pool=self._memory, capture_error_mode=CAPTURE_MODE)
             try:
                 self._launch(bucket, layer, cut)
