@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import cached_property
 
 import numpy as np
 import pytest
@@ -63,6 +64,7 @@ class Sequence:
             append_blocks(torch.from_numpy(latents).to(device), slots, self.pool.flatten(0, 1), self.blocks)
         self.latents = torch.from_numpy(decode(encode(latents, kind), kind)).to(dtype).double().numpy()
 
+    @cached_property
     def expected(self) -> np.ndarray:
         q, w_uk, w_uv = (x.double().cpu().numpy() for x in (self.q, self.w_uk, self.w_uv))
         lora = self.mla.kv_lora_rank
@@ -120,7 +122,7 @@ class Sequence:
         return out
 
     def check(self, out: torch.Tensor, tolerance: float, what: str) -> None:
-        expected = self.expected()
+        expected = self.expected
         got = out.double().cpu().numpy()
         assert np.isfinite(got).all(), f"{what}: unwritten or poisoned output"
         error = np.linalg.norm(got - expected, axis=-1) / np.linalg.norm(expected, axis=-1)

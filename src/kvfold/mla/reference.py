@@ -25,8 +25,8 @@ def attend(
     num_rows, num_keys = q.shape[0], c_kv.shape[0]
     q_nope, q_rope = q[..., : mla.qk_nope_head_dim], q[..., mla.qk_nope_head_dim :]
 
-    k_nope = np.einsum("lc,hnc->lhn", c_kv, w_uk)  # [L, H, nope]
-    v = np.einsum("lc,hvc->lhv", c_kv, w_uv)  # [L, H, v]
+    k_nope = np.einsum("lc,hnc->lhn", c_kv, w_uk, optimize=True)  # [L, H, nope]
+    v = np.einsum("lc,hvc->lhv", c_kv, w_uv, optimize=True)  # [L, H, v]
 
     scores = np.einsum("rhn,lhn->hrl", q_nope, k_nope) + np.einsum("rhd,ld->hrl", q_rope, k_rope)
     scores *= np.float32(mla.softmax_scale)
