@@ -58,7 +58,11 @@ class ProgramChecker {
       expect_equal("cache", "number of layers of an array", cache_[0].num_layers, array.num_layers);
       expect(array.width > 0, "cache", "an array of no columns");
     }
-    for (size_t i = 0; i < segments_.size(); i++) check_segment(segments_[i], i + 1 == segments_.size());
+    Domain x = Domain::kRows;
+    for (size_t i = 0; i < segments_.size(); i++) {
+      check_segment(segments_[i], x, i + 1 == segments_.size());
+      if (i + 1 < segments_.size()) x = buffer_of(segments_[i].x_out).domain;
+    }
     expect(facts_.dims.heads > 0, "program", "no attention");
     expect(facts_.vocab_size > 0, "program", "no embedding");
     return facts_;
@@ -75,11 +79,13 @@ class ProgramChecker {
                  weight.part_rows % weight.type->interleaved_rows);
   }
 
-  void check_segment(const Segment& segment, bool is_last) {
+  // x: which rows arrive with it.
+  void check_segment(const Segment& segment, Domain x, bool is_last) {
     segment_ = &segment;
     const auto num_ops = static_cast<int32_t>(segment.ops.size());
     expect(!segment.buffers.empty(), segment.name, "no buffers, expected x");
-    expect(segment.buffers[0].domain == Domain::kRows, segment.name, "x is not of all rows");
+    expect(segment.buffers[0].domain == x, segment.name,
+           "x is not of the rows that the segment before hands over");
     expect_equal(segment.name, "width of x", segments_[0].buffers[0].width, segment.buffers[0].width);
     for (const Buffer& buffer : segment.buffers) {
       expect(buffer.width > 0 && -1 <= buffer.first && buffer.first <= buffer.last && buffer.last <= num_ops,
@@ -91,7 +97,9 @@ class ProgramChecker {
            is_last ? "the last segment hands x over" : "hands no x over to the next segment");
     if (!is_last) {
       index_ = num_ops;
-      check_value(segment.name, segment.x_out, Domain::kRows);
+      const Domain domain = domain_of(segment.name, segment.x_out);
+      expect(domain != Domain::kAbsorbed, segment.name, "hands over the rows of one path alone");
+      check_value(segment.name, segment.x_out, domain);
       expect_whole(segment.name, segment.x_out);
       expect_equal(segment.name, "width of x at the end", segment.buffers[0].width, segment.x_out.width);
     }
@@ -152,11 +160,14 @@ class ProgramChecker {
       expect_within(op.name, "weight handle", -1, static_cast<int64_t>(weights_.size()), handle);
     }
   }
+  Domain domain_of(const std::string& where, const Value& value) const {
+    expect_within(where, "buffer", 0, static_cast<int64_t>(segment_->buffers.size()), value.buffer);
+    return buffer_of(value).domain;
+  }
   // The domain of an op's first input, for ops that work on the rows of any.
   Domain domain_of(const Op& op) const {
     expect(!op.inputs.empty(), op.name, "no inputs");
-    expect_within(op.name, "buffer", 0, static_cast<int64_t>(segment_->buffers.size()), op.inputs[0].buffer);
-    return buffer_of(op.inputs[0]).domain;
+    return domain_of(op.name, op.inputs[0]);
   }
 
   const Weight& weight(const Op& op, size_t i) const {

@@ -97,6 +97,15 @@ def test_a_step_may_want_no_rows(path: Path) -> None:
     assert run.outputs["logits"].shape == (0, 272)
 
 
+def test_a_row_is_the_same_whoever_else_is_wanted(path: Path) -> None:
+    harness, text = native(path, deterministic=True), ids(70)
+    last = Work(harness.sequence(), text, is_prompt=True, outputs=3)
+    run = harness.loaded.backend.start(build_batch([last], harness.loaded.plan).step)
+    run.run()
+    every = finished(start(harness, text))
+    assert all(np.array_equal(run.outputs[name], every[name][-3:]) for name in ("hidden", "logits"))
+
+
 def test_a_cancelled_step_stops_at_its_cut_and_goes_on(path: Path) -> None:
     harness = native(path)
     expected = finished(start(harness, ids(50)))
@@ -460,6 +469,10 @@ BAD_RECORDINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
         "a buffer that is not alive",
     ),
     "x not handed over": (lambda s: (*s[:3], None, s[4]), "hands no x over"),
+    "x of one path's rows": (
+        lambda s: (*s[:2], [(b[0], 2, *b[2:]) if i == s[3][0] else b for i, b in enumerate(s[2])], *s[3:]),
+        "add_ffn: domain of a buffer is 2, expected 0",
+    ),
     "outputs too early": (lambda s: (*s[:4], [("early", (0, 0, 64))]), "outputs before the last segment"),
 }
 

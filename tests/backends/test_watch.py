@@ -89,6 +89,20 @@ def test_the_work_of_ops_is_that_of_the_plan(mla: str, tmp_path: Path) -> None:
         assert counted == expected
 
 
+@pytest.mark.parametrize("outputs", [0, 1, 8])
+def test_behind_the_last_attention_only_output_rows_go_on(outputs: int, tmp_path: Path) -> None:
+    harness, profile = profiled(model(tmp_path))
+    config = harness.loaded.model.config
+    assert config.moe is not None and config.is_moe_layer(config.num_layers - 1)
+    harness.step([Work(harness.sequence(), IDS[:8], True, outputs)])
+    done = {group: total.work.multiply_adds for (_, group), total in profile.take().items()}
+    rows = 8 * (config.num_layers - 1) + outputs
+    assert done["out"] == rows * config.mla.num_heads * config.mla.v_head_dim * config.hidden_size
+    expert_rows = (rows - 8 * config.num_dense_layers) * config.moe.num_experts_per_tok
+    assert done["experts"] == expert_rows * 3 * config.hidden_size * config.moe.expert_intermediate_size
+    assert done["head"] == outputs * config.vocab_size * config.hidden_size
+
+
 def test_bytes_are_those_of_the_weights_and_rows_that_were_read(tmp_path: Path) -> None:
     harness, profile = profiled(model(tmp_path), mla="1", cache_type="f32")
     loaded = harness.loaded

@@ -49,9 +49,10 @@ def test_a_prompt_is_run_in_windows_and_counted(checkpoint: Checkpoint) -> None:
     assert [plan.path for plan in run.plans] == [Path.ABSORBED, Path.ABSORBED]
     attention = 2 * (multiply_adds(Path.ABSORBED, mla, 32, 70) + multiply_adds(Path.ABSORBED, mla, 18, 102))
     hidden, experts = 256, 2 + 1
-    projections = 2 * (hidden * 256 + 256 * 4 * 192 + hidden * 576 + 4 * 128 * hidden)
-    feed_forward = 3 * hidden * 512 + experts * 3 * hidden * 256 + 8 * hidden
-    assert run.multiply_adds == 50 * (projections + feed_forward) + 1024 * hidden + attention
+    before, out = hidden * 256 + 256 * 4 * 192 + hidden * 576, 4 * 128 * hidden
+    dense, mixture = 3 * hidden * 512, experts * 3 * hidden * 256 + 8 * hidden
+    once = out + mixture + 1024 * hidden  # behind the last attention, and the head
+    assert run.multiply_adds == 50 * (2 * before + out + dense) + once + attention
     assert run.nbytes == 0 and run.token_ns == ()
     assert run.ns > 0
 

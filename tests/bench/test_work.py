@@ -28,12 +28,15 @@ def test_multiply_adds_of_v2_lite() -> None:
         dense=3 * 2048 * 10944,
         experts=26 * 2048 * (8 * 3 * 1408 + 64),
         head=102400 * 2048,
+        outputs=2048 * (16 * 128 + 8 * 3 * 1408 + 64),
     )
     up = 27 * 16 * 256 * 512  # expansion of a row's latents: mla/plan.py counts it
     assert round(work.experts / 1e6) == 1803
     assert round((work.attention + up) / 1e6) == 372
     assert round(work.dense / 1e6) == 67
-    assert round((work.row + up) / 1e6) == 2242
+    row = work.total(1, 1) - work.head
+    assert round((row + up) / 1e6) == 2242
+    assert work.total(512, 1) == 511 * (row - work.outputs) + row + work.head
     assert round(work.head / 1e6) == 210
     prompt = 27 * multiply_adds(Path.DECOMPRESSED, LITE.mla, 512, 0) / 512 - up
     assert round(prompt / 1e6) == 35
@@ -79,7 +82,12 @@ def test_bytes_of_a_token_of_v2_lite() -> None:
     routers = 26 * 64 * 2048
     k_b, v_b = 27 * 16 * 512 * 128, 27 * 16 * 128 * 512
     norms = 27 * (2 * 2048 + 512) + 2048
-    by_hand = (work.row - routers + v_b) * 18 // 32 + routers * 4 + k_b * 34 // 32 + work.head * 210 // 256
+    by_hand = (
+        (work.total(1, 1) - work.head - routers + v_b) * 18 // 32
+        + routers * 4
+        + k_b * 34 // 32
+        + work.head * 210 // 256
+    )
     found = TokenWeights(LITE, weights).nbytes
     assert found == by_hand + norms * 4 + 2048 * 18 // 32  # and one row of the embedding
     assert round(found / 1e6) == 1459

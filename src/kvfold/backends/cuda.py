@@ -184,7 +184,8 @@ class CudaRun:
 
     def _segment(self, ops: CudaOps, index: int, x: Value | None) -> Value | None:
         model = self._backend.model
-        if self._layers is None or x is None or index == model.num_segments - 1:
+        # The last layer and the head work on the step's output rows, which no graph knows.
+        if self._layers is None or x is None or index >= model.num_segments - 2:
             return model.run_segment(ops, index, x)
         return made(self._layers.run(ops, index - 1, x.tensor))
 

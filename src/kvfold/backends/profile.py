@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvfold.model.op_work import WeightSize, Work, work_of
-from kvfold.model.program import Program
+from kvfold.model.program import Domain, OpRecord, Program, Segment
 from kvfold.model.step import Step
 
 # Ops of a layer by the last part of their names; one that is not here is a group of its own.
@@ -29,7 +29,7 @@ _GROUPS = {
     "shared gate + up": ("ffn_gate_shexp", "ffn_up_shexp", "swiglu_shexp"),
     "shared down": ("ffn_down_shexp",),
     "add": ("add_attn", "add_ffn", "add_shared"),
-    "head": ("take_outputs", "head"),
+    "take outputs": ("take_hidden", "take_attended"),
 }
 _GROUP_OF = {part: group for group, parts in _GROUPS.items() for part in parts}
 
@@ -75,19 +75,24 @@ def merged(parts: Sequence[Totals]) -> Totals:
     return totals
 
 
+def _on_outputs(op: OpRecord, segment: Segment) -> bool:
+    return bool(op.inputs) and segment.buffers[op.inputs[0].buffer].domain is Domain.OUTPUTS
+
+
 class Profile:
     """Grows with every step that ran to its end."""
 
     def __init__(self, program: Program, weights: Sequence[WeightSize], cache_row_bytes: int) -> None:
-        self._ops = [op for segment in program.segments for op in segment.ops]
+        # with each, whether it works on output rows
+        self._ops = [(op, _on_outputs(op, segment)) for segment in program.segments for op in segment.ops]
         self._weights, self._cache_row_bytes = weights, cache_row_bytes
         self._totals: Totals = {}
 
     def add(self, step: Step, ns: int, times: Sequence[tuple[int, int]]) -> None:
         """A step that took `ns` in all; times: (nanoseconds, experts that had rows) of every op, in order."""
         phase = phase_of(step)
-        for op, (op_ns, experts) in zip(self._ops, times, strict=True):
-            work = work_of(op, step, self._weights, self._cache_row_bytes, experts)
+        for (op, on_outputs), (op_ns, experts) in zip(self._ops, times, strict=True):
+            work = work_of(op, on_outputs, step, self._weights, self._cache_row_bytes, experts)
             if op.kind in _PATH_OPS and not work.multiply_adds:
                 continue  # no row of this step takes its path
             self._count(phase, group_of(op.name), Total(1, op_ns, work))

@@ -285,7 +285,7 @@ class Rig:
 
     def _multiply_adds(self, case: Case, plans: list[MlaPlan], rows: int) -> int:
         config = self.loaded.model.config
-        total = case.num_tokens * self._linear.row + max(case.n_gen, 1) * self._linear.head
+        total = self._linear.total(case.num_tokens, max(case.n_gen, 1))
         for number, plan in enumerate(plans):
             start = number * rows
             new = min(rows, case.num_tokens - start)

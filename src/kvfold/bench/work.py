@@ -1,8 +1,8 @@
 """What a model has to do at least: multiply-adds of a row, bytes of a generated token. Counts, no clocks.
 
 Owns what a speed is divided by. Attention and the up-projections depend on the path a step takes: mla/plan.py counts
-them. DeepSeek-V2-Lite in IQ4_NL: 2185 M multiply-adds a row (attention projections 315, dense layer 67, experts 1803),
-210 M for each row of logits, and 1.459 GB of weights read for each generated token.
+them. DeepSeek-V2-Lite in IQ4_NL: 2185 M multiply-adds a row (attention projections 315, dense layer 67, experts 1803; 74 of
+them only for rows whose logits are wanted), 210 M for each row of logits, and 1.459 GB of weights read for each generated token.
 """
 
 from __future__ import annotations
@@ -24,23 +24,27 @@ class LinearWork:
     """Multiply-adds of one row in all layers, without attention itself and its up-projections.
 
     attention: the projections of queries, latents and outputs. experts: the chosen ones, the shared ones, the router.
-    head: of a row whose logits are wanted.
+    head: of a row whose logits are wanted. outputs: the part of the three before that only such a row has, behind the
+    attention of the last layer.
     """
 
     attention: int
     dense: int
     experts: int
     head: int
+    outputs: int
 
-    @property
-    def row(self) -> int:
-        return self.attention + self.dense + self.experts
+    def total(self, rows: int, outputs: int) -> int:
+        """Of `rows` rows, the logits of `outputs` of them wanted."""
+        every = self.attention + self.dense + self.experts - self.outputs
+        return rows * every + outputs * (self.outputs + self.head)
 
 
 def linear_work(config: ModelConfig) -> LinearWork:
     """Counted from the shapes of the tensors: a matrix multiplies once for each of its weights, an expert for the
     share of rows that choose it."""
-    sums = dict.fromkeys(("attention", "dense", "experts", "head", "none"), 0)
+    sums = dict.fromkeys(("attention", "dense", "experts", "head", "outputs", "none"), 0)
+    last = f"blk.{config.num_layers - 1}."
     for spec in expected_tensors(config, KvLayout.KV_B):
         part = _part(_stem(spec.name), is_vector=len(spec.shape) == 1, tied=config.tie_word_embeddings)
         count = math.prod(spec.shape)
@@ -48,6 +52,8 @@ def linear_work(config: ModelConfig) -> LinearWork:
             assert config.moe is not None
             count = count // config.moe.num_experts * config.moe.num_experts_per_tok
         sums[part] += count
+        if spec.name.startswith(last) and (part in ("dense", "experts") or _stem(spec.name) == "attn_output"):
+            sums["outputs"] += count
     del sums["none"]
     return LinearWork(**sums)
 

@@ -1,4 +1,4 @@
-"""One attention layer, written once: project, rotate, append the latent, run the plan, project back.
+"""One attention layer, written once: project, rotate, append the latent, run the plan.
 
 All latent paths stand side by side: each op works on the rows the step's plan gives it and nothing else, so one
 recording serves absorbed, decompressed and mixed steps.
@@ -12,7 +12,7 @@ from kvfold.mla.ops import AttentionOps, V
 
 
 def attention(ops: AttentionOps[V], layer: int, x: V, config: ModelConfig, kv_up: KvUp, *, standard: bool) -> V:
-    """x [T, hidden], already normed -> [T, hidden]. `standard`: the model was loaded with mla=0."""
+    """x [T, hidden], already normed -> values of all heads [T, H * v]. `standard`: the model was loaded with mla=0."""
     mla, blk = config.mla, f"blk.{layer}"
     q = query(ops, blk, x, config)  # [T, H * (nope + rope)]
     kv_a = ops.linear(f"{blk}.kv_a", x, f"{blk}.attn_kv_a_mqa.weight")  # [T, kv_lora + rope]
@@ -31,14 +31,12 @@ def attention(ops: AttentionOps[V], layer: int, x: V, config: ModelConfig, kv_up
 
     if standard:
         ops.append_full(f"{blk}.append_full", layer, c_kv, k_rope, kv_up, mla)
-        out = ops.attend_full(f"{blk}.attend_full", layer, q, mla)
-    else:
-        ops.append_latent(f"{blk}.append_latent", layer, c_kv, k_rope)
-        q_latent = ops.fold_q(f"{blk}.fold_q", q, kv_up, mla)
-        o_latent = ops.attend_latent(f"{blk}.attend_latent", layer, q_latent, mla)
-        out = ops.unfold_v(f"{blk}.unfold_v", o_latent, kv_up, mla)
-        out = ops.attend_expanded(f"{blk}.attend_expanded", layer, q, kv_up, mla, into=out)
-    return ops.linear(f"{blk}.attn_output", out, f"{blk}.attn_output.weight")
+        return ops.attend_full(f"{blk}.attend_full", layer, q, mla)
+    ops.append_latent(f"{blk}.append_latent", layer, c_kv, k_rope)
+    q_latent = ops.fold_q(f"{blk}.fold_q", q, kv_up, mla)
+    o_latent = ops.attend_latent(f"{blk}.attend_latent", layer, q_latent, mla)
+    out = ops.unfold_v(f"{blk}.unfold_v", o_latent, kv_up, mla)
+    return ops.attend_expanded(f"{blk}.attend_expanded", layer, q, kv_up, mla, into=out)
 
 
 def query(ops: AttentionOps[V], blk: str, x: V, config: ModelConfig) -> V:

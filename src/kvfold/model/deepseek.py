@@ -1,7 +1,7 @@
 """The network, read first: embedding, layers, head, as segments with a cut between each two.
 
 A step normally runs all segments; it may stop at any cut with x, the hidden rows [T, hidden], in hand, and go on
-later. Cancelling, progress, streamed weights and several devices attach at cuts.
+later. Behind the last layer x is the step's output rows alone, [R, hidden]. Cancelling, progress, streamed weights and several devices attach at cuts.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ class DeepseekModel:
         assert x is not None
         if index < self.num_segments - 1:
             layer = index - 1
-            return block(ops, layer, x, self.config, self.kv_up(layer), standard=self.standard)
-        hidden = ops.norm(
-            "output_norm", ops.take_outputs("take_outputs", x), "output_norm.weight", self.config.rms_norm_eps
-        )
+            is_last = index == self.num_segments - 2
+            return block(ops, layer, x, self.config, self.kv_up(layer), standard=self.standard, is_last=is_last)
+        hidden = ops.norm("output_norm", x, "output_norm.weight", self.config.rms_norm_eps)
         ops.output("hidden", hidden)
         tied = self.config.tie_word_embeddings
         ops.output("logits", ops.linear("head", hidden, "token_embd.weight" if tied else "output.weight"))

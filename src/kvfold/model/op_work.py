@@ -64,15 +64,21 @@ def attended(step: Step, path: Path) -> Attended:
 
 
 def work_of(
-    op: OpRecord, step: Step, weights: Sequence[WeightSize], cache_row_bytes: int, experts_used: int = 0
+    op: OpRecord,
+    on_outputs: bool,
+    step: Step,
+    weights: Sequence[WeightSize],
+    cache_row_bytes: int,
+    experts_used: int = 0,
 ) -> Work:
     """Of one op in one step.
 
+    on_outputs:      it works on the step's output rows, otherwise on all
     weights:         by handle
     cache_row_bytes: of one token in one layer
     experts_used:    experts that had rows, of an `experts` op
     """
-    rows = len(step.output_rows) if op.name in ("output_norm", "head") else step.num_rows
+    rows = len(step.output_rows) if on_outputs else step.num_rows
 
     def weight(index: int) -> WeightSize:
         return weights[op.weights[index]]

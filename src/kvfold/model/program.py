@@ -84,20 +84,23 @@ class _Growing:
 
 @dataclass
 class Recorder:
-    """An implementation of Ops[Value]. `widths` is the number of output features (rows) of every weight."""
+    """An implementation of Ops[Value]. `widths` is the number of output features (rows) of every weight. Segments are recorded
+    in order: x arrives with the rows that the one before handed over."""
 
     widths: Mapping[str, int]
     handles: dict[str, int] = field(default_factory=dict)
     _ops: list[OpRecord] = field(default_factory=list)
     _buffers: list[_Growing] = field(default_factory=list)
     _outputs: list[tuple[str, Value]] = field(default_factory=list)
+    _x_domain: Domain = Domain.ROWS
 
     def segment(self, model: DeepseekModel, index: int, hidden: int) -> Segment:
         self._ops, self._outputs = [], []
-        self._buffers = [_Growing(hidden, Domain.ROWS, -1, -1)]
+        self._buffers = [_Growing(hidden, self._x_domain, -1, -1)]
         x = model.run_segment(self, index, Value(0, 0, hidden) if index else None)
         if x is not None:
             self._buffers[x.buffer].last = len(self._ops)  # alive past the last op
+            self._x_domain = self._buffers[x.buffer].domain
         for _, value in self._outputs:
             self._buffers[value.buffer].last = len(self._ops)
         buffers = tuple(Buffer(b.width, b.domain, b.first, b.last) for b in self._buffers)
