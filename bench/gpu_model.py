@@ -142,13 +142,15 @@ def step_bytes(model: DeepseekModel, weights: DeviceWeights, batch: int, depth: 
 
 
 def prompt_multiply_adds(model: DeepseekModel, weights: DeviceWeights, rows: int) -> float:
+    """Of a prompt with one output row: behind the last attention nothing else is computed."""
     config, each = model.config, 0.0
+    behind = tuple(f"blk.{model.config.num_layers - 1}.{kind}" for kind in ("attn_output", "ffn_"))
     for name, part in weights.rows.items():
         count = (part.stop - part.start) * part.matrix.cols
         if part.matrix.parts > 1:
             assert config.moe is not None
             count *= config.moe.num_experts_per_tok
-        if name not in ("token_embd.weight", "output.weight"):
+        if name not in ("token_embd.weight", "output.weight") and not name.startswith(behind):
             each += count
     mla = config.mla
     up = mla.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank

@@ -70,7 +70,7 @@ def test_rows_are_decoded_as_many_at_a_time_as_fit(name: str) -> None:
     scale = torch.from_numpy(rng.uniform(1, 2, (1, 3, 2)).astype(np.float32)) if name == "F8_E4M3" else None
     w = Matrix(name, 300, 256, raw, scale)
     scratch = torch.empty(4 * 256 * 140, dtype=torch.uint8)  # 140 rows: 128 at a time
-    ops: Any = CudaOps(SimpleNamespace(scratch=scratch, dtype=torch.float32), None)  # type: ignore[arg-type]
+    ops: Any = CudaOps(SimpleNamespace(scratch=scratch, dtype=torch.float32), SimpleNamespace(num_rows=7))  # type: ignore[arg-type]
     pieces = [(start, numbers.clone()) for start, numbers in ops._numbers(w, torch.float32)]
     assert [start for start, _ in pieces] == [0, 128, 256]
     torch.testing.assert_close(torch.cat([numbers for _, numbers in pieces]), tile_product.decode(w, torch.float32))
@@ -82,7 +82,7 @@ def test_padding_of_layers_changes_nothing(tmp_path: Path) -> None:
     """Five rows of a prompt and two that generate, in a layer of 16 rows whose padding is NaN, as a graph would run it."""
     from kvfold.backends.cuda_layers import CapturedLayers
 
-    path = write_gguf(tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0), tmp_path / "m.gguf")
+    path = write_gguf(tiny_model("v2-lite", num_hidden_layers=2, first_k_dense_replace=0), tmp_path / "m.gguf")
     harness, plain = cuda_harness(path, mla="3"), Harness(path, mla="3")
     layers = CapturedLayers(harness.loaded.backend)
     logits = []
@@ -93,10 +93,12 @@ def test_padding_of_layers_changes_nothing(tmp_path: Path) -> None:
             each.loaded.backend._layers = layers
             layers.buffers.hidden.fill_(torch.nan)
             layers.buffers.hidden[15] = 3  # would be found where it was appended, NaN would not
+            layers.buffers.queries.fill_(torch.inf)
         works = [Work(generating, [7, 9], is_prompt=False), Work(prompted, ids(5, seed=6), is_prompt=True)]
         logits.append(each.step(works))
     written = ~harness.loaded.backend.pools[0].isnan().flatten(0, 2).any(1)
-    assert written.sum() == 3 + 7  # padding has no slot
+    assert written.sum() == 2 * (3 + 7)  # padding has no slot
+    assert layers.buffers.queries[:7].isfinite().all()  # the first layer ran so
     for got, expected in zip(*logits, strict=True):
         close(got, expected, 1e-5)
 
@@ -116,6 +118,26 @@ def test_a_step_without_outputs_never_reads_the_head(tmp_path: Path, monkeypatch
     (logits,) = harness.step([Work(harness.sequence(), ids(3), is_prompt=True, outputs=0)])
     assert logits.shape == (0, 272)
     assert rows and min(rows) > 0
+
+
+@pytest.mark.parametrize("num_outputs", [0, 1])
+@pytest.mark.parametrize("ftype", ["F32", pytest.param("Q8_0", marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_dense", [0, 1])
+def test_behind_the_last_attention_only_output_rows_go_on(
+    num_dense: int, ftype: str, num_outputs: int, tmp_path: Path
+) -> None:
+    tiny = tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=num_dense)
+    path = write_gguf(tiny, tmp_path / "m.gguf", ftype=ftype)
+    logits = []
+    for harness in (cuda_harness(path, mla="1"), Harness(path, mla="1")):
+        loaded = harness.loaded
+        batch = build_batch([Work(harness.sequence(), ids(3), is_prompt=True, outputs=num_outputs)], loaded.plan)
+        run = loaded.backend.start(batch.step)
+        run.run()
+        logits.append(run.outputs["logits"])
+    assert logits[0].shape == (num_outputs, 272)
+    if num_outputs:
+        close(logits[0], logits[1], 1e-5)
 
 
 def test_generated_rows_lose_what_plain_int8_loses(tmp_path: Path) -> None:

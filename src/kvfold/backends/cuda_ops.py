@@ -170,6 +170,7 @@ class CudaOps:
         self.step = step
         self._dtype = backend.dtype
         self._latent = Latent()
+        self._num_rows = step.num_rows  # of hidden rows; behind the last attention the step's output rows
         # (x, matrix) by identity -> x, which keeps that identity, and the whole product
         self._products: dict[tuple[int, int], tuple[Value, Tensor]] = {}
         self.outputs: dict[str, Tensor] = {}
@@ -207,12 +208,12 @@ class CudaOps:
             yield start, tile_product.decode(w.some(start, min(start + size, w.rows)), dtype, scratch)
 
     def _is_few(self, *weights: Matrix) -> bool:
-        """Whether products of the step's rows with these take norms, additions and routing along."""
-        return number_product.serves(self.step.num_rows, *weights)
+        """Whether products of the hidden rows with these take norms, additions and routing along."""
+        return self._num_rows > 0 and number_product.serves(self._num_rows, *weights)
 
     def _rounds_few(self, *weights: Matrix) -> bool:
         """The same of products that round: they take norms and additions along."""
-        return self.step.num_rows <= ROW_PRODUCT_ROWS and all(rounded_product.serves(w) for w in weights)
+        return 0 < self._num_rows <= ROW_PRODUCT_ROWS and all(rounded_product.serves(w) for w in weights)
 
     def linear(self, name: str, x: Value, weight: str) -> Value:
         part = self._rows(weight)
@@ -248,7 +249,7 @@ class CudaOps:
                     )
                     number_product.gate_up(source.tensor, w_gate, w_up, out, norm)
                     return out
-                if len(x.tensor) <= ROW_PRODUCT_ROWS:
+                if 0 < len(x.tensor) <= ROW_PRODUCT_ROWS:
                     return row_product.gate_up(x.tensor, w_gate, w_up, None, self._dtype)
             return rows.swiglu(gate.tensor, up.tensor)
 
@@ -310,7 +311,7 @@ class CudaOps:
                 return None
 
             def product() -> Tensor:
-                out = torch.empty(self.step.num_rows, w.rows, device=self._backend.device)
+                out = torch.empty(self._num_rows, w.rows, device=self._backend.device)
                 multiply(source.tensor, w, out, add=x.tensor)
                 return out
 
@@ -377,7 +378,10 @@ class CudaOps:
 
     def take_outputs(self, name: str, x: Value) -> Value:
         output_rows = self.step.output_rows
-        return x if output_rows is None else Value(lambda: x.tensor[output_rows])
+        if output_rows is None:
+            return x
+        self._num_rows = len(output_rows)
+        return Value(lambda: x.tensor[output_rows])
 
     def output(self, name: str, x: Value) -> None:
         self.outputs[name] = x.tensor
@@ -399,7 +403,7 @@ class CudaOps:
 
         @cache
         def ids_and_weights() -> tuple[Tensor, Tensor]:
-            if number_product.serves(len(x.tensor), router):
+            if self._is_few(router):
                 logits = torch.empty(len(x.tensor), router.rows, device=x.tensor.device)
                 number_product.linear(x.tensor, router, logits)
             else:
@@ -425,7 +429,9 @@ class CudaOps:
 
         def make() -> Tensor:
             out = torch.empty(len(x.tensor), w_down.rows, dtype=self._dtype, device=x.tensor.device)
-            if len(x.tensor) <= ROW_PRODUCT_ROWS:
+            if not len(x.tensor):
+                pass
+            elif len(x.tensor) <= ROW_PRODUCT_ROWS:
                 hidden = row_product.gate_up(x.tensor, w_gate, w_up, ids.tensor, self._dtype, w_down)
                 row_product.down(hidden, w_down, ids.tensor, weights.tensor, out)
             else:
