@@ -81,6 +81,18 @@ def test_equal_lengths_are_cut_into_equal_pieces_or_not_at_all(
     assert len(sizes) == 1, f"parts of {sizes} tiles"
 
 
+@pytest.mark.parametrize(
+    ("batch", "tiles", "num_parts", "pieces"),
+    [(1, 133, 66, 45), (1, 132, 66, 66), (1, 1024, 66, 64), (3, 5, 66, 3), (2, 50, 66, 25)],
+)
+def test_no_piece_is_longer_than_most(batch: int, tiles: int, num_parts: int, pieces: int) -> None:
+    """133 tiles in 66 parts would be 65 of two and one of three, which all others wait for."""
+    starts, splits = schedule([tiles * TILE_TOKENS] * batch, num_parts)
+    assert [count for _, count in splits] == [pieces] * batch
+    sizes = [sum(hi - lo for _, lo, hi in part) for part in stretches([tiles * TILE_TOKENS] * batch, starts)]
+    assert max(sizes) == math.ceil(tiles / pieces)
+
+
 @pytest.mark.parametrize("kv_lens", [[65536], [8128] * 16, [1, 30_000, 64, 64, 9000], [4097] * 128])
 def test_no_part_works_longer_than_its_share(kv_lens: list[int]) -> None:
     starts, _ = schedule(kv_lens, 132)

@@ -5,7 +5,8 @@ front (loading its queries, writing its result), the tiles of a batch form one l
 W p // P to W (p + 1) // P of that line, whatever sequences it crosses, so no part has over one tile more than another:
 no context length is worse than its neighbours, and a ragged batch is as even as a uniform one. Short steps take fewer
 parts, since a part under MIN_TILES tiles costs more to merge than it saves. Where all lengths are equal, a part takes
-whole sequences or one piece of one, and a few parts stay idle: cuts cost more than that.
+whole sequences or one piece of one, and a few parts stay idle: cuts cost more than that. Pieces are as many as the longest
+of them makes necessary: 8512 keys of 128 heads took 22.8 us as 65 pieces of two tiles and one of three, 20.0 as 45 of three.
 
 A part may cut a sequence at both of its ends and nowhere else. So it has two slots for partial results: slot 2p for the
 sequence it continues, slot 2p + 1 for the one it begins and does not finish. What it holds whole it writes as the result.
@@ -58,6 +59,10 @@ def schedule_kernel(
     used = tl.where(fits, even, num_parts)
     fixed_cost = tl.where(fits, 0, SEQUENCE_COST)
     used = tl.maximum(tl.minimum(used, (num_tiles + MIN_TILES - 1) // MIN_TILES), 1)
+    if fits & (each == 1):  # as few pieces as the longest of them allows
+        pieces = tl.maximum(tl.minimum(even // batch, (longest + MIN_TILES - 1) // MIN_TILES), 1)
+        longest_piece = tl.maximum((longest + pieces - 1) // pieces, 1)
+        used = tl.maximum((longest + longest_piece - 1) // longest_piece, 1) * batch
     total = 0
     for start in range(0, batch, BATCH_BLOCK):
         b = start + lane
