@@ -22,7 +22,7 @@ int64_t whole_steps(int64_t n) { return ceil_div(n, kLatentStep) * kLatentStep; 
 
 // Floats of each part of a member's scratch, whole lines.
 struct Parts {
-  int64_t tiles_of_group, query, state, weighted, keys, values, shares, scores, words;
+  int64_t tiles_of_group, query, state, weighted, keys, values, scores, words, shares;
 
   explicit Parts(const MlaDims& dims) {
     const int64_t columns = whole_steps(dims.kv_lora);
@@ -33,15 +33,19 @@ struct Parts {
     weighted = columns * kHeadLanes;
     keys = kPageTokens * key_stride(dims) / 2;
     values = columns * kPagePairs;
-    shares = ceil_div(dims.kv_lora / kQ8Block, kShareBlocks) * kShareBlocks * (kPagePairs + 1);
     scores = kPageTokens * kHeadLanes;
     words = kPagePairs * kHeadLanes;
+    shares = ceil_div(dims.kv_lora / kQ8Block, kShareBlocks) * kShareBlocks * kPagePairs;
   }
   static int64_t key_stride(const MlaDims& dims) { return whole_steps(dims.latent()); }
   int64_t partial() const { return state + weighted; }  // of a tile
-  int64_t tile() const { return keys + values + shares + scores + words; }
-  // Queries and two softmaxes of a group's tiles, and what a page becomes.
-  int64_t total() const { return tiles_of_group * (query + 2 * partial()) + tile(); }
+  // What a page becomes; what pages of codes become, of the group's tiles and of themselves.
+  int64_t tile() const { return keys + values + scores + words; }
+  int64_t code_tile() const { return kPagesAtOnce * (scores + words + 2 * kHeadLanes); }
+  int64_t code_page() const { return shares + shares / kPagePairs; }
+  int64_t codes() const { return tiles_of_group * code_tile() + kPagesAtOnce * code_page(); }
+  // Queries and two softmaxes of a group's tiles, and what pages become.
+  int64_t total() const { return tiles_of_group * (query + 2 * partial()) + std::max(tile(), codes()); }
 };
 
 struct RoundedLatentOp {
@@ -112,24 +116,28 @@ struct RoundedLatentOp {
     }
   }
 
-  // What up to kPageTokens keys are in a member's memory.
+  const uint8_t* cached(int64_t i, int64_t key) const {
+    return cache.row(layer, rows.page(i, key) * kPageTokens);
+  }
+
+  // Up to kPageTokens keys as rows of bfloat16, and what becomes of them in a member's memory. Not of codes.
   struct Page {
-    const uint8_t* raw;
-    const uint16_t* rows;  // unless in codes
-    int64_t stride;
-    int64_t keys;
-    CodeValues values;  // codes: words of bfloat16, unless in codes
+    const uint16_t* rows;
+    int64_t stride, keys;
+    uint32_t *values, *words;
+    float* scores;
   };
   Page page(int64_t i, int64_t key, int64_t keys, float* tile) const {
-    const uint8_t* raw = cache.row(layer, rows.page(i, key) * kPageTokens);
-    auto* words = reinterpret_cast<uint32_t*>(tile + parts.keys);
-    float* largest = tile + parts.keys + parts.values + parts.shares / (kPagePairs + 1) * kPagePairs;
-    Page page{raw, nullptr, 0, keys, {words, words + parts.values, largest}};
-    if (in_codes()) return page;
+    const uint8_t* raw = cached(i, key);
+    float* scores = tile + parts.keys + parts.values;
+    Page page{reinterpret_cast<const uint16_t*>(raw),
+              dims.latent(),
+              keys,
+              reinterpret_cast<uint32_t*>(tile + parts.keys),
+              reinterpret_cast<uint32_t*>(scores + parts.scores),
+              scores};
     if (cache.type == CacheType::kBF16 && dims.latent() % kLatentStep == 0 &&
         dims.kv_lora % kLatentStep == 0) {
-      page.rows = reinterpret_cast<const uint16_t*>(raw);
-      page.stride = dims.latent();
       return page;
     }
     auto* widened = reinterpret_cast<uint16_t*>(tile);
@@ -139,53 +147,116 @@ struct RoundedLatentOp {
     return page;
   }
   void score(const Page& page, const uint32_t* query, float* scores) const {
-    if (in_codes()) {
-      kernels.score_codes(query, dims.latent() / kQ8Block, page.raw, cache.row_bytes(), page.keys, scores);
-    } else {
-      kernels.score_pairs(query, whole_steps(dims.latent()) / 2, page.rows, page.stride, page.keys, scores);
-    }
+    kernels.score_pairs(query, whole_steps(dims.latent()) / 2, page.rows, page.stride, page.keys, scores);
   }
   void make_values(const Page& page) const {
-    if (in_codes()) {
-      kernels.pair_codes(page.raw, cache.row_bytes(), page.keys, dims.kv_lora, page.values);
-    } else {
-      kernels.pair_values(page.rows, page.stride, page.keys, columns(), page.values.codes);
-    }
+    kernels.pair_values(page.rows, page.stride, page.keys, columns(), page.values);
   }
-  float* scores_of(float* tile) const { return tile + parts.keys + parts.values + parts.shares; }
+  // Weights of a page's scores times its values into the softmax at `partial`, which has met the scores.
+  void add(const Page& page, const float* scores, float* partial, int64_t tile) const {
+    kernels.weigh(scores, page.keys, scale_log2e, state(partial, tile), page.words);
+    kernels.add_values(page.words, page.keys, page.values, columns(), weighted(partial, tile));
+  }
 
-  // Weights of a page's scores times its values into the softmax at `partial`. exponents: of the page's
-  // scores, which the softmax has met.
-  void add(const Page& page, const float* scores, const float* exponents, float* partial, int64_t tile,
-           uint32_t* words) const {
-    LatentState* s = state(partial, tile);
-    float* into = weighted(partial, tile);
-    if (!in_codes()) {
-      kernels.weigh(scores, page.keys, scale_log2e, s, words);
-      kernels.add_values(words, page.keys, page.values.codes, columns(), into);
-      return;
+  // Pages of codes, and what their scores become in a member's memory: a tile's of all pages side by side.
+  struct CodePages {
+    CodePage pages[kPagesAtOnce];
+    int64_t num_pages = 0;
+  };
+  struct CodeTile {
+    float *scores, *exponents, *factors;
+    uint32_t* words;
+    float* scores_of(int64_t n) const { return scores + n * kPageTokens * kHeadLanes; }
+  };
+  const CodePage& add_page(CodePages& all, int64_t i, int64_t key, int64_t keys, float* memory) const {
+    float* at = memory + parts.tiles_of_group * parts.code_tile() + all.num_pages * parts.code_page();
+    CodePage& page = all.pages[all.num_pages++];
+    page = {cached(i, key), keys, reinterpret_cast<uint32_t*>(at), at + parts.shares};
+    kernels.share_scales(page, cache.row_bytes(), dims.kv_lora);
+    return page;
+  }
+  CodeTile code_tile(int64_t tile, float* memory) const {
+    float* scores = memory + tile * parts.code_tile();
+    float* exponents = scores + kPagesAtOnce * parts.scores;
+    float* factors = exponents + kPagesAtOnce * kHeadLanes;
+    return {scores, exponents, factors, reinterpret_cast<uint32_t*>(factors + kPagesAtOnce * kHeadLanes)};
+  }
+  // next: rows that are wanted after these.
+  void score_codes(const uint32_t* query, const uint8_t* page, int64_t keys, const uint8_t* next,
+                   float* scores) const {
+    kernels.score_codes(query, dims.latent() / kQ8Block, page, cache.row_bytes(), keys, next, scores);
+  }
+  // Weights of pages into the softmax at `partial`. scores(tile, n): those of page n, which the softmax has
+  // met.
+  template <class Scores>
+  void add(const CodePages& all, int64_t first_tile, int64_t num_tiles, const Scores& scores, bool are_first,
+           float* partial, float* memory) const {
+    CodeSums sums[kMostTiles];
+    for (int64_t tile = 0; tile < num_tiles; tile++) {
+      const CodeTile made = code_tile(tile, memory);
+      for (int64_t n = 0; n < all.num_pages; n++) {
+        kernels.weigh_codes(scores(tile, n), all.pages[n].keys, scale_log2e, made.exponents + n * kHeadLanes,
+                            state(partial, first_tile + tile), made.words + n * parts.words,
+                            made.factors + n * kHeadLanes);
+      }
+      sums[tile] = {made.words, made.factors, weighted(partial, first_tile + tile)};
     }
-    alignas(64) float factors[kHeadLanes];
-    kernels.weigh_codes(scores, page.keys, scale_log2e, exponents, s, words, factors);
-    kernels.add_codes(words, factors, page.keys, page.values, dims.kv_lora, into);
+    kernels.add_codes(all.pages, all.num_pages, cache.row_bytes(), sums, num_tiles, dims.kv_lora, are_first);
   }
 
   // Keys of a run into the softmax at `partial`.
   void attend_run(int64_t i, int64_t group, int64_t run, float* partial, const Memory& m) const {
+    if (in_codes()) return attend_codes(i, group, run, partial, m);
     start(partial, tiles(group), all_columns());
-    float* scores = scores_of(m.tile);
-    auto* words = reinterpret_cast<uint32_t*>(scores + parts.scores);
     alignas(64) float exponents[kHeadLanes];
     rows.for_pages(i, run, [&](int64_t key, int64_t keys) {
       const Page latents = page(i, key, keys, m.tile);
       make_values(latents);
       for (int64_t tile = 0; tile < tiles(group); tile++) {
-        score(latents, m.query + tile * parts.query, scores);
-        kernels.exponents(scores, keys, scale_log2e, exponents);
+        score(latents, m.query + tile * parts.query, latents.scores);
+        kernels.exponents(latents.scores, keys, scale_log2e, exponents);
         kernels.raise(exponents, state(partial, tile), weighted(partial, tile), columns());
-        add(latents, scores, exponents, partial, tile, words);
+        add(latents, latents.scores, partial, tile);
       }
     });
+  }
+  void attend_codes(int64_t i, int64_t group, int64_t run, float* partial, const Memory& m) const {
+    const int64_t num_tiles = tiles(group), last = std::min(rows.visible(i), (run + 1) * rows.run_keys(i));
+    bool are_first = true;
+    const auto attend = [&](int64_t first, int64_t keys_at_once) {
+      CodePages all;
+      for_blocks(first, first + keys_at_once, [&](int64_t key, int64_t keys) {
+        const int64_t n = all.num_pages;
+        const uint8_t* rows_here = add_page(all, i, key, keys, m.tile).rows;
+        for (int64_t tile = 0; tile < num_tiles; tile++) {
+          const CodeTile made = code_tile(tile, m.tile);
+          const uint8_t* next = tile == 0 && key + keys < last ? cached(i, key + kPageTokens) : rows_here;
+          score_codes(m.query + tile * parts.query, rows_here, keys, next, made.scores_of(n));
+          kernels.exponents(made.scores_of(n), keys, scale_log2e, made.exponents + n * kHeadLanes);
+        }
+      });
+      for (int64_t tile = 0; tile < num_tiles; tile++) {
+        meet(code_tile(tile, m.tile).exponents, all.num_pages, are_first, partial, tile);
+      }
+      const auto scores = [&](int64_t tile, int64_t n) { return code_tile(tile, m.tile).scores_of(n); };
+      add(all, 0, num_tiles, scores, are_first, partial, m.tile);
+      are_first = false;
+    };
+    rows.for_pages(i, run, attend, kPagesAtOnce * kPageTokens);
+  }
+  // The state's exponents to no less than those of pages; of the first ones it has no sums yet.
+  void meet(const float* exponents, int64_t num_pages, bool are_first, float* partial, int64_t tile) const {
+    alignas(64) float most[kHeadLanes];
+    std::copy_n(exponents, kHeadLanes, most);
+    for (int64_t n = 1; n < num_pages; n++) {
+      for (int64_t head = 0; head < kHeadLanes; head++) {
+        most[head] = std::max(most[head], exponents[n * kHeadLanes + head]);
+      }
+    }
+    LatentState& s = *state(partial, tile);
+    if (!are_first) return kernels.raise(most, &s, weighted(partial, tile), columns());
+    std::copy_n(most, kHeadLanes, s.exponent);
+    std::fill_n(s.sum, kHeadLanes, 0.0f);
   }
 
   void merge(float* from, float* into, int64_t count, Columns c) const {
@@ -216,18 +287,29 @@ struct RoundedLatentOp {
   // fa=0: all scores of a tile [keys][kHeadLanes], then their softmax in a second pass.
   void attend_stored(int64_t i, int64_t tile, float* scores, const Memory& m) const {
     const int64_t keys_of_row = rows.visible(i);
+    const uint32_t* query = m.query + tile * parts.query;
     for_blocks(0, keys_of_row, [&](int64_t key, int64_t keys) {
-      score(page(i, key, keys, m.tile), m.query + tile * parts.query, scores + key * kHeadLanes);
+      float* to = scores + key * kHeadLanes;
+      if (in_codes()) {
+        score_codes(query, cached(i, key), keys, cached(i, key), to);
+      } else {
+        score(page(i, key, keys, m.tile), query, to);
+      }
     });
     alignas(64) float exponents[kHeadLanes];
     kernels.exponents(scores, keys_of_row, scale_log2e, exponents);
     kernels.raise(exponents, state(m.row, tile), weighted(m.row, tile), columns());
-    auto* words = reinterpret_cast<uint32_t*>(scores_of(m.tile));
     for_blocks(0, keys_of_row, [&](int64_t key, int64_t keys) {
+      const float* from = scores + key * kHeadLanes;
+      if (in_codes()) {
+        CodePages one;
+        add_page(one, i, key, keys, m.tile);
+        kernels.exponents(from, keys, scale_log2e, code_tile(0, m.tile).exponents);
+        return add(one, tile, 1, [&](int64_t, int64_t) { return from; }, false, m.row, m.tile);
+      }
       const Page latents = page(i, key, keys, m.tile);
       make_values(latents);
-      if (in_codes()) kernels.exponents(scores + key * kHeadLanes, keys, scale_log2e, exponents);
-      add(latents, scores + key * kHeadLanes, exponents, m.row, tile, words);
+      add(latents, from, m.row, tile);
     });
   }
 };

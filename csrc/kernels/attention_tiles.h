@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "kernels/mla_up.h"
 #include "kernels/softmax_tile.h"
@@ -15,10 +17,10 @@ constexpr int64_t kStateFloats = kTileQueries * sizeof(SoftmaxState) / sizeof(fl
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls use(first_key, keys) for the pages' blocks of [first, last), `first` at a page.
+// Calls use(first_key, keys) for blocks of [first, last), `first` at a page: pages, or whole numbers of them.
 template <typename Use>
-void for_blocks(int64_t first, int64_t last, const Use& use) {
-  for (int64_t key = first; key < last; key += kPageTokens) use(key, std::min(kPageTokens, last - key));
+void for_blocks(int64_t first, int64_t last, const Use& use, int64_t block = kPageTokens) {
+  for (int64_t key = first; key < last; key += block) use(key, std::min(block, last - key));
 }
 
 // Rows of the absorbed range. The pages of a row go in runs, each with a softmax of its own: a function of
@@ -47,14 +49,14 @@ struct AbsorbedRows {
     for (int64_t i = 0; i < num_rows; i++) most = std::max(most, num_runs(i));
     return most;
   }
-  // Calls use(first key, keys) for the pages of a run.
+  // Calls use(first key, keys) for the pages of a run, or for `block` keys at a time.
   template <class Use>
-  void for_pages(int64_t i, int64_t run, const Use& use) const {
-    for_blocks(run * run_keys(i), std::min(visible(i), (run + 1) * run_keys(i)), use);
+  void for_pages(int64_t i, int64_t run, const Use& use, int64_t block = kPageTokens) const {
+    for_blocks(run * run_keys(i), std::min(visible(i), (run + 1) * run_keys(i)), use, block);
   }
 
   // The softmaxes of all rows and `groups` of heads, with the work of each spread as there are many or few:
-  //   prepare(i, group, member)                before a member attends
+  //   prepare(i, group, member)                before a member attends to runs of it
   //   attend(i, group, run, partial, member)   a run's softmax into partial_floats
   //   join(i, group, part, parts, member, next)
   //                                            joins a part of next(0), next(1) ... next(num_runs(i) - 1):
@@ -82,10 +84,11 @@ struct AbsorbedRows {
       const auto partial = [&](int64_t i, int64_t group, int64_t run) {
         return machine.shared + (((i - first) * groups + group) * runs + run) * partial_floats;
       };
+      std::vector<int64_t> prepared(machine.team.size(), -1);  // by each member: its last row and group
       machine.team.for_each(n * groups * runs, [&](int64_t unit, int member) {
         const int64_t i = first + unit / (groups * runs), group = unit / runs % groups, run = unit % runs;
         if (run >= num_runs(i)) return;
-        prepare(i, group, member);
+        if (std::exchange(prepared[member], unit / runs) != unit / runs) prepare(i, group, member);
         attend(i, group, run, partial(i, group, run), member);
       });
       machine.team.for_each(n * groups * join_parts, [&](int64_t unit, int member) {

@@ -45,12 +45,23 @@ struct LatentState {
 constexpr float kWholeOne = 32767.0f;  // weights and shares of 1
 constexpr int64_t kShareBlocks = 16;   // of 512 columns
 
-// Values of a q8_0 page.
-struct CodeValues {
-  uint32_t* codes;   // [columns / kValueColumns][kPagePairs][kValueColumns], of two keys each
+// Pages of a q8_0 cache whose values are added up at a time: 32 columns of one after the other, so that what
+// is made of them, and the sums they meet, stay in the first-level cache.
+constexpr int64_t kPagesAtOnce = 2;
+
+// A q8_0 page as values.
+struct CodePage {
+  const uint8_t* rows;
+  int64_t keys;
   uint32_t* shares;  // [blocks / kShareBlocks][kPagePairs][kShareBlocks], of two keys each: scales in units
                      // of largest / kWholeOne
   float* largest;    // [blocks] scales of the page. Blocks of kQ8Block columns, rounded up to kShareBlocks
+};
+// What a tile of heads has for the values of pages, and their sums.
+struct CodeSums {
+  const uint32_t* words;  // [pages][kPagePairs][kHeadLanes]
+  const float* factors;   // [pages][kHeadLanes]
+  float* weighted;
 };
 
 // `k` weights of a row to float32, as kernels/decode.h has them.
@@ -71,16 +82,18 @@ struct LatentKernels {
   // Cached rows of any type but q8_0 to bfloat16 rows of `stride` numbers: `count` and then zeros.
   void (*widen)(CacheType type, const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t count,
                 uint16_t* to, int64_t stride);
-  // Values out of bfloat16 rows and out of q8_0 rows. Whole steps of columns are read; after the last key
-  // come zeros as far as a product reads.
+  // Values out of bfloat16 rows. Whole steps of columns are read; after the last key come zeros as far as a
+  // product reads.
   void (*pair_values)(const uint16_t* rows, int64_t stride, int64_t keys, int64_t columns, uint32_t* to);
-  void (*pair_codes)(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t columns, CodeValues to);
+  // Shares and largest scales of a q8_0 page.
+  void (*share_scales)(const CodePage& page, int64_t row_bytes, int64_t columns);
 
   // scores [keys][kHeadLanes].
   void (*score_pairs)(const uint32_t* q, int64_t pairs, const uint16_t* rows, int64_t stride, int64_t keys,
                       float* scores);
+  // Meanwhile as many rows that start at `next` are brought near.
   void (*score_codes)(const uint32_t* q, int64_t blocks, const uint8_t* rows, int64_t row_bytes, int64_t keys,
-                      float* scores);
+                      const uint8_t* next, float* scores);
 
   // exponents [kHeadLanes]: whole numbers, round(the largest score * scale_log2e + 1/2).
   void (*exponents)(const float* scores, int64_t keys, float scale_log2e, float* exponents);
@@ -94,8 +107,9 @@ struct LatentKernels {
   // product of words, shares and codes is to be multiplied with, but for the largest scale.
   void (*weigh_codes)(const float* scores, int64_t keys, float scale_log2e, const float* exponents,
                       LatentState* state, uint32_t* words, float* factors);
-  void (*add_codes)(const uint32_t* words, const float* factors, int64_t keys, CodeValues values,
-                    int64_t columns, float* weighted);
+  // Values of pages times the weights of tiles of heads. are_first: weighted is not read, only written.
+  void (*add_codes)(const CodePage* pages, int64_t num_pages, int64_t row_bytes, const CodeSums* tiles,
+                    int64_t num_tiles, int64_t columns, bool are_first);
   // Joins the softmax over other keys.
   void (*merge)(const LatentState& other, const float* other_weighted, LatentState* state, float* weighted,
                 int64_t columns);

@@ -143,37 +143,27 @@ struct LatentTile {
     }
   }
 
-  static void pair_codes(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t columns,
-                         CodeValues to) {
+  static void share_scales(const CodePage& page, int64_t row_bytes, int64_t columns) {
     alignas(64) float scales[kPageTokens + 1][kShareBlocks];
-    const int64_t num_blocks = columns / kQ8Block, pairs = (keys + 1) / 2;
+    const int64_t num_blocks = columns / kQ8Block, pairs = (page.keys + 1) / 2;
     for (int64_t at = 0; at < num_blocks; at += kShareBlocks) {
       const int64_t some = std::min(kShareBlocks, num_blocks - at);
-      for (int64_t key = 0; key < keys; key++) {
-        S::q8_scales(rows + key * row_bytes + at * kQ8Bytes, some, scales[key]);
+      for (int64_t key = 0; key < page.keys; key++) {
+        S::q8_scales(page.rows + key * row_bytes + at * kQ8Bytes, some, scales[key]);
         std::fill(scales[key] + some, scales[key] + kShareBlocks, 0.0f);
       }
-      std::fill_n(scales[keys], kShareBlocks, 0.0f);
+      std::fill_n(scales[page.keys], kShareBlocks, 0.0f);
       for (int64_t lane = 0; lane < kShareBlocks; lane += S::kLanes) {
         auto largest = S::zero();
-        for (int64_t key = 0; key < keys; key++) largest = S::max(S::load(scales[key] + lane), largest);
-        S::store(to.largest + at + lane, largest);
+        for (int64_t key = 0; key < page.keys; key++) largest = S::max(S::load(scales[key] + lane), largest);
+        S::store(page.largest + at + lane, largest);
         // No scale is smaller but zero, whose codes are zero.
         const auto to_shares = S::div(S::set(kWholeOne), S::max(largest, S::set(0x1p-24f)));
         for (int64_t j = 0; j < pairs; j++) {
-          S::store_codes(to.shares + (at / kShareBlocks * kPagePairs + j) * kShareBlocks + lane,
+          S::store_codes(page.shares + (at / kShareBlocks * kPagePairs + j) * kShareBlocks + lane,
                          S::whole_pairs(S::mul(S::load(scales[2 * j] + lane), to_shares),
                                         S::mul(S::load(scales[2 * j + 1] + lane), to_shares)));
         }
-      }
-    }
-    static constexpr int8_t zeros[kValueColumns] = {};
-    for (int64_t c = 0; c < columns; c += kValueColumns) {
-      const auto* codes = reinterpret_cast<const int8_t*>(rows + c / kQ8Block * kQ8Bytes + 2 + c % kQ8Block);
-      uint32_t* block = to.codes + c * kPagePairs;
-      for (int64_t key = 0; key < keys; key += 2, block += kValueColumns) {
-        const int8_t* even = codes + key * row_bytes;
-        S::pair_bytes(even, key + 1 < keys ? even + row_bytes : zeros, block);
       }
     }
   }
@@ -221,8 +211,13 @@ struct LatentTile {
     }
   }
 
+  // A block of each of some rows.
+  static void bring_near(const uint8_t* block, int64_t row_bytes, int64_t rows) {
+    KVFOLD_UNROLLED_LATENT for (int64_t j = 0; j < rows; j++) S::prefetch(block + j * row_bytes);
+  }
+
   static void score_codes(const uint32_t* q, int64_t num_blocks, const uint8_t* rows, int64_t row_bytes,
-                          int64_t keys, float* scores) {
+                          int64_t keys, const uint8_t* next, float* scores) {
     // A key's scales, and the starts of its integer sums, for as many blocks as stay in the nearest cache.
     constexpr int64_t kHeads = 32;
     float scales[kCodeKeys][kHeads];
@@ -244,6 +239,7 @@ struct LatentTile {
           const uint32_t* record = q + at * kRecord;
           const uint8_t* codes = k + 2;
           for (int64_t b = 0; b < heads; b++, record += kRecord, codes += kQ8Bytes) {
+            bring_near(next + (codes - rows), row_bytes, n);
             Ints sum[n][kParts];
             KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
               KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) sum[j][p] =
@@ -391,46 +387,72 @@ struct LatentTile {
     }
   }
 
-  static void add_codes(const uint32_t* words, const float* factors, int64_t keys, CodeValues values,
-                        int64_t columns, float* weighted) {
-    const int64_t pairs = (keys + 1) / 2;
+  // A block of columns of a page: codes of two keys as words [2][kPagePairs][kValueColumns].
+  static void pair_block(const CodePage& page, int64_t row_bytes, int64_t block,
+                         uint32_t (*words)[kPagePairs * kValueColumns]) {
+    static constexpr int8_t zeros[kQ8Block] = {};
+    const auto* codes = reinterpret_cast<const int8_t*>(page.rows + block * kQ8Bytes + 2);
+    for (int64_t key = 0; key < page.keys; key += 2, codes += 2 * row_bytes) {
+      const int8_t* odd = key + 1 < page.keys ? codes + row_bytes : zeros;
+      S::pair_bytes(codes, odd, words[0] + key / 2 * kValueColumns);
+      S::pair_bytes(codes + kValueColumns, odd + kValueColumns, words[1] + key / 2 * kValueColumns);
+    }
+  }
+  // The block's values times weights, on top of `from`.
+  static void add_block(const uint32_t (*values)[kPagePairs * kValueColumns], const uint32_t* weights,
+                        int64_t pairs, const Floats (&factor)[kParts], bool is_first, float* weighted) {
+    for (int64_t c = 0; c < kQ8Block; c += kColumns) {
+      const uint32_t* v = values[c / kValueColumns] + c % kValueColumns;
+      const uint32_t* w = weights;
+      Ints sum[kColumns][kParts];
+      KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
+        KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) sum[i][p] = S::zero_ints();
+      }
+      KVFOLD_FOUR_STEPS for (int64_t j = 0; j < pairs; j++, w += kHeadLanes, v += kValueColumns) {
+        Ints weight[kParts];
+        KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) weight[p] = S::load_codes(w + p * S::kLanes);
+        KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
+          const Ints value = S::four_codes(v + i);
+          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+            sum[i][p] = S::dot_shorts(sum[i][p], weight[p], value);
+          }
+        }
+      }
+      KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
+        KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+          float* to = weighted + (c + i) * kHeadLanes + p * S::kLanes;
+          S::store(to, S::fma(S::to_floats(sum[i][p]), factor[p], is_first ? S::zero() : S::load(to)));
+        }
+      }
+    }
+  }
+
+  static void add_codes(const CodePage* pages, int64_t num_pages, int64_t row_bytes, const CodeSums* tiles,
+                        int64_t num_tiles, int64_t columns, bool are_first) {
+    alignas(64) uint32_t values[kQ8Block / kValueColumns][kPagePairs * kValueColumns];
     alignas(64) uint32_t scaled[kPagePairs * kHeadLanes];
     for (int64_t block = 0; block < columns / kQ8Block; block++) {
-      const uint32_t* shares =
-          values.shares + block / kShareBlocks * kShareBlocks * kPagePairs + block % kShareBlocks;
-      for (int64_t j = 0; j < pairs; j++) {
-        const Ints share = S::four_codes(shares + j * kShareBlocks);
-        for (int64_t lane = j * kHeadLanes; lane < (j + 1) * kHeadLanes; lane += S::kLanes) {
-          S::store_codes(scaled + lane, S::multiply_shares(S::load_codes(words + lane), share));
-        }
-      }
-      Floats factor[kParts];
-      for (int p = 0; p < kParts; p++) {
-        factor[p] = S::mul(S::load(factors + p * S::kLanes), S::set(values.largest[block]));
-      }
-      for (int64_t c = block * kQ8Block; c < (block + 1) * kQ8Block; c += kColumns) {
-        const uint32_t* v = values.codes + c / kValueColumns * kValueColumns * kPagePairs + c % kValueColumns;
-        const uint32_t* weights = scaled;
-        Ints sum[kColumns][kParts];
-        KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
-          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) sum[i][p] = S::zero_ints();
-        }
-        KVFOLD_FOUR_STEPS for (int64_t j = 0; j < pairs; j++, weights += kHeadLanes, v += kValueColumns) {
-          Ints w[kParts];
-          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) w[p] =
-              S::load_codes(weights + p * S::kLanes);
-          KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
-            const Ints value = S::four_codes(v + i);
-            KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
-              sum[i][p] = S::dot_shorts(sum[i][p], w[p], value);
+      const int64_t shares_at = block / kShareBlocks * kShareBlocks * kPagePairs + block % kShareBlocks;
+      for (int64_t n = 0; n < num_pages; n++) {
+        const CodePage& page = pages[n];
+        const int64_t pairs = (page.keys + 1) / 2;
+        pair_block(page, row_bytes, block, values);
+        for (int64_t tile = 0; tile < num_tiles; tile++) {
+          const CodeSums& sums = tiles[tile];
+          const uint32_t* words = sums.words + n * kPagePairs * kHeadLanes;
+          for (int64_t j = 0; j < pairs; j++) {
+            const Ints share = S::four_codes(page.shares + shares_at + j * kShareBlocks);
+            for (int64_t lane = j * kHeadLanes; lane < (j + 1) * kHeadLanes; lane += S::kLanes) {
+              S::store_codes(scaled + lane, S::multiply_shares(S::load_codes(words + lane), share));
             }
           }
-        }
-        KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
-          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
-            float* out = weighted + (c + i) * kHeadLanes + p * S::kLanes;
-            S::store(out, S::fma(S::to_floats(sum[i][p]), factor[p], S::load(out)));
+          Floats factor[kParts];
+          for (int p = 0; p < kParts; p++) {
+            factor[p] =
+                S::mul(S::load(sums.factors + n * kHeadLanes + p * S::kLanes), S::set(page.largest[block]));
           }
+          add_block(values, scaled, pairs, factor, are_first && n == 0,
+                    sums.weighted + block * kQ8Block * kHeadLanes);
         }
       }
     }
@@ -463,14 +485,14 @@ struct LatentTile {
   }
 
   static constexpr LatentKernels kernels() {
-    return {pack_pairs,  pack_codes<S::kWideZero>,
-            widen,       pair_values,
-            pair_codes,  score_pairs,
-            score_codes, exponents,
-            raise,       weigh,
-            add_values,  weigh_codes,
-            add_codes,   merge,
-            divide,      fast_decode<S>,
+    return {pack_pairs,   pack_codes<S::kWideZero>,
+            widen,        pair_values,
+            share_scales, score_pairs,
+            score_codes,  exponents,
+            raise,        weigh,
+            add_values,   weigh_codes,
+            add_codes,    merge,
+            divide,       fast_decode<S>,
             fast_fold<S>};
   }
 };

@@ -7,15 +7,15 @@
 //   weights   [steps of 32 keys][kHeadLanes][16]             words of two bfloat16
 //             or, for a q8_0 cache, [kHeadLanes][32]         words of two int16: all keys of a page
 //   values    [columns / 16][pairs of keys of a page][16]    words of two bfloat16
-//             or [columns / 16][quads of keys][16]           words of four codes, quads in the order of
+//             or, 32 columns at a time, [2][quads of keys][16] words of four codes, quads in the order of
 //             quad_key
 //   shares    [blocks][32]                                   words of two int16: all keys of a page
 //   weighted  [columns / 16][kHeadLanes][16]                 float32
 //
-// where 32 columns are two blocks of 16 in the order of S::pair_columns.
-//
 // An int16 weight meets codes as two unsigned bytes, in two products.
 #pragma once
+
+#include <utility>
 
 #include "kernels/latent_tile.h"
 
@@ -87,7 +87,7 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
   static constexpr int64_t kBlocks = 32;
   struct CodeTile {
     const uint32_t* record;
-    const uint8_t* rows;
+    const uint8_t *rows, *next;
     int64_t row_bytes, num_blocks;
     const float (*scales)[kBlocks];
   };
@@ -98,6 +98,7 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     S::template load_tile<6 + slot % 2>(tile.record + b * Vectors::kRecord, kTileBytes);
     S::template dot_tiles<slot, 4 + slot % 2, 6 + slot % 2>();
     S::template store_tile<slot>(sums[slot], kTileBytes);
+    Vectors::bring_near(tile.next + b * kQ8Bytes, tile.row_bytes, kRows);
   }
   static void scale_block(const CodeTile& tile, int64_t b, const int32_t* sums, Floats (&out)[kRows]) {
     const auto query =
@@ -154,7 +155,7 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
   }
 
   static void score_codes(const uint32_t* q, int64_t num_blocks, const uint8_t* rows, int64_t row_bytes,
-                          int64_t keys, float* scores) {
+                          int64_t keys, const uint8_t* next, float* scores) {
     alignas(64) float scales[kPageTokens][kBlocks];
     for (int64_t at = 0; at < num_blocks; at += kBlocks) {
       const int64_t some = std::min(kBlocks, num_blocks - at);
@@ -164,8 +165,9 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
         const int64_t n = std::min(kRows, keys - key);
         if (key == 0 || n < kRows) set_code_shapes(n);
         std::fill(scales[key + n], scales[key + kRows], 0.0f);
-        score_code_tile({q + at * Vectors::kRecord, from + key * row_bytes, row_bytes, some, scales + key}, n,
-                        at == 0, scores + key * kHeadLanes);
+        score_code_tile({q + at * Vectors::kRecord, from + key * row_bytes,
+                         next + at * kQ8Bytes + key * row_bytes, row_bytes, some, scales + key},
+                        n, at == 0, scores + key * kHeadLanes);
       }
     }
     S::release();
@@ -184,40 +186,29 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     }
   }
 
-  // The first key of the quad of each row of a tile: S::share_bytes.
-  static constexpr int64_t quad_key(int64_t row) {
-    return row % 4 / 2 * (kPageTokens / 2) + row / 4 * 8 + row % 2 * 4;
+  // Key i of the quad of each row of a tile: S::share_bytes.
+  static constexpr int64_t quad_key(int64_t row, int64_t i) {
+    return 2 * row + i / 2 + i % 2 * (kPageTokens / 2);
   }
 
-  static void pair_codes(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t columns,
-                         CodeValues to) {
+  static void share_scales(const CodePage& page, int64_t row_bytes, int64_t columns) {
     const int64_t num_blocks = columns / kQ8Block;
     alignas(64) float scales[kPageTokens][kShareBlocks];
     alignas(64) uint32_t shares[kPagePairs][kShareBlocks];
     for (int64_t at = 0; at < num_blocks; at += kShareBlocks) {
       const int64_t some = std::min(kShareBlocks, num_blocks - at);
-      scales_of(rows + at * kQ8Bytes, row_bytes, keys, some, scales);
-      std::fill(scales[keys], scales[kPageTokens], 0.0f);
+      scales_of(page.rows + at * kQ8Bytes, row_bytes, page.keys, some, scales);
+      std::fill(scales[page.keys], scales[kPageTokens], 0.0f);
       auto largest = S::zero();
-      for (int64_t key = 0; key < keys; key++) largest = S::max(S::load(scales[key]), largest);
-      S::store(to.largest + at, largest);
+      for (int64_t key = 0; key < page.keys; key++) largest = S::max(S::load(scales[key]), largest);
+      S::store(page.largest + at, largest);
       // No scale is smaller but zero, whose codes are zero.
       const auto to_shares = S::div(S::set(kWholeOne), S::max(largest, S::set(0x1p-24f)));
       for (int64_t j = 0; j < kPagePairs; j++) {
         S::store_codes(shares[j], S::whole_pairs(S::mul(S::load(scales[2 * j]), to_shares),
                                                  S::mul(S::load(scales[2 * j + 1]), to_shares)));
       }
-      turn_page(shares[0], to.shares + at * kPagePairs);
-    }
-    for (int64_t b = 0; b < num_blocks; b++, rows += kQ8Bytes) {
-      const auto* codes = reinterpret_cast<const int8_t*>(rows + 2);
-      uint32_t* block = to.codes + b * 2 * kTile;
-      for (int64_t row = 0; row < kRows; row++, block += kWords) {
-        const int8_t* four[4];
-        // After the last key any code does, its weight is zero.
-        for (int64_t i = 0; i < 4; i++) four[i] = codes + std::min(quad_key(row) + i, keys - 1) * row_bytes;
-        S::quad_columns(four, block, block + kTile);
-      }
+      turn_page(shares[0], page.shares + at * kPagePairs);
     }
   }
 
@@ -276,54 +267,92 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     S::release();
   }
 
-  static void add_codes(const uint32_t* words, const float* factors, int64_t, CodeValues values,
-                        int64_t columns, float* weighted) {
-    const int64_t num_blocks = columns / kQ8Block;
-    alignas(64) uint8_t bytes[2][2][kHeadLanes][kTileBytes];  // of weights of two blocks: low, high
+  // A block of columns of a page: two tiles of quads. After the last key any code does, its weight is zero.
+  template <bool is_whole>
+  static void quad_block(const CodePage& page, int64_t row_bytes, int64_t block, uint32_t* quads) {
+    const auto* codes = reinterpret_cast<const int8_t*>(page.rows + block * kQ8Bytes + 2);
+    for (int64_t half = 0; half < 2; half++, codes += kWords) {
+      KVFOLD_FOUR_STEPS for (int64_t row = 0; row < kRows; row++, quads += kWords) {
+        const int8_t* four[4];
+        for (int64_t i = 0; i < 4; i++) {
+          const int64_t key = quad_key(row, i);
+          four[i] = codes + (is_whole ? key : std::min(key, page.keys - 1)) * row_bytes;
+        }
+        S::store_codes(quads, S::quad_columns(four));
+      }
+    }
+  }
+
+  static void add_codes(const CodePage* pages, int64_t num_pages, int64_t row_bytes, const CodeSums* tiles,
+                        int64_t num_tiles, int64_t columns, bool are_first) {
+    alignas(64) uint32_t quads[2][2 * kTile];
+    alignas(64) uint8_t bytes[2][2][kHeadLanes][kTileBytes];  // of weights of two products: low, high
     alignas(64) int32_t sums[2][4][kTile];
-    const auto share = [&](int64_t b) {
-      const uint32_t* shares = values.shares + b * kPagePairs;
+    // Products: blocks, the pages of each, the tiles of heads of each.
+    struct Product {
+      int64_t block, n, tile;
+    };
+    const int64_t count = columns / kQ8Block * num_pages * num_tiles;
+    const auto next = [&](Product p) {
+      if (++p.tile == num_tiles) p.tile = 0, p.n++;
+      if (p.n == num_pages) p.n = 0, p.block++;
+      return p;
+    };
+    Product prepared{0, 0, 0}, added{0, 0, 0};  // next to be
+    const auto quads_of = [&](int64_t i) { return quads[i / num_tiles % 2]; };
+    const auto prepare = [&](int64_t i) {
+      const auto [block, n, tile] = std::exchange(prepared, next(prepared));
+      if (tile == 0) {
+        const bool is_whole = pages[n].keys == kPageTokens;
+        (is_whole ? quad_block<true> : quad_block<false>)(pages[n], row_bytes, block, quads_of(i));
+      }
+      const uint32_t* shares = pages[n].shares + block * kPagePairs;
+      const uint32_t* words = tiles[tile].words + n * kPagePairs * kHeadLanes;
       for (int64_t head = 0; head < kHeadLanes; head++) {
-        S::share_bytes(words + head * kPagePairs, shares, bytes[b % 2][0][head], bytes[b % 2][1][head]);
+        S::share_bytes(words + head * kPagePairs, shares, bytes[i % 2][0][head], bytes[i % 2][1][head]);
       }
     };
-    const auto multiply = [&](int64_t b) {
+    const auto multiply = [&](int64_t i) {
       S::written();
       clear_tiles<0, 4>();
-      S::template load_tile<4>(bytes[b % 2][0], kTileBytes);
-      S::template load_tile<6>(values.codes + b * 2 * kTile, kTileBytes);
+      S::template load_tile<4>(bytes[i % 2][0], kTileBytes);
+      S::template load_tile<6>(quads_of(i), kTileBytes);
       S::template dot_bytes<0, 4, 6>();
-      S::template load_tile<5>(bytes[b % 2][1], kTileBytes);
+      S::template load_tile<5>(bytes[i % 2][1], kTileBytes);
       S::template dot_bytes<1, 5, 6>();
-      S::template load_tile<7>(values.codes + (b * 2 + 1) * kTile, kTileBytes);
+      S::template load_tile<7>(quads_of(i) + kTile, kTileBytes);
       S::template dot_bytes<2, 4, 7>();
       S::template dot_bytes<3, 5, 7>();
-      S::template store_tile<0>(sums[b % 2][0], kTileBytes);
-      S::template store_tile<1>(sums[b % 2][1], kTileBytes);
-      S::template store_tile<2>(sums[b % 2][2], kTileBytes);
-      S::template store_tile<3>(sums[b % 2][3], kTileBytes);
+      S::template store_tile<0>(sums[i % 2][0], kTileBytes);
+      S::template store_tile<1>(sums[i % 2][1], kTileBytes);
+      S::template store_tile<2>(sums[i % 2][2], kTileBytes);
+      S::template store_tile<3>(sums[i % 2][3], kTileBytes);
     };
-    const auto add = [&](int64_t b) {
+    const auto add = [&](int64_t i) {
+      const auto [block, n, tile] = std::exchange(added, next(added));
       alignas(64) float factor[kHeadLanes];
-      S::store(factor, S::mul(S::load(factors), S::set(values.largest[b])));
-      float* to = weighted + b * 2 * kTile;
+      S::store(factor,
+               S::mul(S::load(tiles[tile].factors + n * kHeadLanes), S::set(pages[n].largest[block])));
+      const bool is_first = are_first && n == 0;
+      float* to = tiles[tile].weighted + block * 2 * kTile;
       for (int half = 0; half < 2; half++, to += kTile) {
-        const int32_t *low = sums[b % 2][2 * half], *high = sums[b % 2][2 * half + 1];
+        const int32_t *low = sums[i % 2][2 * half], *high = sums[i % 2][2 * half + 1];
         for (int64_t at = 0; at < kTile; at += kWords) {
           const auto sum = S::to_floats(S::add_high(S::load_codes(low + at), S::load_codes(high + at)));
-          S::store(to + at, S::fma(sum, S::set(factor[at / kWords]), S::load(to + at)));
+          S::store(to + at,
+                   S::fma(sum, S::set(factor[at / kWords]), is_first ? S::zero() : S::load(to + at)));
         }
       }
     };
-    // Bytes of a block while the one before is multiplied and the one before that is added.
+    // A product is prepared while the one before is multiplied and the one before that is added.
     S::configure(typename S::TileShapes{});
-    share(0);
-    for (int64_t b = 0; b < num_blocks; b++) {
-      if (b + 1 < num_blocks) share(b + 1);
-      multiply(b);
-      if (b > 0) add(b - 1);
+    prepare(0);
+    for (int64_t i = 0; i < count; i++) {
+      if (i + 1 < count) prepare(i + 1);
+      multiply(i);
+      if (i > 0) add(i - 1);
     }
-    add(num_blocks - 1);
+    add(count - 1);
     S::release();
   }
 
@@ -363,13 +392,8 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     for (int64_t head = 0; head < heads; head++) {
       const auto sum = S::set(state.sum[head]);
       const float* from = weighted + head * kWords;
-      for (int64_t c = 0; c < count; c += kLatentStep, from += 2 * kTile) {
-        Floats columns[2];
-        S::in_order(S::load(from), S::load(from + kTile), columns);
-        for (int64_t i = 0; i < 2 && c + i * kWords < count; i++) {
-          float* to = out + head * stride + c + i * kWords;
-          S::store_first(to, S::div(columns[i], sum), std::min(kWords, count - c - i * kWords));
-        }
+      for (int64_t c = 0; c < count; c += kWords, from += kTile) {
+        S::store_first(out + head * stride + c, S::div(S::load(from), sum), std::min(kWords, count - c));
       }
     }
   }
@@ -378,7 +402,7 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     LatentKernels kernels = Vectors::kernels();
     kernels.pack_codes = Vectors::template pack_codes<0>;
     kernels.pair_values = pair_values;
-    kernels.pair_codes = pair_codes;
+    kernels.share_scales = share_scales;
     kernels.score_pairs = score_pairs;
     kernels.score_codes = score_codes;
     kernels.raise = raise;

@@ -72,36 +72,43 @@ struct Amx : Avx512 {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(x), "i"(w));
   }
 
-  // 32 columns of two or four keys to words, in two vectors of 16: columns 0 to 3, 8 to 11, 16 to 19 and 24
-  // to 27, and those between them, as in_order() puts them.
-  static void pair_columns(const uint16_t* even, const uint16_t* odd, uint32_t* first, uint32_t* second) {
-    const __m512i a = load_codes(even), b = load_codes(odd);
-    store_codes(first, _mm512_unpacklo_epi16(a, b));
-    store_codes(second, _mm512_unpackhi_epi16(a, b));
+  // 32 columns of two keys to words of pairs.
+  static void pair_columns(const uint16_t* even, const uint16_t* odd, uint32_t* to, uint32_t* to_last) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i order =
+        _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
+    const auto columns = [&](int64_t at) {
+      const __m512i a =
+          _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + at)));
+      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + at));
+      return _mm512_permutexvar_epi16(order, _mm512_inserti64x4(a, b, 1));
+    };
+    store_codes(to, columns(0));
+    store_codes(to_last, columns(16));
   }
-  static __m512i wide(const int8_t* p) {
-    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static void quad_columns(const int8_t* const (&keys)[4], uint32_t* first, uint32_t* second) {
-    const __m512i ab = _mm512_or_si512(wide(keys[0]), _mm512_slli_epi16(wide(keys[1]), 8));
-    const __m512i cd = _mm512_or_si512(wide(keys[2]), _mm512_slli_epi16(wide(keys[3]), 8));
-    store_codes(first, _mm512_unpacklo_epi16(ab, cd));
-    store_codes(second, _mm512_unpackhi_epi16(ab, cd));
-  }
-  static void in_order(Floats first, Floats second, Floats (&columns)[2]) {
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    columns[0] = _mm512_permutex2var_ps(first, low, second);
-    columns[1] = _mm512_permutex2var_ps(first, _mm512_add_epi32(low, _mm512_set1_epi32(8)), second);
+  // 16 columns of four keys to words of four codes.
+  static Ints quad_columns(const int8_t* const (&keys)[4]) {
+    const __m512i byte = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i order = _mm512_or_si512(
+        _mm512_or_si512(byte, _mm512_slli_epi32(_mm512_add_epi32(byte, _mm512_set1_epi32(16)), 8)),
+        _mm512_or_si512(_mm512_slli_epi32(_mm512_add_epi32(byte, _mm512_set1_epi32(32)), 16),
+                        _mm512_slli_epi32(_mm512_add_epi32(byte, _mm512_set1_epi32(48)), 24)));
+    const auto key = [&](int i) { return load16(reinterpret_cast<const uint8_t*>(keys[i])); };
+    __m512i v = _mm512_castsi128_si512(key(0));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00f0, key(1));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0f00, key(2));
+    v = _mm512_mask_broadcast_i32x4(v, 0xf000, key(3));
+    return _mm512_permutexvar_epi8(order, v);
   }
 
-  // 64 int16 of 0 .. 32767 times shares, as two bytes each: number 8 i + j of the first 32 at byte 16 i + j,
-  // of the others at 16 i + 8 + j.
+  // 64 int16 of 0 .. 32767 times shares, as two bytes each: number i of the first 32 at byte 2 i, of the
+  // others at 2 i + 1.
   static void share_bytes(const uint32_t* whole, const uint32_t* shares, uint8_t* low, uint8_t* high) {
     const __m512i a = multiply_shares(load_codes(whole), load_codes(shares));
     const __m512i b = multiply_shares(load_codes(whole + 16), load_codes(shares + 16));
-    const __m512i byte = _mm512_set1_epi16(0xff);
-    store_codes(low, _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte)));
-    store_codes(high, _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
+    const __m512i first = _mm512_set1_epi16(0xff);
+    store_codes(low, _mm512_ternarylogic_epi32(first, a, _mm512_slli_epi16(b, 8), 0xea));   // first & a | b
+    store_codes(high, _mm512_ternarylogic_epi32(first, _mm512_srli_epi16(a, 8), b, 0xca));  // first ? a : b
   }
   static Ints add_high(Ints low, Ints high) {  // low + 256 high
     return _mm512_add_epi32(low, _mm512_slli_epi32(high, 8));
