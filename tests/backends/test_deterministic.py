@@ -117,5 +117,5 @@ def test_auto_decides_by_role_alone(path: Path) -> None:
 
 
 def test_plain_promises_no_such_thing(path: Path) -> None:
-    with pytest.raises(SettingError, match="plain: has no deterministic"):
+    with pytest.raises(SettingError, match="plain: deterministic is for backend native"):
         Harness(path, backend="plain", deterministic=True)

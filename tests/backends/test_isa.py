@@ -99,5 +99,5 @@ def test_a_set_that_is_not_there_is_refused(path: Path, monkeypatch: pytest.Monk
         SettingError, match="native: isa=avx512: this processor, system and build have avx2, generic"
     ):
         Harness(path, backend="native", isa="avx512")
-    with pytest.raises(SettingError, match="plain: has no isa"):
+    with pytest.raises(SettingError, match="plain: isa=generic is for backend native"):
         Harness(path, backend="plain", isa="generic")

@@ -57,8 +57,14 @@ class NativeOptions:
 
     @property
     def asked(self) -> list[str]:
-        """Names of those that are not as they are by default."""
-        return [name for name, value in vars(self).items() if value not in (False, "auto")]
+        """Those that are not as they are by default, as settings are written."""
+        values = {name: value for name, value in vars(self).items() if value not in (False, "auto")}
+        return [name if value is True else f"{name}={value}" for name, value in values.items()]
+
+    @property
+    def refusals(self) -> list[str]:
+        """What another backend says to those that are asked for."""
+        return [f"{setting} is for backend native, on device=cpu" for setting in self.asked]
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ def _cuda_refusals(needs: Needs) -> list[str]:
     if needs.device == "cpu":
         return ["device=cpu was asked for"]
     reasons = gpu.refusals(needs.device)
-    reasons += [f"has no {name} (native has, on device=cpu)" for name in needs.native.asked]
+    reasons += needs.native.refusals
     if not reasons and needs.room is not None:
         reasons += _room_refusals(needs.room, gpu.free_bytes(needs.device))
     return reasons
@@ -282,7 +288,7 @@ def _plain_refusals(needs: Needs) -> list[str]:
     if needs.device.startswith("cuda"):
         return ["computes on the CPU"]
     if needs.native.asked:
-        return [f"has no {name}" for name in needs.native.asked]
+        return needs.native.refusals
     if importlib.util.find_spec("torch") is None:
         return ["torch is not installed: pip install 'kvfold[torch]'"]
     return []
