@@ -14,21 +14,34 @@ from kvfold.engine.batch import Work, build_batch
 from kvfold.load import Loaded, Settings, load
 from kvfold.mla.plan import MlaPlan
 
-Logits = NDArray[np.float32]
+Logits = NDArray[np.float32]  # or float64, of a harness in it
 
 
 class Harness:
-    """A model whose cache is full of NaN and whose pages come in scrambled order."""
+    """A model whose cache is full of NaN and whose pages come in scrambled order. dtype may be float64 as well, with
+    plain: the cache is then float64, whatever its type."""
 
     def __init__(self, path: Path, *, seed: int = 0, **settings: Any) -> None:
+        is_float64 = settings.get("dtype") == "float64"
+        if is_float64:
+            settings["dtype"] = "float32"
         defaults: dict[str, Any] = {
             "cache_type": "f32", "dtype": "float32", "backend": "plain", "threads": 2, "n_ctx": 2048
         }  # fmt: skip
         self.loaded: Loaded = load(path, Settings.parse(**(defaults | settings)))
+        if is_float64:
+            self._widen()
         for array in self.loaded.cache.arrays:
             array.fill({"uint16": 0x7FC0, "uint8": 0xFF}.get(array.dtype.name, np.nan))  # q8_0: every scale is NaN
         pool = self.loaded.pool
         pool._cold = np.random.default_rng(seed).permutation(pool.num_pages).tolist()
+
+    def _widen(self) -> None:
+        import torch
+
+        self.loaded.backend.dtype = torch.float64  # type: ignore[attr-defined]
+        cache = self.loaded.cache
+        cache.arrays = tuple(np.empty(array.shape, np.float64) for array in cache.arrays)
 
     def tap(self, watch: Callable[[str, Any], None] | None) -> None:
         """plain only: hand every op's name and value to `watch`."""

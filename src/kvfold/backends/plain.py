@@ -35,7 +35,9 @@ Tap = Callable[[str, Tensor], None]
 
 
 class PlainBackend:
-    """dtype: float32, or bfloat16 (products of bf16 values; norms, softmax, routing and sums over experts in float32).
+    """dtype: float32, bfloat16 (products of bf16 values; norms, softmax, routing and sums over experts in float32), or
+    float64, which no setting names: nothing is rounded to less, and the arrays of the cache, float64 as well, hold what
+    they are given. There two ways to compute the same differ by 1e-13 of it, so a comparison is of the ways alone.
 
     rounds_activations: with float32, linear layers and experts round what they multiply weights by as
     quant/activations.py says, and attention is on bfloat16 as quant/attention.py says: what native
@@ -89,7 +91,7 @@ class PlainRun:
 
     @property
     def outputs(self) -> Mapping[str, NDArray[np.float32]]:
-        return {name: x.float().numpy() for name, x in self._ops.outputs.items()}
+        return {name: self._ops.wide(x).numpy() for name, x in self._ops.outputs.items()}
 
     def cancel(self) -> None:
         self._cancelled = True
@@ -108,25 +110,24 @@ class PlainRun:
 
 @dataclass
 class _Online:
-    """Softmax over key tiles that arrive one after another: running maximum, sum and weighted values, float32."""
+    """Softmax over key tiles that arrive one after another: running maximum, sum and weighted values, float32 or 64."""
 
     maximum: Tensor  # [H, R, 1]
     total: Tensor  # [H, R, 1]
     values: Tensor  # [H, R, v]
 
     @classmethod
-    def empty(cls, heads: int, rows: int, width: int) -> _Online:
-        return cls(
-            torch.full((heads, rows, 1), -math.inf), torch.zeros(heads, rows, 1), torch.zeros(heads, rows, width)
-        )
+    def empty(cls, heads: int, rows: int, width: int, dtype: torch.dtype) -> _Online:
+        maximum = torch.full((heads, rows, 1), -math.inf, dtype=dtype)
+        return cls(maximum, torch.zeros_like(maximum), torch.zeros(heads, rows, width, dtype=dtype))
 
     def absorb(self, scores: Tensor, values: Tensor) -> None:
-        """scores float32 [H, R, K], -inf where masked; every row must see at least one key of its first tile."""
+        """scores [H, R, K], -inf where masked; every row must see at least one key of its first tile."""
         maximum = torch.maximum(self.maximum, scores.amax(-1, keepdim=True))
         weights = torch.exp(scores - maximum)
         shrink = torch.exp(self.maximum - maximum)
         self.total = self.total * shrink + weights.sum(-1, keepdim=True)
-        self.values = self.values * shrink + (weights.to(values.dtype) @ values).float()
+        self.values = self.values * shrink + (weights.to(values.dtype) @ values).to(self.values.dtype)
         self.maximum = maximum
 
     def result(self) -> Tensor:
@@ -158,6 +159,7 @@ class PlainOps:
         self._backend = backend
         self._step = step
         self._dtype = backend.dtype
+        self._wide_dtype = torch.promote_types(backend.dtype, torch.float32)
         self._rope_tables: dict[RopeConfig, tuple[Tensor, Tensor]] = {}
         self.outputs: dict[str, Tensor] = {}
 
@@ -165,6 +167,10 @@ class PlainOps:
         if self._backend.tap is not None:
             self._backend.tap(name, x)
         return x
+
+    def wide(self, x: Tensor) -> Tensor:
+        """At least float32."""
+        return x.to(self._wide_dtype)
 
     # Weights
 
@@ -186,7 +192,7 @@ class PlainOps:
             _native.decode(tensor.type.id, tensor.raw, out, self._backend.threads)
         else:
             _native.decode_fp8(tensor.raw, tensor.scale, out, self._backend.threads)
-        return torch.from_numpy(out).reshape(tensor.shape)
+        return self.wide(torch.from_numpy(out)).reshape(tensor.shape)
 
     def _up(self, kv_up: KvUp, mla: MlaConfig) -> tuple[Tensor, Tensor]:
         """w_uk [H, nope, kv_lora], w_uv [H, v, kv_lora] in the compute type."""
@@ -206,7 +212,7 @@ class PlainOps:
         return self._done(name, torch.from_numpy(out).to(self._dtype))
 
     def norm(self, name: str, x: Tensor, weight: str, eps: float) -> Tensor:
-        wide = x.float()
+        wide = self.wide(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return self._done(name, (wide * self._matrix(weight)).to(self._dtype))
 
@@ -235,7 +241,7 @@ class PlainOps:
         cos_t, sin_t = self._rope_tables[rope]
         part = x.view(x.shape[0], -1, head_dim)[..., head_dim - rope.dim :]
         first, second = pair_columns(rope)
-        a, b = part[..., first].float(), part[..., second].float()
+        a, b = self.wide(part[..., first]), self.wide(part[..., second])
         part[..., first], part[..., second] = (
             (a * cos_t - b * sin_t).to(x.dtype),
             (a * sin_t + b * cos_t).to(x.dtype),
@@ -257,7 +263,7 @@ class PlainOps:
     # Experts
 
     def route(self, name: str, x: Tensor, weight: str, bias: str | None, moe: MoeConfig) -> tuple[Tensor, Tensor]:
-        logits = x.float() @ self._matrix(weight).T
+        logits = self.wide(x) @ self._matrix(weight).T
         scores = logits.softmax(-1) if moe.scoring is Scoring.SOFTMAX else logits.sigmoid()
         choice = scores if bias is None else scores + self._matrix(bias).reshape(1, -1)
         self._done(f"{name}.choice", choice)
@@ -296,14 +302,14 @@ class PlainOps:
                 x = self._rounded(x, weight.type)
             return x @ self._decode(weight).to(self._dtype).T
 
-        out = torch.zeros(x.shape, dtype=torch.float32)
+        out = torch.zeros(x.shape, dtype=self._wide_dtype)
         for expert in np.unique(ids.numpy()).tolist():
             if subset is not None and expert not in subset:
                 continue
             rows, choices = (ids == expert).nonzero(as_tuple=True)
             w_gate, w_up, w_down = (stack[expert] for stack in stacks)
             hidden = torch.nn.functional.silu(product(x[rows], w_gate)) * product(x[rows], w_up)
-            out.index_add_(0, rows, product(hidden, w_down).float() * weights[rows, choices, None])
+            out.index_add_(0, rows, self.wide(product(hidden, w_down)) * weights[rows, choices, None])
         return self._done(name, out.to(self._dtype))
 
     # The cache
@@ -314,15 +320,19 @@ class PlainOps:
         return rows.reshape(-1, rows.shape[-1])
 
     def _write(self, array: int, layer: int, rows: Tensor) -> None:
-        encoded = encode(rows.float().numpy(), self._backend.cache.layout.cache_type)
-        self._cached(array, layer)[self._step.slots] = encoded
+        values = self.wide(rows).numpy()
+        if self._dtype is not torch.float64:
+            values = encode(values, self._backend.cache.layout.cache_type)
+        self._cached(array, layer)[self._step.slots] = values
 
     def _keys(
         self, array: int, layer: int, sequence: int, start: int, stop: int, columns: slice = slice(None)
     ) -> Tensor:
         """Columns of the cached rows of tokens [start, stop) of a sequence, `start` at a page: [stop - start, ..]."""
         stored = self._stored(array, layer, sequence, start, stop, columns)
-        return torch.from_numpy(decode(stored, self._backend.cache.layout.cache_type)).to(self._dtype)
+        if self._dtype is not torch.float64:
+            stored = decode(stored, self._backend.cache.layout.cache_type)
+        return torch.from_numpy(stored).to(self._dtype)
 
     def _stored(
         self, array: int, layer: int, sequence: int, start: int, stop: int, columns: slice = slice(None)
@@ -482,7 +492,7 @@ class PlainOps:
         first_row = num_keys - num_rows
 
         def scores(rows: slice, k: Tensor, start: int) -> Tensor:
-            s = (q[:, rows] @ k.transpose(1, 2)).float() * scale
+            s = self.wide(q[:, rows] @ k.transpose(1, 2)) * scale
             keys = torch.arange(start, start + k.shape[1])
             future = keys[None, :] > (first_row + torch.arange(rows.start, rows.stop))[:, None]
             return s.masked_fill(future, -math.inf)
@@ -492,12 +502,12 @@ class PlainOps:
             parts = []
             for rows in self._row_tiles(num_rows, num_heads * num_keys):
                 if rounds:
-                    whole = _OnlineRounded.empty(num_heads, rows.stop - rows.start, v.shape[-1])
+                    whole = _OnlineRounded.empty(num_heads, rows.stop - rows.start, v.shape[-1], self._wide_dtype)
                     whole.absorb(scores(rows, k, 0), v)
                     parts.append(whole.result())
                 else:
                     weights = scores(rows, k, 0).softmax(-1).to(v.dtype)
-                    parts.append((weights @ v).float())
+                    parts.append(self.wide(weights @ v))
             return torch.cat(parts, dim=1).transpose(0, 1).flatten(1).to(self._dtype)
 
         key_tile = self._tile(self._backend.workspace_bytes // 2, key_width, PAGE_TOKENS, 8 * PAGE_TOKENS)
@@ -510,7 +520,7 @@ class PlainOps:
                 if tile.start > first_row + rows.stop - 1:
                     continue  # every key of this tile lies in the future of every row
                 kind = _OnlineRounded if rounds else _Online
-                online = state[i] or kind.empty(num_heads, rows.stop - rows.start, v.shape[-1])
+                online = state[i] or kind.empty(num_heads, rows.stop - rows.start, v.shape[-1], self._wide_dtype)
                 online.absorb(scores(rows, k, tile.start), v)
                 state[i] = online
         results = [online.result() for online in state if online is not None]
