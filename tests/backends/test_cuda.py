@@ -43,6 +43,27 @@ def test_interpreted_ops_are_the_plain_ones(tmp_path: Path) -> None:
     interpreted(write_gguf(tiny, tmp_path / "m.gguf"), "3", "1")
 
 
+def test_one_row_over_a_short_context_attends_in_one_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16 where kernels are interpreted; a step of two rows does not."""
+    from kvfold.backends import cuda_ops
+
+    attend, lengths = cuda_ops.row_attention.attend, []
+
+    def watched(*arguments: Any, **settings: Any) -> None:
+        lengths.extend(arguments[6].tolist())
+        attend(*arguments, **settings)
+
+    monkeypatch.setattr(cuda_ops.row_attention, "attend", watched)
+    path = write_gguf(tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=1), tmp_path / "m.gguf")
+    text, settings = ids(5), {"mla": "1", "cache_type": "f16"}
+    expected = Harness(path, **settings).logits(text)
+    got = cuda_harness(path, dtype=torch.float16, **settings).logits(text, [2, 1, 2], is_prompt=False)
+    assert lengths == [3]
+    close(got, expected, 4e-3)
+
+
 BLOCKS = [("q8_0", "1"), ("q8_0", "0"), ("q8_0", "2"), ("fp8", "1"), ("fp8", "2")]
 
 

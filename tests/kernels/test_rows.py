@@ -75,9 +75,8 @@ def test_folding_rotation_and_append_in_one(pairing: Pairing, num_rows: int, dev
     pools = [torch.full((9, lora + rope_dim), torch.nan, device=device) for _ in range(2)]
     outs = [torch.full((num_rows, num_heads, lora + rope_dim), torch.nan, device=device) for _ in range(2)]
     before = q.clone()
-    rows.fold_append(
-        q, w_uk, outs[0], kv_a, weight, 1e-6, positions, slots, cos, sin, pools[0], is_half_split=is_half_split
-    )
+    new = rows.LatentRow(kv_a, weight, 1e-6, positions, slots, cos, sin, pools[0], is_half_split)
+    rows.fold_append(q, w_uk, outs[0], new)
     assert torch.equal(q, before)
     rows.rope_append(q, kv_a, weight, 1e-6, positions, slots, cos, sin, pools[1], num_heads=num_heads,
                      head_dim=nope + rope_dim, is_half_split=is_half_split)  # fmt: skip

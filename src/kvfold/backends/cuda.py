@@ -22,11 +22,19 @@ from torch import Tensor
 
 from kvfold.backends.cuda_layers import CAPTURE_MODE, CapturedLayers, bucket_of, uncollected
 from kvfold.backends.cuda_ops import CudaOps, Value, made
-from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep, is_short, on_device, path_rows
+from kvfold.backends.cuda_step import (
+    MOST_ROWS,
+    SHORT_TOKENS,
+    DecodeLaunch,
+    DeviceStep,
+    most_tokens,
+    on_device,
+    path_rows,
+)
 from kvfold.backends.cuda_weights import DeviceWeights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import Cancelled
-from kvfold.kernels import ceilings, merged_unfold
+from kvfold.kernels import ceilings, merged_unfold, row_attention
 from kvfold.kernels.cached_blocks import Blocks
 from kvfold.kernels.likeliest import likeliest, take_chosen
 from kvfold.kernels.mla_decode import DecodeWorkspace
@@ -92,6 +100,8 @@ class CudaBackend:
         positions = np.arange(cache.num_pages * PAGE_TOKENS, dtype=np.int32)
         self.cos, self.sin = (torch.from_numpy(a).to(device) for a in cos_sin(model.config.rope, positions))
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # number_product.route's
+        mla = model.config.mla
+        self.exchange = row_attention.Exchange(mla.num_heads, mla.kv_lora_rank, mla.v_head_dim, device)
         captures = captures and device.type == "cuda" and not model.standard
         self._graphs = _Graphs(self) if captures else None
         self._layers = CapturedLayers(self) if captures else None
@@ -234,12 +244,16 @@ class _Captured:
     workspace: DecodeWorkspace
 
 
+_Key = tuple[int, int, int | None]
+"""(bucket, rows a sequence, DeviceStep.most_tokens where kernels are chosen by it)"""
+
+
 class _Graphs:
-    """Captured steps by (bucket, rows a sequence, parts merged late), over one set of buffers that each replay reads anew."""
+    """Captured steps over one set of buffers that each replay reads anew."""
 
     def __init__(self, backend: CudaBackend) -> None:
         self._backend = backend
-        self._captured: dict[tuple[int, int, bool], _Captured] = {}
+        self._captured: dict[_Key, _Captured] = {}
         self._memory = torch.cuda.graph_pool_handle()
         most_rows = BUCKETS[-1] * MOST_ROWS
         # Every page in use once, and shared ones again: a step with more is launched op by op.
@@ -297,8 +311,8 @@ class _Graphs:
     def chooses(self, step: Step) -> bool:
         return self._key(step) is not None and len(step.output_rows) == step.num_rows
 
-    def _key(self, step: Step) -> tuple[int, int, bool] | None:
-        """(bucket, rows a sequence, whether parts are merged late) of a step of generated rows alone."""
+    def _key(self, step: Step) -> _Key | None:
+        """Of a step of generated rows alone."""
         segment = step.segment(Path.ABSORBED.value)
         if segment is None or not segment[0] or path_rows(step, Path.ABSORBED) != slice(0, step.num_rows):
             return None
@@ -307,8 +321,15 @@ class _Graphs:
         if len(counts) != 1 or max(counts) > MOST_ROWS or batch > BUCKETS[-1] or len(step.pages) > self._most_pages:
             return None
         bucket, rows = next(b for b in BUCKETS if b >= batch), counts.pop()
-        merges_late = merged_unfold.serves(bucket * rows, self._backend.model.config.mla.num_heads)
-        return bucket, rows, merges_late and is_short(step.kv_lens)
+        backend, mla = self._backend, self._backend.model.config.mla
+        per_row, most = (bucket * rows, mla.num_heads), most_tokens(step.kv_lens)
+        if most == row_attention.MOST_KEYS and not row_attention.serves(
+            *per_row, mla.kv_lora_rank, backend.dtype, backend.pools[0]
+        ):
+            most = SHORT_TOKENS
+        if most == SHORT_TOKENS and not merged_unfold.serves(*per_row):
+            most = None
+        return bucket, rows, most
 
     def _fill(self, step: Step, bucket: int, rows: int) -> None:
         """The step's arrays into the fixed buffers, padding behind them: no keys, no slot, token 0."""
@@ -335,7 +356,7 @@ class _Graphs:
         self._device[:end].copy_(self._host[:end], non_blocking=True)
         self._copied.record(torch.cuda.current_stream(self._backend.device))
 
-    def _capture(self, bucket: int, rows: int, short: bool) -> _Captured:
+    def _capture(self, bucket: int, rows: int, most: int | None) -> _Captured:
         backend = self._backend
         num_rows = bucket * rows
 
@@ -356,7 +377,7 @@ class _Graphs:
             slice(0, num_rows),
             (launch,),
             None,
-            short,
+            most,
         )
 
         def whole() -> dict[str, Tensor]:

@@ -205,7 +205,7 @@ class CapturedLayers:
             slice(0, 0),
             (),
             None,
-            False,
+            None,
         )
         ops = _RowOps(self._backend, step, buffers, attend)
         hidden = buffers.hidden[:bucket]

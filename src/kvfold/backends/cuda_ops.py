@@ -22,14 +22,22 @@ from kvfold.backends.cuda_step import DeviceStep
 from kvfold.backends.cuda_weights import Rows
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, Pairing, RopeConfig, Scoring
-from kvfold.kernels import merged_unfold, number_product, rounded_product, row_product, rows, tile_product
+from kvfold.kernels import (
+    merged_unfold,
+    number_product,
+    rounded_product,
+    row_attention,
+    row_product,
+    rows,
+    tile_product,
+)
 from kvfold.kernels.cached_blocks import append_blocks, gather_blocks
 from kvfold.kernels.matrix import SCALE_ROWS, Matrix
 from kvfold.kernels.mla_decode import mla_decode
 from kvfold.kernels.mla_prefill import mla_prefill
 from kvfold.kernels.number_product import Norm
 from kvfold.kernels.rounding import is_mixed
-from kvfold.kernels.rows import RoutingRule
+from kvfold.kernels.rows import LatentRow, RoutingRule
 from kvfold.mla.absorb import KvUp
 from kvfold.mla.plan import Path
 
@@ -125,11 +133,21 @@ class Experts(Value):
         self.matrices = matrices
 
 
-class Attended(Value):
-    """Values of decode attention; launch(False) leaves what several parts hold of a row unmerged."""
+class Folded(Value):
+    """Queries against latents, of rows whose append is left to the launch that makes them; q: [T, H * qk_head_dim] before."""
 
-    def __init__(self, launch: Callable[[bool], Tensor]) -> None:
+    def __init__(self, q: Tensor, new: LatentRow, make: Callable[[], Tensor]) -> None:
+        super().__init__(make)
+        self.q = q
+        self.new = new
+
+
+class Attended(Value):
+    """Values of decode attention of q; launch(False) leaves what several parts hold of a row unmerged."""
+
+    def __init__(self, q: Value, launch: Callable[[bool], Tensor]) -> None:
         super().__init__(lambda: launch(True))
+        self.q = q
         self.launch = launch
 
 
@@ -518,11 +536,7 @@ class CudaOps:
         latent = self._latent
         if latent.pool is not None and latent.kv_a is not None:
             backend = self._backend
-            out = fold(self.step.num_rows)
-            rows.fold_append(
-                q.tensor,
-                w_uk,
-                out,
+            new = LatentRow(
                 latent.kv_a,
                 backend.weights.vectors[latent.weight],
                 latent.eps,
@@ -531,10 +545,17 @@ class CudaOps:
                 backend.cos,
                 backend.sin,
                 latent.pool,
-                is_half_split=backend.model.config.rope.pairing is Pairing.HALF_SPLIT,
+                backend.model.config.rope.pairing is Pairing.HALF_SPLIT,
             )
             self._latent = Latent()
-            return made(out.flatten(1))
+            q_rows = q.tensor  # of one product with kv_a, which `add` forgets
+
+            def fold_append() -> Tensor:
+                out = fold(self.step.num_rows)
+                rows.fold_append(q_rows, w_uk, out, new)
+                return out.flatten(1)
+
+            return Folded(q_rows, new, fold_append)
 
         def make() -> Tensor:
             """Absorbed rows only: [rows, H * latent_dim]."""
@@ -576,19 +597,39 @@ class CudaOps:
                     out[local] = self._unfused(q[local], keys, keys[..., : mla.kv_lora_rank], mla.softmax_scale)
             return out.flatten(1)
 
-        return Attended(launch_all)
+        return Attended(q_latent, launch_all)
 
     def unfold_v(self, name: str, o_latent: Value, kv_up: KvUp, mla: MlaConfig) -> Value:
         def make() -> Tensor:
             device, num_rows = self._backend.device, self.step.num_rows
             out = torch.empty(num_rows, mla.num_heads * mla.v_head_dim, dtype=self._dtype, device=device)
             absorbed, launches = self.step.absorbed, self.step.launches
-            _, w_uv = self._backend.weights.up[kv_up]
+            w_uk, w_uv = self._backend.weights.up[kv_up]
             per_head = mla.num_heads, mla.kv_lora_rank
             is_all = absorbed == slice(0, num_rows)
+            folded = o_latent.q if isinstance(o_latent, Attended) else None
             if (
                 is_all
-                and self.step.is_short
+                and self.step.most_tokens == row_attention.MOST_KEYS
+                and len(launches) == 1
+                and isinstance(folded, Folded)
+                and row_attention.serves(num_rows, *per_head, self._dtype, folded.new.pool)
+            ):
+                row_attention.attend(
+                    folded.q,
+                    folded.new,
+                    w_uk,
+                    w_uv,
+                    self.step.pages,
+                    launches[0].page_starts,
+                    launches[0].kv_lens,
+                    out,
+                    self._backend.exchange,
+                    scale=mla.softmax_scale,
+                )
+            elif (
+                is_all
+                and self.step.most_tokens is not None
                 and len(launches) == 1
                 and isinstance(o_latent, Attended)
                 and merged_unfold.serves(num_rows, mla.num_heads)

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvfold.kernels import row_attention
 from kvfold.kernels.mla_decode import DecodeWorkspace, schedule_decode
 from kvfold.mla.plan import Path
 from kvfold.model.step import Step
@@ -18,6 +19,8 @@ MOST_ROWS = 4
 # Contexts up to here are cut in so few parts (9 with MIN_TILES = 2) that merging them where they are unfolded costs less than a
 # launch. One row of V2-Lite on an H200: 1.3 us a layer less at 128 keys, 1.8 more at 4096 (33 parts).
 SHORT_TOKENS = 1024
+# What a step's contexts are told apart by, beside those that are longer: kernels for short ones are chosen by it.
+MOST_TOKENS = (row_attention.MOST_KEYS, SHORT_TOKENS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ class DeviceStep:
     absorbed:     rows of the absorbed segment
     launches:     its rows dealt to launches; empty where it is not fused
     output_rows:  int64, or None for all rows
-    is_short:     no context is longer than SHORT_TOKENS
+    most_tokens:  of MOST_TOKENS, the first that no context is longer than; None where one is longer than all
     """
 
     host: Step | None
@@ -55,11 +58,11 @@ class DeviceStep:
     absorbed: slice
     launches: tuple[DecodeLaunch, ...]
     output_rows: Tensor | None
-    is_short: bool
+    most_tokens: int | None
 
 
-def is_short(kv_lens: NDArray[np.int32]) -> bool:
-    return len(kv_lens) > 0 and int(kv_lens.max()) <= SHORT_TOKENS
+def most_tokens(kv_lens: NDArray[np.int32]) -> int | None:
+    return next((most for most in MOST_TOKENS if kv_lens.max(initial=0) <= most), None)
 
 
 def path_rows(step: Step, path: Path) -> slice:
@@ -100,7 +103,7 @@ def on_device(
         path_rows(step, Path.ABSORBED),
         tuple(launches),
         None if is_all else put(step.output_rows.astype(np.int64)),
-        is_short(step.kv_lens),
+        most_tokens(step.kv_lens),
     )
 
 

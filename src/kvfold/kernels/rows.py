@@ -323,35 +323,36 @@ def rope_append(
     )  # fmt: skip
 
 
-def fold_append(
-    q: Tensor,
-    w_uk: Tensor,
-    out: Tensor,
-    kv_a: Tensor,
-    weight: Tensor,
-    eps: float,
-    positions: Tensor,
-    slots: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    pool: Tensor,
-    *,
-    is_half_split: bool,
-) -> None:
+@dataclass(frozen=True, eq=False)
+class LatentRow:
+    """What generated rows append: [norm(c_kv) | rotated k_rope], rounded to the pool's type."""
+
+    kv_a: Tensor  # [T, kv_lora + rope]
+    weight: Tensor  # float32 [kv_lora], of the norm
+    eps: float
+    positions: Tensor  # int32 [T]
+    slots: Tensor  # int64 [T]; -1: none
+    cos: Tensor  # float32 [all positions, rope / 2]
+    sin: Tensor
+    pool: Tensor  # [slots, kv_lora + rope] of one layer
+    is_half_split: bool
+
+
+def fold_append(q: Tensor, w_uk: Tensor, out: Tensor, new: LatentRow) -> None:
     """Of a few rows: out [T, H, latent] = [q_nope @ w_uk | rotated q_rope], and the append of `rope_append`.
 
-    q [T, H * (nope + rope)] stays as it is; w_uk [H, nope, kv_lora] contiguous; the rest as in `rope_append`.
+    q [T, H * (nope + rope)] stays as it is; w_uk [H, nope, kv_lora] contiguous.
     """
     num_heads, nope, kv_lora = w_uk.shape
-    rope = 2 * cos.shape[1]
+    rope = 2 * new.cos.shape[1]
     # 8 KB of bfloat16 weights: 256 programs for 16 heads of 128 x 512.
     padded, width = triton.next_power_of_2(nope), 32
     early = overlaps(q)
     _fold_append[(num_heads + 1, triton.cdiv(kv_lora, width))](
-        q, q.stride(0), num_heads, nope + rope, w_uk, out, kv_a, kv_a.stride(0), weight, eps, kv_lora, positions, slots,
-        cos, sin, pool, kv_lora + rope,
-        NOPE=nope, PADDED=padded, WIDTH=width, TOKENS=len(q), ROPE=rope, FIRST=1 if is_half_split else 2,
-        SECOND=rope // 2 if is_half_split else 1, PAIRS=triton.next_power_of_2(rope // 2),
+        q, q.stride(0), num_heads, nope + rope, w_uk, out, new.kv_a, new.kv_a.stride(0), new.weight, new.eps, kv_lora,
+        new.positions, new.slots, new.cos, new.sin, new.pool, kv_lora + rope,
+        NOPE=nope, PADDED=padded, WIDTH=width, TOKENS=len(q), ROPE=rope, FIRST=1 if new.is_half_split else 2,
+        SECOND=rope // 2 if new.is_half_split else 1, PAIRS=triton.next_power_of_2(rope // 2),
         LORA=triton.next_power_of_2(kv_lora), EARLY=early, launch_pdl=early,
     )  # fmt: skip
 
