@@ -27,7 +27,11 @@ inline Experts expert_range(const Op& op, const std::vector<Weight>& weights) {
   const int64_t count =
       weights[op.weights[2]].rows() / op.inputs[0].width;    // down gives every expert `hidden` rows
   const int64_t last = op.ints[1] < 0 ? count : op.ints[1];  // -1: every expert
-  return {weights[op.weights[0]], weights[op.weights[1]], weights[op.weights[2]], op.ints[0], last, count};
+  const auto gated = [&](size_t first) -> Gated {
+    return {weights[op.weights[first]], weights[op.weights[first + 1]], weights[op.weights[first + 2]]};
+  };
+  const bool has_shared = op.weights[3] >= 0;
+  return {gated(0), op.ints[0], last, count, has_shared ? std::optional(gated(3)) : std::nullopt};
 }
 
 }  // namespace kvfold

@@ -43,6 +43,13 @@ void expect_shape(const std::string& where, const Weight& weight, int64_t rows, 
   }
 }
 
+void expect_gated(const std::string& where, const Gated& matrices, int64_t count, int64_t inner,
+                  int64_t hidden) {
+  expect_shape(where, matrices.gate, count * inner, hidden);
+  expect_shape(where, matrices.up, count * inner, hidden);
+  expect_shape(where, matrices.down, count * hidden, inner);
+}
+
 class ProgramChecker {
  public:
   ProgramChecker(const std::vector<Segment>& segments, const std::vector<Weight>& weights,
@@ -354,7 +361,7 @@ class ProgramChecker {
         break;
       }
       case OpKind::kExperts: {
-        expect_constants(op, 3, 2, 0);
+        expect_constants(op, 6, 2, 0);
         const Domain domain = domain_of(op);
         const int64_t hidden = op.inputs[0].width;
         expect_inputs(op, {{domain, hidden}, {domain, 0}, {domain, 0}});
@@ -370,11 +377,15 @@ class ProgramChecker {
         expect_equal(op.name, "rows of all experts' down", count * hidden, weight(op, 2).rows());
         expect_equal(op.name, "rows of all experts' gate modulo the experts", 0,
                      weight(op, 0).rows() % count);
-        expect(op.weights[1] >= 0, op.name, "an absent weight");
+        const bool has_shared = op.weights[3] >= 0;
+        for (size_t i = 1; i < op.weights.size(); i++) {
+          const bool is_wanted = i < 3 || has_shared;
+          expect((op.weights[i] >= 0) == is_wanted, op.name,
+                 is_wanted ? "an absent weight" : "shared experts without gate");
+        }
         const Experts experts = expert_range(op, weights_);
-        expect_shape(op.name, experts.gate, count * experts.inner(), hidden);
-        expect_shape(op.name, experts.up, count * experts.inner(), hidden);
-        expect_shape(op.name, experts.down, count * hidden, experts.inner());
+        expect_gated(op.name, experts.routed, count, experts.inner(), hidden);
+        if (experts.shared) expect_gated(op.name, *experts.shared, 1, experts.shared_inner(), hidden);
         expect(0 <= experts.first && experts.first <= experts.last && experts.last <= count, op.name,
                "experts " + std::to_string(op.ints[0]) + " to " + std::to_string(op.ints[1]) + " of " +
                    std::to_string(count));

@@ -113,107 +113,155 @@ void route(const Machine& machine, int64_t rows, Matrix x, const Weight& weight,
   }
 }
 
-int64_t experts_floats(const Experts& experts) {
-  if (has_expert_kernels(experts)) return block_experts_floats(experts);
-  const int64_t inner_panels = panel_floats(experts.gate) + panel_floats(experts.up);
-  return std::max(inner_panels, panel_floats(experts.down)) + 2 * kRowTile * 64;
-}
-
-int64_t experts_shared_floats(const Experts& experts, int64_t per_token) {
-  if (has_expert_kernels(experts)) return block_experts_shared_floats(experts, per_token);
-  // Of a window: where each expert's rows start, the experts that have any, and per row and choice the row,
-  // its weight and the inner activations.
-  return 2 * (experts.count + 1) + per_token * (2 + experts.inner());
-}
-
-ExpertPairs group_by_expert(const Experts& experts, Matrix ids, Matrix weights, int64_t first, int64_t n,
-                            int64_t window, int32_t* tables, int32_t* pairs) {
+RowGroups::RowGroups(const Experts& experts, Matrix ids, Matrix weights, int64_t first, int64_t n,
+                     int64_t window, int32_t* memory)
+    : experts_(experts),
+      n_(n),
+      window_(window),
+      starts_(memory),
+      chosen_(memory + experts.count + 1),
+      rows_(memory + fixed_numbers(experts)),
+      weights_(reinterpret_cast<float*>(rows_ + window * ids.width)) {
   const int64_t per_token = ids.width;
-  int32_t *starts = tables, *active = tables + experts.count + 1;
-  int32_t* pair_rows = pairs;
-  auto* pair_weights = reinterpret_cast<float*>(pairs + window * per_token);
   const auto takes_part = [&](int32_t e) { return experts.first <= e && e < experts.last; };
-  std::fill(starts, starts + experts.count + 1, 0);
+  std::fill(starts_, starts_ + experts.count + 1, 0);
   for (int64_t i = 0; i < n; i++) {
     for (int64_t k = 0; k < per_token; k++) {
       const int32_t e = ids.ids(first + i)[k];
-      if (takes_part(e)) starts[e + 1]++;
+      if (takes_part(e)) starts_[e + 1]++;
     }
   }
-  int64_t num_active = 0;
   for (int32_t e = 0; e < experts.count; e++) {
-    if (starts[e + 1] > 0) active[num_active++] = e;
-    starts[e + 1] += starts[e];
+    if (starts_[e + 1] > 0) chosen_[num_chosen_++] = e;
+    starts_[e + 1] += starts_[e];
   }
   for (int64_t i = 0; i < n; i++) {
     for (int64_t k = 0; k < per_token; k++) {
       const int32_t e = ids.ids(first + i)[k];
       if (!takes_part(e)) continue;
-      pair_rows[starts[e]] = static_cast<int32_t>(i);
-      pair_weights[starts[e]++] = weights.row(first + i)[k];
+      rows_[starts_[e]] = static_cast<int32_t>(i);
+      weights_[starts_[e]++] = weights.row(first + i)[k];
     }
   }
-  for (int64_t e = experts.count; e > 0; e--) starts[e] = starts[e - 1];  // filling moved each to its end
-  starts[0] = 0;
-  return {starts, active, num_active, pair_rows, pair_weights};
+  for (int64_t e = experts.count; e > 0; e--) starts_[e] = starts_[e - 1];  // filling moved each to its end
+  starts_[0] = 0;
+}
+
+RowGroup RowGroups::operator[](int64_t group) const {
+  if (group < num_shared()) {
+    return {*experts_.shared, true, experts_.shared_inner(), 0, 0, n_, nullptr, nullptr, 0};
+  }
+  const int64_t e = chosen_[group - num_shared()], start = starts_[e], inner = experts_.inner();
+  return {experts_.routed,
+          false,
+          inner,
+          e * inner,
+          e * experts_.hidden(),
+          starts_[e + 1] - start,
+          rows_ + start,
+          weights_ + start,
+          window_ * experts_.shared_inner() + start * inner};
+}
+
+namespace {
+
+// Floats of shared space of mix_experts in float32: fixed, and for each row of a window.
+struct SharedNeed {
+  int64_t fixed, per_row;
+};
+SharedNeed shared_need(const Experts& experts, int64_t per_token) {
+  return {RowGroups::fixed_numbers(experts) + experts.most_groups() + 1,
+          RowGroups::per_row(per_token) + per_token * experts.inner() + experts.shared_inner()};
+}
+
+int64_t gate_up_rows(const Gated& matrices) {
+  return std::min(panel_rows(matrices.gate), panel_rows(matrices.up));
+}
+
+int64_t panels_floats(const Gated& matrices) {
+  return std::max(panel_floats(matrices.gate) + panel_floats(matrices.up), panel_floats(matrices.down));
+}
+
+}  // namespace
+
+int64_t experts_floats(const Experts& experts) {
+  if (has_expert_kernels(experts)) return block_experts_floats(experts);
+  const int64_t panels = panels_floats(experts.routed);
+  return std::max(panels, experts.shared ? panels_floats(*experts.shared) : 0) + 2 * kRowTile * 64;
+}
+
+int64_t experts_shared_floats(const Experts& experts, int64_t per_token) {
+  if (has_expert_kernels(experts)) return block_experts_shared_floats(experts, per_token);
+  const SharedNeed need = shared_need(experts, per_token);
+  return need.fixed + need.per_row;
 }
 
 void mix_experts(const Machine& machine, int64_t rows, Matrix x, Matrix ids, Matrix weights,
                  const Experts& experts, Matrix out) {
   if (has_expert_kernels(experts)) return mix_experts_in_blocks(machine, rows, x, ids, weights, experts, out);
-  const int64_t per_token = ids.width, inner = experts.inner(), hidden = x.width;
-  const int64_t tables = 2 * (experts.count + 1);
-  const int64_t window = (machine.shared_floats - tables) / (per_token * (2 + inner));
+  const int64_t hidden = x.width;
+  const SharedNeed need = shared_need(experts, ids.width);
+  const int64_t window = (machine.shared_floats - need.fixed) / need.per_row;
   auto* numbers = reinterpret_cast<int32_t*>(machine.shared);
-  float* activations = machine.shared + tables + 2 * window * per_token;  // [pairs, inner]
+  int32_t* queue = numbers + RowGroups::fixed_numbers(experts) + window * RowGroups::per_row(ids.width);
+  float* activations = machine.shared + (queue + experts.most_groups() + 1 - numbers);
 
   for (int64_t first = 0; first < rows; first += window) {
     const int64_t n = std::min(window, rows - first);
     const Matrix from{x.row(first), x.stride, hidden};
-    const ExpertPairs grouped =
-        group_by_expert(experts, ids, weights, first, n, window, numbers, numbers + tables);
-    const int32_t* starts = grouped.starts;
+    const RowGroups groups(experts, ids, weights, first, n, window, numbers);
 
-    // Calls use(pair, count) for tiles of an expert's pairs.
-    const auto for_pairs = [&](int32_t e, const auto& use) {
-      for (int64_t p = starts[e]; p < starts[e + 1]; p += kRowTile)
-        use(p, std::min<int64_t>(kRowTile, starts[e + 1] - p));
+    // Calls use(i, count) for tiles of a group's rows.
+    const auto for_tiles = [&](const RowGroup& group, const auto& use) {
+      for (int64_t i = 0; i < group.num_rows; i += kRowTile)
+        use(i, std::min<int64_t>(kRowTile, group.num_rows - i));
     };
 
-    const int64_t step = std::min(panel_rows(experts.gate), panel_rows(experts.up));
-    const int64_t chunks = (inner + step - 1) / step;
-    machine.team.for_each(grouped.num_active * chunks, [&](int64_t unit, int member) {
-      const int32_t e = grouped.active[unit / chunks];
-      const int64_t at = unit % chunks * step, count = std::min(step, inner - at);
+    const Queue gate_up(queue, groups.size(), [&](int64_t g) {
+      const int64_t step = gate_up_rows(groups[g].matrices);
+      return (groups[g].inner + step - 1) / step;
+    });
+    machine.team.for_each(gate_up.num_units(), [&](int64_t unit, int member) {
+      const auto [g, of_group] = gate_up[unit];
+      const RowGroup group = groups[g];
+      const Gated& matrices = group.matrices;
+      const int64_t step = gate_up_rows(matrices), at = of_group * step,
+                    count = std::min(step, group.inner - at);
       float* memory = machine.of(member);
       float *gate_tile = memory, *up_tile = gate_tile + kRowTile * count;
       float* panels = memory + 2 * kRowTile * 64;
-      const float* gate = decode_panel(experts.gate, e * inner + at, count, panels);
-      const float* up = decode_panel(experts.up, e * inner + at, count, panels + panel_floats(experts.gate));
-      for_pairs(e, [&](int64_t p, int64_t m) {
-        tiles().nt(from.data, from.stride, grouped.rows + p, m, gate, hidden, count, hidden, gate_tile,
-                   count);
-        tiles().nt(from.data, from.stride, grouped.rows + p, m, up, hidden, count, hidden, up_tile, count);
-        for (int64_t i = 0; i < m; i++) {
-          float* to = activations + (p + i) * inner + at;
-          for (int64_t c = 0; c < count; c++) to[c] = silu(gate_tile[i * count + c]) * up_tile[i * count + c];
+      const float* gate = decode_panel(matrices.gate, group.gate_row + at, count, panels);
+      const float* up =
+          decode_panel(matrices.up, group.gate_row + at, count, panels + panel_floats(matrices.gate));
+      for_tiles(group, [&](int64_t i, int64_t m) {
+        const float* source = group.rows ? from.data : from.row(i);
+        const int32_t* pick = group.rows ? group.rows + i : nullptr;
+        tiles().nt(source, from.stride, pick, m, gate, hidden, count, hidden, gate_tile, count);
+        tiles().nt(source, from.stride, pick, m, up, hidden, count, hidden, up_tile, count);
+        for (int64_t r = 0; r < m; r++) {
+          float* to = activations + group.inner_at + (i + r) * group.inner + at;
+          for (int64_t c = 0; c < count; c++) to[c] = silu(gate_tile[r * count + c]) * up_tile[r * count + c];
         }
       });
     });
 
-    const int64_t down_step = panel_rows(experts.down);
-    machine.team.for_each(num_panels(experts.down, hidden), [&](int64_t unit, int member) {
+    int64_t down_step = panel_rows(experts.routed.down);
+    if (experts.shared) down_step = std::min(down_step, panel_rows(experts.shared->down));
+    machine.team.for_each((hidden + down_step - 1) / down_step, [&](int64_t unit, int member) {
       const int64_t at = unit * down_step, count = std::min(down_step, hidden - at);
       float* tile = machine.of(member);
       float* panel = tile + 2 * kRowTile * 64;
       for (int64_t i = 0; i < n; i++) std::memset(out.row(first + i) + at, 0, count * 4);
-      for (int64_t a = 0; a < grouped.num_active; a++) {
-        const float* down = decode_panel(experts.down, grouped.active[a] * hidden + at, count, panel);
-        for_pairs(grouped.active[a], [&](int64_t p, int64_t m) {
-          tiles().nt(activations + p * inner, inner, nullptr, m, down, inner, count, inner, tile, count);
-          for (int64_t i = 0; i < m; i++) {
-            float* to = out.row(first + grouped.rows[p + i]) + at;
-            for (int64_t c = 0; c < count; c++) to[c] += grouped.weights[p + i] * tile[i * count + c];
+      for (int64_t g = 0; g < groups.size(); g++) {
+        const RowGroup group = groups[g];
+        const float* inner = activations + group.inner_at;
+        const float* down = decode_panel(group.matrices.down, group.down_row + at, count, panel);
+        for_tiles(group, [&](int64_t i, int64_t m) {
+          tiles().nt(inner + i * group.inner, group.inner, nullptr, m, down, group.inner, count, group.inner,
+                     tile, count);
+          for (int64_t r = 0; r < m; r++) {
+            float* to = out.row(first + group.row(i + r)) + at;
+            for (int64_t c = 0; c < count; c++) to[c] += group.weight(i + r) * tile[r * count + c];
           }
         });
       }

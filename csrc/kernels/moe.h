@@ -2,6 +2,11 @@
 
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <utility>
+
 #include "kernels/step_view.h"
 #include "kernels/weights.h"
 
@@ -23,33 +28,94 @@ void route(const Machine& machine, int64_t rows, Matrix x, const Weight& weight,
 int64_t route_floats(const Weight& weight, const Routing& routing);
 int64_t route_shared_floats(const Weight& weight, const Routing& routing);
 
-// A range of experts of one layer: gate and up [E * inner, hidden], down [E * hidden, inner].
-struct Experts {
-  const Weight& gate;
+// A gated network, down(silu(gate x) * up x), or equal ones below each other.
+struct Gated {
+  const Weight& gate;  // [networks * inner, hidden], and so is up
   const Weight& up;
-  const Weight& down;
+  const Weight& down;  // [networks * hidden, inner]
+};
+
+// A range of experts of one layer, and the shared ones beside them: one network that every row passes, of
+// another width and other types perhaps.
+struct Experts {
+  Gated routed;
   int64_t first, last;  // those that take part
   int64_t count;        // all
+  std::optional<Gated> shared;
 
-  int64_t inner() const { return gate.rows() / count; }
+  int64_t inner() const { return routed.gate.rows() / count; }
+  int64_t shared_inner() const { return shared ? shared->gate.rows() : 0; }
+  int64_t hidden() const { return routed.gate.cols; }
+  int64_t most_groups() const { return count + (shared ? 1 : 0); }
 };
 
-// Pairs (row, choice) of a window of rows, sorted by expert, rows ascending.
-struct ExpertPairs {
-  const int32_t* starts;  // [E + 1]: of each expert's pairs
-  const int32_t* active;  // [num_active]: experts that have pairs, ascending
-  int64_t num_active;
-  const int32_t* rows;   // [pairs]: row within the window
-  const float* weights;  // [pairs]
-};
-// Of rows [first, first + n), n <= window. tables: 2 * (E + 1) numbers, pairs: two for each pair of a window.
-ExpertPairs group_by_expert(const Experts& experts, Matrix ids, Matrix weights, int64_t first, int64_t n,
-                            int64_t window, int32_t* tables, int32_t* pairs);
+// One network and the rows of a window that pass it.
+struct RowGroup {
+  const Gated& matrices;
+  bool is_shared;
+  int64_t inner;
+  int64_t gate_row, down_row;  // where its own begin in the matrices
+  int64_t num_rows;
+  const int32_t* rows;   // [num_rows] of the window, ascending; null: all of them
+  const float* weights;  // [num_rows]; null: ones
+  int64_t inner_at;      // floats before its [num_rows, inner] in what holds the activations of all groups
 
-// out [rows, hidden] = sum over a row's experts that take part, in ascending order, of weight *
-// down(silu(gate x) * up x). Rows are grouped by expert, so a panel of weights is decoded once for all its
-// rows of a window that fits the shared space. Scratch: experts_floats. Shared: at least
-// experts_shared_floats.
+  int64_t row(int64_t i) const { return rows ? rows[i] : i; }
+  float weight(int64_t i) const { return weights ? weights[i] : 1.0f; }
+};
+
+// The groups of a window of rows: the shared experts with every row, then experts that were chosen,
+// ascending.
+class RowGroups {
+ public:
+  // Of rows [first, first + n), n <= window. memory: fixed_numbers, and per_row for each row of a window.
+  RowGroups(const Experts& experts, Matrix ids, Matrix weights, int64_t first, int64_t n, int64_t window,
+            int32_t* memory);
+  static int64_t fixed_numbers(const Experts& experts) { return 2 * experts.count + 1; }
+  static int64_t per_row(int64_t per_token) { return 2 * per_token; }
+
+  int64_t size() const { return num_chosen_ + num_shared(); }
+  RowGroup operator[](int64_t group) const;
+
+ private:
+  int64_t num_shared() const { return experts_.shared ? 1 : 0; }
+
+  const Experts& experts_;
+  int64_t n_, window_, num_chosen_ = 0;
+  int32_t* starts_;  // [E + 1]: of each expert's rows
+  int32_t* chosen_;  // [num_chosen]: experts that have rows
+  int32_t* rows_;    // by expert
+  float* weights_;
+};
+
+// Units of several groups in one line, so that members who run out of one group's begin the next one's.
+class Queue {
+ public:
+  // starts: memory of size + 1 numbers. units_of(group): how many it has.
+  template <typename UnitsOf>
+  Queue(int32_t* starts, int64_t size, const UnitsOf& units_of) : starts_(starts), size_(size) {
+    starts[0] = 0;
+    for (int64_t group = 0; group < size; group++) {
+      starts[group + 1] = starts[group] + static_cast<int32_t>(units_of(group));
+    }
+  }
+
+  int64_t num_units() const { return starts_[size_]; }
+  // (group, which of its units)
+  std::pair<int64_t, int64_t> operator[](int64_t unit) const {
+    const int64_t group = std::upper_bound(starts_, starts_ + size_ + 1, unit) - starts_ - 1;
+    return {group, unit - starts_[group]};
+  }
+
+ private:
+  const int32_t* starts_;
+  int64_t size_;
+};
+
+// out [rows, hidden] = the shared experts, if any, plus the sum over a row's experts that take part, in
+// ascending order, of weight * down(silu(gate x) * up x). Rows are grouped by expert, so a panel of weights
+// is decoded once for all its rows of a window that fits the shared space. Scratch: experts_floats. Shared:
+// at least experts_shared_floats.
 void mix_experts(const Machine& machine, int64_t rows, Matrix x, Matrix ids, Matrix weights,
                  const Experts& experts, Matrix out);
 int64_t experts_floats(const Experts& experts);

@@ -13,12 +13,14 @@ constexpr int64_t kTileRows = 512;  // of an expert computed before their result
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+int64_t row_bytes(const Weight& weight) { return weight.type->row_bytes(weight.cols); }
+
 const uint8_t* raw_rows(const Weight& weight, int64_t row) {
   const uint8_t* part = weight.parts[row / weight.part_rows].raw;
-  return part + row % weight.part_rows * weight.type->row_bytes(weight.cols);
+  return part + row % weight.part_rows * row_bytes(weight);
 }
 
-// Activations of one expert, in the form asked for, or the one of its number of rows.
+// Activations of one network, in the form asked for, or the one of its number of rows.
 struct Prepared {
   const MatrixKernels& kernels;
   int64_t k;
@@ -29,15 +31,21 @@ struct Prepared {
     return by_dots(rows) ? rows * kernels.dot_bytes(k)
                          : pieces(rows, kernels.tile_cols) * kernels.tile_bytes(k);
   }
-  // Of any number of experts with `pairs` rows in all, so many that a row more costs `per_pair`.
+  // Of any number of networks with `pairs` rows in all, so many that a row more costs `per_pair`.
   int64_t per_pair() const {
     return std::max(kernels.dot_bytes(k), pieces(kernels.tile_bytes(k), kernels.tile_cols));
   }
   int64_t slack() const { return kernels.tile_bytes(k); }
 
-  // Row i is x + pick[i] * stride, or x + i * stride where pick is null.
-  void prepare(const float* x, int64_t stride, const int32_t* pick, int64_t rows, uint8_t* to) const {
-    if (!by_dots(rows)) return kernels.prepare_tile(x, stride, pick, rows, k, to);
+  // Where row `first` of `all` begins, the first of a group of a tile.
+  int64_t offset(int64_t first, int64_t all) const {
+    return by_dots(all) ? first * kernels.dot_bytes(k) : first / kernels.tile_cols * kernels.tile_bytes(k);
+  }
+
+  // Some rows of a network's `all`. Row i is x + pick[i] * stride, or x + i * stride where pick is null.
+  void prepare(const float* x, int64_t stride, const int32_t* pick, int64_t rows, int64_t all,
+               uint8_t* to) const {
+    if (!by_dots(all)) return kernels.prepare_tile(x, stride, pick, rows, k, to);
     for (int64_t i = 0; i < rows; i++) {
       kernels.prepare_dot(x + (pick ? pick[i] : i) * stride, k, to + i * kernels.dot_bytes(k));
     }
@@ -50,13 +58,13 @@ struct Prepared {
   }
   int64_t panel_floats() const { return unpacked_bytes(kernels, k) / 4; }
 
-  // Weight rows of a matrix of n that a member takes at a time, for experts that all go by dots or do not.
-  int64_t step(bool all_by_dots, int64_t n, int64_t row_bytes, int members) const {
-    if (!all_by_dots) return kernels.tile_rows;
-    return std::min(dot_rows(kernels, n, row_bytes, members), tile_floats() / kernels.tile_cols);
+  // Weight rows that are multiplied at a time: `wanted` by dots, as far as a tile of results holds them.
+  int64_t step(int64_t rows, int64_t wanted) const {
+    if (!by_dots(rows)) return kernels.tile_rows;
+    return std::min(wanted, tile_floats() / kernels.tile_cols / kernels.row_group * kernels.row_group);
   }
 
-  // y[i * step + j] of prepared rows [first, first + rows) of an expert's `all`, as many as a tile holds, and
+  // y[i * step + j] of prepared rows [first, first + rows) of a network's `all`, as many as a tile holds, and
   // the weight rows j < step.
   void multiply(const PanelRows& w, int64_t step, int64_t all, const uint8_t* x, int64_t first, int64_t rows,
                 float* y, uint8_t* panel) const {
@@ -72,39 +80,68 @@ struct Prepared {
   }
 };
 
-}  // namespace
+// What meets gate and up, and what meets down.
+struct Forms {
+  Prepared in, inside;
 
-bool has_expert_kernels(const Experts& experts) {
+  Forms(const Gated& matrices, ProductForm form)
+      : in{*matrices.gate.kernels, matrices.gate.cols, form},
+        inside{*matrices.down.kernels, matrices.down.cols, form} {}
+
+  int64_t member_floats() const {
+    return std::max(2 * in.tile_floats() + in.panel_floats(), inside.tile_floats() + inside.panel_floats());
+  }
+  int64_t per_pair() const { return std::max(in.per_pair(), inside.per_pair()); }
+  int64_t slack() const { return std::max(in.slack(), inside.slack()); }
+};
+
+// Of the routed experts and of the shared ones, which are not asked for where there are none.
+struct AllForms {
+  Forms routed, shared;
+
+  AllForms(const Experts& experts, ProductForm form)
+      : routed(experts.routed, form), shared(experts.shared ? *experts.shared : experts.routed, form) {}
+  const Forms& of(const RowGroup& group) const { return group.is_shared ? shared : routed; }
+};
+
+bool has_kernels(const Gated& matrices, int64_t inner, int64_t hidden) {
   const auto whole_parts = [&](const Weight& weight, int64_t rows) { return weight.part_rows % rows == 0; };
-  return experts.gate.kernels != nullptr && experts.gate.kernels == experts.up.kernels &&
-         experts.down.kernels != nullptr && whole_parts(experts.gate, experts.inner()) &&
-         whole_parts(experts.up, experts.inner()) && whole_parts(experts.down, experts.gate.cols);
+  return matrices.gate.kernels != nullptr && matrices.gate.kernels == matrices.up.kernels &&
+         matrices.down.kernels != nullptr && whole_parts(matrices.gate, inner) &&
+         whole_parts(matrices.up, inner) && whole_parts(matrices.down, hidden);
 }
 
-int64_t block_experts_floats(const Experts& experts) {
-  const Prepared in{*experts.gate.kernels, experts.gate.cols},
-      inside{*experts.down.kernels, experts.down.cols};
-  return std::max(2 * in.tile_floats() + in.panel_floats(), inside.tile_floats() + inside.panel_floats());
-}
-
-namespace {
-
-// Floats of shared space: fixed, and for each row.
+// Floats of shared space: fixed, and for each row of a window.
 struct SharedNeed {
   int64_t fixed, per_row;
 };
 SharedNeed shared_need(const Experts& experts, int64_t per_token) {
-  const Prepared in{*experts.gate.kernels, experts.gate.cols},
-      inside{*experts.down.kernels, experts.down.cols};
-  const int64_t prepared = std::max(in.per_pair(), inside.per_pair()),
-                slack = std::max(in.slack(), inside.slack());
-  // Where each expert's rows start, those that have any and where their prepared rows are; per pair its row,
-  // its weight, inner activations and prepared rows.
-  return {4 * (experts.count + 1) + 3 * kLineFloats + pieces(experts.count * slack, 4),
-          per_token * (2 + experts.inner() + pieces(prepared, 4))};
+  const AllForms forms(experts, ProductForm::kBySize);
+  // Where each group's prepared rows are and where its units begin; then the groups, inner activations and
+  // prepared rows.
+  const int64_t groups = experts.most_groups();
+  SharedNeed need{
+      2 * groups + groups + 1 + RowGroups::fixed_numbers(experts) + 3 * kLineFloats +
+          pieces(experts.count * forms.routed.slack(), 4),
+      RowGroups::per_row(per_token) + per_token * (experts.inner() + pieces(forms.routed.per_pair(), 4))};
+  if (experts.shared) {
+    need.fixed += pieces(forms.shared.slack(), 4);
+    need.per_row += experts.shared_inner() + pieces(forms.shared.per_pair(), 4);
+  }
+  return need;
 }
 
 }  // namespace
+
+bool has_expert_kernels(const Experts& experts) {
+  return has_kernels(experts.routed, experts.inner(), experts.hidden()) &&
+         (!experts.shared || has_kernels(*experts.shared, experts.shared_inner(), experts.hidden()));
+}
+
+int64_t block_experts_floats(const Experts& experts) {
+  const AllForms forms(experts, ProductForm::kBySize);
+  return std::max(forms.routed.member_floats(), forms.shared.member_floats());
+}
 
 int64_t block_experts_shared_floats(const Experts& experts, int64_t per_token) {
   const SharedNeed need = shared_need(experts, per_token);
@@ -113,97 +150,141 @@ int64_t block_experts_shared_floats(const Experts& experts, int64_t per_token) {
 
 void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matrix ids, Matrix weights,
                            const Experts& experts, Matrix out) {
-  const int64_t per_token = ids.width, inner = experts.inner(), hidden = x.width;
-  const Prepared in{*experts.gate.kernels, hidden, machine.form},
-      inside{*experts.down.kernels, inner, machine.form};
-  const SharedNeed need = shared_need(experts, per_token);
+  const int64_t hidden = x.width;
+  const int members = machine.team.size();
+  const AllForms forms(experts, machine.form);
+  const SharedNeed need = shared_need(experts, ids.width);
   const int64_t window = std::min(rows, (machine.shared_floats - need.fixed) / need.per_row);
 
-  auto* starts = reinterpret_cast<int32_t*>(machine.shared);
-  auto* offsets = reinterpret_cast<int64_t*>(machine.shared +
-                                             whole_lines(2 * (experts.count + 1)));  // by place in active
-  auto* pairs = reinterpret_cast<int32_t*>(offsets + experts.count + 1);
-  auto* activations = reinterpret_cast<float*>(pairs + 2 * window * per_token);  // [pairs, inner]
-  auto* prepared = reinterpret_cast<uint8_t*>(
-      machine.shared + whole_lines(activations + window * per_token * inner - machine.shared));
+  auto* offsets = reinterpret_cast<int64_t*>(machine.shared);  // of each group's prepared rows
+  auto* queue = reinterpret_cast<int32_t*>(offsets + experts.most_groups());
+  int32_t* numbers = queue + experts.most_groups() + 1;
+  auto* activations = reinterpret_cast<float*>(numbers + RowGroups::fixed_numbers(experts) +
+                                               window * RowGroups::per_row(ids.width));
+  const int64_t inner_floats = window * (ids.width * experts.inner() + experts.shared_inner());
+  auto* prepared =
+      reinterpret_cast<uint8_t*>(machine.shared + whole_lines(activations + inner_floats - machine.shared));
+
+  const auto in_of = [&](const RowGroup& group) -> const Prepared& { return forms.of(group).in; };
+  const auto inside_of = [&](const RowGroup& group) -> const Prepared& { return forms.of(group).inside; };
 
   for (int64_t first = 0; first < rows; first += window) {
     const int64_t n = std::min(window, rows - first);
-    const float* from = x.row(first);
-    const ExpertPairs grouped = group_by_expert(experts, ids, weights, first, n, window, starts, pairs);
-    const auto count_of = [&](int64_t a) {
-      const int32_t e = grouped.active[a];
-      return static_cast<int64_t>(grouped.starts[e + 1] - grouped.starts[e]);
-    };
-    const auto place = [&](const Prepared& form) {
-      int64_t at = 0;
-      for (int64_t a = 0; a < grouped.num_active; a++) {
-        offsets[a] = at;
-        at += form.bytes(count_of(a));
+    const RowGroups groups(experts, ids, weights, first, n, window, numbers);
+
+    // Every group's rows for one of its products: prepare(group, first row, rows, to).
+    const auto prepare_all = [&](const auto& form_of, const auto& prepare) {
+      constexpr int64_t kTileGroups = 4;
+      const auto piece_rows = [&](const RowGroup& group) {
+        return kTileGroups * form_of(group).kernels.tile_cols;
+      };
+      int64_t end = 0;
+      for (int64_t g = 0; g < groups.size(); g++) {
+        offsets[g] = end;
+        end += form_of(groups[g]).bytes(groups[g].num_rows);
       }
+      const Queue line(queue, groups.size(),
+                       [&](int64_t g) { return pieces(groups[g].num_rows, piece_rows(groups[g])); });
+      machine.team.for_each(line.num_units(), [&](int64_t unit, int) {
+        const auto [g, piece] = line[unit];
+        const RowGroup group = groups[g];
+        const int64_t at = piece * piece_rows(group),
+                      count = std::min(piece_rows(group), group.num_rows - at);
+        prepare(group, at, count, prepared + offsets[g] + form_of(group).offset(at, group.num_rows));
+      });
     };
 
-    place(in);
-    machine.team.for_each(grouped.num_active, [&](int64_t a, int) {
-      const int64_t p = grouped.starts[grouped.active[a]];
-      in.prepare(from, x.stride, grouped.rows + p, count_of(a), prepared + offsets[a]);
+    prepare_all(in_of, [&](const RowGroup& group, int64_t at, int64_t count, uint8_t* to) {
+      const float* from = x.row(group.rows ? first : first + at);
+      in_of(group).prepare(from, x.stride, group.rows ? group.rows + at : nullptr, count, group.num_rows, to);
     });
 
-    bool all_by_dots = true;
-    for (int64_t a = 0; a < grouped.num_active; a++) all_by_dots &= in.by_dots(count_of(a));
-    const int64_t row_bytes = experts.gate.type->row_bytes(hidden);
-    const int64_t step = in.step(all_by_dots, inner, row_bytes, machine.team.size());
-    const int64_t chunks = pieces(inner, step);
-    machine.team.for_each(grouped.num_active * chunks, [&](int64_t unit, int member) {
-      const int64_t a = unit / chunks, e = grouped.active[a], pair = grouped.starts[e], m = count_of(a);
-      const int64_t at = unit % chunks * step, count = std::min(step, inner - at);
-      const uint8_t *gate = raw_rows(experts.gate, e * inner + at),
-                    *up = raw_rows(experts.up, e * inner + at);
+    const auto gate_up_step = [&](const RowGroup& group) {
+      const Prepared& in = in_of(group);
+      return in.step(group.num_rows,
+                     dot_rows(in.kernels, group.inner, row_bytes(group.matrices.gate), members));
+    };
+    const Queue gate_up(queue, groups.size(),
+                        [&](int64_t g) { return pieces(groups[g].inner, gate_up_step(groups[g])); });
+    machine.team.for_each(gate_up.num_units(), [&](int64_t unit, int member) {
+      const auto [g, piece] = gate_up[unit];
+      const RowGroup group = groups[g];
+      const Prepared& in = in_of(group);
+      const int64_t step = gate_up_step(group), at = piece * step, count = std::min(step, group.inner - at),
+                    m = group.num_rows, bytes = row_bytes(group.matrices.gate);
+      const uint8_t *gate = raw_rows(group.matrices.gate, group.gate_row + at),
+                    *up = raw_rows(group.matrices.up, group.gate_row + at);
       float *gate_tile = machine.of(member), *up_tile = gate_tile + in.tile_floats();
       auto* panel = reinterpret_cast<uint8_t*>(up_tile + in.tile_floats());
-      // What this member is likely to unpack next: the same rows a few units on, if they are of this expert.
-      const int64_t bytes = count * row_bytes, ahead = machine.team.size() * step;
-      const bool more = at + ahead + step <= inner;
+      // What this member is likely to unpack next: the same rows a few units on, if they are of this network.
+      const int64_t ahead = members * step;
+      const bool more = at + ahead + step <= group.inner;
       for (int64_t i = 0; i < m; i += in.row_tile(step)) {
         const int64_t tile = std::min(in.row_tile(step), m - i);
-        const int64_t next_bytes = more && i + tile == m ? bytes : 0;
-        in.multiply({gate, row_bytes, count, gate + ahead * row_bytes, next_bytes}, step, m,
-                    prepared + offsets[a], i, tile, gate_tile, panel);
-        in.multiply({up, row_bytes, count, up + ahead * row_bytes, next_bytes}, step, m,
-                    prepared + offsets[a], i, tile, up_tile, panel);
+        const int64_t next_bytes = more && i + tile == m ? count * bytes : 0;
+        in.multiply({gate, bytes, count, gate + ahead * bytes, next_bytes}, step, m, prepared + offsets[g], i,
+                    tile, gate_tile, panel);
+        in.multiply({up, bytes, count, up + ahead * bytes, next_bytes}, step, m, prepared + offsets[g], i,
+                    tile, up_tile, panel);
         for (int64_t r = 0; r < tile; r++) {
-          isa().swiglu(gate_tile + r * step, up_tile + r * step, activations + (pair + i + r) * inner + at,
-                       count);
+          isa().swiglu(gate_tile + r * step, up_tile + r * step,
+                       activations + group.inner_at + (i + r) * group.inner + at, count);
         }
       }
     });
 
-    place(inside);
-    machine.team.for_each(grouped.num_active, [&](int64_t a, int) {
-      const float* rows_of = activations + grouped.starts[grouped.active[a]] * inner;
-      inside.prepare(rows_of, inner, nullptr, count_of(a), prepared + offsets[a]);
+    prepare_all(inside_of, [&](const RowGroup& group, int64_t at, int64_t count, uint8_t* to) {
+      const float* from = activations + group.inner_at + at * group.inner;
+      inside_of(group).prepare(from, group.inner, nullptr, count, group.num_rows, to);
     });
 
-    const int64_t down_bytes = experts.down.type->row_bytes(inner);
-    const int64_t down_step = inside.step(all_by_dots, hidden, down_bytes, machine.team.size());
-    machine.team.for_each(pieces(hidden, down_step), [&](int64_t unit, int member) {
-      const int64_t at = unit * down_step, count = std::min(down_step, hidden - at);
+    // A unit has some rows of every network's down, so that no two members add to the same sums: few where
+    // networks go by tiles, many for shares worth reading ahead where all experts go by dots.
+    bool by_dots = true;
+    int64_t unit_rows = 1;
+    for (int64_t g = 0; g < groups.size(); g++) {
+      const RowGroup group = groups[g];
+      const Prepared& inside = inside_of(group);
+      if (inside.by_dots(group.num_rows)) continue;
+      by_dots &= group.is_shared;
+      unit_rows = std::max<int64_t>(unit_rows, inside.kernels.tile_rows);
+    }
+    if (by_dots) {
+      const int64_t wanted =
+          dot_rows(forms.routed.inside.kernels, hidden, row_bytes(experts.routed.down), members);
+      unit_rows = pieces(wanted, unit_rows) * unit_rows;
+    }
+    machine.team.for_each(pieces(hidden, unit_rows), [&](int64_t unit, int member) {
+      const int64_t unit_first = unit * unit_rows, unit_last = std::min(hidden, unit_first + unit_rows);
       float* tile = machine.of(member);
-      auto* panel = reinterpret_cast<uint8_t*>(tile + inside.tile_floats());
-      for (int64_t i = 0; i < n; i++) std::memset(out.row(first + i) + at, 0, count * 4);
-      for (int64_t a = 0; a < grouped.num_active; a++) {
-        const int64_t e = grouped.active[a], pair = grouped.starts[e], m = count_of(a);
-        const uint8_t* down = raw_rows(experts.down, e * hidden + at);
-        const bool more = a + 1 < grouped.num_active;
-        const uint8_t* next = more ? raw_rows(experts.down, grouped.active[a + 1] * hidden + at) : down;
-        for (int64_t i = 0; i < m; i += inside.row_tile(down_step)) {
-          const int64_t rows_of = std::min(inside.row_tile(down_step), m - i);
-          const int64_t next_bytes = more && i + rows_of == m ? count * down_bytes : 0;
-          inside.multiply({down, down_bytes, count, next, next_bytes}, down_step, m, prepared + offsets[a], i,
-                          rows_of, tile, panel);
-          for (int64_t r = 0; r < rows_of; r++) {
-            isa().add_scaled(tile + r * down_step, grouped.weights[pair + i + r],
-                             out.row(first + grouped.rows[pair + i + r]) + at, count);
+      for (int64_t i = 0; i < n; i++) {
+        std::memset(out.row(first + i) + unit_first, 0, (unit_last - unit_first) * 4);
+      }
+      for (int64_t g = 0; g < groups.size(); g++) {
+        const RowGroup group = groups[g];
+        const Prepared& inside = inside_of(group);
+        const int64_t step = inside.step(group.num_rows, unit_rows), m = group.num_rows,
+                      bytes = row_bytes(group.matrices.down);
+        auto* panel = reinterpret_cast<uint8_t*>(tile + inside.tile_floats());
+        for (int64_t at = unit_first; at < unit_last; at += step) {
+          const int64_t count = std::min(step, unit_last - at);
+          const uint8_t* down = raw_rows(group.matrices.down, group.down_row + at);
+          // What comes next: more rows of this network, or the next one's.
+          const bool more_rows = at + step < unit_last, more = more_rows || g + 1 < groups.size();
+          const RowGroup next = groups[more_rows || !more ? g : g + 1];
+          const int64_t next_at = more_rows ? at + step : more ? unit_first : at;
+          const uint8_t* next_down = raw_rows(next.matrices.down, next.down_row + next_at);
+          for (int64_t i = 0; i < m; i += inside.row_tile(step)) {
+            const int64_t rows_of = std::min(inside.row_tile(step), m - i);
+            const bool is_last = more && i + rows_of == m;
+            const int64_t next_bytes =
+                is_last ? std::min(step, unit_last - next_at) * row_bytes(next.matrices.down) : 0;
+            inside.multiply({down, bytes, count, next_down, next_bytes}, step, m, prepared + offsets[g], i,
+                            rows_of, tile, panel);
+            for (int64_t r = 0; r < rows_of; r++) {
+              isa().add_scaled(tile + r * step, group.weight(i + r), out.row(first + group.row(i + r)) + at,
+                               count);
+            }
           }
         }
       }

@@ -5,7 +5,7 @@
 
 namespace kvfold {
 
-// Whether all three matrices have kernels, gate and up the same.
+// Whether all matrices have kernels, gate and up the same.
 bool has_expert_kernels(const Experts& experts);
 
 // As mix_experts, for experts that have kernels.

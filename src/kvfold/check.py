@@ -437,13 +437,13 @@ def _attention_finding(
 
 
 def _experts(type_name: str, isa: str, threads: int) -> Finding:
-    """Few rows for one expert and many for another, gate and up and down of one type."""
-    type, inner, hidden = by_name(type_name), 256, 768
+    """Few rows for one expert and many for another, all of them for the shared ones, which are wider; all of one type."""
+    type, inner, wide, hidden = by_name(type_name), 256, 512, 768
     moe = MoeConfig(
         num_experts=5,
         num_experts_per_tok=2,
         expert_intermediate_size=inner,
-        shared_intermediate_size=0,
+        shared_intermediate_size=wide,
         scoring=Scoring.SOFTMAX,
     )
     x = _normal(sum(_LENGTHS), hidden, seed=6)
@@ -455,10 +455,19 @@ def _experts(type_name: str, isa: str, threads: int) -> Finding:
             (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)), 1
         )
     }
+    shared = {
+        f"shared_{name}": random_matrix(type, rows, cols, seed=seed)
+        for seed, (name, rows, cols) in enumerate(
+            (("gate", wide, hidden), ("up", wide, hidden), ("down", hidden, wide)), 41
+        )
+    }
 
     def network(ops: Recorder, value: Value) -> None:
         ids, weights = ops.route("route", value, "router", None, moe)
         out = ops.experts("experts", value, ids, weights, "gate", "up", "down")
+        gate, up = (ops.linear(name, value, name) for name in ("shared_gate", "shared_up"))
+        inside = ops.linear("shared_down", ops.swiglu("swiglu", gate, up), "shared_down")
+        out = ops.add("add_shared", out, inside)
         for name, made in (("ids", ids), ("weights", weights), ("out", out)):
             ops.output(name, ops.take_outputs(f"take_{name}", made))
         attention = _attention(ops, ops.columns(value, 0, _HIDDEN), Path.ABSORBED)
@@ -468,7 +477,7 @@ def _experts(type_name: str, isa: str, threads: int) -> Finding:
     got, _ = _run(
         network,
         x,
-        {"router": _float_weight("router", router), "kv_b": _float_weight("kv_b", kv_b), **stacks},
+        {"router": _float_weight("router", router), "kv_b": _float_weight("kv_b", kv_b), **stacks, **shared},
         threads=threads,
         rounds_activations=True,
     )
@@ -476,11 +485,14 @@ def _experts(type_name: str, isa: str, threads: int) -> Finding:
     scores = np.exp((logits := x.astype(np.float64) @ router.T) - logits.max(-1, keepdims=True))
     scores /= scores.sum(-1, keepdims=True)
     routed = np.take_along_axis(scores, np.argsort(-scores, axis=-1)[:, :2], axis=-1)
-    want = np.zeros((len(x), hidden))
+
+    def gated(gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> NDArray[np.float64]:
+        of_gate = product(x, gate)
+        inside = (of_gate / (1 + np.exp(-of_gate)) * product(x, up)).astype(np.float32)
+        return rounded(inside, rounding_for(type)) @ decode_tensor(down).astype(np.float64).T
+
+    want = gated(*shared.values())
     for e in range(moe.num_experts):
-        gate, up = product(x, stacks["gate"][e]), product(x, stacks["up"][e])
-        inside = (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
-        down = decode_tensor(stacks["down"][e]).astype(np.float64)
-        want += rounded(inside, rounding_for(type)) @ down.T * (chosen * (ids == e)).sum(-1, keepdims=True)
+        want += gated(*(stack[e] for stack in stacks.values())) * (chosen * (ids == e)).sum(-1, keepdims=True)
     worst = max(_error(got["out"], want), _error(chosen, routed))
     return Finding("experts", type_name, isa, worst, PRODUCT_BOUND if type_name == "F32" else ROUNDED_BOUND)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvfold import _native
 from kvfold.backends.native import _layout, _parts, _segment
+from kvfold.backends.shared_experts import with_shared_experts_inside
 from kvfold.cache.latent import CacheType, encode
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, Scoring
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
@@ -76,7 +77,11 @@ class Bench:
         num_rows = len(self.x)
         stored = {name: stack(name, weight) for name, weight in {"table": self.x, **self.weights}.items()}
         rows = {name: sum(part.rows for part in parts) for name, parts in stored.items()}
-        recorded = record(self, rows)  # type: ignore[arg-type]
+        self.recorded = recorded = with_shared_experts_inside(
+            record(self, rows),  # type: ignore[arg-type]
+            stored,
+            rounds_activations=self.rounds_activations,
+        )
         kind = list(CacheType)[self.cache_type]
         nan = {"float32": np.nan, "float16": np.nan, "uint16": 0xFFFF, "uint8": 0xFF}[kind.storage.name]
         self.cache = [np.full((1, PAGES, 64, kind.columns(width)), nan, kind.storage) for width in self.cache_rows]
@@ -369,7 +374,8 @@ def test_equal_scores_go_to_the_lower_expert(rule: str) -> None:
 
 
 def test_subsets_of_experts_add_up_to_all() -> None:
-    """Each subset against float64; their union is the whole mixture. 1 MiB makes several windows of rows."""
+    """Each subset against float64; their union is the whole mixture. 1 MiB makes several windows of rows. Two of them
+    beside shared experts, which are wider."""
     moe, hidden, inner, rows = moe_config("sigmoid with bias"), 32, 200, 400
     rng = np.random.default_rng(4)
     x = rng.standard_normal((rows, hidden)).astype(np.float32)
@@ -380,24 +386,41 @@ def test_subsets_of_experts_add_up_to_all() -> None:
         "gate": rng.standard_normal((moe.num_experts, inner, hidden)).astype(np.float32) * np.float32(0.2),
         "up": rng.standard_normal((moe.num_experts, inner, hidden)).astype(np.float32) * np.float32(0.2),
         "down": rng.standard_normal((moe.num_experts, hidden, inner)).astype(np.float32) * np.float32(0.1),
+        "shared_gate": rng.standard_normal((300, hidden)).astype(np.float32) * np.float32(0.2),
+        "shared_up": rng.standard_normal((300, hidden)).astype(np.float32) * np.float32(0.2),
+        "shared_down": rng.standard_normal((hidden, 300)).astype(np.float32) * np.float32(0.1),
         **UNREAD,
     }
     subsets = {"all": None, "some": range(3, 11), "none": range(4, 4), "rest": range(11, 24), "first": range(0, 3)}
+    beside_shared = ("some", "none")
 
     def network(ops: Recorder, value: Value) -> None:
         ids, weights = ops.route("route", value, "router", "bias", moe)
         hand_over(ops, "ids", ids)
         hand_over(ops, "weights", weights)
         for name, subset in subsets.items():
-            hand_over(ops, name, ops.experts(name, value, ids, weights, "gate", "up", "down", subset))
+            out = ops.experts(name, value, ids, weights, "gate", "up", "down", subset)
+            if name in beside_shared:
+                gate, up = (ops.linear(f"{name} {part}", value, f"shared_{part}") for part in ("gate", "up"))
+                inside = ops.swiglu(f"{name} swiglu", gate, up)
+                out = ops.add(f"{name} add", out, ops.linear(f"{name} down", inside, "shared_down"))
+            hand_over(ops, name, out)
         unread_attention(ops, value)
 
-    outputs = Bench(x, network, arrays, cache_rows=(6,)).run()
+    bench = Bench(x, network, arrays, cache_rows=(6,))
+    outputs = bench.run()
+    assert not {"linear", "swiglu", "add"} & {op.kind for op in bench.recorded.segments[1].ops}
     ids = outputs["ids"].view(np.int32)
+
+    def network_of(gate: Array, up: Array, down: Array) -> Any:
+        gated = x.astype(np.float64) @ gate.T
+        return (gated / (1 + np.exp(-gated)) * (x.astype(np.float64) @ up.T)) @ down.T
+
     for name, subset in subsets.items():
         expected = np.zeros((rows, hidden))
+        if name in beside_shared:
+            expected += network_of(*(arrays[f"shared_{part}"] for part in ("gate", "up", "down")))
         for e in subset if subset is not None else range(moe.num_experts):
-            gate, up = x.astype(np.float64) @ arrays["gate"][e].T, x.astype(np.float64) @ arrays["up"][e].T
-            y = (gate / (1 + np.exp(-gate)) * up) @ arrays["down"][e].T
+            y = network_of(*(arrays[part][e] for part in ("gate", "up", "down")))
             expected += y * (outputs["weights"] * (ids == e)).sum(-1, keepdims=True)
         assert np.abs(outputs[name] - expected).max() <= 3e-6 * max(np.abs(expected).max(), 1e-30), name

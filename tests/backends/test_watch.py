@@ -98,8 +98,11 @@ def test_behind_the_last_attention_only_output_rows_go_on(outputs: int, tmp_path
     done = {group: total.work.multiply_adds for (_, group), total in profile.take().items()}
     rows = 8 * (config.num_layers - 1) + outputs
     assert done["out"] == rows * config.mla.num_heads * config.mla.v_head_dim * config.hidden_size
-    expert_rows = (rows - 8 * config.num_dense_layers) * config.moe.num_experts_per_tok
-    assert done["experts"] == expert_rows * 3 * config.hidden_size * config.moe.expert_intermediate_size
+    inner = (
+        config.moe.num_experts_per_tok * config.moe.expert_intermediate_size + config.moe.shared_intermediate_size
+    )
+    expert_rows = rows - 8 * config.num_dense_layers
+    assert done["experts + shared"] == expert_rows * 3 * config.hidden_size * inner
     assert done["head"] == outputs * config.vocab_size * config.hidden_size
 
 
@@ -118,8 +121,9 @@ def test_bytes_are_those_of_the_weights_and_rows_that_were_read(tmp_path: Path) 
     assert config.moe is not None
     moe_layers = config.num_layers - config.num_dense_layers
     expert = 3 * config.hidden_size * config.moe.expert_intermediate_size
-    assert by_group["experts"] == moe_layers * config.moe.num_experts_per_tok * expert * 4
-    assert totals["generation", "experts"].work.multiply_adds == by_group["experts"] // 4
+    shared = 3 * config.hidden_size * config.moe.shared_intermediate_size
+    assert by_group["experts + shared"] == moe_layers * (config.moe.num_experts_per_tok * expert + shared) * 4
+    assert totals["generation", "experts + shared"].work.multiply_adds == by_group["experts + shared"] // 4
     assert by_group[BETWEEN] == by_group["norm"] == 0
 
 

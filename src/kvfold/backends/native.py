@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kvfold import _native
 from kvfold.backends.profile import Profile
+from kvfold.backends.shared_experts import with_shared_experts_inside
 from kvfold.cache.latent import CacheType, PagedCache
 from kvfold.errors import Cancelled
 from kvfold.mla.rope import cos_sin
@@ -64,7 +65,11 @@ class NativeBackend:
         self.model = model
         self.isa = _native.isa()
         self._first_run: weakref.ref[NativeRun] | None = None
-        recorded = record(model, {name: _rows(weight) for name, weight in weights.items()})
+        recorded = with_shared_experts_inside(
+            record(model, {name: _rows(weight) for name, weight in weights.items()}),
+            weights,
+            rounds_activations=rounds_activations,
+        )
         self._handles = {name: handle for handle, name in enumerate(recorded.weight_names)}
         self._layouts = [_layout(weights[name]) for name in recorded.weight_names]
         self._program = _native.Program(
@@ -130,11 +135,13 @@ def side_by_side(program: Program, weights: Weights, isa: str) -> dict[str, Bloc
         return type if type is not None and type.id in known and part.rows % type.interleaved_rows == 0 else None
 
     types: dict[str, BlockType | None] = {}
-    for op in (op for segment in program.segments for op in segment.ops):
+    joined = with_shared_experts_inside(program, weights, rounds_activations=True)
+    for op in (op for segment in joined.segments for op in segment.ops):
         names = [program.weight_names[handle] for handle in op.weights if handle >= 0]
         of_op = [type_of(name) if op.kind in ("linear", "experts") else None for name in names]
-        if op.kind == "experts" and (None in of_op or of_op[0] != of_op[1]):  # gate and up meet in one pass
-            of_op = [None] * len(of_op)
+        for gate in range(0, len(names) if op.kind == "experts" else 0, 3):
+            if None in of_op[gate : gate + 3] or of_op[gate] != of_op[gate + 1]:  # gate and up meet in one pass
+                of_op[gate : gate + 3] = [None] * 3
         for name, type in zip(names, of_op, strict=True):
             types[name] = type if types.get(name, type) == type else None
     # Two weights that are the same bytes, as a head that is the embedding, stay as they are.

@@ -26,6 +26,7 @@ _GROUPS = {
     "out": ("attn_output",),
     "dense gate + up": ("ffn_gate", "ffn_up", "swiglu"),
     "dense down": ("ffn_down",),
+    "experts + shared": ("mixture",),
     "shared gate + up": ("ffn_gate_shexp", "ffn_up_shexp", "swiglu_shexp"),
     "shared down": ("ffn_down_shexp",),
     "add": ("add_attn", "add_ffn", "add_shared"),

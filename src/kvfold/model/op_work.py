@@ -105,16 +105,17 @@ def work_of(
 
 
 def _experts(op: OpRecord, rows: int, weights: Sequence[WeightSize], used: int) -> Work:
-    gate, up, down = (weights[handle] for handle in op.weights)
-    count = down.rows // op.inputs[0].width
-    matrices = (gate, up, down)
+    matrices = [weights[handle] for handle in op.weights[:3]]
+    shared = [weights[handle] for handle in op.weights[3:] if handle >= 0]
+    count = matrices[2].rows // op.inputs[0].width
     first, last = op.ints
     every = count if last < 0 else last - first
     # A subset's share of the choices is not known: what it would be if all experts were chosen equally often.
     chosen = rows * op.inputs[1].width * every // count
-    return Work(
+    routed = Work(
         chosen * sum(m.rows // count * m.cols for m in matrices), used * sum(m.nbytes // count for m in matrices)
     )
+    return sum((m.product(rows) for m in shared), routed)
 
 
 def _dims(op: OpRecord) -> tuple[int, int, int, int, int]:

@@ -262,7 +262,8 @@ class Recorder:
             name,
             (x, ids, weights),
             (x.width,),
-            weights=(self._handle(gate), self._handle(up), self._handle(down)),
+            # gate, up and down of shared experts in the same op: backends/shared_experts.py
+            weights=(self._handle(gate), self._handle(up), self._handle(down), -1, -1, -1),
             ints=chosen,
         )[0]
 

@@ -45,8 +45,12 @@ def rounding_for(type: BlockType) -> Rounding:
     """INT8 where a weight is a whole number of -128..127 times a scale (plus a minimum) of at least 16 neighbours."""
     if type.name == "BF16":
         return Rounding.BF16
-    mixed = type.interleaved_rows > 1 and not type.is_side_by_side
-    return Rounding.NONE if type.block_elements < BLOCK or mixed else Rounding.INT8
+    return Rounding.NONE if type.block_elements < BLOCK or _is_mixed(type) else Rounding.INT8
+
+
+def _is_mixed(type: BlockType) -> bool:
+    """Rows that are decoded to float32 first."""
+    return type.interleaved_rows > 1 and not type.is_side_by_side
 
 
 def experts_round(gate: BlockType, up: BlockType, down: BlockType) -> bool:
@@ -55,7 +59,7 @@ def experts_round(gate: BlockType, up: BlockType, down: BlockType) -> bool:
     All of its matrices do as their types ask, or none does: gate and up are multiplied in one pass, so they are of one
     type, and a type that is decoded to float32 first (interleaved rows, fp8) takes the whole mixture with it.
     """
-    return gate == up and all(t.interleaved_rows == 1 and not t.name.startswith("F8") for t in (gate, down))
+    return gate == up and not any(_is_mixed(t) or t.name.startswith("F8") for t in (gate, down))
 
 
 def quantize(x: Floats) -> tuple[NDArray[np.int8], Floats]:
