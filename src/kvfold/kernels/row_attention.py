@@ -31,9 +31,7 @@ MOST_KEYS = 256  # all of them are held before the wait
 COLUMNS = 64  # of a latent row in one program, in pairs: 8 programs a head for 512
 PAGE_TOKENS = tl.constexpr(64)
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-WARPS = (
-    4  # of up to 255 registers a thread, so that two programs fit a multiprocessor; 8 took 12 us more a step of V2-Lite
-)
+WARPS = 4  # of up to 255 registers a thread, so that two programs fit a multiprocessor; 8 took 12 us more a step of V2-Lite
 STAGES = 3
 
 
