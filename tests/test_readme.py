@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from kit.tiny_models import tiny_model, write_gguf
+from kvfold.cli.later import LATER_FLAGS
 from kvfold.cli.main import app
 from kvfold.quant.types import TYPES
 
@@ -68,6 +69,16 @@ def test_every_command_shown_is_understood() -> None:
         known = {name for option in verbs[verb].params for name in option.opts}
         written = [word for word in shlex.split(rest) if re.match(r"--?[a-z]", word)]
         assert set(written) <= known, f"kvfold {verb}{rest}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/ARCHITECTURE.md", "docs/notes/loading.md"])
+def test_every_option_named_is_there(page: str) -> None:
+    """Between backticks, an option that some verb has, or answers by what to use today."""
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known = {name for verb in verbs.values() for option in verb.params for name in option.opts}
+    known |= {name for flag in LATER_FLAGS for name in flag.names}
+    named = set(re.findall(r"`(--?[a-z][a-z-]*)", (ROOT / page).read_text()))
+    assert named and named <= known, f"{page}: {sorted(named - known)}"
 
 
 def test_the_transcript_is_there() -> None:
