@@ -365,6 +365,7 @@ def test_samples_that_are_no_rates_are_refused(samples: Any) -> None:
         ("llama-bench 'x", "No closing quotation"),
         ("/no/such/llama-bench -o json", "cannot be started: No such file"),
         (f"{sys.executable} -c 'import sys; sys.exit(\"no model\")'", "exit code 1: no model"),
+        (f"{sys.executable} -c 'import sys; sys.exit(3)'", "exit code 3: it said nothing"),
         (f"{sys.executable} -c 'print(1)'", "printed no rows"),
     ],
 )

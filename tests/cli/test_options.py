@@ -166,7 +166,8 @@ def test_version_and_no_arguments(kvfold: Kvfold) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--bogus"], ["run", "--bogus"], ["nosuchverb"], ["run", "-t", "many", "text"]]
+    "arguments",
+    [["--bogus"], ["run", "--bogus"], ["nosuchverb"], ["run", "-t", "many", "text"], ["run", "-n", "0", "text"]],
 )
 def test_a_wrong_command_line_is_exit_code_2(kvfold: Kvfold, arguments: list[str]) -> None:
     done = kvfold(*arguments)

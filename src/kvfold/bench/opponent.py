@@ -99,7 +99,7 @@ class Opponent:
         if code := process.wait():
             said.seek(0)
             words = (said.read().strip() or out.strip()).decode(errors="replace")[-_SHOWN_CHARACTERS:]
-            raise SettingError(f"opponent {self.command}: exit code {code}: {words}")
+            raise SettingError(f"opponent {self.command}: exit code {code}: {words or 'it said nothing.'}")
         if not seen:
             raise SettingError(
                 f"opponent {self.command}: printed no rows of llama-bench's JSON. Add `-o json` to the command."

@@ -34,8 +34,8 @@ def parse_count(value: str | int) -> int:
 
 
 def parse_limit(value: str | int) -> int:
-    """A size, or -1 for no limit."""
-    return -1 if str(value) == "-1" else parse_size(value)
+    """A size of at least 1, or -1 for no limit."""
+    return -1 if str(value) == "-1" else parse_count(value)
 
 
 def parse_fa_option(value: str) -> str:
