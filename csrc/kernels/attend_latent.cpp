@@ -118,7 +118,7 @@ void attend_latent(const Machine& machine, const Step& step, const MlaDims& dims
       machine, op.groups(), op.partial_floats(), 1,
       [&](int member) { return machine.of(member) + tile_memory + kStateFloats; },
       [](int64_t, int64_t, int) {},
-      [&](int64_t i, int64_t group, int64_t run, float* partial, int member) {
+      [&](int64_t i, int64_t group, int64_t run, int64_t, float* partial, int member) {
         op.attend_run(i, group, run, op.partial(partial), machine.of(member));
       },
       [&](int64_t i, int64_t group, int64_t, int64_t, int member, const auto& next) {

@@ -22,7 +22,7 @@ int64_t whole_steps(int64_t n) { return ceil_div(n, kLatentStep) * kLatentStep; 
 
 // Floats of each part of a member's scratch, whole lines.
 struct Parts {
-  int64_t tiles_of_group, query, state, weighted, keys, values, scores, words, shares;
+  int64_t tiles_of_group, query, state, weighted, keys, values, scores, words, shares, scales;
 
   explicit Parts(const MlaDims& dims) {
     const int64_t columns = whole_steps(dims.kv_lora);
@@ -36,13 +36,14 @@ struct Parts {
     scores = kPageTokens * kHeadLanes;
     words = kPagePairs * kHeadLanes;
     shares = ceil_div(dims.kv_lora / kQ8Block, kShareBlocks) * kShareBlocks * kPagePairs;
+    scales = ceil_div(dims.latent() / kQ8Block, kScaleBlocks) * kScaleBlocks * kPageTokens;
   }
   static int64_t key_stride(const MlaDims& dims) { return whole_steps(dims.latent()); }
   int64_t partial() const { return state + weighted; }  // of a tile
   // What a page becomes; what pages of codes become, of the group's tiles and of themselves.
   int64_t tile() const { return keys + values + scores + words; }
   int64_t code_tile() const { return kPagesAtOnce * (scores + words + 2 * kHeadLanes); }
-  int64_t code_page() const { return shares + shares / kPagePairs; }
+  int64_t code_page() const { return scales + shares + shares / kPagePairs; }
   int64_t codes() const { return tiles_of_group * code_tile() + kPagesAtOnce * code_page(); }
   // Queries and two softmaxes of a group's tiles, and what pages become.
   int64_t total() const { return tiles_of_group * (query + 2 * partial()) + std::max(tile(), codes()); }
@@ -171,8 +172,9 @@ struct RoundedLatentOp {
   const CodePage& add_page(CodePages& all, int64_t i, int64_t key, int64_t keys, float* memory) const {
     float* at = memory + parts.tiles_of_group * parts.code_tile() + all.num_pages * parts.code_page();
     CodePage& page = all.pages[all.num_pages++];
-    page = {cached(i, key), keys, reinterpret_cast<uint32_t*>(at), at + parts.shares};
-    kernels.share_scales(page, cache.row_bytes(), dims.kv_lora);
+    auto* shares = reinterpret_cast<uint32_t*>(at + parts.scales);
+    page = {cached(i, key), keys, at, shares, at + parts.scales + parts.shares};
+    kernels.read_scales(page, cache.row_bytes(), dims.latent() / kQ8Block, dims.kv_lora);
     return page;
   }
   CodeTile code_tile(int64_t tile, float* memory) const {
@@ -182,9 +184,8 @@ struct RoundedLatentOp {
     return {scores, exponents, factors, reinterpret_cast<uint32_t*>(factors + kPagesAtOnce * kHeadLanes)};
   }
   // next: rows that are wanted after these.
-  void score_codes(const uint32_t* query, const uint8_t* page, int64_t keys, const uint8_t* next,
-                   float* scores) const {
-    kernels.score_codes(query, dims.latent() / kQ8Block, page, cache.row_bytes(), keys, next, scores);
+  void score_codes(const uint32_t* query, const CodePage& page, const uint8_t* next, float* scores) const {
+    kernels.score_codes(query, dims.latent() / kQ8Block, page, cache.row_bytes(), next, scores);
   }
   // Weights of pages into the softmax at `partial`. scores(tile, n): those of page n, which the softmax has
   // met.
@@ -205,8 +206,9 @@ struct RoundedLatentOp {
   }
 
   // Keys of a run into the softmax at `partial`.
-  void attend_run(int64_t i, int64_t group, int64_t run, float* partial, const Memory& m) const {
-    if (in_codes()) return attend_codes(i, group, run, partial, m);
+  void attend_run(int64_t i, int64_t group, int64_t run, int64_t next_run, float* partial,
+                  const Memory& m) const {
+    if (in_codes()) return attend_codes(i, group, run, next_run, partial, m);
     start(partial, tiles(group), all_columns());
     alignas(64) float exponents[kHeadLanes];
     rows.for_pages(i, run, [&](int64_t key, int64_t keys) {
@@ -220,18 +222,21 @@ struct RoundedLatentOp {
       }
     });
   }
-  void attend_codes(int64_t i, int64_t group, int64_t run, float* partial, const Memory& m) const {
+  void attend_codes(int64_t i, int64_t group, int64_t run, int64_t next_run, float* partial,
+                    const Memory& m) const {
     const int64_t num_tiles = tiles(group), last = std::min(rows.visible(i), (run + 1) * rows.run_keys(i));
+    const uint8_t* after = next_run < rows.num_runs(i) ? cached(i, next_run * rows.run_keys(i)) : nullptr;
     bool are_first = true;
     const auto attend = [&](int64_t first, int64_t keys_at_once) {
       CodePages all;
       for_blocks(first, first + keys_at_once, [&](int64_t key, int64_t keys) {
         const int64_t n = all.num_pages;
-        const uint8_t* rows_here = add_page(all, i, key, keys, m.tile).rows;
+        const CodePage& page = add_page(all, i, key, keys, m.tile);
         for (int64_t tile = 0; tile < num_tiles; tile++) {
           const CodeTile made = code_tile(tile, m.tile);
-          const uint8_t* next = tile == 0 && key + keys < last ? cached(i, key + kPageTokens) : rows_here;
-          score_codes(m.query + tile * parts.query, rows_here, keys, next, made.scores_of(n));
+          const uint8_t* next = key + keys < last ? cached(i, key + kPageTokens) : after;
+          if (tile > 0 || next == nullptr) next = page.rows;
+          score_codes(m.query + tile * parts.query, page, next, made.scores_of(n));
           kernels.exponents(made.scores_of(n), keys, scale_log2e, made.exponents + n * kHeadLanes);
         }
       });
@@ -291,7 +296,9 @@ struct RoundedLatentOp {
     for_blocks(0, keys_of_row, [&](int64_t key, int64_t keys) {
       float* to = scores + key * kHeadLanes;
       if (in_codes()) {
-        score_codes(query, cached(i, key), keys, cached(i, key), to);
+        CodePages one;
+        const CodePage& page = add_page(one, i, key, keys, m.tile);
+        score_codes(query, page, page.rows, to);
       } else {
         score(page(i, key, keys, m.tile), query, to);
       }
@@ -340,8 +347,8 @@ void attend_latent_rounded(const Machine& machine, const AbsorbedRows& rows, boo
   rows.for_runs(
       machine, groups, op.group_partial(), op.join_parts(), [&](int member) { return op.memory(member).run; },
       [&](int64_t i, int64_t group, int member) { op.pack(i, group, op.memory(member).query); },
-      [&](int64_t i, int64_t group, int64_t run, float* partial, int member) {
-        op.attend_run(i, group, run, partial, op.memory(member));
+      [&](int64_t i, int64_t group, int64_t run, int64_t next_run, float* partial, int member) {
+        op.attend_run(i, group, run, next_run, partial, op.memory(member));
       },
       [&](int64_t i, int64_t group, int64_t part, int64_t parts, int member, const auto& next) {
         op.join_runs(i, group, parts == 1 ? op.all_columns() : op.join_part(part), op.memory(member), next);

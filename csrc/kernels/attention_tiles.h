@@ -57,7 +57,9 @@ struct AbsorbedRows {
 
   // The softmaxes of all rows and `groups` of heads, with the work of each spread as there are many or few:
   //   prepare(i, group, member)                before a member attends to runs of it
-  //   attend(i, group, run, partial, member)   a run's softmax into partial_floats
+  //   attend(i, group, run, next_run, partial, member)
+  //                                            a run's softmax into partial_floats; next_run: of the row,
+  //                                            which the member most likely takes next, where there is one
   //   join(i, group, part, parts, member, next)
   //                                            joins a part of next(0), next(1) ... next(num_runs(i) - 1):
   //                                            there are join_parts, or one where a member goes through the
@@ -73,7 +75,7 @@ struct AbsorbedRows {
         const int64_t i = unit / groups, group = unit % groups;
         prepare(i, group, member);
         join(i, group, 0, 1, member, [&](int64_t run) {
-          attend(i, group, run, own(member), member);
+          attend(i, group, run, run + 1, own(member), member);
           return own(member);
         });
       });
@@ -89,7 +91,7 @@ struct AbsorbedRows {
         const int64_t i = first + unit / (groups * runs), group = unit / runs % groups, run = unit % runs;
         if (run >= num_runs(i)) return;
         if (std::exchange(prepared[member], unit / runs) != unit / runs) prepare(i, group, member);
-        attend(i, group, run, partial(i, group, run), member);
+        attend(i, group, run, run + machine.team.size(), partial(i, group, run), member);
       });
       machine.team.for_each(n * groups * join_parts, [&](int64_t unit, int member) {
         const int64_t i = first + unit / (groups * join_parts), group = unit / join_parts % groups;

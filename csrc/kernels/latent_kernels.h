@@ -49,10 +49,13 @@ constexpr int64_t kShareBlocks = 16;   // of 512 columns
 // is made of them, and the sums they meet, stay in the first-level cache.
 constexpr int64_t kPagesAtOnce = 2;
 
-// A q8_0 page as values.
+constexpr int64_t kScaleBlocks = 32;  // of a row, whose scales lie side by side
+
+// A q8_0 page.
 struct CodePage {
   const uint8_t* rows;
   int64_t keys;
+  float* scales;     // [blocks of a row / kScaleBlocks][kPageTokens][kScaleBlocks]
   uint32_t* shares;  // [blocks / kShareBlocks][kPagePairs][kShareBlocks], of two keys each: scales in units
                      // of largest / kWholeOne
   float* largest;    // [blocks] scales of the page. Blocks of kQ8Block columns, rounded up to kShareBlocks
@@ -85,14 +88,14 @@ struct LatentKernels {
   // Values out of bfloat16 rows. Whole steps of columns are read; after the last key come zeros as far as a
   // product reads.
   void (*pair_values)(const uint16_t* rows, int64_t stride, int64_t keys, int64_t columns, uint32_t* to);
-  // Shares and largest scales of a q8_0 page.
-  void (*share_scales)(const CodePage& page, int64_t row_bytes, int64_t columns);
+  // Scales of a q8_0 page's `blocks`, shares and largest scales of the blocks of `columns`.
+  void (*read_scales)(const CodePage& page, int64_t row_bytes, int64_t blocks, int64_t columns);
 
   // scores [keys][kHeadLanes].
   void (*score_pairs)(const uint32_t* q, int64_t pairs, const uint16_t* rows, int64_t stride, int64_t keys,
                       float* scores);
   // Meanwhile as many rows that start at `next` are brought near.
-  void (*score_codes)(const uint32_t* q, int64_t blocks, const uint8_t* rows, int64_t row_bytes, int64_t keys,
+  void (*score_codes)(const uint32_t* q, int64_t blocks, const CodePage& page, int64_t row_bytes,
                       const uint8_t* next, float* scores);
 
   // exponents [kHeadLanes]: whole numbers, round(the largest score * scale_log2e + 1/2).

@@ -143,29 +143,36 @@ struct LatentTile {
     }
   }
 
-  static void share_scales(const CodePage& page, int64_t row_bytes, int64_t columns) {
-    alignas(64) float scales[kPageTokens + 1][kShareBlocks];
-    const int64_t num_blocks = columns / kQ8Block, pairs = (page.keys + 1) / 2;
-    for (int64_t at = 0; at < num_blocks; at += kShareBlocks) {
-      const int64_t some = std::min(kShareBlocks, num_blocks - at);
+  static void read_scales(const CodePage& page, int64_t row_bytes, int64_t blocks, int64_t columns) {
+    for (int64_t at = 0; at < blocks; at += kScaleBlocks) {
+      const int64_t some = std::min(kScaleBlocks, blocks - at);
       for (int64_t key = 0; key < page.keys; key++) {
-        S::q8_scales(page.rows + key * row_bytes + at * kQ8Bytes, some, scales[key]);
-        std::fill(scales[key] + some, scales[key] + kShareBlocks, 0.0f);
+        float* scales = scales_of(page, at, key);
+        S::q8_scales(page.rows + key * row_bytes + at * kQ8Bytes, some, scales);
+        std::fill(scales + some, scales + kScaleBlocks, 0.0f);
       }
-      std::fill_n(scales[page.keys], kShareBlocks, 0.0f);
-      for (int64_t lane = 0; lane < kShareBlocks; lane += S::kLanes) {
-        auto largest = S::zero();
-        for (int64_t key = 0; key < page.keys; key++) largest = S::max(S::load(scales[key] + lane), largest);
-        S::store(page.largest + at + lane, largest);
-        // No scale is smaller but zero, whose codes are zero.
-        const auto to_shares = S::div(S::set(kWholeOne), S::max(largest, S::set(0x1p-24f)));
-        for (int64_t j = 0; j < pairs; j++) {
-          S::store_codes(page.shares + (at / kShareBlocks * kPagePairs + j) * kShareBlocks + lane,
-                         S::whole_pairs(S::mul(S::load(scales[2 * j] + lane), to_shares),
-                                        S::mul(S::load(scales[2 * j + 1] + lane), to_shares)));
-        }
+      if (page.keys % 2) std::fill_n(scales_of(page, at, page.keys), kScaleBlocks, 0.0f);
+    }
+    const int64_t pairs = (page.keys + 1) / 2;
+    for (int64_t at = 0; at < columns / kQ8Block; at += S::kLanes) {
+      const float* scales = scales_of(page, at, 0);
+      auto largest = S::zero();
+      for (int64_t key = 0; key < page.keys; key++) {
+        largest = S::max(S::load(scales + key * kScaleBlocks), largest);
+      }
+      S::store(page.largest + at, largest);
+      // No scale is smaller but zero, whose codes are zero.
+      const auto to_shares = S::div(S::set(kWholeOne), S::max(largest, S::set(0x1p-24f)));
+      uint32_t* shares = page.shares + at / kShareBlocks * kShareBlocks * kPagePairs + at % kShareBlocks;
+      for (int64_t j = 0; j < pairs; j++, scales += 2 * kScaleBlocks) {
+        S::store_codes(shares + j * kShareBlocks,
+                       S::whole_pairs(S::mul(S::load(scales), to_shares),
+                                      S::mul(S::load(scales + kScaleBlocks), to_shares)));
       }
     }
+  }
+  static float* scales_of(const CodePage& page, int64_t block, int64_t key) {
+    return page.scales + (block / kScaleBlocks * kPageTokens + key) * kScaleBlocks + block % kScaleBlocks;
   }
 
   // use(first key, integral_constant of keys) for all keys, kKeys at a time.
@@ -216,20 +223,20 @@ struct LatentTile {
     KVFOLD_UNROLLED_LATENT for (int64_t j = 0; j < rows; j++) S::prefetch(block + j * row_bytes);
   }
 
-  static void score_codes(const uint32_t* q, int64_t num_blocks, const uint8_t* rows, int64_t row_bytes,
-                          int64_t keys, const uint8_t* next, float* scores) {
-    // A key's scales, and the starts of its integer sums, for as many blocks as stay in the nearest cache.
-    constexpr int64_t kHeads = 32;
-    float scales[kCodeKeys][kHeads];
-    int32_t starts[kCodeKeys][kHeads];
-    for (int64_t first = 0; first < keys; first += kCodeKeys) {
-      use_count<kCodeKeys>(first, keys - first, [&](int64_t key, auto count) {
+  static void score_codes(const uint32_t* q, int64_t num_blocks, const CodePage& page, int64_t row_bytes,
+                          const uint8_t* next, float* scores) {
+    int32_t starts[kCodeKeys][kScaleBlocks];  // of integer sums
+    for (int64_t first = 0; first < page.keys; first += kCodeKeys) {
+      use_count<kCodeKeys>(first, page.keys - first, [&](int64_t key, auto count) {
         constexpr int n = decltype(count)::value;
         float* to = scores + key * kHeadLanes;
-        for (int64_t at = 0; at < num_blocks; at += kHeads) {
-          const int64_t heads = std::min(kHeads, num_blocks - at);
-          const uint8_t* k = rows + key * row_bytes + at * kQ8Bytes;
-          for (int j = 0; j < n; j++) S::q8_heads(k + j * row_bytes, heads, scales[j], starts[j]);
+        for (int64_t at = 0; at < num_blocks; at += kScaleBlocks) {
+          const int64_t some = std::min(kScaleBlocks, num_blocks - at);
+          const uint8_t* k = page.rows + key * row_bytes + at * kQ8Bytes;
+          const float* scales = scales_of(page, at, key);
+          if constexpr (S::kWideZero != 0) {
+            for (int j = 0; j < n; j++) S::q8_starts(k + j * row_bytes, some, starts[j]);
+          }
           Floats out[n][kParts];
           KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
             KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
@@ -238,8 +245,8 @@ struct LatentTile {
           }
           const uint32_t* record = q + at * kRecord;
           const uint8_t* codes = k + 2;
-          for (int64_t b = 0; b < heads; b++, record += kRecord, codes += kQ8Bytes) {
-            bring_near(next + (codes - rows), row_bytes, n);
+          for (int64_t b = 0; b < some; b++, record += kRecord, codes += kQ8Bytes) {
+            bring_near(next + (codes - page.rows), row_bytes, n);
             Ints sum[n][kParts];
             KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
               KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) sum[j][p] =
@@ -261,7 +268,8 @@ struct LatentTile {
               const auto scale =
                   S::load(reinterpret_cast<const float*>(record + 8 * kHeadLanes + p * S::kLanes));
               KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
-                out[j][p] = S::fma(S::mul(S::to_floats(sum[j][p]), scale), S::set(scales[j][b]), out[j][p]);
+                out[j][p] = S::fma(S::mul(S::to_floats(sum[j][p]), scale),
+                                   S::set(scales[j * kScaleBlocks + b]), out[j][p]);
               }
             }
           }
@@ -485,14 +493,14 @@ struct LatentTile {
   }
 
   static constexpr LatentKernels kernels() {
-    return {pack_pairs,   pack_codes<S::kWideZero>,
-            widen,        pair_values,
-            share_scales, score_pairs,
-            score_codes,  exponents,
-            raise,        weigh,
-            add_values,   weigh_codes,
-            add_codes,    merge,
-            divide,       fast_decode<S>,
+    return {pack_pairs,  pack_codes<S::kWideZero>,
+            widen,       pair_values,
+            read_scales, score_pairs,
+            score_codes, exponents,
+            raise,       weigh,
+            add_values,  weigh_codes,
+            add_codes,   merge,
+            divide,      fast_decode<S>,
             fast_fold<S>};
   }
 };

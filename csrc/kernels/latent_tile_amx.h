@@ -82,14 +82,13 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     S::release();
   }
 
-  // Scores of up to kRows keys over up to kBlocks blocks on top of `scores`. The tile of a block is turned to
-  // numbers while the two after it are multiplied.
-  static constexpr int64_t kBlocks = 32;
+  // Scores of up to kRows keys over up to kScaleBlocks blocks on top of `scores`. The tile of a block is
+  // turned to numbers while the two after it are multiplied.
   struct CodeTile {
     const uint32_t* record;
     const uint8_t *rows, *next;
     int64_t row_bytes, num_blocks;
-    const float (*scales)[kBlocks];
+    const float* scales;
   };
   template <int slot>
   static void score_block(const CodeTile& tile, int64_t b, int32_t (*sums)[kTile]) {
@@ -104,7 +103,7 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     const auto query =
         S::load(reinterpret_cast<const float*>(tile.record + b * Vectors::kRecord + 8 * kHeadLanes));
     KVFOLD_UNROLLED_LATENT for (int j = 0; j < kRows; j++) {
-      const auto scale = S::mul(query, S::set(tile.scales[j][b]));
+      const auto scale = S::mul(query, S::set(tile.scales[j * kScaleBlocks + b]));
       out[j] = S::fma(S::to_floats(S::load_codes(sums + j * kWords)), scale, out[j]);
     }
   }
@@ -131,21 +130,6 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     }
   }
 
-  // Scales of up to `kBlocks` blocks of rows; zeros after the last.
-  template <int64_t width>
-  static void scales_of(const uint8_t* rows, int64_t row_bytes, int64_t keys, int64_t num_blocks,
-                        float (*scales)[width]) {
-    alignas(64) uint16_t halves[kPageTokens][width] = {};
-    for (int64_t key = 0; key < keys; key++) {
-      for (int64_t b = 0; b < num_blocks; b++) {
-        std::memcpy(&halves[key][b], rows + key * row_bytes + b * kQ8Bytes, 2);
-      }
-    }
-    for (int64_t key = 0; key < keys; key++) {
-      for (int64_t b = 0; b < width; b += kWords) S::store(scales[key] + b, S::load_halves(halves[key] + b));
-    }
-  }
-
   static void set_code_shapes(int64_t keys) {
     typename S::TileShapes shapes;
     for (int tile = 0; tile < 6; tile++) shapes.rows[tile] = static_cast<uint8_t>(keys);
@@ -154,19 +138,15 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     S::configure(shapes);
   }
 
-  static void score_codes(const uint32_t* q, int64_t num_blocks, const uint8_t* rows, int64_t row_bytes,
-                          int64_t keys, const uint8_t* next, float* scores) {
-    alignas(64) float scales[kPageTokens][kBlocks];
-    for (int64_t at = 0; at < num_blocks; at += kBlocks) {
-      const int64_t some = std::min(kBlocks, num_blocks - at);
-      const uint8_t* from = rows + at * kQ8Bytes;
-      scales_of(from, row_bytes, keys, some, scales);
-      for (int64_t key = 0; key < keys; key += kRows) {
-        const int64_t n = std::min(kRows, keys - key);
+  static void score_codes(const uint32_t* q, int64_t num_blocks, const CodePage& page, int64_t row_bytes,
+                          const uint8_t* next, float* scores) {
+    for (int64_t at = 0; at < num_blocks; at += kScaleBlocks) {
+      for (int64_t key = 0; key < page.keys; key += kRows) {
+        const int64_t n = std::min(kRows, page.keys - key);
         if (key == 0 || n < kRows) set_code_shapes(n);
-        std::fill(scales[key + n], scales[key + kRows], 0.0f);
-        score_code_tile({q + at * Vectors::kRecord, from + key * row_bytes,
-                         next + at * kQ8Bytes + key * row_bytes, row_bytes, some, scales + key},
+        const int64_t from = key * row_bytes + at * kQ8Bytes;
+        score_code_tile({q + at * Vectors::kRecord, page.rows + from, next + from, row_bytes,
+                         std::min(kScaleBlocks, num_blocks - at), Vectors::scales_of(page, at, key)},
                         n, at == 0, scores + key * kHeadLanes);
       }
     }
@@ -191,22 +171,32 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     return 2 * row + i / 2 + i % 2 * (kPageTokens / 2);
   }
 
-  static void share_scales(const CodePage& page, int64_t row_bytes, int64_t columns) {
-    const int64_t num_blocks = columns / kQ8Block;
-    alignas(64) float scales[kPageTokens][kShareBlocks];
+  static void read_scales(const CodePage& page, int64_t row_bytes, int64_t blocks, int64_t columns) {
+    alignas(64) uint16_t halves[kPageTokens][kScaleBlocks] = {};
+    for (int64_t at = 0; at < blocks; at += kScaleBlocks) {
+      const int64_t some = std::min(kScaleBlocks, blocks - at);
+      for (int64_t key = 0; key < page.keys; key++) {
+        const uint8_t* row = page.rows + key * row_bytes + at * kQ8Bytes;
+        for (int64_t b = 0; b < some; b++) std::memcpy(&halves[key][b], row + b * kQ8Bytes, 2);
+      }
+      float* scales = Vectors::scales_of(page, at, 0);
+      for (int64_t i = 0; i < kPageTokens * kScaleBlocks; i += kWords) {
+        S::store(scales + i, S::load_halves(halves[0] + i));
+      }
+    }
     alignas(64) uint32_t shares[kPagePairs][kShareBlocks];
-    for (int64_t at = 0; at < num_blocks; at += kShareBlocks) {
-      const int64_t some = std::min(kShareBlocks, num_blocks - at);
-      scales_of(page.rows + at * kQ8Bytes, row_bytes, page.keys, some, scales);
-      std::fill(scales[page.keys], scales[kPageTokens], 0.0f);
+    for (int64_t at = 0; at < columns / kQ8Block; at += kShareBlocks) {
+      const float* scales = Vectors::scales_of(page, at, 0);
       auto largest = S::zero();
-      for (int64_t key = 0; key < page.keys; key++) largest = S::max(S::load(scales[key]), largest);
+      for (int64_t key = 0; key < page.keys; key++) {
+        largest = S::max(S::load(scales + key * kScaleBlocks), largest);
+      }
       S::store(page.largest + at, largest);
       // No scale is smaller but zero, whose codes are zero.
       const auto to_shares = S::div(S::set(kWholeOne), S::max(largest, S::set(0x1p-24f)));
-      for (int64_t j = 0; j < kPagePairs; j++) {
-        S::store_codes(shares[j], S::whole_pairs(S::mul(S::load(scales[2 * j]), to_shares),
-                                                 S::mul(S::load(scales[2 * j + 1]), to_shares)));
+      for (int64_t j = 0; j < kPagePairs; j++, scales += 2 * kScaleBlocks) {
+        S::store_codes(shares[j], S::whole_pairs(S::mul(S::load(scales), to_shares),
+                                                 S::mul(S::load(scales + kScaleBlocks), to_shares)));
       }
       turn_page(shares[0], page.shares + at * kPagePairs);
     }
@@ -402,7 +392,7 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     LatentKernels kernels = Vectors::kernels();
     kernels.pack_codes = Vectors::template pack_codes<0>;
     kernels.pair_values = pair_values;
-    kernels.share_scales = share_scales;
+    kernels.read_scales = read_scales;
     kernels.score_pairs = score_pairs;
     kernels.score_codes = score_codes;
     kernels.raise = raise;

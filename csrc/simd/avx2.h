@@ -250,10 +250,6 @@ struct Avx2 {
   static void q8_scales(const uint8_t* row, int64_t num_blocks, float* scales) {
     for (int64_t b = 0; b < num_blocks; b++) scales[b] = _cvtsh_ss(blocks::load16(row + 34 * b));
   }
-  static void q8_heads(const uint8_t* row, int64_t num_blocks, float* scales, int32_t* starts) {
-    q8_scales(row, num_blocks, scales);
-    std::fill_n(starts, num_blocks, 0);
-  }
 
   static Floats low_half(Ints v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
   static Floats high_half(Ints v) {

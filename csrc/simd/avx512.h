@@ -184,7 +184,8 @@ struct Avx512 {
     const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
     return _mm256_sad_epu8(_mm256_xor_si256(c, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
   }
-  static void q8_heads(const uint8_t* row, int64_t num_blocks, float* scales, int32_t* starts) {
+  // Where sums of the blocks' codes times codes plus kWideZero start.
+  static void q8_starts(const uint8_t* row, int64_t num_blocks, int32_t* starts) {
     int64_t b = 0;
     for (; b + 4 <= num_blocks; b += 4, row += 4 * 34) {
       const __m256i low = _mm256_or_si256(eights(row + 2), _mm256_slli_epi64(eights(row + 36), 32));
@@ -194,15 +195,11 @@ struct Avx512 {
       const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
       const __m128i start = _mm_sub_epi32(_mm_set1_epi32(128 * 128 * 32), _mm_slli_epi32(sums, 7));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(starts + b), start);
-      const __m128i halves = _mm_setr_epi16(blocks::load16(row), blocks::load16(row + 34),
-                                            blocks::load16(row + 68), blocks::load16(row + 102), 0, 0, 0, 0);
-      _mm_storeu_ps(scales + b, _mm_cvtph_ps(halves));
     }
     for (; b < num_blocks; b++, row += 34) {
       const __m256i four = eights(row + 2);
       const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
       starts[b] = 128 * 128 * 32 - 128 * _mm_cvtsi128_si32(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two)));
-      scales[b] = _cvtsh_ss(blocks::load16(row));
     }
   }
 

@@ -240,11 +240,6 @@ struct Generic {
   static void q8_scales(const uint8_t* row, int64_t num_blocks, float* scales) {
     for (int64_t b = 0; b < num_blocks; b++) scales[b] = blocks::half_at(row + 34 * b);
   }
-  // The float16 scales of q8_0 blocks, and where sums of their codes times codes plus kWideZero start.
-  static void q8_heads(const uint8_t* row, int64_t num_blocks, float* scales, int32_t* starts) {
-    q8_scales(row, num_blocks, scales);
-    std::fill_n(starts, num_blocks, 0);
-  }
 };
 
 }  // namespace
