@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -44,7 +43,9 @@ struct AnyDot {
         const int64_t from = at / 16 + piece;
         uint8_t* to = prepared + 16 * (from / 8 * 8 + place(from % 8));
         std::memcpy(to, codes + 16 * piece, 16);
-        if (Like::kWide) halves[piece] = take_signs(codes + 16 * piece, to + padded(k), to + 2 * padded(k));
+        if constexpr (Like::kWide) {
+          halves[piece] = S::take_signs(codes + 16 * piece, to + padded(k), to + 2 * padded(k));
+        }
       }
       for (int run = 0; run < Like::kRuns; run++) {
         const int32_t sum = Like::kRuns == 2 ? halves[run] : halves[0] + halves[1];
@@ -52,17 +53,6 @@ struct AnyDot {
         sums[at / Like::kRun + run] = scale * static_cast<float>(sum);
       }
     }
-  }
-
-  // Of 16 codes. Returns the sum of the negative ones.
-  static int32_t take_signs(const int8_t* codes, uint8_t* magnitudes, uint8_t* signs) {
-    int32_t negative = 0;
-    for (int i = 0; i < 16; i++) {
-      signs[i] = codes[i] < 0 ? 0xff : 0;
-      magnitudes[i] = static_cast<uint8_t>(std::abs(codes[i]));
-      negative += std::min<int>(codes[i], 0);
-    }
-    return negative;
   }
 
   // A block type as bytes.

@@ -275,13 +275,14 @@ struct SignTile : CodePanel<S, F, S::kSignVectors> {
         const float* row = x + (pick ? pick[first + c] : first + c) * ldx;
         for (int64_t at = 0; at < k; at += kBlock, record += kGroup) {
           alignas(64) int8_t codes[kBlock];
-          alignas(64) int32_t magnitudes[8], signs[8];
-          int32_t halves[2];
+          alignas(64) uint8_t magnitudes[kBlock], signs[kBlock];
+          int32_t halves[2], negative = 0;
           const float scale = S::quantize(row + at, codes, halves);
-          const int32_t negative = S::take_signs(codes, magnitudes, signs);
+          for (int i = 0; i < kBlock; i += 16)
+            negative += S::take_signs(codes + i, magnitudes + i, signs + i);
           for (int q = 0; q < 8; q++) {
-            record[(q * kCols + c) * 2] = magnitudes[q];
-            record[(q * kCols + c) * 2 + 1] = signs[q];
+            std::memcpy(record + (q * kCols + c) * 2, magnitudes + 4 * q, 4);
+            std::memcpy(record + (q * kCols + c) * 2 + 1, signs + 4 * q, 4);
           }
           std::memcpy(record + kScales + c, &scale, 4);
           record[kStarts + c] = -negative;

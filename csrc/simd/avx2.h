@@ -97,15 +97,13 @@ struct Avx2 {
     __asm__("vpxor %2, %1, %0" : "=x"(turned) : "x"(signs), "m"(*reinterpret_cast<const __m256i_u*>(p)));
     return turned;
   }
-  // Of 32 codes; returns the sum of the negative ones.
-  static int32_t take_signs(const int8_t* codes, void* magnitudes, void* signs) {
-    const Ints all = load_codes(codes), below = _mm256_cmpgt_epi8(zero_ints(), all),
-               magnitude = _mm256_abs_epi8(all);
-    store_codes(magnitudes, magnitude);
-    store_codes(signs, below);
-    const Ints sums = _mm256_sad_epu8(_mm256_and_si256(magnitude, below), zero_ints());
-    const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    return -static_cast<int32_t>(_mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1));
+  static int32_t take_signs(const int8_t* codes, uint8_t* magnitudes, uint8_t* signs) {
+    const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), zero = _mm_setzero_si128(),
+                  below = _mm_cmpgt_epi8(zero, all), magnitude = _mm_abs_epi8(all);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(magnitudes), magnitude);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(signs), below);
+    const __m128i sums = _mm_sad_epu8(_mm_and_si128(magnitude, below), zero);
+    return -static_cast<int32_t>(_mm_cvtsi128_si64(sums) + _mm_extract_epi64(sums, 1));
   }
   template <int run>
   static Floats scales_of(const float* scales, int at) {

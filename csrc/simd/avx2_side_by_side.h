@@ -23,7 +23,8 @@ struct WideLanes {  // weights that need all of int8: w x = m (w ^ s) - m s, as 
 
   void set(const int8_t* codes, const int32_t*, float x_scale) {
     scale = x_scale;
-    start = -Avx2::take_signs(codes, magnitudes, signs);
+    start = 0;
+    for (int i = 0; i < 32; i += 16) start -= Avx2::take_signs(codes + i, magnitudes + i, signs + i);
   }
 };
 template <int zero>

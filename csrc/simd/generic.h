@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels/decode_blocks.h"
@@ -146,6 +147,18 @@ struct Generic {
       sums[i / 16] += codes[i];
     }
     return largest / 127.0f;
+  }
+
+  // 16 codes as magnitudes and signs, 0 or -1; returns the sum of the negative ones. For sets whose kWideZero
+  // is 0.
+  static int32_t take_signs(const int8_t* codes, uint8_t* magnitudes, uint8_t* signs) {
+    int32_t negative = 0;
+    for (int i = 0; i < 16; i++) {
+      signs[i] = codes[i] < 0 ? 0xff : 0;
+      magnitudes[i] = static_cast<uint8_t>(std::abs(codes[i]));
+      negative += std::min<int>(codes[i], 0);
+    }
+    return negative;
   }
 
   // Pairs of bfloat16, two a lane.
