@@ -57,6 +57,15 @@ def test_heads_of_v2_lite(kv_len: int, cached: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("kv_len", [1, 65, 161, 256])
+def test_few_columns_have_a_reader_each(kv_len: int) -> None:
+    """Two programs a head, fewer words than threads: polled by two threads, a word could come for one of them alone."""
+    for _ in range(20):
+        check(SMALL, kv_len, Pairing.HALF_SPLIT, torch.float16, torch.float16, "cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_one_launch_reads_and_appends_beyond_32_bits() -> None:
     check(V2_LITE, 130, Pairing.INTERLEAVED, torch.bfloat16, torch.bfloat16, "cuda", NUM_PAGES)
 

@@ -48,7 +48,8 @@ def _missing(word, turn, mask):
 
 @triton.jit
 def _receive(words, turn, mask):
-    """Numbers [A, B] at words, once all are of this turn; zeros where masked."""
+    """Numbers [A, B] at words, once all are of this turn; zeros where masked. At least as many as threads: a word that two
+    threads read may have come for one of them alone, and Triton asks only one."""
     word = tl.load(words, mask=mask, other=0, volatile=True)
     while _missing(word, turn, mask) > 0:
         word = tl.load(words, mask=mask, other=0, volatile=True)
@@ -67,7 +68,7 @@ def _odd(pairs, NUMBER: tl.constexpr):
 
 @triton.jit
 def _sums(pairs, factors, NUMBER: tl.constexpr):
-    """Of pairs [A, B] times factors [A]: [B] each. Two sums, since one over both joined was wrong (Triton 3.6)."""
+    """Of pairs [A, B] times factors [A]: [B] each."""
     even = tl.sum(_even(pairs, NUMBER) * factors[:, None], 0)
     return even, tl.sum(_odd(pairs, NUMBER) * factors[:, None], 0)
 
@@ -116,7 +117,7 @@ def _row_attention(
     FIRST: tl.constexpr, LAST: tl.constexpr, NUMBER: tl.constexpr, CACHED: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
     IS_HALF_SPLIT: tl.constexpr, NOPE_PADDED: tl.constexpr, LORA_PADDED: tl.constexpr, V_PADDED: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr, ROPE_PAIRS: tl.constexpr, FEATURES: tl.constexpr,
-    PAIRS: tl.constexpr, KEYS: tl.constexpr, EARLY: tl.constexpr,
+    LANES: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns, head): stages FIRST to LAST of scores, shares, features.
 
@@ -192,10 +193,12 @@ def _row_attention(
         y = _dot(uv, even_values, odd_values, NUMBER)
         _send(share_words + block * v_dim + f, y, turn, f < v_dim)
     if LAST == 2:
-        feature = block * FEATURES + tl.arange(0, FEATURES)
-        mask = is_block & (feature < v_dim)[None, :]
+        i = tl.arange(0, LANES)
+        feature = block * FEATURES + i
+        is_mine = (i < FEATURES) & (feature < v_dim)
+        mask = is_block & is_mine[None, :]
         y = tl.sum(_receive(share_words + b[:, None] * v_dim + feature[None, :], turn, mask), 0)
-        tl.store(out + head * v_dim + feature, y, mask=feature < v_dim)
+        tl.store(out + head * v_dim + feature, y, mask=is_mine)
         tl.store(turns + me, turn)
 
 
@@ -239,6 +242,7 @@ def attend(
     num_heads, nope, kv_lora = w_uk.shape
     v_dim, rope = w_uv.shape[1], 2 * new.cos.shape[1]
     blocks, padded = triton.cdiv(kv_lora, COLUMNS), triton.next_power_of_2
+    features = triton.cdiv(v_dim, blocks)
     early = overlaps(q)
     last = STAGES - 1
     for first, until in [(0, last)] if q.is_cuda else [(stage, stage) for stage in range(STAGES)]:
@@ -249,6 +253,6 @@ def attend(
             FIRST=first, LAST=until, NUMBER=TYPES[w_uk.dtype], CACHED=TYPES[new.pool.dtype], NOPE=nope, ROPE=rope,
             IS_HALF_SPLIT=new.is_half_split, NOPE_PADDED=padded(nope), LORA_PADDED=padded(kv_lora), V_PADDED=padded(v_dim),
             BLOCKS=blocks, BLOCKS_PADDED=padded(blocks), ROPE_PAIRS=padded(triton.cdiv(rope // 2, blocks)),
-            FEATURES=padded(triton.cdiv(v_dim, blocks)), PAIRS=COLUMNS // 2, KEYS=MOST_KEYS, EARLY=early,
+            FEATURES=features, LANES=max(padded(features), 32 * WARPS // padded(blocks)), PAIRS=COLUMNS // 2, KEYS=MOST_KEYS, EARLY=early,
             launch_pdl=early, num_warps=WARPS,
         )  # fmt: skip
