@@ -77,7 +77,7 @@ struct LatentOp {
 
 void append_latent(const Machine& machine, const Step& step, Matrix c_kv, Matrix k_rope,
                    const CacheArray& cache, int64_t layer) {
-  constexpr int64_t kRows = 32;
+  constexpr int64_t kRows = 32;  // 18,432 numbers to be rounded
   machine.team.for_each(ceil_div(step.num_rows(), kRows), [&](int64_t unit, int) {
     for (int64_t i = unit * kRows; i < std::min(step.num_rows(), (unit + 1) * kRows); i++) {
       write_slot(cache, layer, step.slots[i], c_kv.row(i), 0, c_kv.width);

@@ -84,7 +84,7 @@ void route(const Machine& machine, int64_t rows, Matrix x, const Weight& weight,
   for (int64_t first = 0; first < rows; first += window) {
     const int64_t n = std::min(window, rows - first);
     linear(inside, n, Matrix{x.row(first), x.stride, x.width}, weight, logits);
-    constexpr int64_t kRows = 8;
+    constexpr int64_t kRows = 8;  // 512 exponentials and more
     machine.team.for_each((n + kRows - 1) / kRows, [&](int64_t unit, int member) {
       float* choice = machine.of(member);  // [E], then ranks, kept groups and marks, at most [E] each
       float* ranks = choice + num_experts;

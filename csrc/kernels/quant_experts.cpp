@@ -59,6 +59,8 @@ struct Prepared {
   int64_t panel_floats() const { return unpacked_bytes(kernels, k) / 4; }
 
   // Weight rows that are multiplied at a time: `wanted` by dots, as far as a tile of results holds them.
+  // By tiles one panel, 16 to 64 rows: networks differ in their rows of x by an order of magnitude, and the
+  // last units should be small.
   int64_t step(int64_t rows, int64_t wanted) const {
     if (!by_dots(rows)) return kernels.tile_rows;
     return std::min(wanted, tile_floats() / kernels.tile_cols / kernels.row_group * kernels.row_group);

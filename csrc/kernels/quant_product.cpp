@@ -8,6 +8,8 @@ namespace kvfold {
 namespace {
 
 constexpr int64_t kLine = 64;
+// Panels that a member takes at a time, 32 to 64 weight rows with all rows of x: 3 million multiply-adds or
+// more for 48 rows of 2048 columns, 20 us at 150 a ns.
 constexpr int64_t kPanelsOfUnit = 2;
 
 int64_t whole_line_bytes(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
