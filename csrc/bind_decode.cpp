@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
@@ -136,7 +137,12 @@ void put_side_by_side(int type_id, const WritableBytes& raw, int threads) {
              " rows of a type that has this layout.");
   const nb::gil_scoped_release released;
   over_rows(rows, kvfold::kRowsSideBySide, threads, [&](int64_t first, int64_t last) {
-    kvfold::put_side_by_side(type_id, raw.data() + first * row_bytes, last - first, row_bytes);
+    std::vector<uint8_t> group(kvfold::kRowsSideBySide * row_bytes);
+    for (int64_t row = first; row < last; row += kvfold::kRowsSideBySide) {
+      uint8_t* place = raw.data() + row * row_bytes;
+      std::memcpy(group.data(), place, group.size());
+      kvfold::put_side_by_side(type_id, group.data(), kvfold::kRowsSideBySide, row_bytes, place);
+    }
   });
 }
 

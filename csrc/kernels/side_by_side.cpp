@@ -1,34 +1,30 @@
 #include "kernels/side_by_side.h"
 
-#include <vector>
-
 namespace kvfold {
 namespace {
 
 template <class T>
-void put_groups(uint8_t* raw, int64_t rows, int64_t row_bytes) {
-  std::vector<uint8_t> group(kRowsSideBySide * row_bytes);
-  for (int64_t done = 0; done < rows; done += kRowsSideBySide, raw += kRowsSideBySide * row_bytes) {
-    std::memcpy(group.data(), raw, group.size());
-    auto* mixed = reinterpret_cast<SideBySide<T>*>(raw);
+void put_groups(const uint8_t* from, int64_t rows, int64_t row_bytes, uint8_t* to) {
+  auto* mixed = reinterpret_cast<SideBySide<T>*>(to);
+  for (int64_t done = 0; done < rows; done += kRowsSideBySide, from += kRowsSideBySide * row_bytes) {
     for (int64_t at = 0; at < row_bytes; at += sizeof(T), mixed++) {
-      for (int64_t k = 0; k < kRowsSideBySide; k++) mixed->put_row(k, group.data() + k * row_bytes + at);
+      for (int64_t k = 0; k < kRowsSideBySide; k++) mixed->put_row(k, from + k * row_bytes + at);
     }
   }
 }
 
 }  // namespace
 
-void put_side_by_side(int32_t type_id, uint8_t* raw, int64_t rows, int64_t row_bytes) {
+void put_side_by_side(int32_t type_id, const uint8_t* from, int64_t rows, int64_t row_bytes, uint8_t* to) {
   switch (type_id) {
     case 2:
-      return put_groups<blocks::Q4_0>(raw, rows, row_bytes);
+      return put_groups<blocks::Q4_0>(from, rows, row_bytes, to);
     case 6:
-      return put_groups<blocks::Q5_0>(raw, rows, row_bytes);
+      return put_groups<blocks::Q5_0>(from, rows, row_bytes, to);
     case 8:
-      return put_groups<blocks::Q8_0>(raw, rows, row_bytes);
+      return put_groups<blocks::Q8_0>(from, rows, row_bytes, to);
     case 20:
-      return put_groups<blocks::IQ4_NL>(raw, rows, row_bytes);
+      return put_groups<blocks::IQ4_NL>(from, rows, row_bytes, to);
   }
 }
 

@@ -40,8 +40,8 @@ struct SideBySide {
 // The number of a file's type side by side.
 constexpr int32_t side_by_side_id(int32_t id) { return -100 - id; }
 
-// Puts rows of a file's type in this layout where they are. rows: a multiple of 16. Nothing is done where the
-// type has no such layout.
-void put_side_by_side(int32_t type_id, uint8_t* raw, int64_t rows, int64_t row_bytes);
+// Rows of a file's type from `from` to `to`, which do not overlap, in this layout. rows: a multiple of 16.
+// Nothing is done where the type has no such layout.
+void put_side_by_side(int32_t type_id, const uint8_t* from, int64_t rows, int64_t row_bytes, uint8_t* to);
 
 }  // namespace kvfold

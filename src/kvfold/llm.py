@@ -15,6 +15,7 @@ import resource
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from kvfold.engine.request import Request
 from kvfold.engine.runner import Runner
 from kvfold.engine.sampler import Sampler, SamplingParams
 from kvfold.errors import OutOfPages, SettingError
-from kvfold.load import Loaded, Progress, Settings, load
+from kvfold.load import Loaded, Progress, Settings, load, opened
 from kvfold.text.chat_template import ChatTemplate
 from kvfold.text.reasoning import Split, ThoughtSplitter, opens_thought
 from kvfold.text.streaming import DetokenizeStream
@@ -136,8 +137,11 @@ class LLM:
             check_numerics=check_numerics,
             profile=profile,
         )
-        self.loaded: Loaded = load(model, settings, progress=progress, answers_early=True)
-        self.tokenizer = Tokenizer.from_vocabulary(self.loaded.checkpoint.vocabulary)
+        checkpoint = opened(model)
+        with ThreadPoolExecutor(1) as beside:  # 0.4 s for DeepSeek-V2's vocabulary: weights are copied meanwhile
+            tokenizer = beside.submit(Tokenizer.from_vocabulary, checkpoint.vocabulary)
+            self.loaded: Loaded = load(checkpoint, settings, progress=progress, answers_early=True)
+        self.tokenizer = tokenizer.result()
         self.batch_rows: int = batch_rows or self.loaded.window_rows
         self._runner = Runner(
             self.loaded.backend,

@@ -247,6 +247,12 @@ def context_of(config: ModelConfig, settings: Settings, needs: Needs, candidate:
     return default_context(config, cache_layout(config, settings))
 
 
+def opened(model: str | os.PathLike[str] | None) -> Checkpoint:
+    """Opens a .gguf, a Hugging Face directory or a hub name ("org/repo"); None is the embedded model. Raises
+    ModelFileError, UnsupportedModel."""
+    return open_checkpoint(embedded_model() if model is None else resolve(model))
+
+
 def load(
     model: str | os.PathLike[str] | Checkpoint | None,
     settings: Settings,
@@ -254,8 +260,7 @@ def load(
     progress: Progress | None = None,
     answers_early: bool = False,
 ) -> Loaded:
-    """Opens a .gguf, a Hugging Face directory or a hub name ("org/repo"), or takes a checkpoint that is open already;
-    None is the embedded model.
+    """Takes what `opened` does, or a checkpoint that is open already.
 
     The weights are copied into memory where settings.mmap says so and they fit: with the cache and the workspace into
     what is available. `Loaded.checkpoint` then has the copies, and a second load of it copies nothing. answers_early:
@@ -263,10 +268,7 @@ def load(
 
     Raises ModelFileError, UnsupportedModel, SettingError, MissingExtra.
     """
-    if isinstance(model, Checkpoint):
-        checkpoint = model
-    else:
-        checkpoint = open_checkpoint(embedded_model() if model is None else resolve(model))
+    checkpoint = model if isinstance(model, Checkpoint) else opened(model)
     config = checkpoint.config
     needs = needs_of(checkpoint, settings)
     choice = choose_backend(settings.backend, needs)
@@ -302,7 +304,7 @@ def load(
             used,
             checkpoint.maps,
             backend.move_weights,
-            lambda: backend.is_in_first_step,
+            lambda: backend.is_answering_first,
             _readers(settings),
             memory_types,
         )

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 import weakref
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
@@ -43,7 +43,7 @@ CHUNK_BYTES = 8 * HUGE_PAGE_BYTES
 # and with it the alignment of every number in the file.
 PAGE_BYTES = 4096
 _READ_AHEAD_BYTES = 16 << 20
-# A copy beside answers waits so long for a first step, which it then lets end: both want every CPU.
+# A copy beside answers waits so long for a first step, and then for its answer: both want every CPU.
 BEGIN_SECONDS = 0.5
 GIVE_WAY_SECONDS = 0.02
 
@@ -91,16 +91,20 @@ class MovingWeights:
         self._failure = ""
         self._cancelled = threading.Event()
 
-        def check(done: int, total: int) -> None:
+        def pause() -> None:
             while gives_way() and not self._cancelled.wait(GIVE_WAY_SECONDS):
                 pass
+
+        def check(done: int, total: int) -> None:
             if self._cancelled.is_set():
                 raise RuntimeError("the copy was cancelled")
 
         def work() -> None:
             self._cancelled.wait(BEGIN_SECONDS)
             try:
-                moved, copy = copied(weights, maps, readers=readers, memory_types=memory_types, progress=check)
+                moved, copy = copied(
+                    weights, maps, readers=readers, memory_types=memory_types, progress=check, pause=pause
+                )
                 move(moved)
                 self._copy = copy
             except (OSError, ModelFileError, RuntimeError) as error:
@@ -154,11 +158,13 @@ def copied(
     readers: int,
     memory_types: Mapping[str, BlockType] = MappingProxyType({}),
     progress: Progress | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> tuple[Weights, WeightCopy]:
     """The same weights as views of one read-only copy, and what that took. Arrays outside the maps stay what they are.
 
     readers: threads that read at the same time, in file order.
-    memory_types: types of quant/types.SIDE_BY_SIDE that weights get in the copy, by name.
+    memory_types: types of quant/types.SIDE_BY_SIDE that weights get in the copy, by name. Their bytes are no others'.
+    pause: what each reader calls before a chunk, and may wait in.
 
     Raises ModelFileError where a file is not what was opened any more, or cannot be read; OSError where the system
     gives no memory.
@@ -166,17 +172,17 @@ def copied(
     started = time.perf_counter()
     ranges = _ranges(maps, _arrays(weights))
     target = _huge_page_memory(ranges[-1].target + ranges[-1].nbytes if ranges else 0)
-    _read_all(ranges, target, readers, progress or _silent)
+    side_by_side = _side_by_side(weights, memory_types)
+    _read_all(ranges, side_by_side, target, readers, progress or _silent, pause)
     moved = _Moved(ranges, target)
-    for part in _tensors({name: weight for name, weight in weights.items() if name in memory_types}):
-        _native.put_side_by_side(part.type.id, moved.tensor(part).raw, readers)
     seconds = time.perf_counter() - started
     target.flags.writeable = False
     huge = huge_page_bytes(target)
     nbytes = sum(range.nbytes for range in ranges)
 
     def place(name: str, tensor: QuantTensor) -> QuantTensor:
-        return replace(moved.tensor(tensor), type=memory_types.get(name, tensor.type))
+        found = moved.tensor(tensor)
+        return found if found.raw is tensor.raw else replace(found, type=memory_types.get(name, tensor.type))
 
     return (
         {
@@ -191,8 +197,8 @@ def read_ahead(maps: Iterable[FileMap]) -> threading.Thread:
     """Has the system read mapped files in their order, while the model already answers: what a step needs earlier it
     reads itself. Of a file that is in memory this costs milliseconds. Returns the thread that asks.
 
-    Touching every page before the first token took 1.1 s of CPU time for 8.9 GB in memory; a first token needs 1/5 of
-    them.
+    Mapping every page before the first token, while the tokenizer is built, gains nothing to speak of
+    (docs/notes/loading.md).
     """
 
     def ask() -> None:
@@ -296,24 +302,77 @@ def _huge_page_memory(nbytes: int) -> NDArray[np.uint8]:
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """Rows of one type in a map that are to lie side by side. group_bytes: of those that are mixed."""
+
+    address: int
+    nbytes: int
+    type_id: int
+    row_bytes: int
+    group_bytes: int
+
+    def continues(self, other: _Rows) -> bool:
+        same = (self.type_id, self.row_bytes) == (other.type_id, other.row_bytes)
+        return same and self.address == other.address + other.nbytes
+
+
+def _side_by_side(weights: Weights, memory_types: Mapping[str, BlockType]) -> list[_Rows]:
+    """Every part of the weights that get such a type, by address; what lies together, such as experts, as one."""
+    parts = []
+    for name, type in memory_types.items():
+        for part in _tensors({name: weights[name]}):
+            row_bytes = part.raw.shape[-1]
+            group_bytes = type.interleaved_rows * row_bytes
+            parts.append(_Rows(_address(part.raw), part.raw.nbytes, part.type.id, row_bytes, group_bytes))
+    joined: list[_Rows] = []
+    for rows in sorted(parts, key=lambda rows: rows.address):
+        if joined and rows.continues(joined[-1]):
+            joined[-1] = replace(joined[-1], nbytes=joined[-1].nbytes + rows.nbytes)
+        else:
+            joined.append(rows)
+    return joined
+
+
+@dataclass(frozen=True)
 class _Chunk:
     range: _Range
     start: int  # byte of the file
     stop: int
+    rows: _Rows | None = None  # what its bytes are part of
 
 
-def _chunks(ranges: Iterable[_Range]) -> Iterator[_Chunk]:
-    """The ranges cut where the copy reaches a multiple of CHUNK_BYTES."""
+def _chunks(ranges: Iterable[_Range], side_by_side: Sequence[_Rows]) -> Iterator[_Chunk]:
+    """The ranges cut where the copy reaches a multiple of CHUNK_BYTES, within rows side by side after the group that does,
+    and where such rows begin and end."""
+    addresses = [rows.address for rows in side_by_side]
     for range in ranges:
-        start = range.start
-        while start < range.stop:
-            place = range.target + start - range.start
-            stop = min(range.stop, start + CHUNK_BYTES - place % CHUNK_BYTES)
-            yield _Chunk(range, start, stop)
-            start = stop
+        first, last = (bisect_left(addresses, range.address + offset) for offset in (0, range.nbytes))
+        at = range.start
+        for rows in side_by_side[first:last]:
+            start = range.start + rows.address - range.address
+            yield from _cut(range, at, start)
+            at = start + rows.nbytes
+            yield from _cut(range, start, at, rows)
+        yield from _cut(range, at, range.stop)
 
 
-def _read_all(ranges: Sequence[_Range], target: NDArray[np.uint8], readers: int, report: Progress) -> None:
+def _cut(range: _Range, start: int, stop: int, rows: _Rows | None = None) -> Iterator[_Chunk]:
+    unit = rows.group_bytes if rows else 1
+    while start < stop:
+        size = CHUNK_BYTES - (range.target + start - range.start) % CHUNK_BYTES
+        end = min(stop, start + -(-size // unit) * unit)
+        yield _Chunk(range, start, end, rows)
+        start = end
+
+
+def _read_all(
+    ranges: Sequence[_Range],
+    side_by_side: Sequence[_Rows],
+    target: NDArray[np.uint8],
+    readers: int,
+    report: Progress,
+    pause: Callable[[], None],
+) -> None:
     total = sum(range.nbytes for range in ranges)
     done = 0
     report(0, total)
@@ -321,14 +380,15 @@ def _read_all(ranges: Sequence[_Range], target: NDArray[np.uint8], readers: int,
         descriptors = {map.path: _reopened(map, files) for map in dict.fromkeys(range.map for range in ranges)}
 
         def read(chunk: _Chunk) -> int:
+            pause()
             place = chunk.range.target + chunk.start - chunk.range.start
             part = target[place : place + chunk.stop - chunk.start]
-            _read(chunk.range.map, descriptors[chunk.range.map.path], chunk.start, part)
+            _read(chunk.range.map, descriptors[chunk.range.map.path], chunk.start, part, chunk.rows)
             return part.nbytes
 
         pool = ThreadPoolExecutor(readers, thread_name_prefix="kvfold-read")
         try:
-            chunks = _chunks(ranges)
+            chunks = _chunks(ranges, side_by_side)
             waiting = {pool.submit(read, chunk) for chunk in islice(chunks, 2 * readers)}
             while waiting:
                 finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -356,23 +416,20 @@ def _reopened(map: FileMap, files: ExitStack) -> int:
     return file.fileno()
 
 
-def _read(map: FileMap, descriptor: int, start: int, into: NDArray[np.uint8]) -> None:
-    """Fills `into` from byte `start` of the file on. preadv waits without the GIL."""
-    done = 0
-    while done < into.nbytes:
-        try:
-            got = os.preadv(descriptor, [into[done:].data], start + done)
-        except OSError as error:
-            reason = f"the file cannot be read: {error.strerror}."
-            raise ModelFileError(map.path, reason, offset=start + done) from error
-        if got == 0:
-            raise ModelFileError(
-                map.path,
-                f"the file ends here and had {map.data.nbytes} bytes when it was opened: something shortened it. "
-                f"Fetch it again.",
-                offset=start + done,
-            )
-        done += got
+def _read(map: FileMap, descriptor: int, start: int, into: NDArray[np.uint8], rows: _Rows | None) -> None:
+    """Fills `into` from byte `start` of the file on, rows side by side, without the GIL."""
+    layout = (rows.type_id, rows.row_bytes) if rows else ()
+    try:
+        got = _native.read_weights(descriptor, start, into, *layout)
+    except OSError as error:
+        raise ModelFileError(map.path, f"the file cannot be read: {error.strerror}.", offset=start) from error
+    if got < into.nbytes:
+        raise ModelFileError(
+            map.path,
+            f"the file ends here and had {map.data.nbytes} bytes when it was opened: something shortened it. "
+            f"Fetch it again.",
+            offset=start + got,
+        )
 
 
 class _Moved:

@@ -108,8 +108,8 @@ class MovesWeights(Protocol):
         """The same weights elsewhere in memory; the old arrays are not read any more when this returns."""
 
     @property
-    def is_in_first_step(self) -> bool:
-        """Whether the first of all its steps is under way: somebody waits for a first token."""
+    def is_answering_first(self) -> bool:
+        """Whether somebody waits for the first token of all, however many steps its prompt takes."""
 
 
 @runtime_checkable

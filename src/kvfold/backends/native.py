@@ -7,10 +7,9 @@ but the angles of RoPE. numpy only: a native run never imports torch.
 from __future__ import annotations
 
 import time
-import weakref
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +63,7 @@ class NativeBackend:
     ) -> None:
         self.model = model
         self.isa = _native.isa()
-        self._first_run: weakref.ref[NativeRun] | None = None
+        self._first_answer = _FirstAnswer()
         recorded = with_shared_experts_inside(
             record(model, {name: _rows(weight) for name, weight in weights.items()}),
             weights,
@@ -92,16 +91,12 @@ class NativeBackend:
 
     def start(self, step: Step) -> NativeRun:
         """Checks the step and reserves its buffers; nothing runs yet. ValueError: array, expected, got."""
-        run = NativeRun(self.model, self._program, step, self.profile)
-        if self._first_run is None:
-            self._first_run = weakref.ref(run)
-        return run
+        return NativeRun(self.model, self._program, step, self._first_answer, self.profile)
 
     @property
-    def is_in_first_step(self) -> bool:
-        """Whether the first of all its steps is under way, or stands at a cut."""
-        run = None if self._first_run is None else self._first_run()
-        return run is not None and run.position < self.model.num_segments
+    def is_answering_first(self) -> bool:
+        """Whether steps run, or stand at a cut for a moment, and none has had outputs so far."""
+        return self._first_answer.is_awaited
 
     def move_weights(self, weights: Weights) -> None:
         """The same weights at other places in memory, rows side by side perhaps, all of them from the next cut on, for
@@ -144,26 +139,68 @@ def side_by_side(program: Program, weights: Weights, isa: str) -> dict[str, Bloc
                 of_op[gate : gate + 3] = [None] * 3
         for name, type in zip(names, of_op, strict=True):
             types[name] = type if types.get(name, type) == type else None
-    # Two weights that are the same bytes, as a head that is the embedding, stay as they are.
-    addresses = {name: [part.raw.ctypes.data for part in _tensors(weights[name])] for name in types}
-    uses = Counter(chain.from_iterable(addresses.values()))
-    return {
-        name: type
-        for name, type in types.items()
-        if type is not None and all(uses[address] == 1 for address in addresses[name])
-    }
+    shared = _sharing_bytes(weights, types)
+    return {name: type for name, type in types.items() if type is not None and name not in shared}
+
+
+def _sharing_bytes(weights: Weights, names: Iterable[str]) -> set[str]:
+    """Weights of which a byte is another's too, as a head that is the embedding."""
+    places = (
+        (part.raw.__array_interface__["data"][0], part.raw.nbytes, name)
+        for name in names
+        for part in _tensors(weights[name])
+    )
+    shared: set[str] = set()
+    end, before = 0, ""  # of what reaches furthest so far
+    for start, nbytes, name in sorted(places):
+        if start < end:
+            shared |= {before, name}
+        if start + nbytes > end:
+            end, before = start + nbytes, name
+    return shared
+
+
+class _FirstAnswer:
+    """Whether somebody waits for the first outputs of a backend. A prompt may take several steps, which stand at cuts, and
+    a step may fail: what waits for the answer then waits GAP_SECONDS longer."""
+
+    GAP_SECONDS = 0.1
+
+    def __init__(self) -> None:
+        self._given, self._running, self._ended = False, False, -inf
+
+    @property
+    def is_awaited(self) -> bool:
+        return not self._given and (self._running or time.monotonic() - self._ended < self.GAP_SECONDS)
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        self._running = True
+        try:
+            yield
+        finally:
+            self._running, self._ended = False, time.monotonic()
+
+    def give(self) -> None:
+        self._given = True
 
 
 class NativeRun:
     """Implements model.step.StepRun. `profile` gets the times of the ops when the head has run."""
 
     def __init__(
-        self, model: DeepseekModel, program: _native.Program, step: Step, profile: Profile | None = None
+        self,
+        model: DeepseekModel,
+        program: _native.Program,
+        step: Step,
+        first_answer: _FirstAnswer,
+        profile: Profile | None = None,
     ) -> None:
         if step.positions.shape != step.token_ids.shape:
             raise ValueError(f"positions: shape {step.positions.shape}, expected {step.token_ids.shape}.")
         self._num_segments = model.num_segments
         self._step, self._profile, self._ns = step, profile, 0
+        self._first_answer = first_answer
         self._outputs: dict[str, NDArray[np.float32]] = {
             name: np.empty((len(step.output_rows), width), np.float32) for name, width in program.outputs
         }
@@ -195,13 +232,17 @@ class NativeRun:
 
     def run(self, last: int | None = None) -> int:
         started = time.perf_counter_ns()
-        reached = self._run.run(self._num_segments if last is None else last)
+        with self._first_answer.awaited():
+            reached = self._run.run(self._num_segments if last is None else last)
         self._ns += time.perf_counter_ns() - started
         if not reached:
             raise Cancelled(f"The step was cancelled before segment {self.position}.")
-        if self._profile is not None and self.position == self._num_segments:
-            self._profile.add(self._step, self._ns, self._run.op_times)
-            self._profile = None  # run() may be called again
+        if self.position == self._num_segments:
+            if len(self._step.output_rows) > 0:
+                self._first_answer.give()
+            if self._profile is not None:
+                self._profile.add(self._step, self._ns, self._run.op_times)
+                self._profile = None  # run() may be called again
         return self.position
 
     def cancel(self) -> None:
