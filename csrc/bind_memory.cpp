@@ -58,8 +58,8 @@ void bind_memory(nb::module_& m) {
   m.def("read_weights", &read_weights, "descriptor"_a, "start"_a, "to"_a.noconvert(), "type_id"_a = 0,
         "row_bytes"_a = 0,
         "Fills uint8 [n] from byte `start` of an open file and returns the bytes there were. row_bytes: of "
-        "rows of "
-        "a file's type, which are put side by side on their way. OSError where the system cannot read.");
+        "rows of a file's type, which are put side by side on their way. OSError where the system cannot "
+        "read.");
   m.def("usable_cpus", &kvfold::usable_cpus,
         "CPUs that this process may keep busy: of its affinity mask, and no more than the quota of its "
         "cgroups.");

@@ -10,6 +10,7 @@ from pathlib import Path
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 for library in ("OMP", "OPENBLAS", "MKL"):
-    os.environ.setdefault(f"{library}_NUM_THREADS", str(max((os.cpu_count() or 1) // num_workers, 1)))
+    os.environ.setdefault(f"{library}_NUM_THREADS", str(max(num_cpus // num_workers, 1)))

@@ -406,7 +406,7 @@ struct LatentTile {
       S::pair_bytes(codes + kValueColumns, odd + kValueColumns, words[1] + key / 2 * kValueColumns);
     }
   }
-  // The block's values times weights, on top of `from`.
+  // The block's values times weights, on top of `weighted`, or instead of it where is_first.
   static void add_block(const uint32_t (*values)[kPagePairs * kValueColumns], const uint32_t* weights,
                         int64_t pairs, const Floats (&factor)[kParts], bool is_first, float* weighted) {
     for (int64_t c = 0; c < kQ8Block; c += kColumns) {

@@ -59,7 +59,7 @@ struct Prepared {
   int64_t panel_floats() const { return unpacked_bytes(kernels, k) / 4; }
 
   // Weight rows that are multiplied at a time: `wanted` by dots, as far as a tile of results holds them.
-  // By tiles one panel, 16 to 64 rows: networks differ in their rows of x by an order of magnitude, and the
+  // By tiles one panel, 8 to 32 rows: networks differ in their rows of x by an order of magnitude, and the
   // last units should be small.
   int64_t step(int64_t rows, int64_t wanted) const {
     if (!by_dots(rows)) return kernels.tile_rows;
@@ -247,7 +247,10 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
     for (int64_t g = 0; g < groups.size(); g++) {
       const RowGroup group = groups[g];
       const Prepared& inside = inside_of(group);
-      if (inside.by_dots(group.num_rows)) continue;
+      if (inside.by_dots(group.num_rows)) {  // rows that lie mixed stay in one unit
+        unit_rows = std::max<int64_t>(unit_rows, inside.kernels.row_group);
+        continue;
+      }
       by_dots &= group.is_shared;
       unit_rows = std::max<int64_t>(unit_rows, inside.kernels.tile_rows);
     }

@@ -8,7 +8,7 @@ namespace kvfold {
 namespace {
 
 constexpr int64_t kLine = 64;
-// Panels that a member takes at a time, 32 to 64 weight rows with all rows of x: 3 million multiply-adds or
+// Panels that a member takes at a time, 16 to 64 weight rows with all rows of x: 3 million multiply-adds or
 // more for 48 rows of 2048 columns, 20 us at 150 a ns.
 constexpr int64_t kPanelsOfUnit = 2;
 

@@ -99,7 +99,8 @@ struct WorkspaceTooSmall : std::runtime_error {
                                           int64_t shared_floats) {
   throw WorkspaceTooSmall(op + ": needs " + std::to_string(needed_floats * 4) +
                           " bytes of workspace beside the threads' own, has " +
-                          std::to_string(shared_floats * 4) + ": raise workspace_bytes.");
+                          std::to_string(shared_floats * 4) + ": raise workspace_bytes (--workspace) by " +
+                          std::to_string((needed_floats - shared_floats) * 4) + " or more.");
 }
 
 }  // namespace kvfold

@@ -150,12 +150,14 @@ def test_behind_the_last_attention_only_output_rows_go_on(
     tiny = tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=num_dense)
     path = write_gguf(tiny, tmp_path / "m.gguf", ftype=ftype)
     logits = []
-    for harness in (cuda_harness(path, mla="1"), Harness(path, mla="1")):
+    cuda = cuda_harness(path, mla="1")
+    for harness in (cuda, Harness(path, mla="1")):
         loaded = harness.loaded
         batch = build_batch([Work(harness.sequence(), ids(3), is_prompt=True, outputs=num_outputs)], loaded.plan)
         run = loaded.backend.start(batch.step)
         run.run()
         logits.append(run.outputs["logits"])
+    assert (~cuda.loaded.backend.pools[0].isnan().flatten(0, 2).any(1)).sum() == 3  # appended whoever is wanted
     assert logits[0].shape == (num_outputs, 272)
     if num_outputs:
         close(logits[0], logits[1], 1e-5)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from backends.test_kernels import ISAS, assert_close, random_weight
 from backends.test_native import WIDE
 from backends.test_native_ops import UNREAD, Bench, hand_over, unread_attention
+from backends.test_side_by_side import side_by_side
 from kit.harness import Harness
 from kit.tiny_models import tiny_model
 from kvfold import _native
@@ -168,6 +169,44 @@ def test_shared_experts_in_the_op_of_routed_ones_follow_the_definition(
         assert_close(got, want, f"{name} {rows}", tolerance=2e-2)
         size = np.sqrt((want**2).mean(1, keepdims=True)) + 1e-30
         assert np.median(np.abs(got - want) / size) <= 1e-5
+
+
+@pytest.mark.skipif(not _native.side_by_side_types("auto"), reason="this set multiplies rows as files have them")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 7, 25])
+def test_rows_side_by_side_stay_in_one_unit_beside_rows_that_do_not(rows: int, threads: int) -> None:
+    """Routed experts of a type whose rows lie one by one, as many as a thread's share; shared ones of the other kind."""
+    x, wide = inputs(rows), 416
+    shapes = {"shared_gate": (wide, HIDDEN), "shared_up": (wide, HIDDEN), "shared_down": (HIDDEN, wide)}
+    in_file = {name: random_weight(by_name("Q8_0"), *shape, seed=30 + len(name)) for name, shape in shapes.items()}
+    routed = {
+        "router": np.random.default_rng(1).standard_normal((NUM_EXPERTS, HIDDEN)).astype(np.float32),
+        "gate": stack_of("Q4_1", INNER, HIDDEN),
+        "up": stack_of("Q4_1", INNER, HIDDEN)[::-1],
+        "down": stack_of("Q4_1", HIDDEN, INNER),
+        **UNREAD,
+    }
+
+    def network(ops: Recorder, value: Value) -> None:
+        ids, choice_weights = ops.route("route", value, "router", None, MOE)
+        out = ops.experts("experts", value, ids, choice_weights, "gate", "up", "down")
+        gate, up = (ops.linear(part, value, f"shared_{part}") for part in ("gate", "up"))
+        hand_over(
+            ops, "sum", ops.add("add", out, ops.linear("down", ops.swiglu("swiglu", gate, up), "shared_down"))
+        )
+        unread_attention(ops, value)
+
+    def run(shared: dict[str, QuantTensor]) -> Array:
+        weights = {**routed, **{name: (weight,) for name, weight in shared.items()}}
+        bench = Bench(
+            x, network, weights, cache_rows=(6,), rounds_activations=True, workspace_bytes=8 << 20, threads=threads
+        )
+        outputs = bench.run()
+        assert "linear" not in {op.kind for op in bench.recorded.segments[1].ops}
+        return outputs["sum"]
+
+    got = run({name: side_by_side(weight) for name, weight in in_file.items()})
+    assert_close(got, run(in_file), f"{rows} {threads}", tolerance=1e-5)
 
 
 def wide_model() -> ModelConfig:

@@ -404,7 +404,9 @@ def test_scores_that_do_not_fit_are_refused_before_the_step_runs(mla: str, path:
     )
     size = least_workspace(loaded)
     backend = NativeBackend(loaded.model, loaded.checkpoint.tensors, loaded.cache, threads=2, workspace_bytes=size)
-    with pytest.raises(SettingError, match=r"needs \d+ bytes of workspace .* raise workspace_bytes"):
+    with pytest.raises(
+        SettingError, match=r"needs \d+ bytes of workspace .* raise workspace_bytes \(--workspace\) by \d+"
+    ):
         backend.start(step)
     size += 500_000
     NativeBackend(loaded.model, loaded.checkpoint.tensors, loaded.cache, threads=2, workspace_bytes=size).start(
@@ -470,9 +472,18 @@ BAD_RECORDINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "x not handed over": (lambda s: (*s[:3], None, s[4]), "hands no x over"),
     "x of one path's rows": (
-        lambda s: (*s[:2], [(b[0], 2, *b[2:]) if i == s[3][0] else b for i, b in enumerate(s[2])], *s[3:]),
-        "add_ffn: domain of a buffer is 2, expected 0",
+        lambda s: (*s[:3], next(op[3][0] for op in s[1] if op[0] == "fold_q"), s[4]),
+        "hands over the rows of one path alone",
     ),
+    "x of other rows": (
+        lambda s: (*s[:2], [(b[0], 1, *b[2:]) if i == 0 else b for i, b in enumerate(s[2])], *s[3:]),
+        "x is not of the rows",
+    ),
+    "shared experts without gate": (
+        change_op("experts", 4, lambda w: [*w[:3], -1, 0, -1]),
+        "shared experts without gate",
+    ),
+    "shared gate alone": (change_op("experts", 4, lambda w: [*w[:3], 0, -1, -1]), "an absent weight"),
     "outputs too early": (lambda s: (*s[:4], [("early", (0, 0, 64))]), "outputs before the last segment"),
 }
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from test_kernels import activations, assert_close, every_isa, isa, native_product, random_weight
 
+from backends.test_kernels import activations, assert_close, every_isa, isa, native_product, random_weight
 from kvfold import _native
 from kvfold.quant.activations import product
 from kvfold.quant.decode import decode, decode_tensor

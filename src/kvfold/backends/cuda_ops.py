@@ -448,8 +448,8 @@ class CudaOps:
         def make() -> Tensor:
             out = torch.empty(len(x.tensor), w_down.rows, dtype=self._dtype, device=x.tensor.device)
             if not len(x.tensor):
-                pass
-            elif len(x.tensor) <= ROW_PRODUCT_ROWS:
+                return out
+            if len(x.tensor) <= ROW_PRODUCT_ROWS:
                 hidden = row_product.gate_up(x.tensor, w_gate, w_up, ids.tensor, self._dtype, w_down)
                 row_product.down(hidden, w_down, ids.tensor, weights.tensor, out)
             else:

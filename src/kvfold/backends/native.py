@@ -6,6 +6,7 @@ but the angles of RoPE. numpy only: a native run never imports torch.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -167,19 +168,22 @@ class _FirstAnswer:
     GAP_SECONDS = 0.1
 
     def __init__(self) -> None:
-        self._given, self._running, self._ended = False, False, -inf
+        self._given, self._running, self._ended = False, 0, -inf
+        self._lock = threading.Lock()
 
     @property
     def is_awaited(self) -> bool:
-        return not self._given and (self._running or time.monotonic() - self._ended < self.GAP_SECONDS)
+        return not self._given and (self._running > 0 or time.monotonic() - self._ended < self.GAP_SECONDS)
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        self._running = True
+        with self._lock:
+            self._running += 1
         try:
             yield
         finally:
-            self._running, self._ended = False, time.monotonic()
+            with self._lock:
+                self._running, self._ended = self._running - 1, time.monotonic()
 
     def give(self) -> None:
         self._given = True

@@ -1,8 +1,8 @@
 """Shared experts inside the op of the routed ones: a recorded program rewritten for the native backend.
 
 The network (model/moe.py) adds what four ops make of the shared experts to what one op makes of the routed ones. Those
-read the same rows and add to the same sums, so one op can do both: then a member of the team that finds no more routed
-experts goes on with the shared ones, and of seven waits for the whole team four are left.
+read the same rows and add to the same sums, so one op can do both: then a member of the team that finds no more of the
+shared ones goes on with the routed ones, and of seven waits for the whole team four are left.
 
 Such an op is named for the function that recorded its parts, `blk.3.mixture`.
 """

@@ -1,7 +1,8 @@
 """The network, read first: embedding, layers, head, as segments with a cut between each two.
 
 A step normally runs all segments; it may stop at any cut with x, the hidden rows [T, hidden], in hand, and go on
-later. Behind the last layer x is the step's output rows alone, [R, hidden]. Cancelling, progress, streamed weights and several devices attach at cuts.
+later. Behind the last layer x is the step's output rows alone, [R, hidden]. Cancelling, progress, streamed weights and
+several devices attach at cuts.
 """
 
 from __future__ import annotations

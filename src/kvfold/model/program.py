@@ -84,8 +84,8 @@ class _Growing:
 
 @dataclass
 class Recorder:
-    """An implementation of Ops[Value]. `widths` is the number of output features (rows) of every weight. Segments are recorded
-    in order: x arrives with the rows that the one before handed over."""
+    """An implementation of Ops[Value]. `widths` is the number of output features (rows) of every weight. Segments are
+    recorded in order: x arrives with the rows that the one before handed over."""
 
     widths: Mapping[str, int]
     handles: dict[str, int] = field(default_factory=dict)
