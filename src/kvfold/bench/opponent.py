@@ -94,6 +94,8 @@ class Opponent:
             for row in islice(rows_in(out.decode(errors="replace")), seen, None):
                 seen += 1
                 os.killpg(process.pid, signal.SIGSTOP)
+                # Until it has stopped: before, it would disturb who measures, and nothing would hang it up.
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
                 yield case_of(row), rate_of(row)
                 os.killpg(process.pid, signal.SIGCONT)
         if code := process.wait():
