@@ -68,6 +68,68 @@ def test_linear_follows_the_definition(name: str, rows: int) -> None:
     assert_close(outputs["y"], product(x, weight), f"{name} {rows}")
 
 
+SUBSETS: dict[str, range | None] = {"all": None, "some": range(2, 5), "none": range(4, 4)}
+SHARED_INNER = 416
+
+
+def routed_weights(gate_up: str, down: str) -> dict[str, Any]:
+    return {
+        "router": np.random.default_rng(1).standard_normal((NUM_EXPERTS, HIDDEN)).astype(np.float32),
+        "gate": stack_of(gate_up, INNER, HIDDEN),
+        "up": stack_of(gate_up, INNER, HIDDEN)[::-1],
+        "down": stack_of(down, HIDDEN, INNER),
+        **UNREAD,
+    }
+
+
+def shared_weights(gate_up: str, down: str) -> dict[str, QuantTensor]:
+    shapes = {"gate": (SHARED_INNER, HIDDEN), "up": (SHARED_INNER, HIDDEN), "down": (HIDDEN, SHARED_INNER)}
+    types = {"gate": gate_up, "up": gate_up, "down": down}
+    return {
+        f"shared_{part}": random_weight(by_name(types[part]), *shape, seed=seed)
+        for seed, (part, shape) in enumerate(shapes.items(), 30)
+    }
+
+
+def choose(ops: Recorder, value: Value) -> tuple[Value, Value]:
+    """Ids and weights, handed over too."""
+    chosen = ops.route("route", value, "router", None, MOE)
+    for name, made in zip(("ids", "weights"), chosen, strict=True):
+        hand_over(ops, name, made)
+    return chosen
+
+
+def add_shared(ops: Recorder, name: str, value: Value, routed: Value) -> Value:
+    gate, up = (ops.linear(f"{name} {part}", value, f"shared_{part}") for part in ("gate", "up"))
+    down = ops.linear(f"{name} down", ops.swiglu(f"{name} swiglu", gate, up), "shared_down")
+    return ops.add(f"{name} add", routed, down)
+
+
+def gated(x: Array, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> NDArray[np.float64]:
+    of_gate = product(x, gate)
+    with np.errstate(over="ignore"):
+        return product((of_gate / (1 + np.exp(-of_gate)) * product(x, up)).astype(np.float32), down)
+
+
+def routed_sum(
+    x: Array, weights: Mapping[str, Any], outputs: Mapping[str, Array], subset: range | None
+) -> NDArray[np.float64]:
+    """Of the experts of a subset, chosen and weighed as `choose` handed over."""
+    ids, total = outputs["ids"].view(np.int32), np.zeros((len(x), HIDDEN))
+    for e in subset if subset is not None else range(NUM_EXPERTS):
+        factor = (outputs["weights"] * (ids == e)).sum(-1, keepdims=True)
+        total += gated(x, *(weights[part][e] for part in ("gate", "up", "down"))) * factor
+    return total
+
+
+def assert_experts_close(got: Array, want: NDArray[np.float64], what: str) -> None:
+    """Inner activations agree to some 1e-7, which at times is across the middle between two codes: one step of 1/127 of
+    the largest of 32 values, in a sum over 288 or more."""
+    assert_close(got, want, what, tolerance=2e-2)
+    size = np.sqrt((want**2).mean(1, keepdims=True)) + 1e-30
+    assert np.median(np.abs(got - want) / size) <= 1e-5
+
+
 @pytest.mark.parametrize("rows", [1, 2, 25, 200])
 @pytest.mark.parametrize(
     ("gate_up", "down"),
@@ -75,39 +137,17 @@ def test_linear_follows_the_definition(name: str, rows: int) -> None:
 )
 def test_experts_follow_the_definition(gate_up: str, down: str, rows: int) -> None:
     """Few rows go by row dots, many by tiles, and experts with few and many rows meet in one op."""
-    x = inputs(rows)
-    weights = {
-        "router": np.random.default_rng(1).standard_normal((NUM_EXPERTS, HIDDEN)).astype(np.float32),
-        "gate": stack_of(gate_up, INNER, HIDDEN),
-        "up": stack_of(gate_up, INNER, HIDDEN)[::-1],
-        "down": stack_of(down, HIDDEN, INNER),
-        **UNREAD,
-    }
-    subsets = {"all": None, "some": range(2, 5), "none": range(4, 4)}
+    x, weights = inputs(rows), routed_weights(gate_up, down)
 
     def network(ops: Recorder, value: Value) -> None:
-        ids, choice_weights = ops.route("route", value, "router", None, MOE)
-        hand_over(ops, "ids", ids)
-        hand_over(ops, "weights", choice_weights)
-        for name, subset in subsets.items():
-            hand_over(ops, name, ops.experts(name, value, ids, choice_weights, "gate", "up", "down", subset))
+        chosen = choose(ops, value)
+        for name, subset in SUBSETS.items():
+            hand_over(ops, name, ops.experts(name, value, *chosen, "gate", "up", "down", subset))
         unread_attention(ops, value)
 
     outputs = Bench(x, network, weights, cache_rows=(6,), rounds_activations=True, workspace_bytes=3 << 20).run()
-    ids = outputs["ids"].view(np.int32)
-    for name, subset in subsets.items():
-        want = np.zeros((rows, HIDDEN))
-        for e in subset if subset is not None else range(NUM_EXPERTS):
-            gate, up = product(x, weights["gate"][e]), product(x, weights["up"][e])
-            with np.errstate(over="ignore"):
-                inner = (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
-            want += product(inner, weights["down"][e]) * (outputs["weights"] * (ids == e)).sum(-1, keepdims=True)
-        got = outputs[name]
-        # `inner` agrees to some 1e-7, which at times is across the middle between two codes: one step of 1/127 of the
-        # largest of 32 values, in a sum over 288 or more.
-        assert_close(got, want, f"{name} {rows}", tolerance=2e-2)
-        size = np.sqrt((want**2).mean(1, keepdims=True)) + 1e-30
-        assert np.median(np.abs(got - want) / size) <= 1e-5
+    for name, subset in SUBSETS.items():
+        assert_experts_close(outputs[name], routed_sum(x, weights, outputs, subset), f"{name} {rows}")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 25, 200])
@@ -124,51 +164,23 @@ def test_shared_experts_in_the_op_of_routed_ones_follow_the_definition(
 ) -> None:
     """Of another width and other types, beside all routed experts, some or none; 25 rows go by tiles through the shared
     ones and by row dots through routed ones."""
-    x, wide = inputs(rows), 416
-    weights = {
-        "router": np.random.default_rng(1).standard_normal((NUM_EXPERTS, HIDDEN)).astype(np.float32),
-        "gate": stack_of(routed[0], INNER, HIDDEN),
-        "up": stack_of(routed[0], INNER, HIDDEN)[::-1],
-        "down": stack_of(routed[1], HIDDEN, INNER),
-        "shared_gate": (random_weight(by_name(shared[0]), wide, HIDDEN, seed=30),),
-        "shared_up": (random_weight(by_name(shared[0]), wide, HIDDEN, seed=31),),
-        "shared_down": (random_weight(by_name(shared[1]), HIDDEN, wide, seed=32),),
-        **UNREAD,
-    }
-    subsets = {"all": None, "some": range(2, 5), "none": range(4, 4)}
+    x, weights, of_all = inputs(rows), routed_weights(*routed), shared_weights(*shared)
 
     def network(ops: Recorder, value: Value) -> None:
-        ids, choice_weights = ops.route("route", value, "router", None, MOE)
-        hand_over(ops, "ids", ids)
-        hand_over(ops, "weights", choice_weights)
-        for name, subset in subsets.items():
-            out = ops.experts(name, value, ids, choice_weights, "gate", "up", "down", subset)
-            gate, up = (ops.linear(f"{name} {part}", value, f"shared_{part}") for part in ("gate", "up"))
-            down = ops.linear(f"{name} down", ops.swiglu(f"{name} swiglu", gate, up), "shared_down")
-            hand_over(ops, name, ops.add(f"{name} add", out, down))
+        chosen = choose(ops, value)
+        for name, subset in SUBSETS.items():
+            out = ops.experts(name, value, *chosen, "gate", "up", "down", subset)
+            hand_over(ops, name, add_shared(ops, name, value, out))
         unread_attention(ops, value)
 
-    bench = Bench(x, network, weights, cache_rows=(6,), rounds_activations=True, workspace_bytes=4 << 20)
+    every = {**weights, **{name: (weight,) for name, weight in of_all.items()}}
+    bench = Bench(x, network, every, cache_rows=(6,), rounds_activations=True, workspace_bytes=4 << 20)
     outputs = bench.run()
-    assert [op.kind for op in bench.recorded.segments[1].ops].count("experts") == len(subsets)
+    assert [op.kind for op in bench.recorded.segments[1].ops].count("experts") == len(SUBSETS)
     assert not {"linear", "swiglu", "add"} & {op.kind for op in bench.recorded.segments[1].ops}
-    ids = outputs["ids"].view(np.int32)
-
-    def network_of(gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> NDArray[np.float64]:
-        gated = product(x, gate)
-        with np.errstate(over="ignore"):
-            return product((gated / (1 + np.exp(-gated)) * product(x, up)).astype(np.float32), down)
-
-    for name, subset in subsets.items():
-        want = network_of(*(weights[f"shared_{part}"][0] for part in ("gate", "up", "down")))
-        for e in subset if subset is not None else range(NUM_EXPERTS):
-            factor = (outputs["weights"] * (ids == e)).sum(-1, keepdims=True)
-            want = want + network_of(*(weights[part][e] for part in ("gate", "up", "down"))) * factor
-        got = outputs[name]
-        # As above: at times an inner activation is across the middle between two codes.
-        assert_close(got, want, f"{name} {rows}", tolerance=2e-2)
-        size = np.sqrt((want**2).mean(1, keepdims=True)) + 1e-30
-        assert np.median(np.abs(got - want) / size) <= 1e-5
+    for name, subset in SUBSETS.items():
+        want = gated(x, *of_all.values()) + routed_sum(x, weights, outputs, subset)
+        assert_experts_close(outputs[name], want, f"{name} {rows}")
 
 
 @pytest.mark.skipif(not _native.side_by_side_types("auto"), reason="this set multiplies rows as files have them")
@@ -176,24 +188,11 @@ def test_shared_experts_in_the_op_of_routed_ones_follow_the_definition(
 @pytest.mark.parametrize("rows", [1, 7, 25])
 def test_rows_side_by_side_stay_in_one_unit_beside_rows_that_do_not(rows: int, threads: int) -> None:
     """Routed experts of a type whose rows lie one by one, as many as a thread's share; shared ones of the other kind."""
-    x, wide = inputs(rows), 416
-    shapes = {"shared_gate": (wide, HIDDEN), "shared_up": (wide, HIDDEN), "shared_down": (HIDDEN, wide)}
-    in_file = {name: random_weight(by_name("Q8_0"), *shape, seed=30 + len(name)) for name, shape in shapes.items()}
-    routed = {
-        "router": np.random.default_rng(1).standard_normal((NUM_EXPERTS, HIDDEN)).astype(np.float32),
-        "gate": stack_of("Q4_1", INNER, HIDDEN),
-        "up": stack_of("Q4_1", INNER, HIDDEN)[::-1],
-        "down": stack_of("Q4_1", HIDDEN, INNER),
-        **UNREAD,
-    }
+    x, routed, in_file = inputs(rows), routed_weights("Q4_1", "Q4_1"), shared_weights("Q8_0", "Q8_0")
 
     def network(ops: Recorder, value: Value) -> None:
-        ids, choice_weights = ops.route("route", value, "router", None, MOE)
-        out = ops.experts("experts", value, ids, choice_weights, "gate", "up", "down")
-        gate, up = (ops.linear(part, value, f"shared_{part}") for part in ("gate", "up"))
-        hand_over(
-            ops, "sum", ops.add("add", out, ops.linear("down", ops.swiglu("swiglu", gate, up), "shared_down"))
-        )
+        out = ops.experts("experts", value, *choose(ops, value), "gate", "up", "down")
+        hand_over(ops, "sum", add_shared(ops, "shared", value, out))
         unread_attention(ops, value)
 
     def run(shared: dict[str, QuantTensor]) -> Array:

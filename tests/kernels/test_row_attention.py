@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from kernels import test_mla_reference
 from kernels.test_large_pools import NUM_PAGES
-from kernels.test_mla_reference import fresh
 from kit.interpreter import torch  # before any kernel
 from kvfold.config import MlaConfig, Pairing, RopeConfig
 from kvfold.kernels import row_attention
 from kvfold.kernels.rows import LatentRow
 from kvfold.mla.reference import attend
-from kvfold.mla.rope import cos_sin
+from kvfold.mla.rope import cos_sin, rotate
 
 PAGE = 64
-SMALL = MlaConfig(
-    num_heads=3, qk_nope_head_dim=24, qk_rope_head_dim=12, v_head_dim=20, kv_lora_rank=96, q_lora_rank=None,
-    softmax_scale=0.2, lora_norm_eps=1e-6,
-)  # fmt: skip
-V2_LITE = MlaConfig(
-    num_heads=16, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512, q_lora_rank=None,
-    softmax_scale=0.03, lora_norm_eps=1e-6,
-)  # fmt: skip
-
-
-def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pairing: Pairing) -> np.ndarray:
-    """x [.., rope] by the angles cos, sin [rope / 2]."""
-    half = x.shape[-1] // 2
-    if pairing is Pairing.HALF_SPLIT:
-        a, b = x[..., :half], x[..., half:]
-        return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
-    a, b = x[..., ::2], x[..., 1::2]
-    return np.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape)
+SMALL = replace(test_mla_reference.SMALL, qk_rope_head_dim=12, kv_lora_rank=96)
+V2_LITE = replace(test_mla_reference.DEEPSEEK, softmax_scale=0.03)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +62,7 @@ def check(
 ) -> None:  # fmt: skip
     """Twice over one exchange, the second time with queries and scale negated, so that words of the first do not count. What is
     not cached is NaN. num_pages: of the pool, whose last pages are the sequence's."""
-    seed = fresh()
+    seed = test_mla_reference.fresh()
     rng = np.random.default_rng(seed)
     heads, nope, rope, v_dim, lora = (
         mla.num_heads, mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim, mla.kv_lora_rank
@@ -91,8 +77,9 @@ def check(
     q, kv_a = numbers(1, heads * (nope + rope)), numbers(1, lora + rope + 7)
     w_uk, w_uv = (numbers(heads, width, lora, spread=lora**-0.5) for width in (nope, v_dim))
     weight = rng.uniform(0.5, 2, lora).astype(np.float32)
-    cos, sin = cos_sin(RopeConfig(10000.0, rope, pairing), np.arange(kv_len + 3, dtype=np.int32))
-    position = kv_len + 2
+    turning, position = RopeConfig(10000.0, rope, pairing), kv_len + 2
+    cos, sin = cos_sin(turning, np.arange(kv_len + 3, dtype=np.int32))
+    angle = cos[position:], sin[position:], turning
     used = -(-kv_len // PAGE)
     num_pages = num_pages or used + 3
     pages = (num_pages - used - 3 + rng.permutation(used + 3)[:used]).astype(np.int32)
@@ -100,12 +87,12 @@ def check(
     places = torch.from_numpy(pages[at // PAGE].astype(np.int64) * PAGE + at % PAGE).to(device)
     cached = numbers(kv_len - 1, lora + rope)
 
-    wide = kv_a.astype(np.float64)[0]
-    c_kv = wide[:lora] / np.sqrt((wide[:lora] ** 2).mean() + 1e-6) * weight
-    new = np.concatenate([c_kv, rotate(wide[lora : lora + rope], cos[position], sin[position], pairing)])
+    wide = kv_a.astype(np.float64)
+    c_kv = wide[:, :lora] / np.sqrt((wide[:, :lora] ** 2).mean() + 1e-6) * weight
+    (new,) = np.concatenate([c_kv, rotate(wide[:, lora : lora + rope], *angle)], axis=1)
     keys = np.concatenate([cached, new[None]]).astype(np.float64)
     turned = q.astype(np.float64).reshape(1, heads, -1)
-    turned[..., nope:] = rotate(turned[..., nope:], cos[position], sin[position], pairing)
+    turned[..., nope:] = rotate(turned[..., nope:], *angle)
     expected = attend(
         turned, keys[:, :lora], keys[:, lora:], w_uk.astype(np.float64), w_uv.astype(np.float64), mla
     )[0]
