@@ -165,10 +165,7 @@ RowGroup RowGroups::operator[](int64_t group) const {
 
 namespace {
 
-// Floats of shared space of mix_experts in float32: fixed, and for each row of a window.
-struct SharedNeed {
-  int64_t fixed, per_row;
-};
+// In float32.
 SharedNeed shared_need(const Experts& experts, int64_t per_token) {
   return {RowGroups::fixed_numbers(experts) + experts.most_groups() + 1,
           RowGroups::per_row(per_token) + per_token * experts.inner() + experts.shared_inner()};
@@ -192,16 +189,14 @@ int64_t experts_floats(const Experts& experts) {
 
 int64_t experts_shared_floats(const Experts& experts, int64_t per_token) {
   if (has_expert_kernels(experts)) return block_experts_shared_floats(experts, per_token);
-  const SharedNeed need = shared_need(experts, per_token);
-  return need.fixed + need.per_row;
+  return shared_need(experts, per_token).least();
 }
 
 void mix_experts(const Machine& machine, int64_t rows, Matrix x, Matrix ids, Matrix weights,
                  const Experts& experts, Matrix out) {
   if (has_expert_kernels(experts)) return mix_experts_in_blocks(machine, rows, x, ids, weights, experts, out);
   const int64_t hidden = x.width;
-  const SharedNeed need = shared_need(experts, ids.width);
-  const int64_t window = (machine.shared_floats - need.fixed) / need.per_row;
+  const int64_t window = shared_need(experts, ids.width).window(machine.shared_floats);
   auto* numbers = reinterpret_cast<int32_t*>(machine.shared);
   int32_t* queue = numbers + RowGroups::fixed_numbers(experts) + window * RowGroups::per_row(ids.width);
   float* activations = machine.shared + (queue + experts.most_groups() + 1 - numbers);

@@ -88,6 +88,14 @@ class RowGroups {
   float* weights_;
 };
 
+// Floats of shared space of mix_experts: fixed, and for each row of a window.
+struct SharedNeed {
+  int64_t fixed, per_row;
+
+  int64_t least() const { return fixed + per_row; }
+  int64_t window(int64_t floats) const { return (floats - fixed) / per_row; }
+};
+
 // Units of several groups in one line, so that members who run out of one group's begin the next one's.
 class Queue {
  public:

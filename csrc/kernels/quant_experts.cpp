@@ -113,10 +113,6 @@ bool has_kernels(const Gated& matrices, int64_t inner, int64_t hidden) {
          whole_parts(matrices.up, inner) && whole_parts(matrices.down, hidden);
 }
 
-// Floats of shared space: fixed, and for each row of a window.
-struct SharedNeed {
-  int64_t fixed, per_row;
-};
 SharedNeed shared_need(const Experts& experts, int64_t per_token) {
   const AllForms forms(experts, ProductForm::kBySize);
   // Where each group's prepared rows are and where its units begin; then the groups, inner activations and
@@ -146,8 +142,7 @@ int64_t block_experts_floats(const Experts& experts) {
 }
 
 int64_t block_experts_shared_floats(const Experts& experts, int64_t per_token) {
-  const SharedNeed need = shared_need(experts, per_token);
-  return need.fixed + need.per_row;
+  return shared_need(experts, per_token).least();
 }
 
 void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matrix ids, Matrix weights,
@@ -155,8 +150,7 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
   const int64_t hidden = x.width;
   const int members = machine.team.size();
   const AllForms forms(experts, machine.form);
-  const SharedNeed need = shared_need(experts, ids.width);
-  const int64_t window = std::min(rows, (machine.shared_floats - need.fixed) / need.per_row);
+  const int64_t window = std::min(rows, shared_need(experts, ids.width).window(machine.shared_floats));
 
   auto* offsets = reinterpret_cast<int64_t*>(machine.shared);  // of each group's prepared rows
   auto* queue = reinterpret_cast<int32_t*>(offsets + experts.most_groups());
