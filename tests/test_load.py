@@ -22,10 +22,12 @@ from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold import _native
 from kvfold.backends.native import NativeBackend, _FirstAnswer, side_by_side
 from kvfold.cache.pages import Sequence
+from kvfold.config import ModelConfig
 from kvfold.engine.batch import Work, build_batch
 from kvfold.errors import Cancelled, ModelFileError, SettingError
 from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
 from kvfold.formats.file_map import FileMap, map_file
+from kvfold.formats.synthetic import synthesize
 from kvfold.formats.tensor_names import KvLayout
 from kvfold.load import Loaded, Settings, load, program_of
 from kvfold.model.step import Step
@@ -146,6 +148,18 @@ def test_rows_of_products_lie_side_by_side_in_a_copy(tmp_path: Path) -> None:
         np.testing.assert_array_equal(decode_tensor(after), decode_tensor(before), before.name)
         kinds.add(stays)
     assert kinds == {True, False}
+
+
+@pytest.mark.skipif(not _native.side_by_side_types("auto"), reason="this set multiplies rows as files have them")
+def test_down_lies_side_by_side_where_gate_and_up_have_no_such_layout(tmp_path: Path) -> None:
+    """V2-Lite in Q4_K: its experts' 1408 columns are no whole number of 256, so that down falls back to Q5_0."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 96, "intermediate_size": 256}
+    synthesize(ModelConfig.from_hf(tiny_model("v3", **sizes).config), tmp_path / "model.gguf", type="q4_k")
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    types = side_by_side(program_of(checkpoint, Settings.parse(**SETTINGS)), checkpoint.tensors, "auto")
+    of_experts = {name: type.standard for name, type in types.items() if "_exps" in name or "_shexp" in name}
+    assert of_experts and set(of_experts.values()) == {"Q5_0"}
+    assert all("_down_" in name for name in of_experts)
 
 
 @pytest.mark.skipif(not _native.side_by_side_types("auto"), reason="this set multiplies rows as files have them")

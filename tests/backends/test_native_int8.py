@@ -27,7 +27,7 @@ from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Domain, Recorder, Value
 from kvfold.quant.activations import product
 from kvfold.quant.tensor import QuantTensor
-from kvfold.quant.types import by_name
+from kvfold.quant.types import SIDE_BY_SIDE, by_name
 
 Array = NDArray[np.float32]
 
@@ -186,17 +186,28 @@ def test_shared_experts_in_the_op_of_routed_ones_follow_the_definition(
 @pytest.mark.skipif(not _native.side_by_side_types("auto"), reason="this set multiplies rows as files have them")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("rows", [1, 7, 25])
-def test_rows_side_by_side_stay_in_one_unit_beside_rows_that_do_not(rows: int, threads: int) -> None:
-    """Routed experts of a type whose rows lie one by one, as many as a thread's share; shared ones of the other kind."""
-    x, routed, in_file = inputs(rows), routed_weights("Q4_1", "Q4_1"), shared_weights("Q8_0", "Q8_0")
+@pytest.mark.parametrize(
+    ("routed", "shared"),
+    [
+        (("Q4_1", "Q4_1"), ("Q8_0", "Q8_0")),
+        (("Q4_K", "Q5_0"), ("Q6_K", "Q4_1")),
+        (("Q5_0", "Q4_1"), ("Q4_K", "IQ4_NL")),
+    ],
+)
+def test_rows_side_by_side_beside_rows_that_are_not(
+    routed: tuple[str, str], shared: tuple[str, str], rows: int, threads: int
+) -> None:
+    """Rows of a network, of its down alone, or of its gate and up alone lie side by side, others as the file has them."""
 
     def network(ops: Recorder, value: Value) -> None:
         out = ops.experts("experts", value, *choose(ops, value), "gate", "up", "down")
         hand_over(ops, "sum", add_shared(ops, "shared", value, out))
         unread_attention(ops, value)
 
-    def run(shared: dict[str, QuantTensor]) -> Array:
-        weights = {**routed, **{name: (weight,) for name, weight in shared.items()}}
+    x = inputs(rows)
+    in_file = routed_weights(*routed) | {name: (weight,) for name, weight in shared_weights(*shared).items()}
+
+    def run(weights: dict[str, Any]) -> Array:
         bench = Bench(
             x, network, weights, cache_rows=(6,), rounds_activations=True, workspace_bytes=8 << 20, threads=threads
         )
@@ -204,8 +215,13 @@ def test_rows_side_by_side_stay_in_one_unit_beside_rows_that_do_not(rows: int, t
         assert "linear" not in {op.kind for op in bench.recorded.segments[1].ops}
         return outputs["sum"]
 
-    got = run({name: side_by_side(weight) for name, weight in in_file.items()})
-    assert_close(got, run(in_file), f"{rows} {threads}", tolerance=1e-5)
+    in_memory = {
+        name: tuple(side_by_side(w) if w.type.name in SIDE_BY_SIDE else w for w in parts)
+        for name, parts in in_file.items()
+        if isinstance(parts, tuple)
+    }
+    assert sum(w.type.is_side_by_side for parts in in_memory.values() for w in parts) > 0
+    assert_close(run(in_file | in_memory), run(in_file), f"{rows} {threads}", tolerance=1e-5)
 
 
 def wide_model() -> ModelConfig:

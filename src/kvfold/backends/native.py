@@ -136,8 +136,8 @@ def side_by_side(program: Program, weights: Weights, isa: str) -> dict[str, Bloc
         names = [program.weight_names[handle] for handle in op.weights if handle >= 0]
         of_op = [type_of(name) if op.kind in ("linear", "experts") else None for name in names]
         for gate in range(0, len(names) if op.kind == "experts" else 0, 3):
-            if None in of_op[gate : gate + 3] or of_op[gate] != of_op[gate + 1]:  # gate and up meet in one pass
-                of_op[gate : gate + 3] = [None] * 3
+            if of_op[gate] != of_op[gate + 1]:  # gate and up meet in one pass
+                of_op[gate : gate + 2] = [None] * 2
         for name, type in zip(names, of_op, strict=True):
             types[name] = type if types.get(name, type) == type else None
     shared = _sharing_bytes(weights, types)
