@@ -140,7 +140,9 @@ def _row_attention(
     if FIRST <= 1:
         end = newest if FIRST == 0 else kv_len
         page = tl.load(pages + tl.load(page_starts) + key // PAGE_TOKENS, mask=key < end, other=0).to(tl.int64)
-        row = pool + (page * PAGE_TOKENS + key % PAGE_TOKENS) * latent_pairs
+        # Two products: Triton 3.6 takes a page's slots, added to its first, for multiples of 64, as the first one is, and then
+        # loads 16 bytes where rows of 216 begin at any multiple of 8.
+        row = pool + page * (PAGE_TOKENS * latent_pairs) + key % PAGE_TOKENS * latent_pairs
         held = tl.load(row[:, None] + pair[None, :], mask=(key < end)[:, None] & is_pair[None, :], other=0)
     if FIRST == 0:
         mask = (key < end)[:, None] & is_turned[None, :]
