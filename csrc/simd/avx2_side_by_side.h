@@ -55,13 +55,16 @@ struct SideBySideProducts {
   // Prepared rows take no more than where rows lie one by one, so that weights may move between the two.
   static_assert(sizeof(X) <= Dot::kCodes * kBlock + 2 * sizeof(float));
 
-  // Bytes read ahead. Two threads from memory, GB/s with 1, 1.5, 2, 3 and 4 KiB, medians of three: IQ4_NL 29,
-  // 31, 27, 27, 32, Q4_0 33, 34, 28, 26, 30, Q8_0 34, 33, 27, 26, 28.
-  static constexpr int64_t kAhead = 1536;
+  // Bytes read ahead. Two threads from memory, two streams each, GB/s with none, 0.75, 1.5 and 3 KiB, medians
+  // (Zen 3): IQ4_NL 29.9, 31.7, 30.7, 32.0, Q4_0 18.6, 20.0, 19.5, 18.3 beside busy neighbours, Q5_0 26.7,
+  // 27.4, 26.5, 27.1, Q8_0 19.0, 18.8, 16.3, 16.1 beside such.
+  static constexpr int64_t kAhead = 768;
 
   static __m256i load(const Mixed& w, int word, int v) {
     return Avx2::load_codes(w.words[kFirst + word][8 * v]);
   }
+  // A word of a group is as long as a line: what is read ahead is asked for between the products of a block.
+  static void prefetch(const uint8_t* p) { Avx2::prefetch(p + kAhead); }
   static __m256i low_codes(__m256i packed) {
     const __m256i nibbles = _mm256_and_si256(packed, _mm256_set1_epi8(15));
     if constexpr (kWide) return Codes32<T>::of(nibbles);
@@ -84,70 +87,87 @@ struct SideBySideProducts {
   }
 
   // Four columns, `quad` of eight: sums of four products in int32, or of two in int16, of which kPairs fit.
-  template <int rows>
-  static void add_quad(const X* const (&x)[rows], int quad, const __m256i (&w)[2], __m256i (&sum)[rows][2]) {
+  template <int rows, int vectors>
+  static void add_quad(const X* const (&x)[rows], int quad, const __m256i (&w)[vectors],
+                       __m256i (&sum)[rows][vectors]) {
 #pragma GCC unroll 2
     for (int r = 0; r < rows; r++) {
       if constexpr (kWide) {
         const __m256i magnitude = Avx2::four_codes(x[r]->magnitudes + 4 * quad),
                       sign = Avx2::four_codes(x[r]->signs + 4 * quad);
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
           const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_xor_si256(w[v], sign));
-          sum[r][v] = _mm256_add_epi32(sum[r][v], fours(pairs));
+          sum[r][v] = Avx2::add_ints(sum[r][v], fours(pairs));
         }
       } else {
         const __m256i codes = Avx2::four_codes(x[r]->codes + 4 * quad);
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) {
-          sum[r][v] = _mm256_add_epi16(sum[r][v], _mm256_maddubs_epi16(w[v], codes));
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+          sum[r][v] = Avx2::add_words(sum[r][v], _mm256_maddubs_epi16(w[v], codes));
         }
       }
     }
   }
 
   // Adds sums of two in int16 to sums in int32, and begins anew.
-  template <int rows>
-  static void widen(__m256i (&pairs)[rows][2], __m256i (&sum)[rows][2]) {
+  template <int rows, int vectors>
+  static void widen(__m256i (&pairs)[rows][vectors], __m256i (&sum)[rows][vectors]) {
 #pragma GCC unroll 2
     for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; v++) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; v++) {
         sum[r][v] = _mm256_add_epi32(sum[r][v], fours(pairs[r][v]));
         pairs[r][v] = _mm256_setzero_si256();
       }
     }
   }
 
-  template <int rows>
-  static void block(const Mixed& w, const X* const (&x)[rows], __m256 (&out)[rows][2]) {
-    __m256i sum[rows][2], pairs[rows][2];
+  template <int rows, int groups>
+  static void block(const Mixed* const (&w)[groups], const X* const (&x)[rows],
+                    __m256 (&out)[rows][2 * groups]) {
+    constexpr int vectors = 2 * groups;
+    __m256i sum[rows][vectors], pairs[rows][vectors];
     auto& products = kWide ? sum : pairs;
 #pragma GCC unroll 2
     for (int r = 0; r < rows; r++) {
-      sum[r][0] = sum[r][1] = _mm256_set1_epi32(x[r]->start);
-      pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
-    }
-#pragma GCC unroll 8
-    for (int q = 0; q < kWords; q++) {
-      const __m256i packed[2] = {load(w, q, 0), load(w, q, 1)};
-      if constexpr (kNibbles) {
-        const __m256i low[2] = {with_fifths(w, q, 0, low_codes(packed[0])),
-                                with_fifths(w, q, 1, low_codes(packed[1]))};
-        add_quad<rows>(x, q, low, products);
-        const __m256i high[2] = {with_fifths(w, 4 + q, 0, high_codes(packed[0])),
-                                 with_fifths(w, 4 + q, 1, high_codes(packed[1]))};
-        add_quad<rows>(x, 4 + q, high, products);
-      } else {
-        add_quad<rows>(x, q, packed, products);
-      }
-      if constexpr (!kWide) {
-        if ((2 * q + 2) % kPairs == 0) widen<rows>(pairs, sum);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; v++) {
+        sum[r][v] = _mm256_set1_epi32(x[r]->start);
+        pairs[r][v] = _mm256_setzero_si256();
       }
     }
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; v++) {
-      const __m256 d = Avx2::load_half(w.scales[8 * v]);
+    for (int g = 0; g < groups; g++) prefetch(w[g]->scales[0]);
+    if constexpr (kFifth) {
+#pragma GCC unroll 2
+      for (int g = 0; g < groups; g++) prefetch(w[g]->words[0][0]);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < kWords; q++) {
+      __m256i packed[vectors], codes[vectors];
+#pragma GCC unroll 2
+      for (int g = 0; g < groups; g++) prefetch(w[g]->words[kFirst + q][0]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; v++) packed[v] = load(*w[v / 2], q, v % 2);
+      if constexpr (kNibbles) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) codes[v] = with_fifths(*w[v / 2], q, v % 2, low_codes(packed[v]));
+        add_quad<rows, vectors>(x, q, codes, products);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+          codes[v] = with_fifths(*w[v / 2], 4 + q, v % 2, high_codes(packed[v]));
+        add_quad<rows, vectors>(x, 4 + q, codes, products);
+      } else {
+        add_quad<rows, vectors>(x, q, packed, products);
+      }
+      if constexpr (!kWide) {
+        if ((2 * q + 2) % kPairs == 0) widen<rows, vectors>(pairs, sum);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) {
+      const __m256 d = Avx2::load_half(w[v / 2]->scales[8 * (v % 2)]);
 #pragma GCC unroll 2
       for (int r = 0; r < rows; r++) {
         const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(x[r]->scale));
@@ -156,37 +176,57 @@ struct SideBySideProducts {
     }
   }
 
-  template <int rows>
-  static void group(const Mixed* w, int64_t k, const uint8_t* prepared, float* y, int64_t ldy) {
+  // y[r * ldy + 16 at[g] + i] of the groups number at[g] of raw.
+  template <int rows, int groups>
+  static void multiply(const uint8_t* raw, int64_t row_bytes, const int64_t (&at)[groups], int64_t k,
+                       const uint8_t* prepared, float* y, int64_t ldy) {
     const X* x[rows];
-    __m256 out[rows][2];
+    const Mixed* w[groups];
+    __m256 out[rows][2 * groups];
 #pragma GCC unroll 2
-    for (int r = 0; r < rows; r++) {
-      x[r] = reinterpret_cast<const X*>(prepared + r * Dot::bytes(k));
-      out[r][0] = out[r][1] = _mm256_setzero_ps();
+    for (int r = 0; r < rows; r++) x[r] = reinterpret_cast<const X*>(prepared + r * Dot::bytes(k));
+#pragma GCC unroll 2
+    for (int g = 0; g < groups; g++) {
+      w[g] = reinterpret_cast<const Mixed*>(raw + at[g] * kRowsSideBySide * row_bytes);
     }
-    for (const Mixed* end = w + k / kBlock; w < end; w++) {
-      Avx2::prefetch_all<sizeof(Mixed), kAhead>(reinterpret_cast<const uint8_t*>(w));
-      block<rows>(*w, x, out);
+    for (auto& of_row : out) {
+      for (auto& sum : of_row) sum = _mm256_setzero_ps();
+    }
+    for (int64_t block_number = 0; block_number < k / kBlock; block_number++) {
+      block<rows, groups>(w, x, out);
 #pragma GCC unroll 2
       for (int r = 0; r < rows; r++) x[r]++;
+#pragma GCC unroll 2
+      for (int g = 0; g < groups; g++) w[g]++;
     }
 #pragma GCC unroll 2
     for (int r = 0; r < rows; r++) {
-      _mm256_storeu_ps(y + r * ldy, out[r][0]);
-      _mm256_storeu_ps(y + r * ldy + 8, out[r][1]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 2 * groups; v++) {
+        _mm256_storeu_ps(y + r * ldy + at[v / 2] * kRowsSideBySide + 8 * (v % 2), out[r][v]);
+      }
     }
   }
 
-  // Two rows of x at a time: sums of more do not fit the registers. The next two find the group in cache.
+  // One row of x meets two groups at a time, half of the rows apart: they share what is read of x, and two
+  // streams are read faster than one (docs/notes/cpu-kernels.md). Two rows of x meet one group, as sums of
+  // more do not fit the registers; the next two find it in cache.
   static void dot(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* prepared,
                   int64_t count, float* y, int64_t ldy) {
-    for (int64_t i = 0; i < n; i += kRowsSideBySide, raw += kRowsSideBySide * row_bytes) {
+    const int64_t groups = n / kRowsSideBySide, half = (groups + 1) / 2;
+    for (int64_t at = 0; at < half; at++) {
+      const bool is_pair = half + at < groups;
       for (int64_t r = 0; r < count; r += 2) {
-        with_count<2>(count - r, [&](auto rows) {
-          group<decltype(rows)::value>(reinterpret_cast<const Mixed*>(raw), k, prepared + r * Dot::bytes(k),
-                                       y + r * ldy + i, ldy);
-        });
+        const uint8_t* of_x = prepared + r * Dot::bytes(k);
+        float* to = y + r * ldy;
+        if (count - r > 1) {
+          multiply<2, 1>(raw, row_bytes, {at}, k, of_x, to, ldy);
+          if (is_pair) multiply<2, 1>(raw, row_bytes, {half + at}, k, of_x, to, ldy);
+        } else if (is_pair) {
+          multiply<1, 2>(raw, row_bytes, {at, half + at}, k, of_x, to, ldy);
+        } else {
+          multiply<1, 1>(raw, row_bytes, {at}, k, of_x, to, ldy);
+        }
       }
     }
   }

@@ -50,7 +50,9 @@ def test_products_follow_the_definition(name: str, isa: str) -> None:
     for rows, n, blocks in [
         (1, 16, 1),
         (1, 48, 17),
+        (1, 64, 4),  # two groups at once, twice
         (2, 32, 3),
+        (3, 80, 5),  # two rows of x, then one, and a group that is left over
         (3, 16, 5),
         (4, 64, 2),
         (7, 48, 3),
