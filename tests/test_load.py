@@ -27,9 +27,9 @@ from kvfold.engine.batch import Work, build_batch
 from kvfold.errors import Cancelled, ModelFileError, SettingError
 from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
 from kvfold.formats.file_map import FileMap, map_file
-from kvfold.formats.synthetic import synthesize
+from kvfold.formats.synthetic import synthesize, synthetic_checkpoint
 from kvfold.formats.tensor_names import KvLayout
-from kvfold.load import Loaded, Settings, load, program_of
+from kvfold.load import Loaded, Settings, in_memory_order, load, program_of
 from kvfold.model.step import Step
 from kvfold.prompt_window import step_buffer_bytes
 from kvfold.quant.decode import decode_tensor
@@ -212,6 +212,18 @@ def test_a_second_load_of_a_copy_copies_nothing(tmp_path: Path) -> None:
     assert second.checkpoint is first.checkpoint
     with pytest.raises(SettingError, match="mmap=on: these weights are in memory"):
         loaded(first.checkpoint, mmap="on")
+
+
+def test_weights_made_in_memory_lie_as_the_copy_of_their_file_does(tmp_path: Path) -> None:
+    config, settings = ModelConfig.from_hf(tiny_model("v3").config), Settings.parse(**SETTINGS)
+    synthesize(config, tmp_path / "model.gguf", type="q8_0", seed=3)
+    copy = loaded(tmp_path / "model.gguf", mmap="off").checkpoint
+    made = in_memory_order(synthetic_checkpoint(config, type="q8_0", seed=3), settings)
+    for name, weight in copy.tensors.items():
+        for there, here in zip(matrices(weight), matrices(made.tensors[name]), strict=True):
+            assert here.type == there.type and not here.raw.flags.writeable, name
+            np.testing.assert_array_equal(here.raw, there.raw, name)
+    assert load(made, settings).weight_place == "in memory already"
 
 
 # --- what fits -------------------------------------------------------------------------------------------------------

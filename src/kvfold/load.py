@@ -45,7 +45,7 @@ from kvfold.prompt_window import (
     window_rows,
 )
 from kvfold.quant.types import BlockType
-from kvfold.weight_memory import MovingWeights, WeightCopy, copied, guarded, read_ahead
+from kvfold.weight_memory import MovingWeights, WeightCopy, copied, guarded, put_in_order, read_ahead
 
 Progress = Callable[[int, int], None]
 """(bytes read, bytes in all)."""
@@ -326,6 +326,18 @@ def load(
     if moving is not None:
         weakref.finalize(loaded, moving.cancel)
     return loaded
+
+
+def in_memory_order(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
+    """Weights made in memory, in the order that the copy of a file would give them: a model of random weights is then as fast
+    as one that was loaded. Their arrays are written, so the checkpoint must be the caller's own.
+
+    Raises UnsupportedModel and SettingError as `load` does.
+    """
+    needs = needs_of(checkpoint, settings)
+    candidate = choose_backend(settings.backend, needs).candidate
+    types = candidate.memory_types(program_of(checkpoint, settings), checkpoint.tensors, needs)
+    return replace(checkpoint, tensors=put_in_order(checkpoint.tensors, types, settings.threads))
 
 
 def program_of(checkpoint: Checkpoint, settings: Settings) -> Program:

@@ -193,6 +193,26 @@ def copied(
     )
 
 
+def put_in_order(weights: Weights, memory_types: Mapping[str, BlockType], threads: int) -> Weights:
+    """The same weights where they lie in memory, in the order that `copied` gives them. Their arrays are written, read-only
+    ones too: nobody else may hold them."""
+
+    def place(tensor: QuantTensor, type: BlockType) -> QuantTensor:
+        raw = tensor.raw[:]
+        raw.flags.writeable = True
+        _native.put_side_by_side(tensor.type.id, raw, threads)
+        raw.flags.writeable = False
+        return replace(tensor, type=type, raw=raw)
+
+    placed: dict[str, QuantTensor | tuple[QuantTensor, ...]] = dict(weights)
+    for name, type in memory_types.items():
+        weight = weights[name]
+        placed[name] = (
+            tuple(place(part, type) for part in weight) if isinstance(weight, tuple) else place(weight, type)
+        )
+    return MappingProxyType(placed)
+
+
 def read_ahead(maps: Iterable[FileMap]) -> threading.Thread:
     """Has the system read mapped files in their order, while the model already answers: what a step needs earlier it
     reads itself. Of a file that is in memory this costs milliseconds. Returns the thread that asks.

@@ -202,6 +202,7 @@ def bench(
     from kvfold.bench.opponent import Opponent
     from kvfold.bench.report import markdown, row
     from kvfold.bench.sweep import cases_of, parse_counts, sweep, variants
+    from kvfold.load import in_memory_order
 
     def counts(words: Words, default: int) -> list[int]:
         return [count for word in words for count in parse_counts(word)] if words else [default]
@@ -240,7 +241,10 @@ def bench(
     if shape is None and (of_shape := written & {"layers", "type", "legacy_kv_b"}):
         flags = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in of_shape))
         raise typer.BadParameter(f"{flags}: of a --shape, and a model is what its file says.")
-    checkpoint = _open(model) if shape is None else _make(shape, layers, type, legacy_kv_b, seed)
+    if shape is None:
+        checkpoint = _open(model)
+    else:
+        checkpoint = in_memory_order(_make(shape, layers, type, legacy_kv_b, seed), chosen[0].settings)
     results = sweep(checkpoint, chosen, cases, repetitions=repetitions, opponents=against, seed=seed, notice=note)
     rows = [row(result) for result in results]
     if output is Format.JSON:
