@@ -80,6 +80,14 @@ THREAD_ACCUMULATORS = gl.constexpr(128)  # of [64, 256] over a warpgroup
 MULTIPLICATION = gl.constexpr(_multiplication(THREAD_ACCUMULATORS.value))
 MULTIPLICATION_REGISTERS = gl.constexpr(_multiplication_registers(THREAD_ACCUMULATORS.value))
 
+# Named barriers of the two warpgroups' 256 threads; Triton has those from 0 on. Who tells does not wait, who hears may read what
+# was written before. mbarriers at which one thread arrives for its warpgroup did the same, behind a barrier of that warpgroup:
+# 0.4 to 1.2 % slower, and a race to racecheck (docs/notes/gpu-right.md).
+LEFT_TELLS = gl.constexpr("bar.arrive 8, 256; mov.u32 $0, $1;")
+RIGHT_HEARS = gl.constexpr("bar.sync 8, 256; mov.u32 $0, $1;")
+RIGHT_TELLS = gl.constexpr("bar.arrive 9, 256; mov.u32 $0, $1;")
+LEFT_HEARS = gl.constexpr("bar.sync 9, 256; mov.u32 $0, $1;")
+
 # Triton after 3.6 renamed it.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 cta_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -272,10 +280,15 @@ def _fresh_zero(nothing):
 
 
 @gluon.jit
+def _meet(barrier: gl.constexpr, nothing):
+    gl.inline_asm_elementwise(barrier, "=r,r", [nothing], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _left_pair(
-    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, pages, at0, at1, there0, there1,
+    s, acc, m, weight, it0, it1, k_desc, k_rope_desc, pages, at0, at1, there0, there1,
     first_key, end, free_keys, sees, key, scale_log2, nothing,
-    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, M0, M1,
     SECOND: gl.constexpr, LAST: gl.constexpr, S_Q: gl.constexpr, dtype: gl.constexpr,
     SL: gl.constexpr, AL: gl.constexpr,
 ):  # fmt: skip
@@ -299,8 +312,7 @@ def _left_pair(
     M0.store(mx0)
     kr0.store(pq)
     fence_async_shared()
-    cta_barrier()
-    mbarrier.arrive(mb[0], count=1)
+    _meet(LEFT_TELLS, nothing)
     page0 = gl.load(pages + at0, mask=there0 > 0, other=0)  # not before: the fence above would wait for them
     page1 = gl.load(pages + at1, mask=there0 > 0, other=0)
     a0 = gl.exp2(m - mx0)
@@ -315,7 +327,7 @@ def _left_pair(
     acc, pb = warpgroup_mma_wait(0, (acc, pb))
     cta_barrier()
     _order_half(k_desc, k_rope_desc, page0, 0, fL0, kL0, kr0, there0, False)
-    mbarrier.wait(mb[1], told & 1)
+    _meet(LEFT_HEARS, nothing)
     mx1 = mx0
     if SECOND:
         mx1 = M1.load(VL)
@@ -347,7 +359,7 @@ def _left_pair(
 @gluon.jit
 def _left_warpgroup(
     q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse,
-    scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0, nothing,
+    scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, part, row0, nothing,
     S_Q: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -359,7 +371,6 @@ def _left_warpgroup(
     count = _num_stretches(part_starts, part)
     it0 = 0  # first tiles of pairs so far
     it1 = 0  # second tiles of pairs so far
-    told = 0  # exchanges of maxima and weights so far
     asked = 0  # loads of queries so far
     ordered = 0  # the first pair and the queries of the coming sequence are under way
     for step in range(0, count):
@@ -395,40 +406,36 @@ def _left_warpgroup(
                 second = (2 * j + 3 < tiles).to(gl.int32)
                 next_at = start + lo + 2 * j + 2
                 s, acc, m, weight = _left_pair(
-                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, pages, next_at, next_at + second, 1, second,
+                    s, acc, m, weight, it0, it1, k_desc, k_rope_desc, pages, next_at, next_at + second, 1, second,
                     (lo + 2 * j) * 64, end, free_keys, sees, key, scale_log2, nothing,
-                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, M0, M1,
                     True, False, S_Q, dtype, SL, AL,
                 )  # fmt: skip
                 it0 += 1
                 it1 += 1
-                told += 1
             follows, second, following0, following1 = _following(
                 part_starts, kv_lens, page_starts, part, step, count, sequence
             )
             if tiles % 2 == 0:
                 s, acc, m, weight = _left_pair(
-                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, pages, following0, following1, follows, second,
+                    s, acc, m, weight, it0, it1, k_desc, k_rope_desc, pages, following0, following1, follows, second,
                     (lo + 2 * before_last) * 64, end, free_keys, sees, key, scale_log2, nothing,
-                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, M0, M1,
                     True, True, S_Q, dtype, SL, AL,
                 )  # fmt: skip
                 it1 += 1
             else:
                 s, acc, m, weight = _left_pair(
-                    s, acc, m, weight, it0, it1, told, k_desc, k_rope_desc, pages, following0, following1, follows, second,
+                    s, acc, m, weight, it0, it1, k_desc, k_rope_desc, pages, following0, following1, follows, second,
                     (lo + 2 * before_last) * 64, end, free_keys, sees, key, scale_log2, nothing,
-                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, M0, M1,
                     False, True, S_Q, dtype, SL, AL,
                 )  # fmt: skip
             it0 += 1
-            told += 1
             total = gl.convert_layout(gl.sum(weight, 1), VL)
             M0.store(total)
-            cta_barrier()
-            mbarrier.arrive(mb[0], count=1)
-            mbarrier.wait(mb[1], told & 1)
-            told += 1
+            _meet(LEFT_TELLS, nothing)
+            _meet(LEFT_HEARS, nothing)
             total = total + M1.load(VL)
             ordered = follows
             if ordered > 0:
@@ -441,9 +448,9 @@ def _left_warpgroup(
 
 @gluon.jit
 def _right_pair(
-    acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, there0, there1,
+    acc, m, weight, it0, it1, k_desc, k_rope_desc, page0, page1, there0, there1,
     first_key, end, free_keys, sees, key, scale_log2, nothing,
-    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, M0, M1,
     SECOND: gl.constexpr, LAST: gl.constexpr, S_Q: gl.constexpr, dtype: gl.constexpr,
     SL: gl.constexpr, AL: gl.constexpr,
 ):  # fmt: skip
@@ -459,7 +466,7 @@ def _right_pair(
         s = _scores_of_half(qR, kR1, fR1, it1 & 1, s, True)
         s = _scores_of_half(qL, kL1, fL1, it1 & 1, s, False)
         s = warpgroup_mma(qr, kr1.permute((1, 0)), s, is_async=True)
-    mbarrier.wait(mb[0], told & 1)  # the other warpgroup has waited for this pair's loads of the first tile
+    _meet(RIGHT_HEARS, nothing)  # the other warpgroup has waited for this pair's loads of the first tile
     mx1 = M0.load(VL)
     a0 = gl.exp2(m - mx1)
     weight = _shrunk(weight, a0)
@@ -481,8 +488,7 @@ def _right_pair(
         M1.store(mx1)
         kr1.store(pq)
         fence_async_shared()
-        cta_barrier()
-        mbarrier.arrive(mb[1], count=1)
+        _meet(RIGHT_TELLS, nothing)
         a1 = gl.exp2(mx0 - mx1)
         weight = _shrunk(weight, a1) + _sums(p)
         pb = gl.convert_layout(pq, DL)
@@ -499,8 +505,7 @@ def _right_pair(
         cta_barrier()
     else:
         _expect_half(fR1, there1, False)
-        cta_barrier()
-        mbarrier.arrive(mb[1], count=1)
+        _meet(RIGHT_TELLS, nothing)
         acc = warpgroup_mma_wait(0, (acc,))
         cta_barrier()
         _order_half(k_desc, k_rope_desc, page0, 256, fR0, kR0, kr0, there0, True)
@@ -511,7 +516,7 @@ def _right_pair(
 @gluon.jit
 def _right_warpgroup(
     q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse,
-    scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0, nothing,
+    scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, part, row0, nothing,
     S_Q: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -523,7 +528,6 @@ def _right_warpgroup(
     count = _num_stretches(part_starts, part)
     it0 = 0
     it1 = 0
-    told = 0
     asked = 0
     ordered = 0
     for step in range(0, count):
@@ -554,14 +558,13 @@ def _right_warpgroup(
                 page0 = gl.load(pages + start + lo + 2 * j + 2)
                 page1 = gl.load(pages + start + lo + 2 * j + 2 + second)
                 acc, m, weight = _right_pair(
-                    acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, 1, second,
+                    acc, m, weight, it0, it1, k_desc, k_rope_desc, page0, page1, 1, second,
                     (lo + 2 * j) * 64, end, free_keys, sees, key, scale_log2, nothing,
-                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, M0, M1,
                     True, False, S_Q, dtype, SL, AL,
                 )  # fmt: skip
                 it0 += 1
                 it1 += 1
-                told += 1
             follows, second, following0, following1 = _following(
                 part_starts, kv_lens, page_starts, part, step, count, sequence
             )
@@ -569,28 +572,25 @@ def _right_warpgroup(
             page1 = gl.load(pages + following1, mask=follows > 0, other=0)
             if tiles % 2 == 0:
                 acc, m, weight = _right_pair(
-                    acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, follows, second,
+                    acc, m, weight, it0, it1, k_desc, k_rope_desc, page0, page1, follows, second,
                     (lo + 2 * before_last) * 64, end, free_keys, sees, key, scale_log2, nothing,
-                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, M0, M1,
                     True, True, S_Q, dtype, SL, AL,
                 )  # fmt: skip
                 it1 += 1
             else:
                 acc, m, weight = _right_pair(
-                    acc, m, weight, it0, it1, told, k_desc, k_rope_desc, page0, page1, follows, second,
+                    acc, m, weight, it0, it1, k_desc, k_rope_desc, page0, page1, follows, second,
                     (lo + 2 * before_last) * 64, end, free_keys, sees, key, scale_log2, nothing,
-                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, M0, M1,
+                    qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, M0, M1,
                     False, True, S_Q, dtype, SL, AL,
                 )  # fmt: skip
             it0 += 1
-            told += 1
-            mbarrier.wait(mb[0], told & 1)
-            told += 1
+            _meet(RIGHT_HEARS, nothing)
             theirs = M0.load(VL)
             total = gl.convert_layout(gl.sum(weight, 1), VL)
             M1.store(total)
-            cta_barrier()
-            mbarrier.arrive(mb[1], count=1)
+            _meet(RIGHT_TELLS, nothing)
             total = total + theirs
             ordered = follows
         else:
@@ -639,7 +639,6 @@ def _many_rows_kernel(
     fL1 = _two_barriers()
     fR0 = _two_barriers()
     fR1 = _two_barriers()
-    mb = _two_barriers()  # 0: a first tile's maxima and weights are there, 1: a second's
     qb = gl.allocate_shared_memory(gl.int64, [1, 1], BL)
     mbarrier.init(qb.index(0), count=1)
     fence_async_shared()
@@ -649,12 +648,12 @@ def _many_rows_kernel(
         [
             (_left_warpgroup, (
                 q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts,
-                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0, nothing,
+                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, part, row0, nothing,
                 S_Q, HEADS,
             )),
             (_right_warpgroup, (
                 q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts,
-                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, mb, qb, M0, M1, part, row0, nothing,
+                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, part, row0, nothing,
                 S_Q, HEADS,
             )),
         ],
