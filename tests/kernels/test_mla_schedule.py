@@ -15,8 +15,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Schedule = tuple[list[list[int]], list[list[int]]]
 
 
-def schedule(kv_lens: list[int], num_parts: int) -> Schedule:
-    workspace = DecodeWorkspace(len(kv_lens), 1, 2, 16, DEVICE, num_parts)
+def schedule(kv_lens: list[int], num_parts: int, heads: int = 64) -> Schedule:
+    workspace = DecodeWorkspace(len(kv_lens), 1, heads, 16, DEVICE, num_parts)
     workspace.part_starts.fill_(-77)
     workspace.splits.fill_(-77)
     schedule_decode(torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE), workspace)
@@ -48,9 +48,9 @@ def ragged(seed: int) -> list[int]:
     "kv_lens",
     [[1], [64], [4097], [0], [0, 0, 5, 0, 700, 0], [100] * 130, [1, 65536, 1, 300], *(ragged(s) for s in range(6))],
 )
-@pytest.mark.parametrize("num_parts", [1, 7, 66])
-def test_every_tile_is_dealt_once_and_found_again(kv_lens: list[int], num_parts: int) -> None:
-    starts, splits = schedule(kv_lens, num_parts)
+@pytest.mark.parametrize(("num_parts", "heads"), [(1, 64), (7, 64), (66, 64), (66, 16)])
+def test_every_tile_is_dealt_once_and_found_again(kv_lens: list[int], num_parts: int, heads: int) -> None:
+    starts, splits = schedule(kv_lens, num_parts, heads)
     parts = stretches(kv_lens, starts)
     dealt: list[list[tuple[int, int, int]]] = [[] for _ in kv_lens]
     for p, part in enumerate(parts):
@@ -91,6 +91,17 @@ def test_no_piece_is_longer_than_most(batch: int, tiles: int, num_parts: int, pi
     assert [count for _, count in splits] == [pieces] * batch
     sizes = [sum(hi - lo for _, lo, hi in part) for part in stretches([tiles * TILE_TOKENS] * batch, starts)]
     assert max(sizes) == math.ceil(tiles / pieces)
+
+
+@pytest.mark.parametrize(
+    ("kv_lens", "heads", "used"),
+    [([4224], 16, 66), ([4225], 16, 34), ([4224], 64, 33), ([2112] * 2, 16, 66), ([2113] * 2, 16, 34)],
+)
+def test_few_rows_have_a_tile_a_part_while_half_of_the_parts_are_enough(
+    kv_lens: list[int], heads: int, used: int
+) -> None:
+    starts, _ = schedule(kv_lens, 132, heads)
+    assert len({tuple(start) for start in starts[:-1]} - {tuple(starts[-1])}) == used
 
 
 @pytest.mark.parametrize("kv_lens", [[65536], [8128] * 16, [1, 30_000, 64, 64, 9000], [4097] * 128])

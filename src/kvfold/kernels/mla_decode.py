@@ -24,6 +24,7 @@ from kvfold.kernels.cached_blocks import Blocks, load_bfloat16, load_coded
 from kvfold.kernels.mla_schedule import (
     BATCH_BLOCK,
     EVEN_SHARE,
+    FEW_ROWS,
     MIN_TILES,
     SEQUENCE_COST,
     TILE_TOKENS,
@@ -72,7 +73,8 @@ class DecodeWorkspace:
 
 
 def schedule_decode(kv_lens: torch.Tensor, workspace: DecodeWorkspace) -> None:
-    """Once a step, before its layers: deals the tiles of kv_lens int32 [B] to the workspace's parts, on the device."""
+    """Once a step, before its layers: deals the tiles of kv_lens int32 [B] to the workspace's parts, on the device. Another launch
+    has to come between it and `mla_decode`, which reads the schedule before it waits for the launch before."""
     schedule_kernel[(1,)](
         kv_lens,
         workspace.part_starts,
@@ -82,6 +84,7 @@ def schedule_decode(kv_lens: torch.Tensor, workspace: DecodeWorkspace) -> None:
         SEQUENCE_COST=SEQUENCE_COST,
         EVEN_SHARE=EVEN_SHARE,
         MIN_TILES=MIN_TILES,
+        IS_FEW=workspace.row_block <= FEW_ROWS,
         BATCH_BLOCK=BATCH_BLOCK,
         PART_BLOCK=triton.next_power_of_2(workspace.num_parts + 1),
         num_warps=8,

@@ -47,6 +47,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvfold.kernels.mla_schedule import FEW_ROWS
+
 if TYPE_CHECKING:
     from kvfold.kernels.mla_decode import DecodeWorkspace
 
@@ -829,7 +831,7 @@ def launch(
     sizes = {"S_Q": workspace.rows_per_sequence, "HEADS": workspace.num_heads, "PDL": pdl, "num_warps": 4}
     if pdl:
         sizes["launch_pdl"] = True
-    if workspace.row_block <= 32:
+    if workspace.row_block <= FEW_ROWS:
         k_lora = TensorDescriptor.from_tensor(tokens, [64, KV_LORA], layout)
         _few_rows_kernel[(1, workspace.num_parts)](
             q, k_lora, k_rope, *common, scale_log2, rows, BLOCK_ROWS=workspace.row_block, **sizes

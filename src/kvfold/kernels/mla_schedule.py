@@ -4,7 +4,8 @@ A sequence of L keys is ceil(L / 64) tiles. Laid end to end, each sequence with 
 front (loading its queries, writing its result), the tiles of a batch form one line. Part p of P takes the stretch from
 W p // P to W (p + 1) // P of that line, whatever sequences it crosses, so no part has over one tile more than another:
 no context length is worse than its neighbours, and a ragged batch is as even as a uniform one. Short steps take fewer
-parts, since a part under MIN_TILES tiles costs more to merge than it saves. Where all lengths are equal, a part takes
+parts, since a part under MIN_TILES tiles costs more to merge than it saves, but for few rows, where the second tile of a part
+costs more: they have a tile a part while half of the parts are enough for that. Where all lengths are equal, a part takes
 whole sequences or one piece of one, and a few parts stay idle: cuts cost more than that. Pieces are as many as the longest
 of them makes necessary: 8512 keys of 128 heads took 22.8 us as 65 pieces of two tiles and one of three, 20.0 as 45 of three.
 
@@ -22,6 +23,7 @@ TILE_TOKENS = 64  # a page
 SEQUENCE_COST = 4  # in tiles, queries read and result written: of 2 to 5 the best at 128 heads; 16 differ by 1 %
 EVEN_SHARE = 16  # equal lengths are not cut across parts if fewer than one part in 16 stays idle for it
 MIN_TILES = 2  # the fewest tiles worth a part of their own
+FEW_ROWS = 32  # of a sequence, heads times rows: of one launch's program, in which tiles come one after another
 
 BATCH_BLOCK = 32  # sequences the schedule kernel sums at a time
 
@@ -36,6 +38,7 @@ def schedule_kernel(
     SEQUENCE_COST: tl.constexpr,
     EVEN_SHARE: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    IS_FEW: tl.constexpr,
     BATCH_BLOCK: tl.constexpr,
     PART_BLOCK: tl.constexpr,
 ):
@@ -58,9 +61,10 @@ def schedule_kernel(
     )
     used = tl.where(fits, even, num_parts)
     fixed_cost = tl.where(fits, 0, SEQUENCE_COST)
-    used = tl.maximum(tl.minimum(used, (num_tiles + MIN_TILES - 1) // MIN_TILES), 1)
+    fewest = tl.where(IS_FEW & (2 * num_tiles <= num_parts), 1, MIN_TILES)  # tiles of a part
+    used = tl.maximum(tl.minimum(used, (num_tiles + fewest - 1) // fewest), 1)
     if fits & (each == 1):  # as few pieces as the longest of them allows
-        pieces = tl.maximum(tl.minimum(even // batch, (longest + MIN_TILES - 1) // MIN_TILES), 1)
+        pieces = tl.maximum(tl.minimum(even // batch, (longest + fewest - 1) // fewest), 1)
         longest_piece = tl.maximum((longest + pieces - 1) // pieces, 1)
         used = tl.maximum((longest + longest_piece - 1) // longest_piece, 1) * batch
     total = 0
