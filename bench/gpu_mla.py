@@ -75,6 +75,7 @@ class Batch:
 
     def launches(self, form: decode.Form | None) -> list[Callable[[], None]]:
         decode.schedule_decode(self.lengths, self.workspace)
+        torch.cuda.synchronize()  # mla_decode reads the schedule before it waits, and `captured` has a stream of its own
 
         def one(turn: int) -> Callable[[], None]:
             def call() -> None:
