@@ -169,11 +169,11 @@ struct RoundedLatentOp {
     uint32_t* words;
     float* scores_of(int64_t n) const { return scores + n * kPageTokens * kHeadLanes; }
   };
-  const CodePage& add_page(CodePages& all, int64_t i, int64_t key, int64_t keys, float* memory) const {
+  CodePage& add_page(CodePages& all, int64_t i, int64_t key, int64_t keys, float* memory) const {
     float* at = memory + parts.tiles_of_group * parts.code_tile() + all.num_pages * parts.code_page();
     CodePage& page = all.pages[all.num_pages++];
     auto* shares = reinterpret_cast<uint32_t*>(at + parts.scales);
-    page = {cached(i, key), keys, at, shares, at + parts.scales + parts.shares};
+    page = {cached(i, key), keys, at, shares, at + parts.scales + parts.shares, nullptr, 0};
     kernels.read_scales(page, cache.row_bytes(), dims.latent() / kQ8Block, dims.kv_lora);
     return page;
   }
@@ -183,14 +183,13 @@ struct RoundedLatentOp {
     float* factors = exponents + kPagesAtOnce * kHeadLanes;
     return {scores, exponents, factors, reinterpret_cast<uint32_t*>(factors + kPagesAtOnce * kHeadLanes)};
   }
-  // next: rows that are wanted after these.
-  void score_codes(const uint32_t* query, const CodePage& page, const uint8_t* next, float* scores) const {
-    kernels.score_codes(query, dims.latent() / kQ8Block, page, cache.row_bytes(), next, scores);
+  void score_codes(const uint32_t* query, CodePage& page, float* scores) const {
+    kernels.score_codes(query, dims.latent() / kQ8Block, page, cache.row_bytes(), scores);
   }
   // Weights of pages into the softmax at `partial`. scores(tile, n): those of page n, which the softmax has
   // met.
   template <class Scores>
-  void add(const CodePages& all, int64_t first_tile, int64_t num_tiles, const Scores& scores, bool are_first,
+  void add(CodePages& all, int64_t first_tile, int64_t num_tiles, const Scores& scores, bool are_first,
            float* partial, float* memory) const {
     CodeSums sums[kMostTiles];
     for (int64_t tile = 0; tile < num_tiles; tile++) {
@@ -225,18 +224,23 @@ struct RoundedLatentOp {
   void attend_codes(int64_t i, int64_t group, int64_t run, int64_t next_run, float* partial,
                     const Memory& m) const {
     const int64_t num_tiles = tiles(group), last = std::min(rows.visible(i), (run + 1) * rows.run_keys(i));
-    const uint8_t* after = next_run < rows.num_runs(i) ? cached(i, next_run * rows.run_keys(i)) : nullptr;
     bool are_first = true;
     const auto attend = [&](int64_t first, int64_t keys_at_once) {
       CodePages all;
       for_blocks(first, first + keys_at_once, [&](int64_t key, int64_t keys) {
         const int64_t n = all.num_pages;
-        const CodePage& page = add_page(all, i, key, keys, m.tile);
+        CodePage& page = add_page(all, i, key, keys, m.tile);
+        // As far behind the next pages, or those that the next run begins with, as this one is.
+        int64_t next = key + kPagesAtOnce * kPageTokens;
+        if (next >= last) next = next_run * rows.run_keys(i) + n * kPageTokens;
+        if (next < rows.visible(i)) {
+          page.next = cached(i, next);
+          page.next_lines =
+              ceil_div(std::min(kPageTokens, rows.visible(i) - next) * cache.row_bytes(), kLineBytes);
+        }
         for (int64_t tile = 0; tile < num_tiles; tile++) {
           const CodeTile made = code_tile(tile, m.tile);
-          const uint8_t* next = key + keys < last ? cached(i, key + kPageTokens) : after;
-          if (tile > 0 || next == nullptr) next = page.rows;
-          score_codes(m.query + tile * parts.query, page, next, made.scores_of(n));
+          score_codes(m.query + tile * parts.query, page, made.scores_of(n));
           kernels.exponents(made.scores_of(n), keys, scale_log2e, made.exponents + n * kHeadLanes);
         }
       });
@@ -297,8 +301,7 @@ struct RoundedLatentOp {
       float* to = scores + key * kHeadLanes;
       if (in_codes()) {
         CodePages one;
-        const CodePage& page = add_page(one, i, key, keys, m.tile);
-        score_codes(query, page, page.rows, to);
+        score_codes(query, add_page(one, i, key, keys, m.tile), to);
       } else {
         score(page(i, key, keys, m.tile), query, to);
       }

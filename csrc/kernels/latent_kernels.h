@@ -61,7 +61,13 @@ struct CodePage {
   uint32_t* shares;  // [blocks / kShareBlocks][kPagePairs][kShareBlocks], of two keys each: scales in units
                      // of largest / kWholeOne
   float* largest;    // [blocks] scales of the page. Blocks of kQ8Block columns, rounded up to kShareBlocks
+  // What is wanted after the page: brought near a few lines at a time by its scores and by its values.
+  const uint8_t* next;
+  int64_t next_lines;
 };
+// Of next, lines for a block of 16 keys in scores, and for one of the page in values. A page of n blocks a
+// row has 34 n lines: 16 n and, where all but two of 18 blocks are values, 18.7 n.
+constexpr int64_t kLineBytes = 64, kScoreLines = 4, kValueLines = 21;
 // What a tile of heads has for the values of pages, and their sums.
 struct CodeSums {
   const uint32_t* words;  // [pages][kPagePairs][kHeadLanes]
@@ -96,9 +102,7 @@ struct LatentKernels {
   // scores [keys][kHeadLanes].
   void (*score_pairs)(const uint32_t* q, int64_t pairs, const uint16_t* rows, int64_t stride, int64_t keys,
                       float* scores);
-  // Meanwhile as many rows that start at `next` are brought near.
-  void (*score_codes)(const uint32_t* q, int64_t blocks, const CodePage& page, int64_t row_bytes,
-                      const uint8_t* next, float* scores);
+  void (*score_codes)(const uint32_t* q, int64_t blocks, CodePage& page, int64_t row_bytes, float* scores);
 
   // exponents [kHeadLanes]: whole numbers, round(the largest score * scale_log2e + 1/2).
   void (*exponents)(const float* scores, int64_t keys, float scale_log2e, float* exponents);
@@ -113,7 +117,7 @@ struct LatentKernels {
   void (*weigh_codes)(const float* scores, int64_t keys, float scale_log2e, const float* exponents,
                       LatentState* state, uint32_t* words, float* factors);
   // Values of pages times the weights of tiles of heads. are_first: weighted is not read, only written.
-  void (*add_codes)(const CodePage* pages, int64_t num_pages, int64_t row_bytes, const CodeSums* tiles,
+  void (*add_codes)(CodePage* pages, int64_t num_pages, int64_t row_bytes, const CodeSums* tiles,
                     int64_t num_tiles, int64_t columns, bool are_first);
   // Joins the softmax over other keys.
   void (*merge)(const LatentState& other, const float* other_weighted, LatentState* state, float* weighted,

@@ -143,7 +143,8 @@ struct LatentTile {
     }
   }
 
-  static void read_scales(const CodePage& page, int64_t row_bytes, int64_t blocks, int64_t columns) {
+  // Those of `blocks`, and zeros up to `keys`.
+  static void read_block_scales(const CodePage& page, int64_t row_bytes, int64_t blocks, int64_t keys) {
     for (int64_t at = 0; at < blocks; at += kScaleBlocks) {
       const int64_t some = std::min(kScaleBlocks, blocks - at);
       for (int64_t key = 0; key < page.keys; key++) {
@@ -151,8 +152,11 @@ struct LatentTile {
         S::q8_scales(page.rows + key * row_bytes + at * kQ8Bytes, some, scales);
         std::fill(scales + some, scales + kScaleBlocks, 0.0f);
       }
-      if (page.keys % 2) std::fill_n(scales_of(page, at, page.keys), kScaleBlocks, 0.0f);
+      std::fill(scales_of(page, at, page.keys), scales_of(page, at, keys), 0.0f);
     }
+  }
+  static void read_scales(const CodePage& page, int64_t row_bytes, int64_t blocks, int64_t columns) {
+    read_block_scales(page, row_bytes, blocks, (page.keys + 1) / 2 * 2);
     const int64_t pairs = (page.keys + 1) / 2;
     for (int64_t at = 0; at < columns / kQ8Block; at += S::kLanes) {
       const float* scales = scales_of(page, at, 0);
@@ -218,13 +222,20 @@ struct LatentTile {
     }
   }
 
-  // A block of each of some rows.
-  static void bring_near(const uint8_t* block, int64_t row_bytes, int64_t rows) {
-    KVFOLD_UNROLLED_LATENT for (int64_t j = 0; j < rows; j++) S::prefetch(block + j * row_bytes);
+  // Lines of what is wanted after the page, and a few behind its end.
+  template <int64_t lines>
+  static void bring_near(CodePage& page) {
+    if (page.next_lines <= 0) return;
+    KVFOLD_UNROLLED_LATENT for (int64_t i = 0; i < lines; i++) S::prefetch(page.next + i * kLineBytes);
+    page.next += lines * kLineBytes;
+    page.next_lines -= lines;
   }
 
-  static void score_codes(const uint32_t* q, int64_t num_blocks, const CodePage& page, int64_t row_bytes,
-                          const uint8_t* next, float* scores) {
+  static void score_codes(const uint32_t* q, int64_t num_blocks, CodePage& page, int64_t row_bytes,
+                          float* scores) {
+    // kScoreLines for 16 keys: kLines for some blocks of kCodeKeys.
+    constexpr int64_t kLines = std::max<int64_t>(1, kScoreLines * kCodeKeys / 16),
+                      kLineBlocks = 16 * kLines / (kScoreLines * kCodeKeys);
     int32_t starts[kCodeKeys][kScaleBlocks];  // of integer sums
     for (int64_t first = 0; first < page.keys; first += kCodeKeys) {
       use_count<kCodeKeys>(first, page.keys - first, [&](int64_t key, auto count) {
@@ -246,7 +257,7 @@ struct LatentTile {
           const uint32_t* record = q + at * kRecord;
           const uint8_t* codes = k + 2;
           for (int64_t b = 0; b < some; b++, record += kRecord, codes += kQ8Bytes) {
-            bring_near(next + (codes - page.rows), row_bytes, n);
+            if (b % kLineBlocks == 0) bring_near<kLines>(page);
             Ints sum[n][kParts];
             KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
               KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) sum[j][p] =
@@ -435,15 +446,16 @@ struct LatentTile {
     }
   }
 
-  static void add_codes(const CodePage* pages, int64_t num_pages, int64_t row_bytes, const CodeSums* tiles,
+  static void add_codes(CodePage* pages, int64_t num_pages, int64_t row_bytes, const CodeSums* tiles,
                         int64_t num_tiles, int64_t columns, bool are_first) {
     alignas(64) uint32_t values[kQ8Block / kValueColumns][kPagePairs * kValueColumns];
     alignas(64) uint32_t scaled[kPagePairs * kHeadLanes];
     for (int64_t block = 0; block < columns / kQ8Block; block++) {
       const int64_t shares_at = block / kShareBlocks * kShareBlocks * kPagePairs + block % kShareBlocks;
       for (int64_t n = 0; n < num_pages; n++) {
-        const CodePage& page = pages[n];
+        CodePage& page = pages[n];
         const int64_t pairs = (page.keys + 1) / 2;
+        bring_near<kValueLines>(page);
         pair_block(page, row_bytes, block, values);
         for (int64_t tile = 0; tile < num_tiles; tile++) {
           const CodeSums& sums = tiles[tile];

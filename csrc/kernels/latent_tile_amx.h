@@ -19,6 +19,11 @@
 
 #include "kernels/latent_tile.h"
 
+// So that what is done mostly lies in one piece.
+#define KVFOLD_MOSTLY(what) __builtin_expect(what, 1)
+// For those that are handed an array that has to stay in registers.
+#define KVFOLD_INLINE inline __attribute__((always_inline))
+
 namespace kvfold {
 namespace {
 
@@ -82,49 +87,63 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     S::release();
   }
 
-  // Scores of up to kRows keys over up to kScaleBlocks blocks on top of `scores`. The tile of a block is
-  // turned to numbers while the two after it are multiplied.
+  // Scores of up to kRows keys over up to kScaleBlocks blocks on top of `scores`. Products take registers in
+  // turn: kCodeSums for sums, from 0 on, then kCodeRegs for keys, kCodeRegs for queries. What a product needs
+  // is loaded while the one before is multiplied; its sums are stored after those of `kBetween` before were
+  // turned to numbers.
+  static constexpr int kCodeSums = 2, kCodeRegs = 3, kBetween = 2, kCodeSlots = 4;
+  static constexpr int kCodeSteps = 12;  // whole turns of registers and slots
   struct CodeTile {
     const uint32_t* record;
-    const uint8_t *rows, *next;
+    const uint8_t* rows;
     int64_t row_bytes, num_blocks;
     const float* scales;
   };
-  template <int slot>
-  static void score_block(const CodeTile& tile, int64_t b, int32_t (*sums)[kTile]) {
-    S::template zero_tile<slot>();
-    S::template load_tile<4 + slot % 2>(tile.rows + b * kQ8Bytes + 2, tile.row_bytes);
-    S::template load_tile<6 + slot % 2>(tile.record + b * Vectors::kRecord, kTileBytes);
-    S::template dot_tiles<slot, 4 + slot % 2, 6 + slot % 2>();
-    S::template store_tile<slot>(sums[slot], kTileBytes);
-    Vectors::bring_near(tile.next + b * kQ8Bytes, tile.row_bytes, kRows);
+  template <int step>
+  KVFOLD_INLINE static void load_block(const CodeTile& tile, int64_t b) {
+    S::template load_tile<kCodeSums + kCodeRegs + step % kCodeRegs>(tile.record + b * Vectors::kRecord,
+                                                                    kTileBytes);
+    S::template load_tile<kCodeSums + step % kCodeRegs>(tile.rows + b * kQ8Bytes + 2, tile.row_bytes);
   }
-  static void scale_block(const CodeTile& tile, int64_t b, const int32_t* sums, Floats (&out)[kRows]) {
+  KVFOLD_INLINE static void scale_block(const CodeTile& tile, int64_t b, const int32_t (&sums)[kRows][kWords],
+                                        Floats (&out)[kRows]) {
     const auto query =
         S::load(reinterpret_cast<const float*>(tile.record + b * Vectors::kRecord + 8 * kHeadLanes));
     KVFOLD_UNROLLED_LATENT for (int j = 0; j < kRows; j++) {
       const auto scale = S::mul(query, S::set(tile.scales[j * kScaleBlocks + b]));
-      out[j] = S::fma(S::to_floats(S::load_codes(sums + j * kWords)), scale, out[j]);
+      out[j] = S::fma(S::to_floats(S::load_codes(sums[j])), scale, out[j]);
     }
   }
-  static void score_code_tile(const CodeTile& tile, int64_t keys, bool is_first, float* scores) {
-    constexpr int64_t kBetween = 2;
-    alignas(64) int32_t sums[4][kTile];
+  template <int step>
+  KVFOLD_INLINE static void score_steps(const CodeTile& tile, int64_t first, CodePage& page,
+                                        int32_t (&sums)[kCodeSlots][kRows][kWords], Floats (&out)[kRows]) {
+    if constexpr (step < kCodeSteps) {
+      const int64_t b = first + step, done = b - kBetween;
+      constexpr int sum = step % kCodeSums, keys = kCodeSums + step % kCodeRegs;
+      const bool is_multiplied = KVFOLD_MOSTLY(b < tile.num_blocks);
+      if (KVFOLD_MOSTLY(b + 1 < tile.num_blocks)) load_block<step + 1>(tile, b + 1);
+      if (is_multiplied) {
+        S::template zero_tile<sum>();
+        S::template dot_tiles<sum, keys, keys + kCodeRegs>();
+        Vectors::template bring_near<kScoreLines>(page);
+      }
+      if (KVFOLD_MOSTLY(done >= 0 && done < tile.num_blocks)) {
+        scale_block(tile, done, sums[(step + kCodeSlots - kBetween) % kCodeSlots], out);
+      }
+      if (is_multiplied) S::template store_tile<sum>(sums[step % kCodeSlots]);
+      score_steps<step + 1>(tile, first, page, sums, out);
+    }
+  }
+  static void score_code_tile(const CodeTile& tile, CodePage& page, int64_t keys, bool is_first,
+                              float* scores) {
+    alignas(64) int32_t sums[kCodeSlots][kRows][kWords];
     Floats out[kRows];
     KVFOLD_UNROLLED_LATENT for (int j = 0; j < kRows; j++) {
       out[j] = is_first || j >= keys ? S::zero() : S::load(scores + j * kHeadLanes);
     }
-    const auto step = [&](auto slot, int64_t b) {
-      if (b < tile.num_blocks) score_block<decltype(slot)::value>(tile, b, sums);
-      const int64_t done = b - kBetween;
-      if (done >= 0 && done < tile.num_blocks) scale_block(tile, done, sums[(b + 2) % 4], out);
-    };
-    for (int64_t b = 0; b < tile.num_blocks + kBetween; b += 4) {
-      step(std::integral_constant<int, 0>{}, b);
-      step(std::integral_constant<int, 1>{}, b + 1);
-      step(std::integral_constant<int, 2>{}, b + 2);
-      step(std::integral_constant<int, 3>{}, b + 3);
-    }
+    load_block<0>(tile, 0);
+    for (int64_t b = 0; b < tile.num_blocks + kBetween; b += kCodeSteps)
+      score_steps<0>(tile, b, page, sums, out);
     KVFOLD_UNROLLED_LATENT for (int j = 0; j < kRows; j++) {
       if (j < keys) S::store(scores + j * kHeadLanes, out[j]);
     }
@@ -132,22 +151,23 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
 
   static void set_code_shapes(int64_t keys) {
     typename S::TileShapes shapes;
-    for (int tile = 0; tile < 6; tile++) shapes.rows[tile] = static_cast<uint8_t>(keys);
-    shapes.row_bytes[4] = shapes.row_bytes[5] = kQ8Block;
-    shapes.rows[6] = shapes.rows[7] = kQ8Block / 4;
+    for (int tile = 0; tile < kCodeSums + 2 * kCodeRegs; tile++) {
+      if (tile < kCodeSums + kCodeRegs) shapes.rows[tile] = static_cast<uint8_t>(keys);
+      if (tile >= kCodeSums && tile < kCodeSums + kCodeRegs) shapes.row_bytes[tile] = kQ8Block;
+      if (tile >= kCodeSums + kCodeRegs) shapes.rows[tile] = kQ8Block / 4;
+    }
     S::configure(shapes);
   }
 
-  static void score_codes(const uint32_t* q, int64_t num_blocks, const CodePage& page, int64_t row_bytes,
-                          const uint8_t* next, float* scores) {
+  static void score_codes(const uint32_t* q, int64_t num_blocks, CodePage& page, int64_t row_bytes,
+                          float* scores) {
     for (int64_t at = 0; at < num_blocks; at += kScaleBlocks) {
       for (int64_t key = 0; key < page.keys; key += kRows) {
         const int64_t n = std::min(kRows, page.keys - key);
         if (key == 0 || n < kRows) set_code_shapes(n);
-        const int64_t from = key * row_bytes + at * kQ8Bytes;
-        score_code_tile({q + at * Vectors::kRecord, page.rows + from, next + from, row_bytes,
+        score_code_tile({q + at * Vectors::kRecord, page.rows + key * row_bytes + at * kQ8Bytes, row_bytes,
                          std::min(kScaleBlocks, num_blocks - at), Vectors::scales_of(page, at, key)},
-                        n, at == 0, scores + key * kHeadLanes);
+                        page, n, at == 0, scores + key * kHeadLanes);
       }
     }
     S::release();
@@ -172,18 +192,7 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
   }
 
   static void read_scales(const CodePage& page, int64_t row_bytes, int64_t blocks, int64_t columns) {
-    alignas(64) uint16_t halves[kPageTokens][kScaleBlocks] = {};
-    for (int64_t at = 0; at < blocks; at += kScaleBlocks) {
-      const int64_t some = std::min(kScaleBlocks, blocks - at);
-      for (int64_t key = 0; key < page.keys; key++) {
-        const uint8_t* row = page.rows + key * row_bytes + at * kQ8Bytes;
-        for (int64_t b = 0; b < some; b++) std::memcpy(&halves[key][b], row + b * kQ8Bytes, 2);
-      }
-      float* scales = Vectors::scales_of(page, at, 0);
-      for (int64_t i = 0; i < kPageTokens * kScaleBlocks; i += kWords) {
-        S::store(scales + i, S::load_halves(halves[0] + i));
-      }
-    }
+    Vectors::read_block_scales(page, row_bytes, blocks, kPageTokens);
     alignas(64) uint32_t shares[kPagePairs][kShareBlocks];
     for (int64_t at = 0; at < columns / kQ8Block; at += kShareBlocks) {
       const float* scales = Vectors::scales_of(page, at, 0);
@@ -273,7 +282,7 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     }
   }
 
-  static void add_codes(const CodePage* pages, int64_t num_pages, int64_t row_bytes, const CodeSums* tiles,
+  static void add_codes(CodePage* pages, int64_t num_pages, int64_t row_bytes, const CodeSums* tiles,
                         int64_t num_tiles, int64_t columns, bool are_first) {
     alignas(64) uint32_t quads[2][2 * kTile];
     alignas(64) uint8_t bytes[2][2][kHeadLanes][kTileBytes];  // of weights of two products: low, high
@@ -292,6 +301,7 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     const auto quads_of = [&](int64_t i) { return quads[i / num_tiles % 2]; };
     const auto prepare = [&](int64_t i) {
       const auto [block, n, tile] = std::exchange(prepared, next(prepared));
+      Vectors::template bring_near<kValueLines>(pages[n]);
       if (tile == 0) {
         const bool is_whole = pages[n].keys == kPageTokens;
         (is_whole ? quad_block<true> : quad_block<false>)(pages[n], row_bytes, block, quads_of(i));

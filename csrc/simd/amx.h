@@ -113,8 +113,6 @@ struct Amx : Avx512 {
   static Ints add_high(Ints low, Ints high) {  // low + 256 high
     return _mm512_add_epi32(low, _mm512_slli_epi32(high, 8));
   }
-  // 16 float16.
-  static Floats load_halves(const uint16_t* p) { return load_half(reinterpret_cast<const uint8_t*>(p)); }
 };
 
 // Rows are read as on AVX-512; panels hold signed levels.

@@ -176,8 +176,25 @@ struct Avx512 {
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
     store_codes(to, _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b))));
   }
+  // Of 16 blocks: a load of 64 bytes has the scales of two, in the lower half of word 0 and the upper of
+  // word 8.
+  static Floats sixteen_scales(const uint8_t* row) {
+    const __m512i words = _mm512_setr_epi32(0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24);
+    const auto four = [&](int block) {
+      return _mm512_permutex2var_epi32(load_codes(row + 34 * block), words,
+                                       load_codes(row + 34 * block + 68));
+    };
+    __m512i v = four(0);
+    v = _mm512_mask_mov_epi32(v, 0x00f0, four(4));
+    v = _mm512_mask_mov_epi32(v, 0x0f00, four(8));
+    v = _mm512_mask_mov_epi32(v, 0xf000, four(12));
+    const __m512i upper = _mm512_setr_epi32(0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16);
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srlv_epi32(v, upper)));
+  }
   static void q8_scales(const uint8_t* row, int64_t num_blocks, float* scales) {
-    for (int64_t b = 0; b < num_blocks; b++) scales[b] = _cvtsh_ss(blocks::load16(row + 34 * b));
+    int64_t b = 0;
+    for (; b + 16 <= num_blocks; b += 16, row += 16 * 34, scales += 16) store(scales, sixteen_scales(row));
+    for (; b < num_blocks; b++, row += 34) *scales++ = _cvtsh_ss(blocks::load16(row));
   }
   // Sums of 32 codes plus 128 each, as four words of a half.
   static __m256i eights(const uint8_t* codes) {

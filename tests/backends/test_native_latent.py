@@ -164,6 +164,14 @@ def test_head_counts(mla: MlaConfig, cache: CacheType, isa: str) -> None:
 
 
 @every_isa
+@pytest.mark.parametrize("fused", [True, False])
+def test_runs_of_several_pages(fused: bool, isa: str) -> None:
+    """Rows of up to five pages, the last one not whole: runs of one page or two."""
+    layer = Layer(BLOCKS, cache=CacheType.Q8_0, lengths=(2, 310))
+    assert_follows(layer.run(fused=fused), layer.definition(), f"{fused} {isa}")
+
+
+@every_isa
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL", "Q5_K", "Q4_1"])
 def test_folding_weights_of_every_kind(type: str, isa: str) -> None:
     """By columns and by rows, in vector code and in the common one, a head in one piece and in two of 256 columns."""
@@ -182,7 +190,7 @@ def test_keys_folded_by_rows(type: str) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("cache", [CacheType.F16, CacheType.Q8_0])
 def test_bits_do_not_depend_on_threads_or_workspace(cache: CacheType, fused: bool) -> None:
-    """440 keys are two runs of pages, which several members share or one goes through alone."""
+    """440 keys are four runs of pages, which several members share or one goes through alone."""
     layer = Layer(BLOCKS, cache=cache, lengths=(1, 440))
     whole = layer.run(fused=fused)
     for threads in (1, 3):
