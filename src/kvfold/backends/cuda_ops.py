@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -747,10 +748,15 @@ class CudaOps:
         step = self.step.host
         assert step is not None
         at = int(step.page_starts[sequence])
-        pages = self.step.pages[at + start // PAGE_TOKENS : at - (-stop // PAGE_TOKENS)]
+        listed = slice(at + start // PAGE_TOKENS, at - (-stop // PAGE_TOKENS))
         pool = self._backend.pools[array][layer]
         if self._backend.blocks is None:
-            return pool[pages].flatten(0, 1)[: stop - start].to(self._dtype)
+            # Neighbours, as a new sequence's pages mostly are, are read where they lie: no launch, and less for the host to do.
+            first, last = int(step.pages[listed.start]), int(step.pages[listed.stop - 1])
+            are_neighbours = np.array_equal(step.pages[listed], np.arange(first, last + 1))
+            held = pool[first : last + 1] if are_neighbours else pool[self.step.pages[listed]]
+            return held.flatten(0, 1)[: stop - start].to(self._dtype)
+        pages = self.step.pages[listed]
         width = self._backend.row_dims[array]
         picked = torch.empty(stop - start, width, dtype=self._dtype, device=pool.device)
         gather_blocks(pool, pages, picked, self._backend.blocks)
