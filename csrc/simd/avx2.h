@@ -647,19 +647,21 @@ struct Codes256<blocks::Q4_K> {
 
 template <>
 struct Codes256<blocks::Q6_K> {
-  static void codes(const uint8_t* p, __m256i* out) {
+  static void half_codes(const uint8_t* p, int half, __m256i (&out)[4]) {
     const __m256i nibble = _mm256_set1_epi8(15), top = _mm256_set1_epi8(0x30);
-    for (int half = 0; half < 2; half++, out += 4) {
-      const __m256i a = Avx2::load_codes(p + 64 * half), b = Avx2::load_codes(p + 64 * half + 32);
-      const __m256i high = Avx2::load_codes(p + 128 + 32 * half);
-      out[0] =
-          _mm256_or_si256(_mm256_and_si256(a, nibble), _mm256_and_si256(_mm256_slli_epi16(high, 4), top));
-      out[1] =
-          _mm256_or_si256(_mm256_and_si256(b, nibble), _mm256_and_si256(_mm256_slli_epi16(high, 2), top));
-      out[2] =
-          _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(a, 4), nibble), _mm256_and_si256(high, top));
-      out[3] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(b, 4), nibble),
-                               _mm256_and_si256(_mm256_srli_epi16(high, 2), top));
+    const __m256i a = Avx2::load_codes(p + 64 * half), b = Avx2::load_codes(p + 64 * half + 32);
+    const __m256i high = Avx2::load_codes(p + 128 + 32 * half);
+    out[0] = _mm256_or_si256(_mm256_and_si256(a, nibble), _mm256_and_si256(_mm256_slli_epi16(high, 4), top));
+    out[1] = _mm256_or_si256(_mm256_and_si256(b, nibble), _mm256_and_si256(_mm256_slli_epi16(high, 2), top));
+    out[2] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(a, 4), nibble), _mm256_and_si256(high, top));
+    out[3] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(b, 4), nibble),
+                             _mm256_and_si256(_mm256_srli_epi16(high, 2), top));
+  }
+  static void codes(const uint8_t* p, __m256i* out) {
+    for (int half = 0; half < 2; half++) {
+      __m256i of_half[4];
+      half_codes(p, half, of_half);
+      std::copy(of_half, of_half + 4, out + 4 * half);
     }
   }
 
@@ -687,34 +689,41 @@ struct Codes256<blocks::Q6_K> {
           _mm256_srai_epi16(_mm256_blend_epi32(_mm256_slli_epi16(bytes, 8), bytes, 0xf0), 8);
       const __m256 first = Avx2::load_bytes(reinterpret_cast<const int8_t*>(runs)),
                    second = Avx2::load_bytes(reinterpret_cast<const int8_t*>(runs + 8));
-      __m256i vectors[8], scale[8];
-      codes(row, vectors);
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; i++)
-        scale[i] =
-            _mm256_shuffle_epi8(words, _mm256_set1_epi16(static_cast<int16_t>((2 * i + 1) << 8 | 2 * i)));
+      __m256 part[rows][2];
 #pragma GCC unroll 4
       for (int r = 0; r < rows; r++) {
-        const float *x_scales = x[r].scales + at / 16, *x_sums = x[r].sums + at / 16;
+        const float* x_sums = x[r].sums + at / 16;
         const __m256 zeros = _mm256_fmadd_ps(second, _mm256_loadu_ps(x_sums + 8),
                                              _mm256_mul_ps(first, _mm256_loadu_ps(x_sums)));
         minus[r] = _mm256_fmadd_ps(d, zeros, minus[r]);
-        __m256i products[8];
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
-          const __m256i pairs = _mm256_maddubs_epi16(vectors[i], Avx2::load_codes(x[r].codes + at + 32 * i));
-          products[i] = _mm256_madd_epi16(pairs, scale[i]);
+        part[r][0] = part[r][1] = _mm256_setzero_ps();
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        __m256i vectors[4];
+        half_codes(row, half, vectors);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+          const int run = 2 * (4 * half + i);  // and the next one
+          const __m256i scale =
+              _mm256_shuffle_epi8(words, _mm256_set1_epi16(static_cast<int16_t>((run + 1) << 8 | run)));
+#pragma GCC unroll 4
+          for (int r = 0; r < rows; r++) {
+            const __m256i pairs =
+                _mm256_maddubs_epi16(vectors[i], Avx2::load_codes(x[r].codes + at + 16 * run));
+            part[r][i % 2] =
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, scale)),
+                                _mm256_broadcast_ss(x[r].scales + at / 16 + run), part[r][i % 2]);
+          }
         }
-        __m256 part[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++)
-          part[i % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[i]),
-                                        _mm256_broadcast_ss(x_scales + 2 * i), part[i % 2]);
-        sum[r] = _mm256_fmadd_ps(d, _mm256_add_ps(part[0], part[1]), sum[r]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; r++) {
+        sum[r] = _mm256_fmadd_ps(d, _mm256_add_ps(part[r][0], part[r][1]), sum[r]);
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) y[r] = Avx2::sum(sum[r]) - 32.0f * Avx2::sum(minus[r]);
+    for (int r = 0; r < rows; r++) y[r] = Avx2::sum(_mm256_fnmadd_ps(_mm256_set1_ps(32), minus[r], sum[r]));
   }
 };
 
