@@ -371,6 +371,25 @@ void bind_program(nb::module_& m) {
   m.def("quota_cpus", &quota_cpus, "own"_a, "root"_a,
         "Whole CPUs that the cgroups named in file `own`, mounted at `root`, grant; 2**31 - 1: no limit.");
 
+  m.def(
+      "core_of_thread",
+      [](const std::string& topology) {
+        nb::set cpus;
+        const CpuSet core = core_of_thread(topology);
+        for (size_t cpu = 0; cpu < core.size(); cpu++) {
+          if (core[cpu]) cpus.add(nb::int_(cpu));
+        }
+        return cpus;
+      },
+      "topology"_a, "The CPU that this thread runs on and those that its folder names as its siblings.");
+
+  nb::class_<Calm>(m, "Calm", "Whether a team has its CPUs to itself. Times in ns.")
+      .def(nb::init<int64_t>(), "now"_a)
+      .def(
+          "tell", [](Calm& calm, int64_t now, int64_t ran, int64_t waited) { calm.tell(now, {ran, waited}); },
+          "now"_a, "ran"_a, "waited"_a, "Of one thread since it last told: on a CPU, and ready without one.")
+      .def("holds", &Calm::holds, "now"_a);
+
   nb::class_<BoundProgram>(m, "Program", "A recorded model over one cache. See backends/native.py.")
       .def(nb::init<const std::vector<SegmentTuple>&, const std::vector<WeightTuple>&, int,
                     const std::vector<nb::object>&, int, int64_t, bool, bool, bool, bool>(),

@@ -82,4 +82,54 @@ int usable_cpus() {
   return std::max(1, std::min(affinity_cpus(), quota_cpus("/proc/self/cgroup", "/sys/fs/cgroup")));
 }
 
+CpuSet thread_cpus() {
+  CpuSet cpus;
+#if defined(__linux__)
+  cpu_set_t mask;
+  if (sched_getaffinity(0, sizeof(mask), &mask) == 0) {
+    for (size_t cpu = 0; cpu < cpus.size(); cpu++) cpus[cpu] = CPU_ISSET(cpu, &mask);
+  }
+#endif
+  return cpus;
+}
+
+bool bind_thread(const CpuSet& cpus) {
+#if defined(__linux__)
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  for (size_t cpu = 0; cpu < cpus.size(); cpu++) {
+    if (cpus[cpu]) CPU_SET(cpu, &mask);
+  }
+  return sched_setaffinity(0, sizeof(mask), &mask) == 0;
+#else
+  return false;
+#endif
+}
+
+CpuSet core_of_thread(const std::string& topology) {
+  CpuSet core;
+#if defined(__linux__)
+  const int here = sched_getcpu();
+  if (here < 0 || static_cast<size_t>(here) >= core.size()) return core;
+  core.set(here);
+  const std::string list =  // "0,64", or "0-1"
+      text_of(topology + "/cpu" + std::to_string(here) + "/topology/thread_siblings_list");
+  for (size_t start = 0, end; start < list.size(); start = end + 1) {
+    end = std::min(list.find(',', start), list.size());
+    size_t first, last;
+    const int found = std::sscanf(list.c_str() + start, "%zu-%zu", &first, &last);
+    for (size_t cpu = first; found > 0 && cpu <= (found == 2 ? last : first) && cpu < core.size(); cpu++)
+      core.set(cpu);
+  }
+#endif
+  return core;
+}
+
+CpuTimes thread_times() {
+  long long ran = 0, waited = 0;  // as schedstat(5) has them, then how often it ran
+  const std::string text = text_of("/proc/thread-self/schedstat");
+  if (std::sscanf(text.c_str(), "%lld %lld", &ran, &waited) != 2) return {};
+  return {ran, waited};
+}
+
 }  // namespace kvfold

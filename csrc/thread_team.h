@@ -4,10 +4,8 @@
 // from a common counter, so a slow core takes fewer of them. Nobody waits for a member that has not woken up:
 // an op ends when its last unit does. A member waits by spinning, where every member has a CPU, then sleeps.
 //
-// Members are not bound to a core each, not even where there are as many of both: a bound one waits while
-// another core is free. Bound and not, in turn, docs/notes/cpu-kernels.md: beside one or two spinning
-// processes a prompt got 0.81 of its share of CPU time bound, 0.95 otherwise, and generation alone was 0.94
-// and 1.00 times as fast.
+// Where every member has a CPU they are bound to a core each, as long as nobody else wants it
+// (team_binding.h).
 
 #pragma once
 
@@ -25,6 +23,7 @@
 #include <vector>
 
 #include "cpus.h"
+#include "team_binding.h"
 
 namespace kvfold {
 
@@ -84,6 +83,7 @@ class ThreadTeam {
     }
     take_units(0);
     wait_finished(count);
+    if (spins()) binding_.caller_looks();
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
@@ -134,6 +134,7 @@ class ThreadTeam {
         if (stop_.load()) return;
       }
       take_units(member);
+      if (spins()) binding_.member_looks();
     }
   }
 
@@ -156,6 +157,7 @@ class ThreadTeam {
   }
 
   int spins_ = 0;
+  TeamBinding binding_;
   std::vector<std::thread> members_;
   const void* body_ = nullptr;
   void (*call_)(const void*, int64_t, int) = nullptr;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,15 @@ def test_threads_are_no_more_than_the_quota_and_at_least_one(monkeypatch: pytest
     for quota, expected in ((1, 1), (10**6, cores)):
         monkeypatch.setattr("kvfold._native.usable_cpus", lambda quota=quota: quota)
         assert physical_cores() == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity is Linux's")
+def test_hyper_threads_of_a_core_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs 0 and 4, 1 and 5 are cores; of 2 and 6 this process may use one; 3 has no sibling that is told."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5})
+    monkeypatch.setattr("kvfold._native.usable_cpus", lambda: 6)
+    for cpu in (0, 1, 2, 4, 5, 6):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    assert physical_cores(tmp_path) == 4

@@ -27,13 +27,13 @@ def available_memory_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys
     return min([*left, free], default=None) if free is not None else min(left, default=None)
 
 
-def physical_cores() -> int:
+def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
     """Cores this process may use, hyper-threads counted once where the system tells, and no more than its control
     groups grant the time of."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = set()
     for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings = topology / f"cpu{cpu}" / "topology" / "thread_siblings_list"
         cores.add(siblings.read_text() if siblings.exists() else str(cpu))
     return max(1, min(len(cores), _native.usable_cpus()))
 

@@ -94,7 +94,8 @@ Threads = Annotated[
         "-t",
         envvar="KVFOLD_THREADS",
         show_default="the physical cores",
-        help="Threads that compute.",
+        help="Threads that compute. Where each has a CPU all but the caller's are bound to a core each, until other "
+        "processes want it.",
     ),
 ]
 BatchRows = Annotated[
