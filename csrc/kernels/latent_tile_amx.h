@@ -87,26 +87,23 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     S::release();
   }
 
-  // Scores of up to kRows keys over up to kScaleBlocks blocks on top of `scores`. Two products at a time,
-  // loads before both: where the core has another thread, a load behind a product that has not ended waits
-  // for it (29 ns a product instead of 48). Sums are turned to numbers while the next two products are
-  // multiplied.
+  // Scores of up to kRows keys over up to kScaleBlocks blocks on top of `scores`. Products take registers in
+  // turn: kCodeSums for sums, from 0 on, then kCodeRegs for keys, kCodeRegs for queries. What a product needs
+  // is loaded while the one before is multiplied; its sums are stored after those of `kBetween` before were
+  // turned to numbers.
+  static constexpr int kCodeSums = 2, kCodeRegs = 3, kBetween = 2, kCodeSlots = 4;
+  static constexpr int kCodeSteps = 12;  // whole turns of registers and slots
   struct CodeTile {
     const uint32_t* record;
     const uint8_t* rows;
     int64_t row_bytes, num_blocks;
     const float* scales;
   };
-  // Sums in registers 0 and 1, keys in 2 and 3, queries in 4 and 5.
-  template <int i>
-  static void load_block(const CodeTile& tile, int64_t b) {
-    S::template load_tile<4 + i>(tile.record + b * Vectors::kRecord, kTileBytes);
-    S::template load_tile<2 + i>(tile.rows + b * kQ8Bytes + 2, tile.row_bytes);
-  }
-  template <int i>
-  static void multiply_block() {
-    S::template zero_tile<i>();
-    S::template dot_tiles<i, 2 + i, 4 + i>();
+  template <int step>
+  KVFOLD_INLINE static void load_block(const CodeTile& tile, int64_t b) {
+    S::template load_tile<kCodeSums + kCodeRegs + step % kCodeRegs>(tile.record + b * Vectors::kRecord,
+                                                                    kTileBytes);
+    S::template load_tile<kCodeSums + step % kCodeRegs>(tile.rows + b * kQ8Bytes + 2, tile.row_bytes);
   }
   KVFOLD_INLINE static void scale_block(const CodeTile& tile, int64_t b, const int32_t (&sums)[kRows][kWords],
                                         Floats (&out)[kRows]) {
@@ -117,30 +114,36 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
       out[j] = S::fma(S::to_floats(S::load_codes(sums[j])), scale, out[j]);
     }
   }
+  template <int step>
+  KVFOLD_INLINE static void score_steps(const CodeTile& tile, int64_t first, CodePage& page,
+                                        int32_t (&sums)[kCodeSlots][kRows][kWords], Floats (&out)[kRows]) {
+    if constexpr (step < kCodeSteps) {
+      const int64_t b = first + step, done = b - kBetween;
+      constexpr int sum = step % kCodeSums, keys = kCodeSums + step % kCodeRegs;
+      const bool is_multiplied = KVFOLD_MOSTLY(b < tile.num_blocks);
+      if (KVFOLD_MOSTLY(b + 1 < tile.num_blocks)) load_block<step + 1>(tile, b + 1);
+      if (is_multiplied) {
+        S::template zero_tile<sum>();
+        S::template dot_tiles<sum, keys, keys + kCodeRegs>();
+        Vectors::template bring_near<kScoreLines>(page);
+      }
+      if (KVFOLD_MOSTLY(done >= 0 && done < tile.num_blocks)) {
+        scale_block(tile, done, sums[(step + kCodeSlots - kBetween) % kCodeSlots], out);
+      }
+      if (is_multiplied) S::template store_tile<sum>(sums[step % kCodeSlots]);
+      score_steps<step + 1>(tile, first, page, sums, out);
+    }
+  }
   static void score_code_tile(const CodeTile& tile, CodePage& page, int64_t keys, bool is_first,
                               float* scores) {
-    alignas(64) int32_t sums[2][2][kRows][kWords];
+    alignas(64) int32_t sums[kCodeSlots][kRows][kWords];
     Floats out[kRows];
     KVFOLD_UNROLLED_LATENT for (int j = 0; j < kRows; j++) {
       out[j] = is_first || j >= keys ? S::zero() : S::load(scores + j * kHeadLanes);
     }
-    const int64_t n = tile.num_blocks;
-    for (int64_t b = 0, slot = 0; b < n + 2; b += 2, slot ^= 1) {
-      const bool one = KVFOLD_MOSTLY(b < n), two = KVFOLD_MOSTLY(b + 1 < n);
-      if (one) {
-        load_block<0>(tile, b);
-        if (two) load_block<1>(tile, b + 1);
-        multiply_block<0>();
-        if (two) multiply_block<1>();
-        Vectors::template bring_near<2 * kScoreLines>(page);
-      }
-      if (KVFOLD_MOSTLY(b > 0)) {
-        scale_block(tile, b - 2, sums[slot ^ 1][0], out);
-        if (KVFOLD_MOSTLY(b - 1 < n)) scale_block(tile, b - 1, sums[slot ^ 1][1], out);
-      }
-      if (one) S::template store_tile<0>(sums[slot][0]);
-      if (two) S::template store_tile<1>(sums[slot][1]);
-    }
+    load_block<0>(tile, 0);
+    for (int64_t b = 0; b < tile.num_blocks + kBetween; b += kCodeSteps)
+      score_steps<0>(tile, b, page, sums, out);
     KVFOLD_UNROLLED_LATENT for (int j = 0; j < kRows; j++) {
       if (j < keys) S::store(scores + j * kHeadLanes, out[j]);
     }
@@ -148,9 +151,11 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
 
   static void set_code_shapes(int64_t keys) {
     typename S::TileShapes shapes;
-    for (int tile = 0; tile < 4; tile++) shapes.rows[tile] = static_cast<uint8_t>(keys);
-    shapes.row_bytes[2] = shapes.row_bytes[3] = kQ8Block;
-    shapes.rows[4] = shapes.rows[5] = kQ8Block / 4;
+    for (int tile = 0; tile < kCodeSums + 2 * kCodeRegs; tile++) {
+      if (tile < kCodeSums + kCodeRegs) shapes.rows[tile] = static_cast<uint8_t>(keys);
+      if (tile >= kCodeSums && tile < kCodeSums + kCodeRegs) shapes.row_bytes[tile] = kQ8Block;
+      if (tile >= kCodeSums + kCodeRegs) shapes.rows[tile] = kQ8Block / 4;
+    }
     S::configure(shapes);
   }
 
@@ -282,56 +287,56 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     alignas(64) uint32_t quads[2][2 * kTile];
     alignas(64) uint8_t bytes[2][2][kHeadLanes][kTileBytes];  // of weights of two products: low, high
     alignas(64) int32_t sums[2][4][kTile];
-    // Products: blocks, the pages of each, the tiles of heads of each; which of two bytes, sums and quads it
-    // has.
+    // Products: blocks, the pages of each, the tiles of heads of each.
     struct Product {
-      int64_t block = 0, n = 0, tile = 0, slot = 0, quads = 0;
+      int64_t block, n, tile;
     };
-    const auto to_next = [&](Product& p) {
-      p.slot ^= 1;
-      if (++p.tile < num_tiles) return;
-      p.tile = 0, p.quads ^= 1;
-      if (++p.n == num_pages) p.n = 0, p.block++;
+    const int64_t count = columns / kQ8Block * num_pages * num_tiles;
+    const auto next = [&](Product p) {
+      if (++p.tile == num_tiles) p.tile = 0, p.n++;
+      if (p.n == num_pages) p.n = 0, p.block++;
+      return p;
     };
-    const auto prepare = [&](const Product& p) {
-      CodePage& page = pages[p.n];
-      Vectors::template bring_near<kValueLines>(page);
-      if (p.tile == 0) {
-        const bool is_whole = page.keys == kPageTokens;
-        (is_whole ? quad_block<true> : quad_block<false>)(page, row_bytes, p.block, quads[p.quads]);
+    Product prepared{0, 0, 0}, added{0, 0, 0};  // next to be
+    const auto quads_of = [&](int64_t i) { return quads[i / num_tiles % 2]; };
+    const auto prepare = [&](int64_t i) {
+      const auto [block, n, tile] = std::exchange(prepared, next(prepared));
+      Vectors::template bring_near<kValueLines>(pages[n]);
+      if (tile == 0) {
+        const bool is_whole = pages[n].keys == kPageTokens;
+        (is_whole ? quad_block<true> : quad_block<false>)(pages[n], row_bytes, block, quads_of(i));
       }
-      const uint32_t* shares = page.shares + p.block * kPagePairs;
-      const uint32_t* words = tiles[p.tile].words + p.n * kPagePairs * kHeadLanes;
+      const uint32_t* shares = pages[n].shares + block * kPagePairs;
+      const uint32_t* words = tiles[tile].words + n * kPagePairs * kHeadLanes;
       for (int64_t head = 0; head < kHeadLanes; head++) {
-        S::share_bytes(words + head * kPagePairs, shares, bytes[p.slot][0][head], bytes[p.slot][1][head]);
+        S::share_bytes(words + head * kPagePairs, shares, bytes[i % 2][0][head], bytes[i % 2][1][head]);
       }
     };
-    const auto multiply = [&](const Product& p) {
+    const auto multiply = [&](int64_t i) {
       S::written();
-      S::template load_tile<4>(bytes[p.slot][0], kTileBytes);
-      S::template load_tile<5>(bytes[p.slot][1], kTileBytes);
-      S::template load_tile<6>(quads[p.quads], kTileBytes);
-      S::template load_tile<7>(quads[p.quads] + kTile, kTileBytes);
       clear_tiles<0, 4>();
+      S::template load_tile<4>(bytes[i % 2][0], kTileBytes);
+      S::template load_tile<6>(quads_of(i), kTileBytes);
       S::template dot_bytes<0, 4, 6>();
+      S::template load_tile<5>(bytes[i % 2][1], kTileBytes);
       S::template dot_bytes<1, 5, 6>();
+      S::template load_tile<7>(quads_of(i) + kTile, kTileBytes);
       S::template dot_bytes<2, 4, 7>();
       S::template dot_bytes<3, 5, 7>();
+      S::template store_tile<0>(sums[i % 2][0], kTileBytes);
+      S::template store_tile<1>(sums[i % 2][1], kTileBytes);
+      S::template store_tile<2>(sums[i % 2][2], kTileBytes);
+      S::template store_tile<3>(sums[i % 2][3], kTileBytes);
     };
-    const auto store = [&](const Product& p) {
-      S::template store_tile<0>(sums[p.slot][0], kTileBytes);
-      S::template store_tile<1>(sums[p.slot][1], kTileBytes);
-      S::template store_tile<2>(sums[p.slot][2], kTileBytes);
-      S::template store_tile<3>(sums[p.slot][3], kTileBytes);
-    };
-    const auto add = [&](const Product& p) {
+    const auto add = [&](int64_t i) {
+      const auto [block, n, tile] = std::exchange(added, next(added));
       alignas(64) float factor[kHeadLanes];
-      S::store(factor, S::mul(S::load(tiles[p.tile].factors + p.n * kHeadLanes),
-                              S::set(pages[p.n].largest[p.block])));
-      const bool is_first = are_first && p.n == 0;
-      float* to = tiles[p.tile].weighted + p.block * 2 * kTile;
+      S::store(factor,
+               S::mul(S::load(tiles[tile].factors + n * kHeadLanes), S::set(pages[n].largest[block])));
+      const bool is_first = are_first && n == 0;
+      float* to = tiles[tile].weighted + block * 2 * kTile;
       for (int half = 0; half < 2; half++, to += kTile) {
-        const int32_t *low = sums[p.slot][2 * half], *high = sums[p.slot][2 * half + 1];
+        const int32_t *low = sums[i % 2][2 * half], *high = sums[i % 2][2 * half + 1];
         for (int64_t at = 0; at < kTile; at += kWords) {
           const auto sum = S::to_floats(S::add_high(S::load_codes(low + at), S::load_codes(high + at)));
           S::store(to + at,
@@ -339,23 +344,15 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
         }
       }
     };
-    // While a product is multiplied the next one is prepared and the one before is added.
-    const int64_t count = columns / kQ8Block * num_pages * num_tiles;
-    Product prepared, multiplied, added;
+    // A product is prepared while the one before is multiplied and the one before that is added.
     S::configure(typename S::TileShapes{});
-    prepare(prepared);
+    prepare(0);
     for (int64_t i = 0; i < count; i++) {
-      to_next(prepared);
-      if (i + 1 < count) prepare(prepared);
-      multiply(multiplied);
-      if (i > 0) {
-        add(added);
-        to_next(added);
-      }
-      store(multiplied);
-      to_next(multiplied);
+      if (i + 1 < count) prepare(i + 1);
+      multiply(i);
+      if (i > 0) add(i - 1);
     }
-    add(added);
+    add(count - 1);
     S::release();
   }
 
