@@ -340,13 +340,15 @@ def time_prefill(fa3: Path | None, form: prefill.Form | None = None) -> Iterator
             heads_first = [[x.transpose(1, 2).contiguous() for x in turn] for turn in joined]
             forms.append([functools.partial(cudnn_attention, *turn) for turn in heads_first])
         flops = 2 * heads * 320 * (num_rows * cached + num_rows * num_rows // 2)
+        # Once each: queries and results of 320 numbers a head, keys of 128 and 64 shared ones, values of 128, log-sum-exps.
+        num_bytes = 2 * (num_rows * heads * 320 + num_keys * (heads * 256 + 64)) + 4 * num_rows * heads
         launches = max(2, min(20, int(3e-3 * 500e12 / flops)))  # 3 ms a replay at 500 TF
         us, *peers_us = timed(*forms, replays=20, launches=launches)
         for peer, peer_us in zip(peers, peers_us, strict=True):
             row = {
                 "kernel": f"mla_prefill {form or 'auto'}", "heads": heads, "batch": 1, "keys": num_keys, "s_q": num_rows,
-                "us": round(us, 1), "tflops": round(flops / us / 1e6, 1), "peer": peer, "peer_us": round(peer_us, 1),
-                "ratio": round(peer_us / us, 3),
+                "us": round(us, 1), "gbps": round(num_bytes / us / 1e3), "tflops": round(flops / us / 1e6, 1),
+                "peer": peer, "peer_us": round(peer_us, 1), "ratio": round(peer_us / us, 3),
             }  # fmt: skip
             print(row, flush=True)
             yield row
@@ -364,6 +366,7 @@ def sweep_keys(heads: int, form: decode.Form | None) -> dict[str, Any]:
 
     `dips` lists the lengths whose time lies more than 5 % and more than a tile's time above the line through their
     neighbours; each is then measured 5 times again, with its neighbours, and stays only if the median of those does.
+    `humps` has what no neighbour shows: first and last length of each stretch that takes 5 % longer than some longer one.
     """
     pool = random_pool(64 * 65536 + 64)
     batch = Batch(pool, heads, [65536], 1, turns=64)  # 1k keys of 64 lists are 75 MB: past L2
@@ -406,8 +409,15 @@ def sweep_keys(heads: int, form: decode.Form | None) -> dict[str, Any]:
         for keys in flagged
         if statistics.median(excess(*(time_of(keys + d) for d in (-PAGE, 0, PAGE))) for _ in range(5)) > 0
     ]
+    humps: list[tuple[int, int]] = []
+    fastest = math.inf  # of the longer ones
+    for keys, us in reversed(points.items()):
+        if us > 1.05 * fastest:
+            last = humps.pop()[1] if humps and humps[-1][0] == keys + PAGE else keys
+            humps.append((keys, last))
+        fastest = min(fastest, us)
     return {
-        "heads": heads, "tile_us": round(tile_us, 2), "flagged": flagged, "dips": dips,
+        "heads": heads, "tile_us": round(tile_us, 2), "flagged": flagged, "dips": dips, "humps": humps[::-1],
         "keys_us": [(keys, round(us, 2)) for keys, us in points.items()],
     }  # fmt: skip
 

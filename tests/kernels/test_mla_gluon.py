@@ -34,7 +34,6 @@ def test_the_kernel_for_few_rows_spills_nothing() -> None:
     assert found["spill_bytes"] == 0 and not found["serialized"], found
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("kind", ["prefill_parted", "prefill_boxed", "prefill_merge"])
 def test_the_prefill_kernel_spills_nothing(kind: str) -> None:
     found = compiled(kind)
@@ -44,7 +43,6 @@ def test_the_prefill_kernel_spills_nothing(kind: str) -> None:
     assert found["spill_bytes"] == 0 and not found["serialized"], found
 
 
-@pytest.mark.full
 def test_the_kernel_for_many_rows_fits() -> None:
     """Nothing of the loops is spilled: there is almost no L1 left to hold it."""
     found = compiled("many")

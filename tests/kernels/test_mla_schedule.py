@@ -83,10 +83,19 @@ def test_equal_lengths_are_cut_into_equal_pieces_or_not_at_all(
 
 @pytest.mark.parametrize(
     ("batch", "tiles", "num_parts", "pieces"),
-    [(1, 133, 66, 45), (1, 132, 66, 66), (1, 1024, 66, 64), (3, 5, 66, 3), (2, 50, 66, 25)],
+    [
+        (1, 133, 66, 45),
+        (1, 132, 66, 66),
+        (1, 1024, 66, 64),
+        (3, 5, 66, 3),
+        (2, 50, 66, 25),
+        (1, 256, 132, 128),
+        (1, 257, 132, 86),
+    ],
 )
 def test_no_piece_is_longer_than_most(batch: int, tiles: int, num_parts: int, pieces: int) -> None:
-    """133 tiles in 66 parts would be 65 of two and one of three, which all others wait for."""
+    """133 tiles in 66 parts would be 65 of two and one of three, which all others wait for; 257 in 132 would be 129 pieces,
+    one more than are merged at once."""
     starts, splits = schedule([tiles * TILE_TOKENS] * batch, num_parts)
     assert [count for _, count in splits] == [pieces] * batch
     sizes = [sum(hi - lo for _, lo, hi in part) for part in stretches([tiles * TILE_TOKENS] * batch, starts)]

@@ -26,6 +26,7 @@ from kvfold.kernels.mla_schedule import (
     EVEN_SHARE,
     FEW_ROWS,
     MIN_TILES,
+    MOST_SPLITS,
     SEQUENCE_COST,
     TILE_TOKENS,
     schedule_kernel,
@@ -36,7 +37,6 @@ Form = Literal["triton", "gluon"]
 LOG2_E = math.log2(math.e)
 NO_SCORE = tl.constexpr(-1e30)  # a running maximum before any key: finite, so that differences stay numbers
 
-MOST_SPLITS = 128  # merged at once: the 66 parts of 128 heads in one turn, where 64 + 2 took 3 us more
 COMBINE_PROGRAMS = 1056  # 8 on each of 132 multiprocessors: one wave
 INTERPRETER_PARTS = 5  # parts without a GPU: few programs, and splits at odd places
 
@@ -84,6 +84,7 @@ def schedule_decode(kv_lens: torch.Tensor, workspace: DecodeWorkspace) -> None:
         SEQUENCE_COST=SEQUENCE_COST,
         EVEN_SHARE=EVEN_SHARE,
         MIN_TILES=MIN_TILES,
+        MOST_SPLITS=MOST_SPLITS,
         IS_FEW=workspace.row_block <= FEW_ROWS,
         BATCH_BLOCK=BATCH_BLOCK,
         PART_BLOCK=triton.next_power_of_2(workspace.num_parts + 1),

@@ -8,6 +8,7 @@ parts, since a part under MIN_TILES tiles costs more to merge than it saves, but
 costs more: they have a tile a part while half of the parts are enough for that. Where all lengths are equal, a part takes
 whole sequences or one piece of one, and a few parts stay idle: cuts cost more than that. Pieces are as many as the longest
 of them makes necessary: 8512 keys of 128 heads took 22.8 us as 65 pieces of two tiles and one of three, 20.0 as 45 of three.
+They are no more than are merged at once: of 16 heads 129 pieces of two tiles took 14.7 us, 89 of three, for 512 keys more, 12.7.
 
 A part may cut a sequence at both of its ends and nowhere else. So it has two slots for partial results: slot 2p for the
 sequence it continues, slot 2p + 1 for the one it begins and does not finish. What it holds whole it writes as the result.
@@ -23,6 +24,7 @@ TILE_TOKENS = 64  # a page
 SEQUENCE_COST = 4  # in tiles, queries read and result written: of 2 to 5 the best at 128 heads; 16 differ by 1 %
 EVEN_SHARE = 16  # equal lengths are not cut across parts if fewer than one part in 16 stays idle for it
 MIN_TILES = 2  # the fewest tiles worth a part of their own
+MOST_SPLITS = 128  # merged at once: the 66 parts of 128 heads in one turn, where 64 + 2 took 3 us more
 FEW_ROWS = 32  # of a sequence, heads times rows: of one launch's program, in which tiles come one after another
 
 BATCH_BLOCK = 32  # sequences the schedule kernel sums at a time
@@ -38,6 +40,7 @@ def schedule_kernel(
     SEQUENCE_COST: tl.constexpr,
     EVEN_SHARE: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     IS_FEW: tl.constexpr,
     BATCH_BLOCK: tl.constexpr,
     PART_BLOCK: tl.constexpr,
@@ -64,7 +67,8 @@ def schedule_kernel(
     fewest = tl.where(IS_FEW & (2 * num_tiles <= num_parts), 1, MIN_TILES)  # tiles of a part
     used = tl.maximum(tl.minimum(used, (num_tiles + fewest - 1) // fewest), 1)
     if fits & (each == 1):  # as few pieces as the longest of them allows
-        pieces = tl.maximum(tl.minimum(even // batch, (longest + fewest - 1) // fewest), 1)
+        most = tl.minimum(even // batch, MOST_SPLITS)
+        pieces = tl.maximum(tl.minimum(most, (longest + fewest - 1) // fewest), 1)
         longest_piece = tl.maximum((longest + pieces - 1) // pieces, 1)
         used = tl.maximum((longest + longest_piece - 1) // longest_piece, 1) * batch
     total = 0
