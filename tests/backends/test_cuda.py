@@ -99,6 +99,30 @@ def test_rows_are_decoded_as_many_at_a_time_as_fit(name: str) -> None:
     torch.testing.assert_close(ops._multiply(x, w, torch.float32), x @ tile_product.decode(w, torch.float32).T)
 
 
+@pytest.mark.parametrize("pages", [[4], [4, 5, 6], [6, 5, 4], [4, 6, 5], [5, 4, 7], [4, 4, 6]], ids=str)
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16])
+def test_cached_rows_are_those_of_the_list_neighbours_or_not(pages: list[int], cache_dtype: Any) -> None:
+    """Of the second sequence, behind one of two pages, from each page on and up to within each."""
+    from kvfold.backends.cuda_ops import CudaOps
+
+    pool = torch.full((2, 2, 9, 64, 3), torch.nan, dtype=cache_dtype)  # arrays, layers, pages, slots, numbers
+    slots = torch.arange(64, dtype=cache_dtype)
+    for page in pages:
+        pool[1, 1, page] = (64 * page + slots)[:, None] * torch.tensor([1, -1, 0.5], dtype=cache_dtype)
+    listed = np.array([8, 2, *pages, 2**30], np.int32)
+    host = SimpleNamespace(page_starts=np.array([0, 2, 2 + len(pages)], np.int32), pages=listed)
+    backend = SimpleNamespace(pools=pool, blocks=None, dtype=torch.float32)
+    ops: Any = CudaOps(backend, SimpleNamespace(host=host, num_rows=1, pages=torch.from_numpy(listed)))  # type: ignore[arg-type]
+    token = np.arange(64 * len(pages))
+    at = torch.from_numpy(64 * np.array(pages)[token // 64] + token % 64).float()
+    for start in range(0, len(token), 64):
+        for stop in [*range(start + 63, len(token), 64), *range(start + 64, len(token) + 1, 64)]:
+            got = ops._cached(1, 1, 1, start, stop)
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got[:, 0], at[start:stop], rtol=0, atol=0)
+            torch.testing.assert_close(got[:, 1:], at[start:stop, None] * torch.tensor([-1, 0.5]), rtol=0, atol=0)
+
+
 def test_padding_of_layers_changes_nothing(tmp_path: Path) -> None:
     """Five rows of a prompt and two that generate, in a layer of 16 rows whose padding is NaN, as a graph would run it."""
     from kvfold.backends.cuda_layers import CapturedLayers
