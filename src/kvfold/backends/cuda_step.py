@@ -16,7 +16,7 @@ from kvfold.model.step import Step
 
 # Rows of one sequence in a launch: they share the tiles of latents that they all see.
 MOST_ROWS = 4
-# Contexts up to here are cut in so few parts (17 of a tile) that merging them where they are unfolded costs less than a
+# Contexts up to here are cut in so few parts (16 of a tile) that merging them where they are unfolded costs less than a
 # launch. One row of V2-Lite on an H200: 1.3 us a layer less at 128 keys, 1.8 more at 4096 (33 parts).
 SHORT_TOKENS = 1024
 # What a step's contexts are told apart by, beside those that are longer: kernels for short ones are chosen by it.

@@ -16,7 +16,8 @@ sizes; `form="triton"` or `"gluon"` forces one, for tests and benchmarks.
             Buffers of one captured graph, shared by its layers: the step-wide tile list, partial results. The grid is
             fixed when it is made; `max_tokens` is not asked: any lengths that the pool can hold are served.
         schedule_decode(kv_lens, workspace)
-            Once a step, before the layers: one launch that deals the step's 64-token tiles to the grid, on device.
+            Once a step, before the layers: one launch that deals the step's 64-token tiles to the grid, on device. Another
+            launch has to come before mla_decode.
         mla_decode(q, pool, pages, page_starts, kv_lens, out, workspace, *, scale, kv_lora)
             q           [B * s_q, H, latent]      rows of a sequence are neighbours, its last row sees all its keys
             pool        [num_pages, 64, latent]   one layer; rows [c_kv | k_rope]; element type of its own
