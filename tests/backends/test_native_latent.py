@@ -165,10 +165,11 @@ def test_head_counts(mla: MlaConfig, cache: CacheType, isa: str) -> None:
 
 @every_isa
 @pytest.mark.parametrize("fused", [True, False])
-def test_runs_of_several_pages(fused: bool, isa: str) -> None:
-    """Rows of up to five pages, the last one not whole: runs of one page or two."""
-    layer = Layer(BLOCKS, cache=CacheType.Q8_0, lengths=(2, 310))
-    assert_follows(layer.run(fused=fused), layer.definition(), f"{fused} {isa}")
+@pytest.mark.parametrize("length", [310, 600])
+def test_runs_of_several_pages(length: int, fused: bool, isa: str) -> None:
+    """Rows of up to five and ten pages, the last one not whole: runs of one page to three, of which two go at once."""
+    layer = Layer(BLOCKS, cache=CacheType.Q8_0, lengths=(2, length))
+    assert_follows(layer.run(fused=fused), layer.definition(), f"{length} {fused} {isa}")
 
 
 @every_isa

@@ -23,7 +23,7 @@ from kvfold.quant.tensor import QuantTensor
 from kvfold.quant.types import by_name
 
 Array = NDArray[np.float32]
-PAGES = 8
+PAGES = 12
 
 
 def tensor(name: str, array: Array) -> QuantTensor:
