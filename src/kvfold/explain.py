@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kvfold.backends.choose import GPU_WORKSPACES, Choice, Needs, choose_backend, types_of
+from kvfold.backends.choose import GPU_WORKSPACES, Choice, Needs, choose_backend, stored_bytes, types_of
 from kvfold.cache.latent import CacheLayout, CacheType
 from kvfold.config import ModelConfig
 from kvfold.errors import KvfoldError
-from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint, open_stored
+from kvfold.formats.checkpoint import Checkpoint, open_checkpoint, open_stored
 from kvfold.formats.gguf import GgufFile, GgufTensor, StringArray
 from kvfold.formats.hub import resolve
 from kvfold.formats.safetensors import HfTensor
@@ -34,6 +34,7 @@ from kvfold.mla.plan import ARITHMETIC, MachineProfile, crossover_rows, multiply
 from kvfold.mla.plan import Path as AttentionPath
 from kvfold.model.program import Program
 from kvfold.prompt_window import step_buffer_bytes
+from kvfold.quant.tensor import Weight
 from kvfold.quant.types import BlockType
 
 LISTED_ITEMS = 8  # of a metadata array; longer ones are described
@@ -222,6 +223,7 @@ class Memory:
 
     latent_cache, full_cache: bytes of n_ctx tokens as latents, and as per-head keys and values (mla=0; None where it
                   cannot use this cache type)
+    weights:      by part, where the backend keeps them: a GPU has some in another form than the file
     cache_bytes:  of the cache these settings choose
     buffer_bytes: values between the ops of the largest step, as backend native keeps them: one sequence, one output row
     free_bytes:   memory available now; None where the system does not tell
@@ -341,6 +343,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
             free_bytes,
             machine,
             workspaces=1 if own_memory is None else GPU_WORKSPACES,
+            weight_bytes=None if candidate is None else candidate.weight_bytes,
         ),
         phases=tuple(
             phase(name, config, settings, new, cached, is_prompt=is_prompt, batch_rows=batch_rows, machine=machine)
@@ -366,12 +369,14 @@ def memory_of(
     machine: MachineProfile,
     *,
     workspaces: int = 1,
+    weight_bytes: Callable[[str, Weight, str], int] | None = None,
 ) -> Memory:
-    """workspaces: as many as the backend may hold at once."""
+    """workspaces: as many as the backend may hold at once. weight_bytes: a candidate's; None: as the file has them."""
     config = checkpoint.config
     sizes = dict.fromkeys(_GROUPS, 0)
     for name, tensor in checkpoint.tensors.items():
-        sizes[weight_group(name)] += sum(part.nbytes for part in matrices(tensor))
+        held = stored_bytes(tensor) if weight_bytes is None else weight_bytes(name, tensor, settings.dtype)
+        sizes[weight_group(name)] += held
     full = _full_bytes_per_token(config, settings.cache_type)
     return Memory(
         weights=tuple(MemoryPart(part, nbytes) for part, nbytes in sizes.items() if nbytes),

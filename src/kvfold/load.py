@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvfold.backends import gpu
+from kvfold.backends import gpu, gpu_weights
 from kvfold.backends.choose import (
     DTYPES,
     ISAS,
@@ -233,7 +233,10 @@ def needs_of(checkpoint: Checkpoint, settings: Settings) -> Needs:
     smaller = tuple(
         (other.value, size) for other, size in _cache_sizes(checkpoint.config, settings).items() if size < per_token
     )
-    room = Room(checkpoint.nbytes, settings.workspace_bytes, per_token, settings.n_ctx, smaller)
+    weights = checkpoint.tensors
+    weight_bytes = sum(gpu_weights.device_bytes(name, weight, settings.dtype) for name, weight in weights.items())
+    grown = gpu_weights.grown_weights(weights, settings.dtype)
+    room = Room(weight_bytes, settings.workspace_bytes, per_token, settings.n_ctx, smaller, grown)
     types = types_of(checkpoint.tensors.values())
     return Needs(types, settings.dtype, settings.device, settings.cache_type, room, settings.native)
 

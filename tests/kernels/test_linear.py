@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kvfold.kernels import row_product, tile_product
-from kvfold.kernels.block_weights import TYPES
 from kvfold.kernels.matrix import PLANES, Matrix, planes
+from kvfold.kernels.weight_types import TYPES
 from kvfold.quant.decode import decode
 from kvfold.quant.types import by_name
 

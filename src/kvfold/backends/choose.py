@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfold.backends import gpu
+from kvfold.backends import gpu, gpu_weights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import MissingExtra, SettingError
 from kvfold.mla.plan import ARITHMETIC, CPU, H200, MachineProfile
@@ -29,6 +29,7 @@ auto: int8 on cuda and native, float32 on plain."""
 GPU_RESERVE_BYTES = 2 << 30
 # One of weights that an op decodes, kept, and one of keys and values that attention expands.
 GPU_WORKSPACES = 2
+KEPT_TYPES = "Q2_K to Q6_K, Q8_0, IQ4_NL, IQ4_XS"  # those of gpu_weights.keeps_blocks that a user would choose
 
 ISAS = ("auto", "generic", "avx2", "avx512", "amx")
 
@@ -69,14 +70,16 @@ class NativeOptions:
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes a model takes under its settings. n_ctx: tokens of the cache; None: as many as fit. smaller: cache types that
-    take fewer bytes a token, and those bytes."""
+    """Bytes a model takes under its settings, in the memory of a GPU. n_ctx: tokens of the cache; None: as many as fit.
+    smaller: cache types that take fewer bytes a token, and those bytes. grown: weights that take more there than in the
+    file."""
 
     weight_bytes: int
     workspace_bytes: int
     bytes_per_token: int
     n_ctx: int | None
     smaller: tuple[tuple[str, int], ...] = ()
+    grown: gpu_weights.Grown | None = None
 
     @property
     def scratch_bytes(self) -> int:
@@ -142,6 +145,7 @@ class Machine:
 class Candidate:
     """shuns:         why it does not run where nobody asked for it by name, though it could
     free_bytes:    of the memory of its own that holds weights and cache, by device; None: it uses the system's
+    weight_bytes:  of a weight, by its name and the setting dtype, where the backend keeps it
     moves_weights: its backend is one of MovesWeights
     memory_types:  types that weights of a program had better have in memory where they are copied, by name
     """
@@ -152,6 +156,7 @@ class Candidate:
     profile: Callable[[Needs], MachineProfile] = lambda needs: ARITHMETIC
     shuns: Callable[[Needs], list[str]] = lambda needs: []
     free_bytes: Callable[[str], int] | None = None
+    weight_bytes: Callable[[str, Weight, str], int] = lambda name, weight, dtype: stored_bytes(weight)
     moves_weights: bool = False
     memory_types: Callable[[Program, Weights, Needs], Mapping[str, BlockType]] = lambda program, weights, needs: {}
 
@@ -190,15 +195,22 @@ def _room_refusals(room: Room, free_bytes: int) -> list[str]:
             f", {room.tokens_in(free_bytes, bytes_per_token)} with cache_type={name}"
             for name, bytes_per_token in room.smaller
         )
+        beside = (
+            "" if room.grown is None else f" (weights take {room.weight_bytes / 1e9:.3g} GB, {room.grown.in_words})"
+        )
         return [
-            f"of n_ctx={room.n_ctx} tokens {fits} fit the {free_bytes / 1e9:.3g} GB of GPU memory that are free{others}"
+            f"of n_ctx={room.n_ctx} tokens {fits} fit the {free_bytes / 1e9:.3g} GB of GPU memory that are free{beside}"
+            f"{others}"
         ]
     needed = room.weight_bytes + room.scratch_bytes + GPU_RESERVE_BYTES
     largest = free_bytes - room.scratch_bytes - GPU_RESERVE_BYTES - room.bytes_per_token * PAGE_TOKENS
-    serves = f"a type of the model of at most {largest / 1e9:.3g} GB fits" if largest > 0 else "no model fits"
+    grown, kept = (
+        ("", "") if room.grown is None else (f", {room.grown.in_words},", f" that the GPU keeps ({KEPT_TYPES})")
+    )
+    serves = f"a type of the model{kept} of at most {largest / 1e9:.3g} GB fits" if largest > 0 else "no model fits"
     return [
-        f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory and {free_bytes / 1e9:.3g} GB are free: {serves}, "
-        f"or use device=cpu"
+        f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory{grown} and {free_bytes / 1e9:.3g} GB are free: "
+        f"{serves}, or use device=cpu"
     ]
 
 
@@ -319,7 +331,14 @@ def _plain_build(model: DeepseekModel, weights: Weights, cache: PagedCache, mach
 
 
 CANDIDATES = (
-    Candidate("cuda", _cuda_refusals, _cuda_build, lambda needs: H200, free_bytes=_cuda_free_bytes),
+    Candidate(
+        "cuda",
+        _cuda_refusals,
+        _cuda_build,
+        lambda needs: H200,
+        free_bytes=_cuda_free_bytes,
+        weight_bytes=gpu_weights.device_bytes,
+    ),
     Candidate(
         "native",
         _native_refusals,
@@ -356,6 +375,11 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
     sentence = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused)
     error = MissingExtra if any("pip install" in r for _, reasons in refused for r in reasons) else SettingError
     raise error(f"No backend can run this model: {sentence}.")
+
+
+def stored_bytes(weight: Weight) -> int:
+    """Of a weight as its file has it."""
+    return sum(part.nbytes for part in (weight if isinstance(weight, tuple) else (weight,)))
 
 
 def types_of(weights: Iterable[Weight]) -> frozenset[BlockType]:

@@ -2,7 +2,7 @@
 
 What lies there in another form than in the file: norms and biases (float32), the router (float32), the up-projections
 (the compute type: 113 MB for DeepSeek-V2-Lite, 2 GB for V3; they are 1 % of a model and read in two orders), and types
-that block_weights.TYPES lacks (the compute type). Rows of the types in matrix.PLANES keep their bytes in another order.
+that weight_types.TYPES lacks (the compute type): gpu_weights.py says which. Rows of the types in matrix.PLANES keep their bytes in another order.
 Matrices that multiply the same rows lie below each other where they
 are of one type, so that one launch serves both.
 """
@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvfold.kernels import block_weights, rounded_product, tile_product
+from kvfold.backends import gpu_weights
+from kvfold.kernels import rounded_product, tile_product
 from kvfold.kernels.matrix import PLANES, Matrix, planes
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
 from kvfold.model.deepseek import DeepseekModel
@@ -81,15 +82,15 @@ def upload(
     """
     out = DeviceWeights()
     stage = _Stage(device, sum(part.nbytes for w in weights.values() for part in _tensors(w)), progress)
-    names = [name for name in weights if not _is_up(name)]
+    names = [name for name in weights if not gpu_weights.is_up(name)]
     joined = {name: group for group in _groups(model, weights) for name in group}
     for name in names:
         if name in out.rows or name in out.vectors:
             continue
         weight = weights[name]
-        if isinstance(weight, QuantTensor) and len(weight.shape) == 1:
-            out.vectors[name] = stage.numbers(decode_tensor(weight))
-        elif name.endswith("ffn_gate_inp.weight"):
+        if gpu_weights.is_vector(weight):
+            out.vectors[name] = stage.numbers(decode_tensor(_tensors(weight)[0]))
+        elif gpu_weights.is_router(name):
             numbers = stage.numbers(np.concatenate([decode_tensor(part) for part in _tensors(weight)]))
             out.rows[name] = Rows(_plain("F32", numbers), 0, len(numbers))
         else:
@@ -119,10 +120,6 @@ def upload(
     return out
 
 
-def _is_up(name: str) -> bool:
-    return name.endswith(("attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight"))
-
-
 def _tensors(weight: Weight) -> tuple[QuantTensor, ...]:
     return weight if isinstance(weight, tuple) else (weight,)
 
@@ -150,9 +147,14 @@ def _matrix(weights: list[Weight], stage: _Stage, dtype: torch.dtype) -> Matrix:
     joins = len(weights) > 1
     rows = sum(p.rows for p in parts) if joins else first.rows
     count = 1 if joins else len(parts)
-    if first.type.name not in block_weights.TYPES:
-        raw = torch.cat([stage.numbers(decode_tensor(part).reshape(part.rows, -1)).to(dtype) for part in parts])
-        return Matrix(_NUMBERS[dtype], rows, first.cols, raw.view(torch.uint8), None, count)
+    if not gpu_weights.keeps_blocks(first.type):
+        raw = stage.empty(sum(p.rows for p in parts), first.cols * dtype.itemsize)
+        start = 0
+        for part in parts:
+            numbers = stage.numbers(decode_tensor(part).reshape(part.rows, -1), dtype)
+            raw[start : start + part.rows].copy_(numbers.view(torch.uint8))
+            start += part.rows
+        return Matrix(_NUMBERS[dtype], rows, first.cols, raw, None, count)
     raw = stage.empty(sum(p.rows for p in parts), first.raw.shape[-1])
     stage.copy([part.raw for part in parts], raw)
     if first.type.name in PLANES:
@@ -202,9 +204,10 @@ class _Stage:
     def empty(self, rows: int, row_bytes: int) -> Tensor:
         return torch.empty(rows, row_bytes, dtype=torch.uint8, device=self._device)
 
-    def numbers(self, array: NDArray[np.float32]) -> Tensor:
+    def numbers(self, array: NDArray[np.float32], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rounded to dtype on the host: float32 would be twice the bytes on the device for as long."""
         self._count(array.nbytes)
-        return torch.from_numpy(np.array(array, np.float32)).to(self._device)
+        return torch.from_numpy(np.array(array, np.float32)).to(dtype).to(self._device)
 
     def copy(self, sources: list[NDArray[np.uint8]], target: Tensor) -> None:
         """The bytes of the sources, one after another, fill the target. Small ones (a layer's experts) share a buffer."""

@@ -1,36 +1,14 @@
 """One weight of a block format, in Triton: quant/decode.py said once more, for any grid of (row, column).
 
 Owns what each bit means on a GPU. Rows of the types in matrix.PLANES have the fields of their blocks apart. `weight` serves
-every kernel that wants a tile of weights; rounded_product.py reads whole blocks by the word instead. Types that are missing
-here are decoded on the host when they are uploaded.
+every kernel that wants a tile of weights; rounded_product.py reads whole blocks by the word instead. weight_types.TYPES
+has the names; other types are decoded on the host when they are uploaded.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-TYPES = frozenset(
-    [
-        "F32",
-        "F16",
-        "BF16",
-        "F8_E4M3",
-        "Q4_0",
-        "Q4_1",
-        "Q5_0",
-        "Q5_1",
-        "Q8_0",
-        "Q2_K",
-        "Q3_K",
-        "Q4_K",
-        "Q5_K",
-        "Q6_K",
-        "IQ4_NL",
-        "IQ4_XS",
-    ]
-)
-
 
 COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter has no inline assembly
 
@@ -286,7 +264,7 @@ def weight(raw, scale, row, col, mask, row_bytes, scale_cols, TYPE: tl.constexpr
         d = f16(raw, start + blocks * 208 + col // 256 * 2, mask)
         return d * i8(raw, start + blocks * 192 + col // 16, mask) * (q - 32).to(tl.float32)
     else:
-        tl.static_assert(TYPE == "IQ4_XS", "a type of TYPES")
+        tl.static_assert(TYPE == "IQ4_XS", "a type of weight_types.TYPES")
         at, j = start + col // 256 * 136, col % 256
         run = j // 32
         level = (u8(raw, at + 4 + run // 2, mask) >> (run % 2 * 4)) & 15

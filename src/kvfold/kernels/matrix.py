@@ -18,7 +18,7 @@ SCALE_ROWS = 128  # that share scales of F8_E4M3
 class Matrix:
     """`parts` equal matrices below each other: the experts of a layer, or one.
 
-    type:   a name of block_weights.TYPES
+    type:   a name of weight_types.TYPES
     raw:    uint8 [parts * rows, row_bytes], rows as `planes` lays them
     scale:  float32 [parts, ceil(rows / 128), ceil(cols / 128)] of F8_E4M3, else None
     rounds: rows that meet it are rounded to 8 bits, as quant/activations.py says: few of them to whole numbers, by
