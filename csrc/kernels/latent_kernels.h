@@ -11,9 +11,8 @@
 //             or, for a q8_0 cache, a record for each 32 numbers: codes [8][kHeadLanes] words of four,
 //             scales [kHeadLanes]
 //   keys      [keys][stride]                 bfloat16, or q8_0 in the cache itself
-//   values    [columns / 16][pairs of keys of a page][16]   words of two bfloat16 or, of 32 columns at a
-//   time,
-//             of two codes as int16
+//   values    [columns / 16][pairs of keys of a page][16]   words of two bfloat16
+//             or, 32 columns at a time, of two codes as int16
 //   weighted  [columns][kHeadLanes]          float32 sums of weights times values
 //
 // What weights, values and weighted values are in between is the instruction set's own: these are the layouts

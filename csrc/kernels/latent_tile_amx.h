@@ -22,7 +22,7 @@
 // So that what is done mostly lies in one piece.
 #define KVFOLD_MOSTLY(what) __builtin_expect(what, 1)
 // For those that are handed an array that has to stay in registers.
-#define KVFOLD_INLINE inline __attribute__((always_inline))
+#define KVFOLD_INLINE_LATENT inline __attribute__((always_inline))
 
 namespace kvfold {
 namespace {
@@ -100,13 +100,13 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     const float* scales;
   };
   template <int step>
-  KVFOLD_INLINE static void load_block(const CodeTile& tile, int64_t b) {
+  KVFOLD_INLINE_LATENT static void load_block(const CodeTile& tile, int64_t b) {
     S::template load_tile<kCodeSums + kCodeRegs + step % kCodeRegs>(tile.record + b * Vectors::kRecord,
                                                                     kTileBytes);
     S::template load_tile<kCodeSums + step % kCodeRegs>(tile.rows + b * kQ8Bytes + 2, tile.row_bytes);
   }
-  KVFOLD_INLINE static void scale_block(const CodeTile& tile, int64_t b, const int32_t (&sums)[kRows][kWords],
-                                        Floats (&out)[kRows]) {
+  KVFOLD_INLINE_LATENT static void scale_block(const CodeTile& tile, int64_t b,
+                                               const int32_t (&sums)[kRows][kWords], Floats (&out)[kRows]) {
     const auto query =
         S::load(reinterpret_cast<const float*>(tile.record + b * Vectors::kRecord + 8 * kHeadLanes));
     KVFOLD_UNROLLED_LATENT for (int j = 0; j < kRows; j++) {
@@ -115,8 +115,9 @@ struct LatentTileAmx : LatentTile<typename S::Vectors> {
     }
   }
   template <int step>
-  KVFOLD_INLINE static void score_steps(const CodeTile& tile, int64_t first, CodePage& page,
-                                        int32_t (&sums)[kCodeSlots][kRows][kWords], Floats (&out)[kRows]) {
+  KVFOLD_INLINE_LATENT static void score_steps(const CodeTile& tile, int64_t first, CodePage& page,
+                                               int32_t (&sums)[kCodeSlots][kRows][kWords],
+                                               Floats (&out)[kRows]) {
     if constexpr (step < kCodeSteps) {
       const int64_t b = first + step, done = b - kBetween;
       constexpr int sum = step % kCodeSums, keys = kCodeSums + step % kCodeRegs;
