@@ -25,7 +25,7 @@ from kvfold.cache.pages import Sequence
 from kvfold.config import ModelConfig
 from kvfold.engine.batch import Work, build_batch
 from kvfold.errors import Cancelled, ModelFileError, SettingError
-from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
+from kvfold.formats.checkpoint import Checkpoint, open_checkpoint
 from kvfold.formats.file_map import FileMap, map_file
 from kvfold.formats.synthetic import synthesize, synthetic_checkpoint
 from kvfold.formats.tensor_names import KvLayout
@@ -34,7 +34,7 @@ from kvfold.model.step import Step
 from kvfold.prompt_window import step_buffer_bytes
 from kvfold.quant.decode import decode_tensor
 from kvfold.quant.interleave import deinterleave
-from kvfold.quant.tensor import QuantTensor
+from kvfold.quant.tensor import QuantTensor, matrices
 from kvfold.quant.types import SIDE_BY_SIDE, by_name
 from kvfold.weight_memory import (
     CHUNK_BYTES,

@@ -30,7 +30,7 @@ from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache,
 from kvfold.cache.pages import PagePool, pages_for
 from kvfold.config import ModelConfig
 from kvfold.errors import SettingError
-from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
+from kvfold.formats.checkpoint import Checkpoint, open_checkpoint
 from kvfold.formats.hub import resolve
 from kvfold.formats.tensor_names import KvLayout
 from kvfold.machine import available_memory_bytes, physical_cores
@@ -44,6 +44,7 @@ from kvfold.prompt_window import (
     step_buffer_bytes,
     window_rows,
 )
+from kvfold.quant.tensor import matrices
 from kvfold.quant.types import BlockType
 from kvfold.weight_memory import MovingWeights, WeightCopy, copied, guarded, put_in_order, read_ahead
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from kvfold import _native
 from kvfold.errors import ModelFileError
 from kvfold.formats.file_map import FileMap
-from kvfold.quant.tensor import QuantTensor, Weights
+from kvfold.quant.tensor import QuantTensor, Weights, matrices
 from kvfold.quant.types import BlockType
 
 Progress = Callable[[int, int], None]
@@ -269,7 +269,7 @@ _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 
 def _tensors(weights: Weights) -> Iterator[QuantTensor]:
     for weight in weights.values():
-        yield from weight if isinstance(weight, tuple) else (weight,)
+        yield from matrices(weight)
 
 
 def _arrays(weights: Weights) -> Iterator[NDArray[Any]]:

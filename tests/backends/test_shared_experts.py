@@ -16,7 +16,7 @@ from kvfold.backends.shared_experts import with_shared_experts_inside
 from kvfold.config import MoeConfig, Scoring
 from kvfold.model.moe import mixture
 from kvfold.model.program import Domain, Program, Recorder, Segment, Value, record
-from kvfold.quant.tensor import Weight
+from kvfold.quant.tensor import Weight, matrices
 from kvfold.quant.types import by_name
 
 HIDDEN, INNER, SHARED = 64, 32, 96
@@ -64,8 +64,7 @@ def weights(**types: str) -> dict[str, Weight]:
 
 
 def recorded(model: Mixture, of: dict[str, Weight]) -> Program:
-    widths = {name: sum(part.rows for part in (weight if isinstance(weight, tuple) else (weight,)))
-              for name, weight in of.items()}  # fmt: skip
+    widths = {name: sum(part.rows for part in matrices(weight)) for name, weight in of.items()}  # fmt: skip
     return record(model, widths)  # type: ignore[arg-type]
 
 
@@ -130,8 +129,7 @@ def test_what_something_else_reads_is_computed_by_itself(buffer: int) -> None:
 def test_every_layer_of_experts_of_a_model(kind: str, tmp_path: Path) -> None:
     loaded = Harness(write_hf_dir(tiny_model(kind), tmp_path), backend="native").loaded
     config, tensors = loaded.model.config, loaded.checkpoint.tensors
-    program = record(loaded.model, {name: sum(t.rows for t in (w if isinstance(w, tuple) else (w,)))
-                                    for name, w in tensors.items()})  # fmt: skip
+    program = record(loaded.model, {name: sum(t.rows for t in matrices(w)) for name, w in tensors.items()})  # fmt: skip
     joined = with_shared_experts_inside(program, tensors, rounds_activations=False)
     mixtures = [op.name for segment in joined.segments for op in segment.ops if op.kind == "experts"]
     has_shared = config.moe is not None and config.moe.shared_intermediate_size > 0

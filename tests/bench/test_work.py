@@ -9,11 +9,10 @@ import pytest
 
 from kvfold.bench.work import LinearWork, TokenWeights, linear_work, num_weights
 from kvfold.config import ModelConfig
-from kvfold.formats.checkpoint import matrices
 from kvfold.formats.synthetic import SHAPES, synthetic_checkpoint
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
 from kvfold.mla.plan import Path, multiply_adds
-from kvfold.quant.tensor import QuantTensor
+from kvfold.quant.tensor import QuantTensor, matrices
 from kvfold.quant.types import BlockType, by_name
 
 LITE = SHAPES["deepseek-v2-lite"]

@@ -24,9 +24,10 @@ from kit.tiny_models import (
     write_hf_dir,
 )
 from kvfold.errors import ModelFileError, UnsupportedModel, UnsupportedType
-from kvfold.formats.checkpoint import Checkpoint, matrices, open_checkpoint
+from kvfold.formats.checkpoint import Checkpoint, open_checkpoint
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
 from kvfold.quant.decode import decode_tensor
+from kvfold.quant.tensor import matrices
 
 
 def values(checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kvfold.config import ModelConfig
 from kvfold.errors import SettingError
 from kvfold.formats import synthetic
-from kvfold.formats.checkpoint import matrices, open_checkpoint
+from kvfold.formats.checkpoint import open_checkpoint
 from kvfold.formats.gguf import GgufFile, open_gguf
 from kvfold.formats.synthetic import (
     SHAPES,
@@ -34,6 +34,7 @@ from kvfold.formats.synthetic import (
 )
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
 from kvfold.quant.decode import decode
+from kvfold.quant.tensor import matrices
 from kvfold.quant.types import TYPES, by_name
 from kvfold.text.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from kvfold.mla.plan import ARITHMETIC, CPU, H200, MachineProfile
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Program
 from kvfold.model.step import Steps
-from kvfold.quant.tensor import Weight, Weights
+from kvfold.quant.tensor import Weight, Weights, matrices
 from kvfold.quant.types import BlockType
 
 DTYPES = ("auto", "int8", "float32", "bfloat16")
@@ -379,9 +379,9 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
 
 def stored_bytes(weight: Weight) -> int:
     """Of a weight as its file has it."""
-    return sum(part.nbytes for part in (weight if isinstance(weight, tuple) else (weight,)))
+    return sum(part.nbytes for part in matrices(weight))
 
 
 def types_of(weights: Iterable[Weight]) -> frozenset[BlockType]:
     """Every block type a model's weights use."""
-    return frozenset(t.type for w in weights for t in (w if isinstance(w, tuple) else (w,)))
+    return frozenset(part.type for weight in weights for part in matrices(weight))

@@ -25,7 +25,7 @@ from kvfold.kernels.matrix import PLANES, Matrix, planes
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.quant.decode import decode_tensor
-from kvfold.quant.tensor import QuantTensor
+from kvfold.quant.tensor import QuantTensor, matrices
 
 Weight = QuantTensor | tuple[QuantTensor, ...]
 Progress = Callable[[int, int], None]
@@ -81,7 +81,7 @@ def upload(
     torch.cuda.OutOfMemoryError where the memory is too small.
     """
     out = DeviceWeights()
-    stage = _Stage(device, sum(part.nbytes for w in weights.values() for part in _tensors(w)), progress)
+    stage = _Stage(device, sum(part.nbytes for w in weights.values() for part in matrices(w)), progress)
     names = [name for name in weights if not gpu_weights.is_up(name)]
     joined = {name: group for group in _groups(model, weights) for name in group}
     for name in names:
@@ -89,9 +89,9 @@ def upload(
             continue
         weight = weights[name]
         if gpu_weights.is_vector(weight):
-            out.vectors[name] = stage.numbers(decode_tensor(_tensors(weight)[0]))
+            out.vectors[name] = stage.numbers(decode_tensor(matrices(weight)[0]))
         elif gpu_weights.is_router(name):
-            numbers = stage.numbers(np.concatenate([decode_tensor(part) for part in _tensors(weight)]))
+            numbers = stage.numbers(np.concatenate([decode_tensor(part) for part in matrices(weight)]))
             out.rows[name] = Rows(_plain("F32", numbers), 0, len(numbers))
         else:
             group = joined.get(name, (name,))
@@ -99,7 +99,7 @@ def upload(
             matrix = replace(matrix, rounds=rounds and matrix.type in ROUNDING)
             start = 0
             for member in group:
-                rows = sum(part.rows for part in _tensors(weights[member]))
+                rows = sum(part.rows for part in matrices(weights[member]))
                 rows = matrix.rows if len(group) == 1 else rows
                 out.rows[member] = Rows(matrix, start, start + rows)
                 start += rows
@@ -120,10 +120,6 @@ def upload(
     return out
 
 
-def _tensors(weight: Weight) -> tuple[QuantTensor, ...]:
-    return weight if isinstance(weight, tuple) else (weight,)
-
-
 def _groups(model: DeepseekModel, weights: Mapping[str, Weight]) -> Iterator[tuple[str, str]]:
     """Pairs of matrices that multiply the same rows and are of one type, without scales of their own."""
     q = "attn_q" if model.config.mla.q_lora_rank is None else "attn_q_a"
@@ -131,7 +127,7 @@ def _groups(model: DeepseekModel, weights: Mapping[str, Weight]) -> Iterator[tup
         for first, second in ((q, "attn_kv_a_mqa"), ("ffn_gate", "ffn_up"), ("ffn_gate_shexp", "ffn_up_shexp")):
             pair = f"blk.{layer}.{first}.weight", f"blk.{layer}.{second}.weight"
             if all(name in weights and isinstance(weights[name], QuantTensor) for name in pair):
-                a, b = (_tensors(weights[name])[0] for name in pair)
+                a, b = (matrices(weights[name])[0] for name in pair)
                 if a.type == b.type and a.cols == b.cols and a.scale is None and b.scale is None:
                     yield pair
 
@@ -142,7 +138,7 @@ def _plain(type: str, numbers: Tensor) -> Matrix:
 
 def _matrix(weights: list[Weight], stage: _Stage, dtype: torch.dtype) -> Matrix:
     """One weight (its parts stay parts), or several joined to one part."""
-    parts = [part for weight in weights for part in _tensors(weight)]
+    parts = [part for weight in weights for part in matrices(weight)]
     first = parts[0]
     joins = len(weights) > 1
     rows = sum(p.rows for p in parts) if joins else first.rows

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from kvfold.kernels import weight_types
-from kvfold.quant.tensor import QuantTensor, Weight, Weights
+from kvfold.quant.tensor import QuantTensor, Weight, Weights, matrices
 from kvfold.quant.types import BlockType
 
 
@@ -38,12 +38,17 @@ def compute_type(dtype: str) -> tuple[str, int]:
     return ("float32", 4) if dtype == "float32" else ("bf16", 2)
 
 
+def is_decoded(name: str, weight: Weight) -> bool:
+    """Of a type that no kernel reads, in a place where others keep their blocks."""
+    return not (is_vector(weight) or is_router(name) or is_up(name) or keeps_blocks(matrices(weight)[0].type))
+
+
 def device_bytes(name: str, weight: Weight, dtype: str) -> int:
     """Of one weight, or of the equal ones below each other. dtype: one of choose.DTYPES."""
-    parts = weight if isinstance(weight, tuple) else (weight,)
+    parts = matrices(weight)
     if is_vector(weight) or is_router(name):
         number_bytes = 4
-    elif is_up(name) or not keeps_blocks(parts[0].type):
+    elif is_up(name) or is_decoded(name, weight):
         _, number_bytes = compute_type(dtype)
     else:
         return sum(part.nbytes for part in parts)
@@ -75,11 +80,10 @@ def grown_weights(weights: Weights, dtype: str) -> Grown | None:
     stored: dict[str, int] = defaultdict(int)
     on_device: dict[str, int] = defaultdict(int)
     for name, weight in weights.items():
-        parts = weight if isinstance(weight, tuple) else (weight,)
-        type = parts[0].type
-        if not (is_vector(weight) or is_router(name) or is_up(name) or keeps_blocks(type)):
-            stored[type.name] += sum(part.nbytes for part in parts)
-            on_device[type.name] += device_bytes(name, weight, dtype)
+        if is_decoded(name, weight):
+            type = matrices(weight)[0].type.name
+            stored[type] += sum(part.nbytes for part in matrices(weight))
+            on_device[type] += device_bytes(name, weight, dtype)
     types = tuple(sorted(type for type in stored if on_device[type] > stored[type]))
     if not types:
         return None

@@ -25,7 +25,7 @@ from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.op_work import WeightSize
 from kvfold.model.program import Buffer, OpRecord, Program, Segment, Value, record
 from kvfold.model.step import Step
-from kvfold.quant.tensor import QuantTensor, Weight, Weights
+from kvfold.quant.tensor import Weight, Weights, matrices
 from kvfold.quant.types import SIDE_BY_SIDE, BlockType, side_by_side_id
 
 CACHE_TYPES = {CacheType.F32: 0, CacheType.F16: 1, CacheType.BF16: 2, CacheType.Q8_0: 3}
@@ -126,7 +126,7 @@ def side_by_side(program: Program, weights: Weights, isa: str) -> dict[str, Bloc
     known = _native.side_by_side_types(isa)
 
     def type_of(name: str) -> BlockType | None:
-        part = _tensors(weights[name])[0]
+        part = matrices(weights[name])[0]
         type = SIDE_BY_SIDE.get(part.type.name)
         return type if type is not None and type.id in known and part.rows % type.interleaved_rows == 0 else None
 
@@ -149,7 +149,7 @@ def _sharing_bytes(weights: Weights, names: Iterable[str]) -> set[str]:
     places = (
         (part.raw.__array_interface__["data"][0], part.raw.nbytes, name)
         for name in names
-        for part in _tensors(weights[name])
+        for part in matrices(weights[name])
     )
     shared: set[str] = set()
     end, before = 0, ""  # of what reaches furthest so far
@@ -279,26 +279,22 @@ def _segment(segment: Segment) -> _native._Segment:
     )
 
 
-def _tensors(weight: Weight) -> tuple[QuantTensor, ...]:
-    return weight if isinstance(weight, tuple) else (weight,)
-
-
 def _rows(weight: Weight) -> int:
-    return sum(tensor.rows for tensor in _tensors(weight))
+    return sum(tensor.rows for tensor in matrices(weight))
 
 
 def _layout(weight: Weight) -> tuple[int, int, int]:
     """(type number, rows of a part, cols). ValueError where the parts differ."""
-    layouts = {(tensor.type.id, tensor.rows, tensor.cols) for tensor in _tensors(weight)}
+    layouts = {(tensor.type.id, tensor.rows, tensor.cols) for tensor in matrices(weight)}
     if len(layouts) != 1:
-        raise ValueError(f"{_tensors(weight)[0].name}: parts of {len(layouts)} types or shapes, expected one.")
+        raise ValueError(f"{matrices(weight)[0].name}: parts of {len(layouts)} types or shapes, expected one.")
     return layouts.pop()
 
 
 def _parts(weight: Weight) -> list[tuple[NDArray[np.uint8], NDArray[np.float32] | None]]:
-    return [(tensor.raw, tensor.scale) for tensor in _tensors(weight)]
+    return [(tensor.raw, tensor.scale) for tensor in matrices(weight)]
 
 
 def _sizes(names: Sequence[str], weights: Weights) -> list[WeightSize]:
-    tensors = [_tensors(weights[name]) for name in names]
+    tensors = [matrices(weights[name]) for name in names]
     return [WeightSize(_rows(parts), parts[0].cols, sum(part.nbytes for part in parts)) for parts in tensors]

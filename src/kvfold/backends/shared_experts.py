@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from kvfold.model.program import OpRecord, Program, Segment, Value
 from kvfold.quant.activations import Rounding, experts_round, rounding_for
-from kvfold.quant.tensor import Weight, Weights
+from kvfold.quant.tensor import Weight, Weights, matrices
 
 Handles = tuple[int, ...]
 """Of gate, up and down."""
@@ -30,10 +30,10 @@ def with_shared_experts_inside(program: Program, weights: Weights, *, rounds_act
     return replace(program, segments=tuple(_joined(segment, alike) for segment in program.segments))
 
 
-def _are_alike(matrices: list[Weight], rounds_activations: bool) -> bool:
+def _are_alike(weights: list[Weight], rounds_activations: bool) -> bool:
     """Whether one op rounds what gate, up and down of routed and of shared experts are multiplied by as their own ops
     would: quant/activations.experts_round."""
-    parts = [matrix if isinstance(matrix, tuple) else (matrix,) for matrix in matrices]
+    parts = [matrices(weight) for weight in weights]
     if any(len(part) > 1 for part in parts[3:]):
         return False
     types = [part[0].type for part in parts]

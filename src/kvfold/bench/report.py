@@ -21,8 +21,9 @@ from kvfold.bench.measure import PEAKS, Case, Sample
 from kvfold.bench.profile import lines_of
 from kvfold.bench.sweep import Result
 from kvfold.bench.work import num_weights
-from kvfold.formats.checkpoint import Checkpoint, matrices
+from kvfold.formats.checkpoint import Checkpoint
 from kvfold.mla.plan import Fa, Mla
+from kvfold.quant.tensor import matrices
 
 
 def row(result: Result) -> dict[str, Any]:

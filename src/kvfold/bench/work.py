@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.config import ModelConfig
-from kvfold.formats.checkpoint import matrices
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
-from kvfold.quant.tensor import Weights
+from kvfold.quant.tensor import Weights, matrices
 
 
 @dataclass(frozen=True)

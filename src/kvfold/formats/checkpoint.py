@@ -31,7 +31,7 @@ from kvfold.formats.safetensors import (
     open_hf_directory,
 )
 from kvfold.formats.tensor_names import KvLayout, TensorSpec, expected_tensors, ignored_reason
-from kvfold.quant.tensor import QuantTensor, Weight, Weights
+from kvfold.quant.tensor import QuantTensor, Weight, Weights, matrices
 from kvfold.quant.types import BlockType
 
 LISTED_NAMES = 12  # of missing or leftover tensors in one message; the others are counted
@@ -76,11 +76,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all weights as stored, the fp8 scales included."""
         return sum(part.nbytes for tensor in self.tensors.values() for part in matrices(tensor))
-
-
-def matrices(tensor: Weight) -> tuple[QuantTensor, ...]:
-    """The parts of an entry of Checkpoint.tensors, one or many."""
-    return tensor if isinstance(tensor, tuple) else (tensor,)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -60,3 +60,8 @@ Weight = QuantTensor | tuple[QuantTensor, ...]
 
 Weights = Mapping[str, Weight]
 """By name, as a model's ops ask for them."""
+
+
+def matrices(weight: Weight) -> tuple[QuantTensor, ...]:
+    """Its matrices, one or many."""
+    return weight if isinstance(weight, tuple) else (weight,)
