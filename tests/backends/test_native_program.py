@@ -19,14 +19,14 @@ import pytest
 from kit.harness import Harness
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold import _native
-from kvfold.backends.native import NativeBackend, NativeRun, _layout, _parts, _segment, _tensors
+from kvfold.backends.native import NativeBackend, NativeRun, _layout, _parts, _segment
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.engine.batch import Work, build_batch
 from kvfold.errors import Cancelled, SettingError
 from kvfold.load import Loaded
 from kvfold.model.program import record
 from kvfold.model.step import Step
-from kvfold.quant.tensor import QuantTensor
+from kvfold.quant.tensor import QuantTensor, matrices
 
 
 def ids(length: int, seed: int = 5) -> list[int]:
@@ -185,14 +185,14 @@ def test_two_threads_may_run_steps_at_once(path: Path) -> None:
 
 def copied(weight: QuantTensor | tuple[QuantTensor, ...]) -> QuantTensor | tuple[QuantTensor, ...]:
     parts = tuple(
-        replace(t, raw=t.raw.copy(), scale=None if t.scale is None else t.scale.copy()) for t in _tensors(weight)
+        replace(t, raw=t.raw.copy(), scale=None if t.scale is None else t.scale.copy()) for t in matrices(weight)
     )
     return parts if isinstance(weight, tuple) else parts[0]
 
 
 def destroyed(weight: QuantTensor | tuple[QuantTensor, ...]) -> None:
     """Every number NaN."""
-    for part in _tensors(weight):
+    for part in matrices(weight):
         part.raw.fill(0xFF)
         if part.scale is not None:
             part.scale.fill(np.nan)
@@ -492,7 +492,7 @@ BAD_RECORDINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_a_bad_recording_is_refused_in_words(case: str, path: Path) -> None:
     loaded = native(path).loaded
     tensors = loaded.checkpoint.tensors
-    recorded = record(loaded.model, {name: sum(t.rows for t in _tensors(w)) for name, w in tensors.items()})
+    recorded = record(loaded.model, {name: sum(t.rows for t in matrices(w)) for name, w in tensors.items()})
     weights = [(name, *_layout(tensors[name]), _parts(tensors[name])) for name in recorded.weight_names]
     segments = [_segment(s) for s in recorded.segments]
     arguments = (weights, 0, list(loaded.cache.arrays), 1, 1 << 20)
