@@ -135,7 +135,7 @@ void Program::run_op(const Op& op, const Segment& segment, const Step& step,
     case OpKind::kExperts:
       return by_role([&](const Machine& with_form, int64_t first, int64_t count) {
         mix_experts(with_form, count, from(in(0), first), from(in(1), first), from(in(2), first),
-                    expert_range(op, weights_), from(out(0), first));
+                    experts_of(op, weights_), from(out(0), first));
       });
     case OpKind::kTakeOutputs:
       return take_outputs(machine, step, in(0), out(0));
@@ -160,9 +160,8 @@ OpTime Program::run_watched(const Op& op, const Segment& segment, const Step& st
     return {0, domain == Domain::kOutputs ? step.num_outputs() : step.num_rows()};
   };
   if (options_.times_ops && op.kind == OpKind::kExperts) {
-    const Experts experts = expert_range(op, weights_);
-    time.experts = count_experts(matrix(op.inputs[1], segment, buffers), rows_of(op.inputs[1]).second,
-                                 experts.first, experts.last);
+    time.experts = count_experts(experts_of(op, weights_), matrix(op.inputs[1], segment, buffers),
+                                 rows_of(op.inputs[1]).second);
   }
   if (options_.checks_numerics) {
     for (size_t i = op.kind == OpKind::kRoute; i < op.outputs.size(); i++) {  // a route's first are ids

@@ -361,7 +361,7 @@ class ProgramChecker {
         break;
       }
       case OpKind::kExperts: {
-        expect_constants(op, 6, 2, 0);
+        expect_constants(op, 6, op.ints.size(), 0);
         const Domain domain = domain_of(op);
         const int64_t hidden = op.inputs[0].width;
         expect_inputs(op, {{domain, hidden}, {domain, 0}, {domain, 0}});
@@ -383,12 +383,14 @@ class ProgramChecker {
           expect((op.weights[i] >= 0) == is_wanted, op.name,
                  is_wanted ? "an absent weight" : "shared experts without gate");
         }
-        const Experts experts = expert_range(op, weights_);
+        const Experts experts = experts_of(op, weights_);
         expect_gated(op.name, experts.routed, count, experts.inner(), hidden);
         if (experts.shared) expect_gated(op.name, *experts.shared, 1, experts.shared_inner(), hidden);
-        expect(0 <= experts.first && experts.first <= experts.last && experts.last <= count, op.name,
-               "experts " + std::to_string(op.ints[0]) + " to " + std::to_string(op.ints[1]) + " of " +
-                   std::to_string(count));
+        if (experts.subset) {
+          for (size_t i = 0; i < op.ints.size(); i++) {
+            expect_within(op.name, "an expert", i > 0 ? op.ints[i - 1] + 1 : 0, count, op.ints[i]);
+          }
+        }
         need(experts_floats(experts), experts_shared_floats(experts, op.inputs[1].width));
         break;
       }

@@ -28,15 +28,14 @@ void check_finite(const std::string& op, Matrix value, int64_t first, int64_t la
   }
 }
 
-int64_t count_experts(Matrix ids, int64_t rows, int64_t first, int64_t last) {
-  std::vector<bool> is_used(last - first);
+int64_t count_experts(const Experts& experts, Matrix ids, int64_t rows) {
+  std::vector<bool> is_chosen(experts.count);
   for (int64_t i = 0; i < rows; i++) {
-    for (int64_t k = 0; k < ids.width; k++) {
-      const int32_t id = ids.ids(i)[k];
-      if (first <= id && id < last) is_used[id - first] = true;
-    }
+    for (int64_t k = 0; k < ids.width; k++) is_chosen[ids.ids(i)[k]] = true;
   }
-  return std::count(is_used.begin(), is_used.end(), true);
+  int64_t used = 0;
+  for (int64_t e = 0; e < experts.count; e++) used += is_chosen[e] && experts.takes_part(e);
+  return used;
 }
 
 }  // namespace kvfold

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/step_view.h"
+#include "kernels/moe.h"
 
 namespace kvfold {
 
@@ -24,7 +24,7 @@ struct OpTime {
   int64_t experts = 0;
 };
 
-// Experts of [first, last) among the ids of rows [0, rows).
-int64_t count_experts(Matrix ids, int64_t rows, int64_t first, int64_t last);
+// Experts that take part and are among the ids of rows [0, rows).
+int64_t count_experts(const Experts& experts, Matrix ids, int64_t rows);
 
 }  // namespace kvfold

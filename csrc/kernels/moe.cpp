@@ -123,12 +123,11 @@ RowGroups::RowGroups(const Experts& experts, Matrix ids, Matrix weights, int64_t
       rows_(memory + fixed_numbers(experts)),
       weights_(reinterpret_cast<float*>(rows_ + window * ids.width)) {
   const int64_t per_token = ids.width;
-  const auto takes_part = [&](int32_t e) { return experts.first <= e && e < experts.last; };
   std::fill(starts_, starts_ + experts.count + 1, 0);
   for (int64_t i = 0; i < n; i++) {
     for (int64_t k = 0; k < per_token; k++) {
       const int32_t e = ids.ids(first + i)[k];
-      if (takes_part(e)) starts_[e + 1]++;
+      if (experts.takes_part(e)) starts_[e + 1]++;
     }
   }
   for (int32_t e = 0; e < experts.count; e++) {
@@ -138,7 +137,7 @@ RowGroups::RowGroups(const Experts& experts, Matrix ids, Matrix weights, int64_t
   for (int64_t i = 0; i < n; i++) {
     for (int64_t k = 0; k < per_token; k++) {
       const int32_t e = ids.ids(first + i)[k];
-      if (!takes_part(e)) continue;
+      if (!experts.takes_part(e)) continue;
       rows_[starts_[e]] = static_cast<int32_t>(i);
       weights_[starts_[e]++] = weights.row(first + i)[k];
     }

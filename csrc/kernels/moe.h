@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "kernels/step_view.h"
 #include "kernels/weights.h"
@@ -35,13 +36,17 @@ struct Gated {
   const Weight& down;  // [networks * hidden, inner]
 };
 
-// A range of experts of one layer, and the shared ones beside them: one network that every row passes, of
-// another width and other types perhaps.
+// Experts of one layer, and the shared ones beside them: one network that every row passes, of another width
+// and other types perhaps.
 struct Experts {
   Gated routed;
-  int64_t first, last;  // those that take part
-  int64_t count;        // all
+  int64_t count;                       // in the layer
+  const std::vector<int64_t>* subset;  // ids of those that take part, ascending; null: every one
   std::optional<Gated> shared;
+
+  bool takes_part(int64_t e) const {
+    return subset == nullptr || std::binary_search(subset->begin(), subset->end(), e);
+  }
 
   int64_t inner() const { return routed.gate.rows() / count; }
   int64_t shared_inner() const { return shared ? shared->gate.rows() : 0; }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,13 @@ def test_linear_follows_the_definition(name: str, rows: int) -> None:
     assert_close(outputs["y"], product(x, weight), f"{name} {rows}")
 
 
-SUBSETS: dict[str, range | None] = {"all": None, "some": range(2, 5), "none": range(4, 4)}
+SUBSETS: dict[str, Collection[int] | None] = {
+    "all": None,
+    "some": range(2, 5),
+    "every second": range(0, NUM_EXPERTS, 2),
+    "any, in any order": (7, 0, 3, 4),
+    "none": range(4, 4),
+}
 SHARED_INNER = 416
 
 
@@ -112,7 +118,7 @@ def gated(x: Array, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> ND
 
 
 def routed_sum(
-    x: Array, weights: Mapping[str, Any], outputs: Mapping[str, Array], subset: range | None
+    x: Array, weights: Mapping[str, Any], outputs: Mapping[str, Array], subset: Collection[int] | None
 ) -> NDArray[np.float64]:
     """Of the experts of a subset, chosen and weighed as `choose` handed over."""
     ids, total = outputs["ids"].view(np.int32), np.zeros((len(x), HIDDEN))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -391,8 +391,15 @@ def test_subsets_of_experts_add_up_to_all() -> None:
         "shared_down": rng.standard_normal((hidden, 300)).astype(np.float32) * np.float32(0.1),
         **UNREAD,
     }
-    subsets = {"all": None, "some": range(3, 11), "none": range(4, 4), "rest": range(11, 24), "first": range(0, 3)}
-    beside_shared = ("some", "none")
+    subsets: dict[str, Collection[int] | None] = {
+        "all": None,
+        "some": range(3, 11),
+        "none": range(4, 4),
+        "even": range(0, 24, 2),
+        "odd": range(23, 0, -2),
+        "any": (20, 1, 2, 17),
+    }
+    beside_shared = ("some", "none", "any")
 
     def network(ops: Recorder, value: Value) -> None:
         ids, weights = ops.route("route", value, "router", "bias", moe)

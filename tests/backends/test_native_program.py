@@ -463,7 +463,9 @@ BAD_RECORDINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "groups that do not divide": (change_op("route", 5, lambda d: [*d[:2], 5, *d[3:]]), "groups a token of 5"),
     "ids from elsewhere": (change_op("experts", 2, lambda v: [v[0], v[2], v[2]]), "not those of a route op"),
-    "experts past the last": (change_op("experts", 5, lambda _: [0, 17]), "experts 0 to 17 of 16"),
+    "experts past the last": (change_op("experts", 5, lambda _: [0, 16]), "an expert is 16, expected 1 to 15"),
+    "an expert twice": (change_op("experts", 5, lambda _: [3, 3]), "an expert is 3, expected 4 to 15"),
+    "all experts and one": (change_op("experts", 5, lambda _: [-1, 3]), "an expert is -1, expected 0 to 15"),
     "too many floats": (change_op("norm", 6, lambda f: [*f, 1.0]), "number of floats is 2, expected 1"),
     "unknown domain": (lambda s: (s[0], s[1], [(b[0], 3, b[2], b[3]) for b in s[2]], *s[3:]), "domain 3"),
     "a life too short": (

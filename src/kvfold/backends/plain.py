@@ -9,7 +9,7 @@ least those of one head (mla=1: the latents) and one row, whatever the bound is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -292,7 +292,7 @@ class PlainOps:
         gate: str,
         up: str,
         down: str,
-        subset: range | None = None,
+        subset: Collection[int] | None = None,
     ) -> Tensor:
         stacks = [self._stack(w) for w in (gate, up, down)]
         types = [stack[0].type for stack in stacks]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvfold.mla.plan import Path, query_key_pairs
-from kvfold.model.program import OpRecord
+from kvfold.model.program import EVERY_EXPERT, OpRecord
 from kvfold.model.step import Step
 
 
@@ -108,8 +108,7 @@ def _experts(op: OpRecord, rows: int, weights: Sequence[WeightSize], used: int) 
     matrices = [weights[handle] for handle in op.weights[:3]]
     shared = [weights[handle] for handle in op.weights[3:] if handle >= 0]
     count = matrices[2].rows // op.inputs[0].width
-    first, last = op.ints
-    every = count if last < 0 else last - first
+    every = count if op.ints == EVERY_EXPERT else len(op.ints)
     # A subset's share of the choices is not known: what it would be if all experts were chosen equally often.
     chosen = rows * op.inputs[1].width * every // count
     routed = Work(

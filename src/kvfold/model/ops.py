@@ -6,6 +6,7 @@ a symbolic buffer). The rules of mla/ops.py hold here too.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol, TypeVar
 
 from kvfold.config import MoeConfig
@@ -28,10 +29,18 @@ class Ops(AttentionOps[V], Protocol[V]):
         """Expert ids int32 [T, k] and their weights float32 [T, k] by the model's routing rule."""
 
     def experts(
-        self, name: str, x: V, ids: V, weights: V, gate: str, up: str, down: str, subset: range | None = None
+        self,
+        name: str,
+        x: V,
+        ids: V,
+        weights: V,
+        gate: str,
+        up: str,
+        down: str,
+        subset: Collection[int] | None = None,
     ) -> V:
-        """sum_e weights_e * down_e(swiglu(gate_e x, up_e x)) over the chosen experts that lie in `subset` (None:
-        all): a partial sum [T, hidden]."""
+        """sum_e weights_e * down_e(swiglu(gate_e x, up_e x)) over the chosen experts that lie in `subset`, any ids (None:
+        all): a partial sum [T, hidden]. Experts outside of it are not read."""
 
     def take_outputs(self, name: str, x: V) -> V:
         """The step's output rows: [R, width]."""

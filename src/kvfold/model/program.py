@@ -12,7 +12,7 @@ whose lives do not meet may share memory. x, the hidden rows, is the only value 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -57,6 +57,10 @@ class OpRecord:
     weights: tuple[int, ...] = ()  # handles; -1 for an absent one
     ints: tuple[int, ...] = ()
     floats: tuple[float, ...] = ()
+
+
+EVERY_EXPERT = (-1,)
+"""The ints of an `experts` op that takes all; of one that takes a subset, its ids in ascending order."""
 
 
 @dataclass(frozen=True)
@@ -254,9 +258,8 @@ class Recorder:
         gate: str,
         up: str,
         down: str,
-        subset: range | None = None,
+        subset: Collection[int] | None = None,
     ) -> Value:
-        chosen = (subset.start, subset.stop) if subset is not None else (0, -1)  # -1: every expert
         return self._record(
             "experts",
             name,
@@ -264,7 +267,7 @@ class Recorder:
             (x.width,),
             # gate, up and down of shared experts in the same op: backends/shared_experts.py
             weights=(self._handle(gate), self._handle(up), self._handle(down), -1, -1, -1),
-            ints=chosen,
+            ints=EVERY_EXPERT if subset is None else tuple(sorted(set(subset))),
         )[0]
 
     def take_outputs(self, name: str, x: Value) -> Value:
