@@ -23,8 +23,21 @@ void for_blocks(int64_t first, int64_t last, const Use& use, int64_t block = kPa
   for (int64_t key = first; key < last; key += block) use(key, std::min(block, last - key));
 }
 
-// Rows of the absorbed range. The pages of a row go in runs, each with a softmax of its own: a function of
-// the keys that it sees alone.
+// Keys of a run of absorbed ones, by the keys that a row sees alone.
+//
+// 256 keys: a unit is then at least 256 * 16 heads * 1088 = 4.5 M multiply-adds. Of fewer than 1024 keys a
+// quarter, whole pages, so that a second thread has work. Of many keys a sixteenth, up to 512 (what a run is
+// joined with leaves the caches: at 8192 keys runs of 512 are 8 % faster than of 256), and no more than 64
+// runs. More keys may be fewer runs: 512 pages are 64 runs of 8, 513 are 57 of 9.
+inline int64_t absorbed_run_keys(int64_t num_keys) {
+  constexpr int64_t kFewPages = 4, kManyPages = 8;
+  const int64_t pages = ceil_div(num_keys, kPageTokens);
+  const int64_t few = std::min(kFewPages, ceil_div(pages, 4)),
+                many = std::min(kManyPages, ceil_div(pages, 16));
+  return std::max({few, many, ceil_div(pages, 64)}) * kPageTokens;
+}
+
+// Rows of the absorbed range. The pages of a row go in runs, each with a softmax of its own.
 struct AbsorbedRows {
   const Step& step;
   int64_t first_row;  // of the range: where q and out start
@@ -35,17 +48,7 @@ struct AbsorbedRows {
     return step.page_list(step.sequence_of[first_row + i])[key / kPageTokens];
   }
 
-  // 256 keys: a unit is then at least 256 * 16 heads * 1088 = 4.5 M multiply-adds. Of fewer than 1024 keys a
-  // quarter, whole pages, so that a second thread has work. Of many keys a sixteenth, up to 512 (what a run
-  // is joined with leaves the caches: at 8192 keys runs of 512 are 8 % faster than of 256), and no more than
-  // 64 runs. More keys may be fewer runs: 256 pages are 32 runs of 8, 513 are 57 of 9.
-  int64_t run_keys(int64_t i) const {
-    constexpr int64_t kFewPages = 4, kManyPages = 8;
-    const int64_t pages = ceil_div(visible(i), kPageTokens);
-    const int64_t few = std::min(kFewPages, ceil_div(pages, 4)),
-                  many = std::min(kManyPages, ceil_div(pages, 16));
-    return std::max({few, many, ceil_div(pages, 64)}) * kPageTokens;
-  }
+  int64_t run_keys(int64_t i) const { return absorbed_run_keys(visible(i)); }
   int64_t num_runs(int64_t i) const { return ceil_div(visible(i), run_keys(i)); }
   int64_t most_runs() const {
     int64_t most = 0;

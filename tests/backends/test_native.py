@@ -10,6 +10,7 @@ import pytest
 
 from kit.harness import Harness, Logits, close
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
+from kvfold import _native
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.config import ModelConfig
 from kvfold.engine.batch import Work
@@ -174,7 +175,7 @@ def test_a_step_may_mix_sequences_lengths_and_paths(family: str, tmp_path: Path)
 @pytest.mark.parametrize("fa", ["0", "1"])
 @pytest.mark.parametrize("mla", ["0", "1", "2"])
 def test_no_bit_depends_on_chunks_neighbours_pages_or_threads(mla: str, fa: str, tmp_path: Path) -> None:
-    """700 keys: the absorbed path goes through them in three runs of pages."""
+    """700 keys: the absorbed path goes through them in four runs of pages, of 192 keys."""
     path = write_gguf(tiny_model("v2"), tmp_path / "m.gguf")
     text = ids(700)
     expected = Harness(path, backend="native", mla=mla, fa=fa, threads=1).logits(text)
@@ -209,12 +210,13 @@ def rows_at(lengths: list[tuple[int, int]], first_page: int = 0) -> Step:
     )
 
 
-# A row's runs of pages do not grow with its keys: 256 pages are 64 runs, 257 are 52, 320 are 64, 321 are 54.
+# A row's runs of pages do not grow with its keys: 512 pages are 64 runs, 513 are 57, 576 are 64, 577 are 58.
+# (rows, keys) of sequences, and the runs of the shortest and of the longest row.
 RUN_EDGES = {
-    "one row each, 64 and 52 runs": [(1, 16384), (1, 16385)],
-    "one row each, 64 and 54 runs": [(1, 20480), (1, 20481)],
-    "a chunk over the first edge": [(8, 16388)],
-    "a chunk over the second edge": [(8, 20484)],
+    "one row each over the first edge": ([(1, 32768), (1, 32769)], (64, 57)),
+    "one row each over the second edge": ([(1, 36864), (1, 36865)], (64, 58)),
+    "a chunk over the first edge": ([(8, 32772)], (64, 57)),
+    "a chunk over the second edge": ([(8, 36868)], (64, 58)),
 }
 
 
@@ -222,7 +224,9 @@ RUN_EDGES = {
 @pytest.mark.parametrize("edge", list(RUN_EDGES))
 def test_rows_of_more_keys_in_fewer_runs(edge: str, threads: int, tmp_path: Path) -> None:
     """A row of 64 runs beside a longer one of fewer: each as plain has it, and every bit as without the other."""
-    lengths = RUN_EDGES[edge]
+    lengths, runs_of_ends = RUN_EDGES[edge]
+    ends = lengths[0][1] - lengths[0][0] + 1, lengths[-1][1]
+    assert tuple(-(-keys // _native.absorbed_run_keys(keys)) for keys in ends) == runs_of_ends
     path = write_gguf(tiny_model("v2-lite", num_hidden_layers=2), tmp_path / "m.gguf")
     num_pages = sum(-(-keys // PAGE_TOKENS) for _, keys in lengths)
     settings: dict[str, Any] = {"mla": "1", "n_ctx": num_pages * PAGE_TOKENS}
