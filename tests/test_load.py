@@ -20,6 +20,7 @@ import kvfold.load
 import kvfold.weight_memory
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold import _native
+from kvfold.backends import gpu
 from kvfold.backends.native import NativeBackend, _FirstAnswer, side_by_side
 from kvfold.cache.pages import Sequence
 from kvfold.config import ModelConfig
@@ -280,6 +281,16 @@ def test_on_stays_mapped_and_says_so(tmp_path: Path) -> None:
     left = loaded(written("gguf-k_b", tmp_path), mmap="on")
     assert left.weight_copy is None and left.weight_place == "mapped: requested"
     assert left.checkpoint.maps and left.info == left.checkpoint.info
+
+
+@pytest.mark.parametrize("mmap", ["on", "off"])
+def test_a_gpu_has_neither_map_nor_copy(mmap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "refusals", lambda device: [])
+    monkeypatch.setattr(gpu, "free_bytes", lambda device: 16 << 30)
+    with pytest.raises(
+        SettingError, match=f"mmap={mmap}: backend cuda reads the weights into the memory of the GPU"
+    ):
+        load(written("gguf-k_b", tmp_path), Settings.parse(device="cuda", n_ctx=64, mmap=mmap))
 
 
 def test_other_words_are_refused() -> None:

@@ -52,7 +52,8 @@ Progress = Callable[[int, int], None]
 """(bytes read, bytes in all)."""
 
 MMAP = ("auto", "on", "off")
-"""auto: copy the weights into memory if they fit, else leave them mapped; on: leave them mapped; off: copy, or refuse."""
+"""auto: copy the weights into memory if they fit, else leave them mapped; on: leave them mapped; off: copy, or refuse. A GPU,
+which has the weights in its own memory, takes auto alone."""
 # A GPU's step keeps its values in the GPU's memory, of which the cache leaves GPU_RESERVE_BYTES. V2-Lite on an H200: 8192 rows
 # take 93 ms in bf16; 2048 take 36 ms in Q4_0, whose layers are replayed (backends/cuda_layers.py).
 GPU_WINDOW_ROWS = 8192
@@ -277,6 +278,11 @@ def load(
     needs = needs_of(checkpoint, settings)
     choice = choose_backend(settings.backend, needs)
     candidate = choice.candidate
+    if candidate.free_bytes is not None and settings.mmap != "auto":
+        raise SettingError(
+            f"mmap={settings.mmap}: backend {candidate.name} reads the weights into the memory of the GPU once and keeps "
+            f"neither a map nor a copy. Leave it out, or use device=cpu."
+        )
     layout = cache_layout(config, settings)
     n_ctx = context_of(config, settings, needs, candidate)
     notes: tuple[str, ...] = ()

@@ -189,7 +189,7 @@ Mmap = Annotated[
         metavar="auto|on|off",
         envvar="KVFOLD_MMAP",
         help="off: copy the weights into memory, on 2 MiB pages. on: leave them in the map of their file. auto: copy "
-        "them if they fit.",
+        "them if they fit. A GPU has them in its own memory: auto alone.",
     ),
 ]
 Isa = Annotated[
