@@ -174,6 +174,13 @@ class Loaded:
         isa: str = getattr(self.backend, "isa", "")
         return isa
 
+    @property
+    def dtype(self) -> str:
+        """One of DTYPES, auto resolved."""
+        if self.settings.dtype != "auto":
+            return self.settings.dtype
+        return "float32" if self.backend.name == "plain" else "int8"
+
     def plan(self, new_rows: int, cached_rows: int, is_prompt: bool) -> MlaPlan:
         return plan_for(self.model.config, self.settings, new_rows, cached_rows, is_prompt, self.choice.profile)
 

@@ -92,6 +92,7 @@ LLAMA_BENCH = {
     "n_ubatch": int, "n_threads": int, "type_k": str, "type_v": str, "n_gpu_layers": int, "flash_attn": int,
     "mla_attn": int, "n_prompt": int, "n_gen": int, "n_depth": int, "test_time": str, "avg_ns": int,
     "stddev_ns": int, "avg_ts": float, "stddev_ts": float, "samples_ns": list, "samples_ts": list,
+    "use_mmap": bool,
 }  # fmt: skip
 
 
@@ -113,6 +114,8 @@ def test_rows_have_llama_benchs_fields_and_arithmetic(checkpoint: Checkpoint) ->
         assert found["model_size"] == checkpoint.nbytes
         assert (found["type_k"], found["flash_attn"], found["mla_attn"], found["n_threads"]) == ("f16", -1, -1, 1)
         assert found["backend"] == "native" and found["isa"]
+        assert (found["dtype"], found["workspace_bytes"], found["deterministic"]) == ("int8", 64 << 20, False)
+        assert (found["use_mmap"], found["weights"]) == (False, "in memory already")
         assert found["ceilings"]["int8"]["best_gmacs"] >= found["ceilings"]["int8"]["gmacs"] > 0
         assert "opponents" not in found
     prompt, generation = rows[2], rows[3]

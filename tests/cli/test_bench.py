@@ -47,6 +47,14 @@ def test_a_file_is_measured_as_well(kvfold: Kvfold, tiny_gguf: Path) -> None:
     assert (row["model_filename"], row["type_k"], row["stddev_ts"]) == (str(tiny_gguf), "f32", 0.0)
 
 
+def test_a_row_has_the_settings_that_repeat_it(kvfold: Kvfold, tiny_gguf: Path) -> None:
+    few = ("-p", "8", "-n", "0", "-r", "1", "-t", "1", "--dtype", "float32", "--workspace", "48M", "-o", "json")
+    for mmap, place in (("on", "mapped: requested"), ("off", "copied into memory at ")):
+        (row,) = json.loads(kvfold("bench", tiny_gguf, *few, "--mmap", mmap).out)
+        assert (row["dtype"], row["workspace_bytes"], row["use_mmap"]) == ("float32", 48 << 20, mmap == "on")
+        assert row["weights"].startswith(place)
+
+
 def test_a_model_and_a_shape_exclude_each_other(
     kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

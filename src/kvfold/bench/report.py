@@ -30,9 +30,10 @@ def row(result: Result) -> dict[str, Any]:
     """One row: the fields of llama-bench that mean something here, under its names, then ours.
 
     Of llama-bench's: avg_* and stddev_* are over the samples, -1 in flash_attn and mla_attn (ik_llama.cpp's field)
-    means auto, n_ubatch is n_batch because a window of rows is one step.
+    means auto, n_ubatch is n_batch because a window of rows is one step, use_mmap is whether the weights lay in the map of
+    their file.
 
-    Ours: rates and shares are those of `bound_by`, multiply-adds for prompts ("int8", on a GPU "bf16" or "f32"), bytes
+    Ours: `weights` says where they lay, and of a copy which share on 2 MiB pages. Rates and shares are those of `bound_by`, multiply-adds for prompts ("int8", on a GPU "bf16" or "f32"), bytes
     "read" for generation; a share is a sample's rate over the ceiling measured just after it, and `share` the median of them. token_ms and
     read_ms pool all generated tokens, and all reads of a token's weights that were made beside them. ratio_to_best is
     the median over the rounds of ours over the fastest opponent's.
@@ -54,6 +55,7 @@ def row(result: Result) -> dict[str, Any]:
         "n_batch": result.variant.batch_rows,
         "n_ubatch": result.variant.batch_rows,
         "n_threads": settings.threads,
+        "use_mmap": bool(loaded.checkpoint.maps),
         "type_k": settings.cache_type.value,
         "type_v": settings.cache_type.value,
         "n_gpu_layers": loaded.model.config.num_layers if gpu_name else 0,
@@ -72,6 +74,10 @@ def row(result: Result) -> dict[str, Any]:
         "median_ts": statistics.median(result.samples_ts),
         "backend": loaded.backend.name,
         "isa": loaded.isa,
+        "dtype": loaded.dtype,
+        "workspace_bytes": settings.workspace_bytes,
+        "deterministic": settings.deterministic,
+        "weights": loaded.weight_place,
         "layers": loaded.model.config.num_layers,
         "plan": plans_of(result),
         "bound_by": bound_by(result),
