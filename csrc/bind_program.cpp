@@ -1,6 +1,7 @@
 // program.h for Python: arrays checked and borrowed here, the GIL released while segments run.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -8,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -260,6 +262,16 @@ struct BoundProgram {
     return list;
   }
 
+  std::map<std::string, std::pair<std::string, std::string>> kernels() const {
+    std::map<std::string, std::pair<std::string, std::string>> names;
+    for (const Weight& weight : program.weights()) {
+      if (weight.kernels == nullptr) continue;
+      const KernelNames of_weight = names_of(*weight.kernels);
+      names.emplace(weight.name, std::pair(of_weight.dots, of_weight.tiles));
+    }
+    return names;
+  }
+
   const InstructionSet& set = isa();  // whose kernels the program has, whatever is in use later
   Program program;
   std::mutex moving;  // held while a weight's pointers and its entry of `parts` change
@@ -404,6 +416,8 @@ void bind_program(nb::module_& m) {
       .def_prop_ro(
           "spins", [](const BoundProgram& bound) { return bound.program.team().spins(); },
           "Whether members wait awake for the next op: only where each has a CPU of its own.")
+      .def_prop_ro("kernels", &BoundProgram::kernels,
+                   "{weight: (set, set)}: the instruction sets whose row dots and tiles multiply it.")
       .def_prop_ro("num_segments", [](const BoundProgram& bound) { return bound.program.num_segments(); })
       .def_prop_ro("outputs", &BoundProgram::outputs, "[(name, width)] of what the last segment hands over.");
 

@@ -84,6 +84,18 @@ bool force_isa(const char* name) {
   return false;
 }
 
+KernelNames names_of(const MatrixKernels& kernels) {
+  KernelNames names{"", ""};
+  // From the least set to the fastest one, which may have functions of one before it.
+  for (auto set = instruction_sets().rbegin(); set != instruction_sets().rend(); ++set) {
+    const MatrixKernels* own = (*set)->find(kernels.type);
+    if (own == nullptr) continue;
+    if (own->dot == kernels.dot && *names.dots == 0) names.dots = (*set)->name;
+    if (own->tile == kernels.tile && *names.tiles == 0) names.tiles = (*set)->name;
+  }
+  return names;
+}
+
 const MatrixKernels* InstructionSet::find(int type) const {
   for (int32_t i = 0; i < num_kernels; i++) {
     if (kernels[i].type == type) return &kernels[i];

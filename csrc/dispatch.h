@@ -85,6 +85,12 @@ struct InstructionSet {
   const MatrixKernels* find(int type) const;
 };
 
+// Names of the sets that these kernels of a type were written for: "amx" has row dots of "avx512".
+struct KernelNames {
+  const char *dots, *tiles;
+};
+KernelNames names_of(const MatrixKernels& kernels);
+
 // Those this processor can run, the fastest first.
 const std::vector<const InstructionSet*>& instruction_sets();
 

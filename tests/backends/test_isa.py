@@ -22,7 +22,7 @@ from kvfold.engine.batch import Work, build_batch
 from kvfold.errors import SettingError
 from kvfold.formats.synthetic import synthesize
 from kvfold.load import Settings
-from kvfold.quant.tensor import QuantTensor
+from kvfold.quant.tensor import QuantTensor, matrices
 
 ISAS = _native.isa_names()
 
@@ -62,6 +62,23 @@ def test_the_head_has_the_bits_of_the_forced_kernels(isa: str, path: Path) -> No
     assert weight.type.name == "Q6_K"
     shared = {"amx", "avx512"}
     assert {other for other in ISAS if same[other]} == (shared & set(ISAS) if isa in shared else {isa})
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_weight_has_the_kernels_of_the_forced_set(isa: str, path: Path) -> None:
+    """By the functions themselves: of AMX, tiles of types whose blocks share a scale over 32 weights or more are its own,
+    row dots and Q6_K's tiles AVX-512's."""
+    loaded = Harness(path, backend="native", dtype="int8", isa=isa).loaded
+    _native.force_isa("auto")
+    kernels = loaded.backend._program.kernels  # type: ignore[attr-defined]
+    types = {name: matrices(loaded.checkpoint.tensors[name])[0].type.name_in_file for name in kernels}
+    assert {"IQ4_NL", "Q6_K"} <= set(types.values())
+    for name, (dots, tiles) in kernels.items():
+        if isa == "amx":
+            has_own = types[name] in ("IQ4_NL", "Q8_0")
+            assert (dots, tiles) == ("avx512", "amx" if has_own else "avx512"), (name, types[name])
+        else:
+            assert (dots, tiles) == (isa, isa), (name, types[name])
 
 
 def test_float32_has_the_same_bits_on_every_set(path: Path) -> None:
