@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvfold import _native
 from kvfold.backends.native import CACHE_TYPES, NativeBackend
 from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache, codes_and_scales, decode, encode
-from kvfold.config import MlaConfig, MoeConfig, RopeConfig, Scoring
+from kvfold.config import GroupScore, MlaConfig, MoeConfig, RopeConfig, Scoring
 from kvfold.errors import SettingError
 from kvfold.formats.synthetic import random_matrix, synthetic_types
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
@@ -30,9 +30,9 @@ from kvfold.model.step import Step
 from kvfold.quant.activations import Rounding, product, rounded, rounding_for
 from kvfold.quant.attention import attend as attend_rounded
 from kvfold.quant.attention import attend_codes, attend_latents
-from kvfold.quant.decode import decode_tensor
+from kvfold.quant.decode import FP8_BLOCK, decode_tensor
 from kvfold.quant.tensor import QuantTensor, Weight
-from kvfold.quant.types import SIDE_BY_SIDE, by_id, by_name
+from kvfold.quant.types import SIDE_BY_SIDE, TYPES, BlockType, by_id, by_name
 
 Floats = NDArray[np.float32]
 
@@ -72,13 +72,16 @@ def check(isas: list[str], *, threads: int) -> Iterator[Finding]:
     """Every kernel of these instruction sets, one after the other. The set in use is as before when it ends."""
     yield from _decoders()
     before = _native.isa()
+    attended: _Attended = {}
+    mixed: _Mixed = {}
     try:
         for isa in isas:
             _native.force_isa(isa)
             yield from _products(isa, threads)
-            yield from _ops(isa, threads)
-            for name in ("IQ4_NL", "Q4_0", "Q5_0", "Q4_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"):
-                yield _experts(name, isa, threads)
+            yield from _ops(isa, threads, attended)
+            yield from _routes(isa, threads)
+            for mixture in _mixtures(isa):
+                yield _experts(mixture, isa, threads, mixed)
     finally:
         _native.force_isa(before)
 
@@ -97,27 +100,56 @@ def _normal(*shape: int, seed: int = 0) -> Floats:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
+# Of types that random files are not written in: number and form of the scales that a block, or a group of interleaved rows,
+# begins with.
+_SCALES = {"Q8_1": (2, "<f2"), "Q8_K": (1, "<f4"), "IQ1_S_R4": (4, "<f2"), "IQ1_M_R4": (4, "<f2")}
+_FP8_NAN = 0x7F
+
+
+def _matrix(type: BlockType, rows: int, cols: int, *, seed: int) -> QuantTensor:
+    """Random weights of any type that decodes; whole numbers of every size, others of about 1."""
+    if type.name in synthetic_types():
+        return random_matrix(type, rows, cols, seed=seed)
+    rng = np.random.default_rng([seed, type.id % 2**32])
+    raw = rng.integers(0, 256, (rows, type.row_bytes(cols)), np.uint8)
+    if type.name in _SCALES:
+        count, form = _SCALES[type.name]
+        in_unit = type.block_bytes if not type.row_meta_bytes else type.interleaved_rows * raw.shape[1]
+        units = raw.reshape(-1, in_unit)
+        scales = rng.uniform(-0.02, 0.02, (len(units), count)).astype(form).view(np.uint8)
+        units[:, : scales.shape[1]] = scales
+    elif type.name == "F64":
+        raw = rng.standard_normal((rows, cols)).view(np.uint8)
+    elif type.name == "F8_E4M3":
+        raw[raw & _FP8_NAN == _FP8_NAN] = 0
+        tiles = -(-rows // FP8_BLOCK), -(-cols // FP8_BLOCK)
+        return QuantTensor("random", type, (rows, cols), raw, rng.uniform(0.5, 2, tiles).astype(np.float32))
+    return QuantTensor("random", type, (rows, cols), raw)
+
+
 def _decoders() -> Iterator[Finding]:
     """Bit for bit, on every instruction set: they are compiled once."""
     decodable = _native.decodable_types()
-    for type in map(by_name, synthetic_types()):
+    for type in TYPES:
         if type.id not in decodable:
             continue
         cols = 5 * max(type.block_elements, 32)
-        tensor = random_matrix(type, 3 * type.interleaved_rows, cols, seed=1)
+        tensor = _matrix(type, 3 * type.interleaved_rows, cols, seed=1)
         out = np.full((tensor.rows, cols), np.nan, np.float32)
-        _native.decode(type.id, tensor.raw, out)
+        if tensor.scale is None:
+            _native.decode(type.id, tensor.raw, out)
+        else:
+            _native.decode_fp8(tensor.raw, tensor.scale, out)
         yield Finding("decode", type.name, "any", _error(out, decode_tensor(tensor)), 0.0)
 
 
 def _products(isa: str, threads: int) -> Iterator[Finding]:
     kernels = _native.Kernels(threads)
-    known = set(synthetic_types())
-    stored = [type for type in map(by_id, sorted(_native.kernel_types())) if type.name in known]
+    stored = map(by_id, sorted(_native.kernel_types()))
     in_memory = [type for type in SIDE_BY_SIDE.values() if type.id in _native.side_by_side_types(isa)]
     for type in (*stored, *in_memory):
         in_file, rows_of_weight = by_name(type.name_in_file), 67 // type.interleaved_rows * type.interleaved_rows
-        weight = random_matrix(in_file, rows_of_weight, 3 * max(type.block_elements, 128), seed=2)
+        weight = _matrix(in_file, rows_of_weight, 3 * max(type.block_elements, 128), seed=2)
         raw = weight.raw.copy()
         if type.is_side_by_side:
             _native.put_side_by_side(in_file.id, raw)
@@ -190,7 +222,7 @@ def _attention(ops: Recorder, x: Value, path: Path, up: KvUp = _KV_B) -> Value:
 
 def _run(
     network: Callable[[Recorder, Value], None],
-    x: Floats,
+    x: Floats | QuantTensor,
     weights: dict[str, Weight],
     *,
     threads: int,
@@ -199,15 +231,17 @@ def _run(
     cache_type: CacheType = CacheType.F32,
     rounds_activations: bool = False,
 ) -> tuple[dict[str, Floats], PagedCache]:
-    """What the ops handed over for rows of x, [T, width] each. Pages lie in another order than sequences."""
+    """What the ops handed over for rows of x, [T, width] each. Pages lie in another order than sequences, and rows in the
+    table of the embedding."""
     widths = (_Q, _MLA.num_heads * _MLA.v_head_dim) if path is Path.STANDARD else (_MLA.latent_dim,)
     pages = [-(-length // PAGE_TOKENS) for length in _LENGTHS]
     cache = PagedCache(CacheLayout(1, widths, cache_type), sum(pages))
     for array in cache.arrays:
         array.view(np.uint8).fill(0xFF)  # NaN in every type
+    table = _float_weight("x", x) if isinstance(x, np.ndarray) else x
     backend = NativeBackend(
-        cast(DeepseekModel, _Network(network, x.shape[1])),
-        {"x": _float_weight("x", x), **weights},
+        cast(DeepseekModel, _Network(network, table.cols)),
+        {"x": table, **weights},
         cache,
         threads=threads,
         workspace_bytes=WORKSPACE_BYTES,
@@ -218,7 +252,7 @@ def _run(
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in _LENGTHS])
     sequence = np.repeat(np.arange(len(_LENGTHS)), _LENGTHS)
     page = order[page_starts[sequence] + positions // PAGE_TOKENS].astype(np.int64)
-    rows = np.arange(len(x), dtype=np.int32)
+    rows = np.arange(table.rows, dtype=np.int32)
     step = Step(
         token_ids=rows,
         positions=positions,
@@ -286,6 +320,11 @@ class _Up:
 
 def _bf16(x: Floats) -> Floats:
     return rounded(np.ascontiguousarray(x), Rounding.BF16).astype(np.float32)
+
+
+_Attended = dict[tuple[Path, CacheType, bool, str, KvUp], NDArray[np.floating]]
+"""What attention gives by its definition, once for all instruction sets and forms: by path, cache type, whether activations
+are rounded, and the type and parts of the up-projection."""
 
 
 def _rotated(x: Floats) -> tuple[Floats, Floats]:
@@ -358,7 +397,7 @@ def _ordinary(q: Floats, k: Floats, v: Floats, rounds: bool) -> NDArray[np.float
     return out
 
 
-def _ops(isa: str, threads: int) -> Iterator[Finding]:
+def _ops(isa: str, threads: int, attended: _Attended) -> Iterator[Finding]:
     x = _normal(sum(_LENGTHS), _HIDDEN)
     x[:, :_Q] *= 2  # scores spread over +-10
     lora, heads = _MLA.kv_lora_rank, _MLA.num_heads
@@ -387,18 +426,19 @@ def _ops(isa: str, threads: int) -> Iterator[Finding]:
     }
     for name, want in wanted.items():
         yield Finding(name, "f32", isa, _error(got[name], want), ROWWISE_BOUND)
+    yield from _embeddings(isa, threads)
 
     for path in Path:
         for cache_type in CACHE_TYPES:
             for fused in (True, False):
                 for rounds in (False, True):
-                    yield _attention_finding(path, cache_type, fused, rounds, x, up, isa, threads)
+                    yield _attention_finding(path, cache_type, fused, rounds, x, up, isa, threads, attended)
     x[:, _Q : _Q + lora] /= np.float32(np.sqrt(lora))  # weights of blocks have the size of one
     for type_name in ("IQ4_NL", "Q4_0", "Q8_0", "F16", "BF16"):
         for names in (_KV_B, _K_B_V_B):
             for path in (Path.ABSORBED, Path.DECOMPRESSED):
                 up = _Up.random(names, type_name)
-                yield _attention_finding(path, CacheType.F16, True, True, x, up, isa, threads)
+                yield _attention_finding(path, CacheType.F16, True, True, x, up, isa, threads, attended)
 
 
 def _attention_finding(
@@ -410,6 +450,7 @@ def _attention_finding(
     up: _Up,
     isa: str,
     threads: int,
+    attended: _Attended,
 ) -> Finding:
     def network(ops: Recorder, value: Value) -> None:
         ops.output("out", ops.take_outputs("take", _attention(ops, value, path, up.names)))
@@ -431,68 +472,201 @@ def _attention_finding(
     name = f"attention, {path.name.lower()}, {'fused' if fused else 'unfused'}, {how}"
     if type != "F32":
         name = f"attention, {path.name.lower()}, {' and '.join(part.name for part in up.parts)}"
-    worst = _error(got["out"], _attended(x, up, cache_type, path, rounds))
+    key = path, cache_type, rounds, type, up.names
+    if key not in attended:
+        attended[key] = _attended(x, up, cache_type, path, rounds)
+    worst = _error(got["out"], attended[key])
     shown = cache_type.value if type == "F32" else type
     return Finding(name, shown, isa, worst, ATTENTION_BOUND if exact else ROUNDED_BOUND)
 
 
-def _experts(type_name: str, isa: str, threads: int) -> Finding:
-    """Few rows for one expert and many for another, all of them for the shared ones, which are wider; all of one type."""
-    type, inner, wide, hidden = by_name(type_name), 256, 512, 768
-    moe = MoeConfig(
-        num_experts=5,
-        num_experts_per_tok=2,
-        expert_intermediate_size=inner,
-        shared_intermediate_size=wide,
-        scoring=Scoring.SOFTMAX,
-    )
+def _unseen() -> dict[str, Weight]:
+    """The up-projection of `_attends_too`."""
+    kv_b = _normal(_MLA.num_heads * (_MLA.qk_nope_head_dim + _MLA.v_head_dim), _MLA.kv_lora_rank)
+    return {"kv_b": _float_weight("kv_b", kv_b)}
+
+
+def _attends_too(ops: Recorder, x: Value) -> None:
+    """A program has attention: one that nobody looks at, over the first columns of x."""
+    attention = _attention(ops, ops.columns(x, 0, _HIDDEN), Path.ABSORBED)
+    ops.output("attention", ops.take_outputs("take_attention", attention))
+
+
+def _embeddings(isa: str, threads: int) -> Iterator[Finding]:
+    """Rows of a table in blocks, bit for bit."""
+
+    def network(ops: Recorder, value: Value) -> None:
+        ops.output("out", ops.take_outputs("take", value))
+        _attends_too(ops, value)
+
+    for name in ("Q4_K", "Q6_K", "Q8_0", "IQ4_NL", "BF16"):
+        table = replace(random_matrix(by_name(name), sum(_LENGTHS), 512, seed=3), name="x")
+        got, _ = _run(network, table, _unseen(), threads=threads)
+        yield Finding("embed", name, isa, _error(got["out"], decode_tensor(table)), 0.0)
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+_GREEDY = MoeConfig(
+    num_experts=5,
+    num_experts_per_tok=2,
+    expert_intermediate_size=256,
+    shared_intermediate_size=512,
+    scoring=Scoring.SOFTMAX,
+)
+_IN_GROUPS = replace(_GREEDY, num_experts=24, num_experts_per_tok=5, num_groups=6, num_groups_per_tok=2)
+_RULES = {
+    "softmax": replace(_GREEDY, num_experts=24, num_experts_per_tok=5),
+    "softmax, groups": replace(_IN_GROUPS, routed_scaling_factor=16.0),
+    "sigmoid, groups, bias": replace(
+        _IN_GROUPS,
+        scoring=Scoring.SIGMOID,
+        group_score=GroupScore.TOP2_SUM,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        has_choice_bias=True,
+    ),
+}
+
+
+def _routes(isa: str, threads: int) -> Iterator[Finding]:
+    """Every released rule. The experts have to be the same; the error is that of their weights."""
+    x = _normal(sum(_LENGTHS), 512, seed=6)
+    for name, moe in _RULES.items():
+        router = _normal(moe.num_experts, x.shape[1], seed=7) * np.float32(0.1)
+        bias = _normal(1, moe.num_experts, seed=8) * np.float32(0.3) if moe.has_choice_bias else None
+
+        def network(ops: Recorder, value: Value, moe: MoeConfig = moe, biased: bool = bias is not None) -> None:
+            made = ops.route("route", value, "router", "bias" if biased else None, moe)
+            for what, of_route in zip(("ids", "weights"), made, strict=True):
+                ops.output(what, ops.take_outputs(f"take_{what}", of_route))
+            _attends_too(ops, value)
+
+        weights = {"router": _float_weight("router", router), **_unseen()}
+        if bias is not None:
+            weights["bias"] = _float_weight("bias", bias)
+        got, _ = _run(network, x, weights, threads=threads)
+        ids, factors = _routed(x.astype(np.float64) @ router.T, bias, moe)
+        are_the_same = np.array_equal(got["ids"].view(np.int32), ids)
+        worst = _error(got["weights"], factors) if are_the_same else np.inf
+        yield Finding(f"route, {name}", "f32", isa, worst, PRODUCT_BOUND)
+
+
+def _routed(
+    logits: NDArray[np.float64], bias: Floats | None, moe: MoeConfig
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The released rules (model/ops.py, `route`): ids [T, k] and weights [T, k]."""
+    if moe.scoring is Scoring.SIGMOID:
+        scores = 1 / (1 + np.exp(-logits))
+    else:
+        scores = np.exp(logits - logits.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+    choice = scores if bias is None else scores + bias
+    if moe.num_groups > 1:
+        groups = choice.reshape(len(choice), moe.num_groups, -1)
+        sums_two = moe.group_score is GroupScore.TOP2_SUM
+        rank = np.sort(groups, -1)[..., -2:].sum(-1) if sums_two else groups.max(-1)
+        refused = np.argsort(-rank, axis=-1, kind="stable")[:, moe.num_groups_per_tok :]
+        groups = groups.copy()
+        np.put_along_axis(groups, refused[..., None], -np.inf if sums_two else 0.0, axis=1)
+        choice = groups.reshape(choice.shape)
+    ids = np.argsort(-choice, axis=-1, kind="stable")[:, : moe.num_experts_per_tok]
+    weights = np.take_along_axis(scores, ids, axis=-1)
+    if moe.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return ids, weights * moe.routed_scaling_factor
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """Routed experts beside shared ones, which are wider. Types: of gate and up, and of down."""
+
+    routed: tuple[str, str]
+    shared: tuple[str, str]
+    subset: tuple[int, ...] | None = None
+    is_side_by_side: bool = False
+
+    @property
+    def kernel(self) -> str:
+        if self.is_side_by_side:
+            return "experts, rows side by side"
+        if self.subset is not None:
+            return f"experts, {len(self.subset)} of {_GREEDY.num_experts}"
+        return "experts" if self.routed == self.shared else "experts beside shared ones of other types"
+
+    @property
+    def type(self) -> str:
+        return ", ".join(dict.fromkeys((*self.routed, *self.shared)))
+
+
+def _mixtures(isa: str) -> Iterator[_Mixture]:
+    for name in ("IQ4_NL", "Q4_0", "Q5_0", "Q4_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"):
+        yield _Mixture((name, name), (name, name))
+    yield _Mixture(("Q4_K", "Q5_0"), ("Q6_K", "Q8_0"))
+    yield _Mixture(("IQ4_NL", "Q8_0"), ("F16", "BF16"))
+    for name in ("IQ4_NL", "F32"):
+        yield _Mixture((name, name), (name, name), subset=(0, 3))
+    in_memory = _native.side_by_side_types(isa)
+    for name, type in SIDE_BY_SIDE.items():
+        if type.id in in_memory:
+            yield _Mixture((name, name), (name, name), is_side_by_side=True)
+
+
+_Mixed = dict[tuple[tuple[str, str], tuple[str, str], tuple[int, ...] | None], NDArray[np.float64]]
+"""What mixtures give by their definition, once for all instruction sets: by the types of routed and shared experts, and the
+subset."""
+
+
+def _experts(mixture: _Mixture, isa: str, threads: int, mixed: _Mixed) -> Finding:
+    """Few rows for one expert and many for another, all of them for the shared ones."""
+    moe, hidden = _GREEDY, 512
     x = _normal(sum(_LENGTHS), hidden, seed=6)
     x[:, :_HIDDEN] = _normal(len(x), _HIDDEN, seed=6)
     router = _normal(moe.num_experts, hidden, seed=7) * np.float32(0.1)
-    stacks = {
-        name: tuple(random_matrix(type, rows, cols, seed=10 * seed + e) for e in range(moe.num_experts))
-        for seed, (name, rows, cols) in enumerate(
-            (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)), 1
-        )
+
+    def network_of(types: tuple[str, str], inner: int, seed: int) -> tuple[QuantTensor, ...]:
+        """gate, up and down."""
+        gate_up, down = map(by_name, types)
+        shapes = ((gate_up, inner, hidden), (gate_up, inner, hidden), (down, hidden, inner))
+        return tuple(random_matrix(*shape, seed=seed + 10 * at) for at, shape in enumerate(shapes))
+
+    def placed(weight: QuantTensor) -> QuantTensor:
+        if not mixture.is_side_by_side:
+            return weight
+        raw = weight.raw.copy()
+        _native.put_side_by_side(weight.type.id, raw)
+        return replace(weight, type=SIDE_BY_SIDE[weight.type.name], raw=raw)
+
+    routed = [network_of(mixture.routed, moe.expert_intermediate_size, 10 + e) for e in range(moe.num_experts)]
+    shared = network_of(mixture.shared, moe.shared_intermediate_size, 41)
+    names = ("gate", "up", "down")
+    stacks: dict[str, Weight] = {
+        name: tuple(map(placed, parts)) for name, parts in zip(names, zip(*routed, strict=True), strict=True)
     }
-    shared = {
-        f"shared_{name}": random_matrix(type, rows, cols, seed=seed)
-        for seed, (name, rows, cols) in enumerate(
-            (("gate", wide, hidden), ("up", wide, hidden), ("down", hidden, wide)), 41
-        )
-    }
+    wide = {f"shared_{name}": placed(weight) for name, weight in zip(names, shared, strict=True)}
 
     def network(ops: Recorder, value: Value) -> None:
         ids, weights = ops.route("route", value, "router", None, moe)
-        out = ops.experts("experts", value, ids, weights, "gate", "up", "down")
+        out = ops.experts("experts", value, ids, weights, "gate", "up", "down", mixture.subset)
         gate, up = (ops.linear(name, value, name) for name in ("shared_gate", "shared_up"))
         inside = ops.linear("shared_down", ops.swiglu("swiglu", gate, up), "shared_down")
         out = ops.add("add_shared", out, inside)
-        for name, made in (("ids", ids), ("weights", weights), ("out", out)):
-            ops.output(name, ops.take_outputs(f"take_{name}", made))
-        attention = _attention(ops, ops.columns(value, 0, _HIDDEN), Path.ABSORBED)
-        ops.output("attention", ops.take_outputs("take", attention))
+        ops.output("out", ops.take_outputs("take", out))
+        _attends_too(ops, value)
 
-    kv_b = _normal(_MLA.num_heads * (_MLA.qk_nope_head_dim + _MLA.v_head_dim), _MLA.kv_lora_rank)
-    got, _ = _run(
-        network,
-        x,
-        {"router": _float_weight("router", router), "kv_b": _float_weight("kv_b", kv_b), **stacks, **shared},
-        threads=threads,
-        rounds_activations=True,
-    )
-    ids, chosen = got["ids"].view(np.int32), got["weights"]
-    scores = np.exp((logits := x.astype(np.float64) @ router.T) - logits.max(-1, keepdims=True))
-    scores /= scores.sum(-1, keepdims=True)
-    routed = np.take_along_axis(scores, np.argsort(-scores, axis=-1)[:, :2], axis=-1)
+    weights = {"router": _float_weight("router", router), **_unseen(), **stacks, **wide}
+    got, _ = _run(network, x, weights, threads=threads, rounds_activations=True)
 
-    def gated(gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> NDArray[np.float64]:
+    def gated(x: Floats, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> NDArray[np.float64]:
         of_gate = product(x, gate)
-        inside = (of_gate / (1 + np.exp(-of_gate)) * product(x, up)).astype(np.float32)
-        return rounded(inside, rounding_for(type)) @ decode_tensor(down).astype(np.float64).T
+        return product((of_gate / (1 + np.exp(-of_gate)) * product(x, up)).astype(np.float32), down)
 
-    want = gated(*shared.values())
-    for e in range(moe.num_experts):
-        want += gated(*(stack[e] for stack in stacks.values())) * (chosen * (ids == e)).sum(-1, keepdims=True)
-    worst = max(_error(got["out"], want), _error(chosen, routed))
-    return Finding("experts", type_name, isa, worst, PRODUCT_BOUND if type_name == "F32" else ROUNDED_BOUND)
+    key = mixture.routed, mixture.shared, mixture.subset
+    if key not in mixed:
+        ids, factors = _routed(x.astype(np.float64) @ router.T, None, moe)
+        mixed[key] = gated(x, *shared)
+        for e in range(moe.num_experts) if mixture.subset is None else mixture.subset:
+            rows = (ids == e).any(-1)
+            mixed[key][rows] += gated(x[rows], *routed[e]) * (factors * (ids == e)).sum(-1, keepdims=True)[rows]
+    bound = PRODUCT_BOUND if mixture.type == "F32" else ROUNDED_BOUND
+    return Finding(mixture.kernel, mixture.type, isa, _error(got["out"], mixed[key]), bound)

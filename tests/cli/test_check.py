@@ -13,7 +13,7 @@ from kvfold import check as kvfold_check
 from kvfold.check import check, isas_of
 from kvfold.errors import SettingError
 from kvfold.quant.decode import decode_tensor
-from kvfold.quant.types import SIDE_BY_SIDE, by_id
+from kvfold.quant.types import SIDE_BY_SIDE, TYPES, by_id
 
 
 def test_every_kernel_is_right_and_every_type_has_its_line() -> None:
@@ -21,7 +21,13 @@ def test_every_kernel_is_right_and_every_type_has_its_line() -> None:
     found = list(check([isa], threads=2))
     assert [f for f in found if not f.is_right] == []
     products = {f.type for f in found if f.kernel == "tiles"}
-    assert {"IQ4_NL", "Q4_0", "Q5_0", "Q4_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"} <= products
+    assert {t.name for t in TYPES if t.id in _native.kernel_types()} <= products
+    assert {f.type for f in found if f.kernel == "decode"} == {t.name for t in TYPES if t.decodes}
+    assert {f.type for f in found if f.kernel == "embed"} == {"Q4_K", "Q6_K", "Q8_0", "IQ4_NL", "BF16"}
+    assert len([f for f in found if f.kernel.startswith("route, ")]) == 3
+    mixtures = {f.kernel for f in found if f.kernel.startswith("experts")}
+    assert {"experts", "experts beside shared ones of other types", "experts, 2 of 5"} <= mixtures
+    assert ("experts, rows side by side" in mixtures) == bool(_native.side_by_side_types(isa))
     in_memory = {t.name for t in SIDE_BY_SIDE.values() if t.id in _native.side_by_side_types(isa)}
     assert in_memory <= products <= in_memory | {by_id(number).name for number in _native.kernel_types()}
     assert {f.type for f in found if f.kernel == "attention, standard, fused, int8"} == {
@@ -50,9 +56,9 @@ def test_a_wrong_kernel_is_an_exit_code(kvfold: Kvfold, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         kvfold_check, "decode_tensor", lambda t: exact(t) * np.float32(1.001 if t.type.name == "Q4_K" else 1)
     )
-    for left_out in ("_ops", "_products"):
-        monkeypatch.setattr(kvfold_check, left_out, lambda isa, threads: iter(()))
-    monkeypatch.setattr(kvfold_check, "_experts", lambda name, isa, threads: next(kvfold_check._decoders()))
+    for left_out in ("_ops", "_products", "_routes"):
+        monkeypatch.setattr(kvfold_check, left_out, lambda *arguments: iter(()))
+    monkeypatch.setattr(kvfold_check, "_experts", lambda *arguments: next(kvfold_check._decoders()))
     done = kvfold("check", "--isa", "generic", "--json")
     assert done.code == 1
     wrong = [f for f in json.loads(done.out) if not f["is_right"]]
