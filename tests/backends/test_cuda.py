@@ -40,9 +40,10 @@ def interpreted(path: Path, mla: str, fa: str) -> None:
     close(cuda_harness(path, mla=mla, fa=fa).logits(text, [3, 1]), expected, 1e-5)
 
 
-def test_interpreted_ops_are_the_plain_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mla", ["0", "2", "3"])
+def test_interpreted_ops_are_the_plain_ones(mla: str, tmp_path: Path) -> None:
     tiny = tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0)
-    interpreted(write_gguf(tiny, tmp_path / "m.gguf"), "3", "1")
+    interpreted(write_gguf(tiny, tmp_path / "m.gguf"), mla, "1")
 
 
 @pytest.mark.parametrize("subset", [range(0, 8, 2), (7, 0, 3), ()], ids=str)
@@ -145,12 +146,13 @@ def test_cached_rows_are_those_of_the_list_neighbours_or_not(pages: list[int], c
             torch.testing.assert_close(got[:, 1:], at[start:stop, None] * torch.tensor([-1, 0.5]), rtol=0, atol=0)
 
 
-def test_padding_of_layers_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mla", ["3", "0"])
+def test_padding_of_layers_changes_nothing(mla: str, tmp_path: Path) -> None:
     """Five rows of a prompt and two that generate, in a layer of 16 rows whose padding is NaN, as a graph would run it."""
     from kvfold.backends.cuda_layers import CapturedLayers
 
     path = write_gguf(tiny_model("v2-lite", num_hidden_layers=2, first_k_dense_replace=0), tmp_path / "m.gguf")
-    harness, plain = cuda_harness(path, mla="3"), Harness(path, mla="3")
+    harness, plain = cuda_harness(path, mla=mla), Harness(path, mla=mla)
     layers = CapturedLayers(harness.loaded.backend)
     logits = []
     for each in (harness, plain):
@@ -163,8 +165,8 @@ def test_padding_of_layers_changes_nothing(tmp_path: Path) -> None:
             layers.buffers.queries.fill_(torch.inf)
         works = [Work(generating, [7, 9], is_prompt=False), Work(prompted, ids(5, seed=6), is_prompt=True)]
         logits.append(each.step(works))
-    written = ~harness.loaded.backend.pools[0].isnan().flatten(0, 2).any(1)
-    assert written.sum() == 2 * (3 + 7)  # padding has no slot
+    for pool in harness.loaded.backend.pools:
+        assert (~pool.isnan().flatten(0, 2).any(1)).sum() == 2 * (3 + 7)  # padding has no slot
     assert layers.buffers.queries[:7].isfinite().all()  # the first layer ran so
     for got, expected in zip(*logits, strict=True):
         close(got, expected, 1e-5)
@@ -306,12 +308,13 @@ def test_bfloat16_rounds_and_no_more(cache_type: str, mla: str, tmp_path: Path) 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_ragged_batch_is_its_sequences_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mla", ["0", "2", "3"])
+def test_a_ragged_batch_is_its_sequences_alone(mla: str, tmp_path: Path) -> None:
     """Five sequences of different lengths generate side by side in a captured step with padding, and one by one."""
     path = write_gguf(tiny_model("v3"), tmp_path / "m.gguf")
-    harness = cuda_harness(path, mla="3")
+    harness = cuda_harness(path, mla=mla)
     texts = [ids(n, seed=n) for n in (1, 63, 64, 65, 200)]
-    alone = [Harness(path, mla="3").logits([*text, 7, 9])[-2:] for text in texts]
+    alone = [Harness(path, mla=mla).logits([*text, 7, 9])[-2:] for text in texts]
     sequences = [harness.sequence() for _ in texts]
     harness.step([Work(s, t, is_prompt=True) for s, t in zip(sequences, texts, strict=True)])
     for place, token in enumerate((7, 9)):
@@ -322,27 +325,34 @@ def test_a_ragged_batch_is_its_sequences_alone(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_replayed_steps_are_launched_ones_bit_for_bit(tmp_path: Path) -> None:
-    path = write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf")
-    text = ids(90)
-    captured, launched = (
-        cuda_harness(path, dtype=torch.bfloat16, mla="3", captures=captures).logits(
-            text, [64, *[1] * 26], is_prompt=False
-        )
-        for captures in (True, False)
-    )
-    np.testing.assert_array_equal(captured, launched)
+@pytest.mark.parametrize(
+    ("mla", "cache_type"),
+    [("3", "bf16"), ("0", "bf16"), ("0", "q8_0"), ("0", "f32"), ("2", "bf16"), ("2", "q8_0"), ("2", "fp8")],
+)
+def test_replayed_steps_are_launched_ones_bit_for_bit(mla: str, cache_type: str, tmp_path: Path) -> None:
+    """One and two rows a sequence. Every step behind the prompt is replayed."""
+    path = write_gguf(blocks_model(), tmp_path / "m.gguf")
+    text = ids(96)
+    said = []
+    for captures in (True, False):
+        harness = cuda_harness(path, dtype=torch.bfloat16, mla=mla, cache_type=cache_type, captures=captures)
+        said.append(harness.logits(text, [64, *[1] * 12, *[2] * 10], is_prompt=False))
+        if captures:
+            assert {(path.value, rows) for path, _, rows, _ in harness.loaded.backend._graphs._captured} == {
+                (1 if mla == "3" else int(mla), rows) for rows in (1, 2)
+            }
+    np.testing.assert_array_equal(*said)
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("cache_type", ["bf16", "q8_0"])
-def test_replayed_layers_are_launched_ones_bit_for_bit(cache_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mla", "cache_type"), [("3", "bf16"), ("3", "q8_0"), ("0", "bf16"), ("0", "q8_0")])
+def test_replayed_layers_are_launched_ones_bit_for_bit(mla: str, cache_type: str, tmp_path: Path) -> None:
     """Prompts of whole buckets, three times: launched, captured, replayed; in steps beside generated rows, too."""
     path = write_gguf(blocks_model(), tmp_path / "m.gguf")
     said = []
     for captures in (True, False):
-        harness = cuda_harness(path, dtype=torch.bfloat16, mla="3", cache_type=cache_type, captures=captures)
+        harness = cuda_harness(path, dtype=torch.bfloat16, mla=mla, cache_type=cache_type, captures=captures)
         got = []
         for turn in range(4):
             got.append(harness.logits(ids(64 + 256, seed=turn), [64, 256]))
@@ -491,12 +501,13 @@ def test_what_a_gpu_cannot_serve_is_said_before_loading(device: str) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_tokens_chosen_in_the_graph_are_the_samplers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mla", ["3", "0"])
+def test_tokens_chosen_in_the_graph_are_the_samplers(mla: str, tmp_path: Path) -> None:
     """Requests of five lengths that end at different tokens: steps launched ahead say what steps taken one by one say."""
     path = write_gguf(tiny_model("v3"), tmp_path / "m.gguf")
     said = []
     for takes_likeliest in (False, True):
-        loaded = cuda_harness(path, mla="3").loaded
+        loaded = cuda_harness(path, mla=mla).loaded
         runner = Runner(
             loaded.backend,
             loaded.pool,

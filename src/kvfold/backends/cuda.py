@@ -1,7 +1,7 @@
 """Backend `cuda`: the model's ops as GPU kernels, generation captured as CUDA graphs.
 
-Owns the weights, the cache and the graphs in one GPU's memory. A step whose sequences all take the absorbed path with the
-same few rows is replayed as one graph of its (batch bucket, rows a sequence): arrays of the step are copied into fixed
+Owns the weights, the cache and the graphs in one GPU's memory. A step whose sequences all take one path, fused, with the
+same few rows is replayed as one graph of its (path, batch bucket, rows a sequence): arrays of the step are copied into fixed
 buffers first, the tiles of attention are dealt on the device, and no launch depends on a length. Every other step, prompts
 above all, replays its layers but for attention (cuda_layers.py); what has too many or too few rows for that is launched op by op.
 Logits go to the host, where the engine samples; the likeliest tokens of a replayed step of generated rows are chosen in the
@@ -27,9 +27,9 @@ from kvfold.backends.cuda_step import (
     SHORT_TOKENS,
     DecodeLaunch,
     DeviceStep,
+    decode_workspace,
     most_tokens,
     on_device,
-    path_rows,
 )
 from kvfold.backends.cuda_weights import DeviceWeights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
@@ -102,7 +102,7 @@ class CudaBackend:
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # number_product.route's
         mla = model.config.mla
         self.exchange = row_attention.Exchange(mla.num_heads, mla.kv_lora_rank, mla.v_head_dim, device)
-        captures = captures and device.type == "cuda" and not model.standard
+        captures = captures and device.type == "cuda"
         self._graphs = _Graphs(self) if captures else None
         self._layers = CapturedLayers(self) if captures else None
 
@@ -181,9 +181,8 @@ class CudaRun:
                     self._outputs, self.position = outputs, stop
                     return stop
             if self._ops is None:
-                mla = model.config.mla
                 bucket = bucket_of(self._step.num_rows) if self._layers else None
-                step = on_device(self._step, mla.num_heads, mla.kv_lora_rank, self._backend.device, bucket)
+                step = on_device(self._step, model.config.mla, self._backend.device, bucket)
                 self._ops = CudaOps(self._backend, step)
             while self.position < stop:
                 self._check_cancelled()
@@ -244,8 +243,8 @@ class _Captured:
     workspace: DecodeWorkspace
 
 
-_Key = tuple[int, int, int | None]
-"""(bucket, rows a sequence, DeviceStep.most_tokens where kernels are chosen by it)"""
+_Key = tuple[Path, int, int, int | None]
+"""(path, bucket, rows a sequence, DeviceStep.most_tokens where kernels are chosen by it)"""
 
 
 class _Graphs:
@@ -284,7 +283,7 @@ class _Graphs:
         key = self._key(step)
         if key is None:
             return None
-        bucket, rows, _ = key
+        _, bucket, rows, _ = key
         self._fill(step, bucket, rows)
         if key not in self._captured:
             self._captured[key] = self._capture(*key)
@@ -312,15 +311,18 @@ class _Graphs:
         return self._key(step) is not None and len(step.output_rows) == step.num_rows
 
     def _key(self, step: Step) -> _Key | None:
-        """Of a step of generated rows alone."""
-        segment = step.segment(Path.ABSORBED.value)
-        if segment is None or not segment[0] or path_rows(step, Path.ABSORBED) != slice(0, step.num_rows):
+        """Of a step whose rows take one path, fused, a few a sequence. Without fusing, scores of all keys are stored: of as many as
+        a replay may meet they would take a workspace for the longest context there could be."""
+        if len(step.segments) != 1 or not step.segments[0, 1]:
             return None
+        path = Path(int(step.segments[0, 0]))
         counts = set(np.diff(step.row_starts).tolist())
         batch = len(step.kv_lens)
         if len(counts) != 1 or max(counts) > MOST_ROWS or batch > BUCKETS[-1] or len(step.pages) > self._most_pages:
             return None
         bucket, rows = next(b for b in BUCKETS if b >= batch), counts.pop()
+        if path is not Path.ABSORBED:
+            return path, bucket, rows, None
         backend, mla = self._backend, self._backend.model.config.mla
         per_row, most = (bucket * rows, mla.num_heads), most_tokens(step.kv_lens)
         if most == row_attention.MOST_KEYS and not row_attention.serves(
@@ -329,7 +331,7 @@ class _Graphs:
             most = SHORT_TOKENS
         if most == SHORT_TOKENS and not merged_unfold.serves(*per_row):
             most = None
-        return bucket, rows, most
+        return path, bucket, rows, most
 
     def _fill(self, step: Step, bucket: int, rows: int) -> None:
         """The step's arrays into the fixed buffers, padding behind them: no keys, no slot, token 0."""
@@ -356,16 +358,16 @@ class _Graphs:
         self._device[:end].copy_(self._host[:end], non_blocking=True)
         self._copied.record(torch.cuda.current_stream(self._backend.device))
 
-    def _capture(self, bucket: int, rows: int, most: int | None) -> _Captured:
+    def _capture(self, path: Path, bucket: int, rows: int, most: int | None) -> _Captured:
         backend = self._backend
         num_rows = bucket * rows
 
         def buffer(name: str, size: int) -> Tensor:
             return self._device[self._places[name]][:size]
 
-        mla = backend.model.config.mla
+        is_absorbed = path is Path.ABSORBED
         kv_lens = buffer("kv_lens", bucket)
-        workspace = DecodeWorkspace(bucket, rows, mla.num_heads, mla.kv_lora_rank, backend.device)
+        workspace = decode_workspace(path, bucket, rows, backend.model.config.mla, backend.device)
         launch = DecodeLaunch(0, num_rows, buffer("page_starts", bucket + 1), kv_lens, workspace)
         step = DeviceStep(
             None,
@@ -374,8 +376,9 @@ class _Graphs:
             buffer("positions", num_rows),
             buffer("slots", 2 * num_rows).view(torch.int64),
             buffer("pages", self._most_pages),
-            slice(0, num_rows),
-            (launch,),
+            slice(0, num_rows if is_absorbed else 0),
+            (launch,) if is_absorbed else (),
+            () if is_absorbed else (launch,),
             None,
             most,
         )

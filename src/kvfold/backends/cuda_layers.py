@@ -110,6 +110,9 @@ class _RowOps(CudaOps):
         return o_latent
 
     def attend_expanded(self, name: str, layer: int, q: Value, kv_up: KvUp, mla: MlaConfig, into: Value) -> Value:
+        return self.attend_full(name, layer, q, mla)
+
+    def attend_full(self, name: str, layer: int, q: Value, mla: MlaConfig) -> Value:
         num_rows = self.step.num_rows
         self._buffers.queries[:num_rows].copy_(q.tensor)
         self._attend_rows()
@@ -185,10 +188,13 @@ class CapturedLayers:
     def _attend(self, ops: CudaOps, layer: int, queries: Tensor, attended: Tensor) -> None:
         model, name = self._backend.model, f"blk.{layer}"
         mla, kv_up, q = model.config.mla, model.kv_up(layer), made(queries)
-        out = ops.fold_q(f"{name}.fold_q", q, kv_up, mla)
-        out = ops.attend_latent(f"{name}.attend_latent", layer, out, mla)
-        out = ops.unfold_v(f"{name}.unfold_v", out, kv_up, mla)
-        out = ops.attend_expanded(f"{name}.attend_expanded", layer, q, kv_up, mla, into=out)
+        if model.standard:
+            out = ops.attend_full(f"{name}.attend_full", layer, q, mla)
+        else:
+            out = ops.fold_q(f"{name}.fold_q", q, kv_up, mla)
+            out = ops.attend_latent(f"{name}.attend_latent", layer, out, mla)
+            out = ops.unfold_v(f"{name}.unfold_v", out, kv_up, mla)
+            out = ops.attend_expanded(f"{name}.attend_expanded", layer, q, kv_up, mla, into=out)
         attended.copy_(out.tensor)
 
     def _launch(self, bucket: int, layer: int, attend: Callable[[], None]) -> None:
@@ -203,6 +209,7 @@ class CapturedLayers:
             buffers.slots[:bucket],
             none,
             slice(0, 0),
+            (),
             (),
             None,
             None,

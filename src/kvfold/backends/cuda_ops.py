@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.backends.cuda_step import DeviceStep
+from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep
 from kvfold.backends.cuda_weights import Rows
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, Pairing, RopeConfig, Scoring
@@ -33,6 +33,7 @@ from kvfold.kernels import (
     tile_product,
 )
 from kvfold.kernels.cached_blocks import append_blocks, gather_blocks
+from kvfold.kernels.head_decode import attend_cached, attend_expanding
 from kvfold.kernels.matrix import SCALE_ROWS, Matrix
 from kvfold.kernels.mla_decode import mla_decode
 from kvfold.kernels.mla_prefill import mla_prefill
@@ -513,14 +514,14 @@ class CudaOps:
     def append_full(self, name: str, layer: int, c_kv: Value, k_rope: Value, kv_up: KvUp, mla: MlaConfig) -> None:
         latents = self._latents(c_kv, self._dtype, mla)
         k_nope, v = self._expand(latents, kv_up, mla)
-        k_rope_rows = latents[:, None, mla.kv_lora_rank :].expand(-1, mla.num_heads, -1)
-        k = torch.cat([k_nope, k_rope_rows], dim=-1)
-        for array, new in zip(self._backend.pools, (k, v), strict=True):
-            pool = array[layer].flatten(0, 1)
-            if self._backend.blocks is None:
-                pool[self.step.slots] = new.flatten(1).to(array.dtype)
-            else:
-                append_blocks(new.flatten(1), self.step.slots, pool, self._backend.blocks)
+        rotated = latents[:, mla.kv_lora_rank :]
+        key_pool, value_pool = (array[layer].flatten(0, 1) for array in self._backend.pools)
+        if self._backend.blocks is None:
+            rows.append_heads(k_nope, rotated, v, self.step.slots, key_pool, value_pool)
+            return
+        k = torch.cat([k_nope, rotated[:, None].expand(-1, mla.num_heads, -1)], dim=-1)
+        for pool, new in ((key_pool, k), (value_pool, v)):
+            append_blocks(new.flatten(1), self.step.slots, pool, self._backend.blocks)
 
     # Attention
 
@@ -666,7 +667,21 @@ class CudaOps:
                 k_nope, v = self._expand(latents, kv_up, mla)
                 yield start, k_nope, latents[:, None, mla.kv_lora_rank :], v
 
-        self._attend(Path.DECOMPRESSED, q, tiles, mla, into)
+        def decode(queries: Tensor, target: Tensor, launch: DecodeLaunch) -> None:
+            attend_expanding(
+                queries,
+                self._backend.pools[0][layer],
+                *self._backend.weights.up[kv_up],
+                self.step.pages,
+                launch.page_starts,
+                launch.kv_lens,
+                target,
+                launch.workspace,
+                scale=mla.softmax_scale,
+                blocks=self._backend.blocks,
+            )
+
+        self._attend(Path.DECOMPRESSED, q, tiles, decode, mla, into)
         return into
 
     def attend_full(self, name: str, layer: int, q: Value, mla: MlaConfig) -> Value:
@@ -675,9 +690,24 @@ class CudaOps:
             v = self._cached(1, layer, sequence, 0, stop).unflatten(1, (mla.num_heads, mla.v_head_dim))
             yield 0, k[..., : mla.qk_nope_head_dim], k[..., mla.qk_nope_head_dim :], v
 
+        def decode(queries: Tensor, target: Tensor, launch: DecodeLaunch) -> None:
+            key_pool, value_pool = (pool[layer] for pool in self._backend.pools)
+            attend_cached(
+                queries,
+                key_pool,
+                value_pool,
+                self.step.pages,
+                launch.page_starts,
+                launch.kv_lens,
+                target,
+                launch.workspace,
+                scale=mla.softmax_scale,
+                blocks=self._backend.blocks,
+            )
+
         width = mla.num_heads * mla.v_head_dim
         into = made(torch.empty(self.step.num_rows, width, dtype=self._dtype, device=self._backend.device))
-        self._attend(Path.STANDARD, q, tiles, mla, into)
+        self._attend(Path.STANDARD, q, tiles, decode, mla, into)
         return into
 
     def _attend(
@@ -685,14 +715,24 @@ class CudaOps:
         path: Path,
         q: Value,
         tiles: Callable[[int, int], Iterator[tuple[int, Tensor, Tensor, Tensor]]],
+        decode: Callable[[Tensor, Tensor, DecodeLaunch], None],
         mla: MlaConfig,
         into: Value,
     ) -> None:
-        """Rows of this path over their sequences' keys: (first key, k_nope, k_rope, v) of a tile at a time."""
-        for sequence, part, fused in self._sequences(path):
-            num_keys = self._kv_len(sequence)
+        """Rows of this path over their sequences' keys: few of a sequence by `decode`, more over (first key, k_nope, k_rope, v) of
+        a tile at a time."""
+
+        def rows_of(part: slice) -> tuple[Tensor, Tensor]:
             queries = q.tensor[part].unflatten(1, (mla.num_heads, mla.qk_head_dim))
-            target = into.tensor[part].unflatten(1, (mla.num_heads, mla.v_head_dim))
+            return queries, into.tensor[part].unflatten(1, (mla.num_heads, mla.v_head_dim))
+
+        for launch in self.step.head_launches:
+            decode(*rows_of(slice(launch.start, launch.stop)), launch)
+        for sequence, part, fused in self._sequences(path):
+            if fused and part.stop - part.start <= MOST_ROWS:
+                continue  # decoded
+            num_keys = self._kv_len(sequence)
+            queries, target = rows_of(part)
             if not fused:
                 keys, values = [], []
                 for _, k_nope, k_rope, v in tiles(sequence, num_keys):

@@ -1,15 +1,18 @@
-"""A step in the memory of a GPU: what its kernels read, and how its absorbed rows are dealt to mla_decode's launches."""
+"""A step in the memory of a GPU: what its kernels read, and how its rows are dealt to launches of decode."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvfold.config import MlaConfig
 from kvfold.kernels import row_attention
+from kvfold.kernels.head_decode import head_workspace
 from kvfold.kernels.mla_decode import DecodeWorkspace, schedule_decode
 from kvfold.mla.plan import Path
 from kvfold.model.step import Step
@@ -25,7 +28,7 @@ MOST_TOKENS = (row_attention.MOST_KEYS, SHORT_TOKENS)
 
 @dataclass(frozen=True, eq=False)
 class DecodeLaunch:
-    """One launch of mla_decode: rows [start, stop) of the step, as sequences of equally many rows."""
+    """One launch of decode: rows [start, stop) of the step, as sequences of equally many rows."""
 
     start: int
     stop: int
@@ -44,7 +47,9 @@ class DeviceStep:
     host:         the step they came from; None for a captured graph's, whose values change from replay to replay
     positions, slots: at least num_rows of them; what is behind those is padding
     absorbed:     rows of the absorbed segment
-    launches:     its rows dealt to launches; empty where it is not fused
+    launches:     its rows dealt to launches of mla_decode; empty where it is not fused
+    head_launches: rows of the standard or the decompressed segment, of sequences that have at most MOST_ROWS, dealt to those
+                  of head_decode; empty where it is not fused. A model has one of the two segments
     output_rows:  int64, or None for all rows
     most_tokens:  of MOST_TOKENS, the first that no context is longer than; None where one is longer than all
     """
@@ -57,6 +62,7 @@ class DeviceStep:
     pages: Tensor
     absorbed: slice
     launches: tuple[DecodeLaunch, ...]
+    head_launches: tuple[DecodeLaunch, ...]
     output_rows: Tensor | None
     most_tokens: int | None
 
@@ -73,10 +79,8 @@ def path_rows(step: Step, path: Path) -> slice:
     return slice(int(step.row_starts[segment[1].start]), int(step.row_starts[segment[1].stop]))
 
 
-def on_device(
-    step: Step, num_heads: int, kv_lora: int, device: torch.device, padded_rows: int | None = None
-) -> DeviceStep:
-    """The step's arrays copied, its absorbed rows dealt to launches and their schedules made. padded_rows: of positions and
+def on_device(step: Step, mla: MlaConfig, device: torch.device, padded_rows: int | None = None) -> DeviceStep:
+    """The step's arrays copied, rows that decode dealt to launches and their schedules made. padded_rows: of positions and
     slots, position 0 and no slot behind the step's own."""
 
     def put(array: NDArray[np.integer]) -> Tensor:
@@ -84,14 +88,20 @@ def on_device(
 
     padding = (0, (padded_rows or step.num_rows) - step.num_rows)
 
-    launches: list[DecodeLaunch] = []
-    segment = step.segment(Path.ABSORBED.value)
-    if segment is not None and segment[0]:
-        for start, rows, kv_lens, page_starts in _deal(step, segment[1]):
-            workspace = DecodeWorkspace(len(kv_lens), rows, num_heads, kv_lora, device)
+    def launched(dealt: list[_Dealt], path: Path) -> tuple[DecodeLaunch, ...]:
+        launches = []
+        for start, rows, kv_lens, page_starts in dealt:
+            workspace = decode_workspace(path, len(kv_lens), rows, mla, device)
             stop = start + rows * len(kv_lens)
             launches.append(DecodeLaunch(start, stop, put(page_starts), put(kv_lens), workspace))
             launches[-1].schedule()
+        return tuple(launches)
+
+    launches: dict[Path, tuple[DecodeLaunch, ...]] = {}
+    for path, deal in ((Path.ABSORBED, _deal), (Path.STANDARD, _deal_few), (Path.DECOMPRESSED, _deal_few)):
+        segment = step.segment(path.value)
+        if segment is not None and segment[0]:
+            launches[path] = launched(deal(step, segment[1]), path)
     is_all = len(step.output_rows) == step.num_rows
     return DeviceStep(
         step,
@@ -101,15 +111,29 @@ def on_device(
         put(np.pad(step.slots, padding, constant_values=-1)),
         put(step.pages),
         path_rows(step, Path.ABSORBED),
-        tuple(launches),
+        launches.get(Path.ABSORBED, ()),
+        launches.get(Path.STANDARD, ()) + launches.get(Path.DECOMPRESSED, ()),
         None if is_all else put(step.output_rows.astype(np.int64)),
         most_tokens(step.kv_lens),
     )
 
 
-def _deal(step: Step, sequences: range) -> list[tuple[int, int, NDArray[np.int32], NDArray[np.int32]]]:
-    """(first row, rows of a sequence, kv_lens, page_starts) of each launch. Sequences of one length of at most MOST_ROWS
-    go together; else each is cut in pieces of MOST_ROWS rows, and what is left."""
+def decode_workspace(
+    path: Path, batch: int, rows_per_sequence: int, mla: MlaConfig, device: torch.device
+) -> DecodeWorkspace:
+    """Of the launch that decodes so many sequences on this path."""
+    if path is Path.ABSORBED:
+        return DecodeWorkspace(batch, rows_per_sequence, mla.num_heads, mla.kv_lora_rank, device)
+    return head_workspace(batch, rows_per_sequence, mla.num_heads, mla.v_head_dim, device)
+
+
+_Dealt = tuple[int, int, NDArray[np.int32], NDArray[np.int32]]
+"""(first row, rows of a sequence, kv_lens, page_starts) of a launch."""
+
+
+def _deal(step: Step, sequences: range) -> list[_Dealt]:
+    """All rows. Sequences of one length of at most MOST_ROWS go together; else each is cut in pieces of MOST_ROWS rows, and
+    what is left."""
     counts = {step.rows(s).stop - step.rows(s).start for s in sequences}
     if len(counts) == 1 and max(counts) <= MOST_ROWS:
         first = sequences.start
@@ -127,3 +151,15 @@ def _deal(step: Step, sequences: range) -> list[tuple[int, int, NDArray[np.int32
                 pages = np.full(count + 1, step.page_starts[s], np.int32)
                 launches.append((rows.start + start, size, kv_lens, pages))
     return launches
+
+
+def _deal_few(step: Step, sequences: range) -> list[_Dealt]:
+    """Rows of sequences that have at most MOST_ROWS: neighbours of equally many rows go together."""
+    dealt = []
+    for rows, group in groupby(sequences, lambda s: step.rows(s).stop - step.rows(s).start):
+        first, *others = group
+        stop = first + 1 + len(others)
+        if rows <= MOST_ROWS:
+            starts = step.page_starts[first : stop + 1].astype(np.int32)
+            dealt.append((step.rows(first).start, rows, step.kv_lens[first:stop], starts))
+    return dealt

@@ -130,7 +130,7 @@ def mla_decode(
     else:
         _launch_triton(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, hopper, blocks)
     if merges:
-        _combine(out, workspace, hopper)
+        combine(out, workspace, hopper)
 
 
 def _gluon_serves(q: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, kv_lora: int) -> bool:
@@ -145,6 +145,14 @@ def _gluon_serves(q: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, kv_lor
     )
 
 
+def shared_memory_bytes(x: torch.Tensor) -> int:
+    """What a program may have on x's device; without a GPU whatever it asks for."""
+    if not x.is_cuda:
+        return 1 << 20
+    properties = triton.runtime.driver.active.utils.get_device_properties(x.device.index)
+    return int(properties["max_shared_mem"])
+
+
 def _launch_triton(
     q: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, page_starts: torch.Tensor, kv_lens: torch.Tensor,
     out: torch.Tensor, workspace: DecodeWorkspace, scale_log2: float, pdl: bool,
@@ -156,9 +164,7 @@ def _launch_triton(
     block_rope = max(triton.next_power_of_2(latent - kv_lora), 16)
     # Queries and one tile of keys wait in shared memory: 110 KB for 64 rows and 32 keys of 576 16-bit numbers, 55 KB for
     # 16 and 32. A card of sm_90 has 227 KB, sm_80 163 KB, sm_86 and sm_89 99 KB.
-    shared_bytes = 1 << 20
-    if q.is_cuda:
-        shared_bytes = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"]
+    shared_bytes = shared_memory_bytes(q)
     block_rows, block_keys = max(workspace.row_block, 16), TILE_TOKENS
     while (
         block_keys > 16
@@ -185,7 +191,7 @@ def _launch_triton(
     )  # fmt: skip
 
 
-def _combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool) -> None:
+def combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool) -> None:
     """Merges the partials of the sequences that were cut: some 4096 numbers are under way in each program at once.
 
     Nothing here waits long but for memory, so a program loads several partials of few rows together: as many as an even

@@ -103,6 +103,31 @@ def _rope_append(
 
 
 @triton.jit
+def _append_heads(
+    k_nope, k_rope, k_rope_stride, v, slots, key_pool, value_pool, num_heads, nope, rope, v_dim,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Program (row, head)."""
+    if EARLY:
+        wait_for_inputs()
+    t = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    slot = tl.load(slots + t).to(tl.int64)
+    if slot >= 0:  # padding has none
+        at = t * num_heads + head
+        to = slot * num_heads + head
+        i = tl.arange(0, NOPE)
+        x = tl.load(k_nope + at * nope + i, mask=i < nope, other=0.0).to(tl.float32)
+        tl.store(key_pool + to * (nope + rope) + i, x, mask=i < nope)
+        i = tl.arange(0, ROPE)
+        x = tl.load(k_rope + t * k_rope_stride + i, mask=i < rope, other=0.0).to(tl.float32)
+        tl.store(key_pool + to * (nope + rope) + nope + i, x, mask=i < rope)
+        i = tl.arange(0, V)
+        x = tl.load(v + at * v_dim + i, mask=i < v_dim, other=0.0).to(tl.float32)
+        tl.store(value_pool + to * v_dim + i, x, mask=i < v_dim)
+
+
+@triton.jit
 def _fold_append(
     q, q_stride, num_heads, head_dim, w, out, kv_a, kv_stride, weight, eps, kv_lora, positions, slots, cos, sin, pool,
     latent,
@@ -320,6 +345,24 @@ def rope_append(
         ROPE=rope, FIRST=1 if is_half_split else 2, SECOND=rope // 2 if is_half_split else 1,
         HEADS=triton.next_power_of_2(num_heads), PAIRS=triton.next_power_of_2(rope // 2),
         LORA=triton.next_power_of_2(latent - rope), EARLY=early, launch_pdl=early,
+    )  # fmt: skip
+
+
+def append_heads(
+    k_nope: Tensor, k_rope: Tensor, v: Tensor, slots: Tensor, key_pool: Tensor, value_pool: Tensor
+) -> None:
+    """Writes [k_nope | k_rope] of every head, and v, to the rows' slots, rounded to the pools' type.
+
+    k_nope [T, H, nope] and v [T, H, v] contiguous, k_rope [T, rope] shared by the heads, slots int64 [T] (-1: none), pools
+    [slots, H * (nope + rope)] and [slots, H * v] of one layer.
+    """
+    num_rows, num_heads, nope = k_nope.shape
+    rope, v_dim = k_rope.shape[1], v.shape[2]
+    early = overlaps(v)
+    _append_heads[(num_rows, num_heads)](
+        k_nope, k_rope, k_rope.stride(0), v, slots, key_pool, value_pool, num_heads, nope, rope, v_dim,
+        NOPE=triton.next_power_of_2(nope), ROPE=triton.next_power_of_2(rope), V=triton.next_power_of_2(v_dim),
+        num_warps=1, EARLY=early, launch_pdl=early,
     )  # fmt: skip
 
 
