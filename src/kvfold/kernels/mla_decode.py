@@ -164,12 +164,11 @@ def _launch_triton(
     block_rope = max(triton.next_power_of_2(latent - kv_lora), 16)
     # Queries and one tile of keys wait in shared memory: 110 KB for 64 rows and 32 keys of 576 16-bit numbers, 55 KB for
     # 16 and 32. A card of sm_90 has 227 KB, sm_80 163 KB, sm_86 and sm_89 99 KB.
+    # Latents of another type pass through it as they are cached, too.
+    number_bytes = out.element_size() + (pool.element_size() if pool.element_size() > out.element_size() else 0)
     shared_bytes = shared_memory_bytes(q)
     block_rows, block_keys = max(workspace.row_block, 16), TILE_TOKENS
-    while (
-        block_keys > 16
-        and (block_rows + block_keys) * (block_lora + block_rope) * out.element_size() > shared_bytes
-    ):
+    while block_keys > 16 and (block_rows + block_keys) * (block_lora + block_rope) * number_bytes > shared_bytes:
         block_rows, block_keys = max(block_rows // 2, 16), block_keys // 2
     _decode_kernel[(triton.cdiv(rows, block_rows), workspace.num_parts)](
         q, pool, pages, page_starts, kv_lens, workspace.part_starts, out, workspace.partial, workspace.partial_lse,
