@@ -12,10 +12,13 @@ import pytest
 from kvfold import _native
 from kvfold.bench.measure import (
     MOST_DISCARDED,
+    READ_EVERY,
     Case,
+    Ceilings,
     DiskReads,
     Rig,
     Run,
+    ceilings_now,
     context_for,
     disk_reads,
     undisturbed,
@@ -27,6 +30,7 @@ from kvfold.formats.checkpoint import Checkpoint
 from kvfold.formats.synthetic import SHAPES, synthetic_checkpoint
 from kvfold.load import Loaded, Settings, load
 from kvfold.mla.plan import Path, multiply_adds
+from kvfold.model.step import Step, StepRun
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +157,36 @@ def test_the_systems_counters_only_grow() -> None:
 # --- ceilings ---------------------------------------------------------------------------------------------------------
 
 
-def test_ceilings_read_the_weights_of_a_token_as_often_as_asked(checkpoint: Checkpoint) -> None:
+def test_the_weights_are_read_between_tokens_as_often_as_these(checkpoint: Checkpoint) -> None:
+    case = Case(0, 2 * READ_EVERY + 1, 0)
+    found = rig(checkpoint, [case])
+    backend, calls = found.loaded.backend, list[str]()
+
+    class Steps:
+        def start(self, step: Step) -> StepRun:
+            calls.append("token")
+            return backend.start(step)
+
+    class Meter:
+        weights, peak_isa, read_every, read_bytes = found.meter.weights, found.meter.peak_isa, READ_EVERY, 1000
+
+        def peaks(self) -> dict[str, float]:
+            calls.append("peaks")
+            return {"int8": 2e9 * calls.count("peaks")}
+
+        def read(self) -> int:
+            calls.append("read")
+            return calls.count("read")
+
+    found.loaded, found.meter = replace(found.loaded, backend=Steps()), Meter()  # type: ignore[arg-type]
+    sample, _ = found.sample(case)
+    turn = ["token"] * READ_EVERY + ["read"] * READ_EVERY
+    assert calls == ["peaks", *turn, *turn, "token", "read", "peaks"]
+    assert sample.ceilings == Ceilings({"int8": 3e9}, tuple(range(1, case.n_gen + 1)), 1000)
+    assert sample.ceilings.read_rate == pytest.approx(1e9 * 1000 * 9 / 45)  # of all reads together
+
+
+def test_ceilings_read_the_weights_of_a_token_and_know_every_peak(checkpoint: Checkpoint) -> None:
     case = Case(0, 3, 0)
     found = rig(checkpoint, [case])
     sample, discarded = found.sample(case)
@@ -167,7 +200,8 @@ def test_ceilings_read_the_weights_of_a_token_as_often_as_asked(checkpoint: Chec
     has_tiles = "amx" in _native.isa_names()
     assert (ceilings.multiply_adds["int8_tiles"] > ceilings.multiply_adds["int8"]) == has_tiles
     assert (ceilings.multiply_adds["bf16"] > 0) == bool(found.meter.peak_isa["bf16"])
-    assert len(found.meter.ceilings(1).read_ns) == 1
+    assert len(ceilings_now(found.meter, 2).read_ns) == 2
+    assert len(found.sample(Case(2, 0, 0))[0].ceilings.read_ns) == 1
 
 
 def words(array: np.ndarray) -> int:
@@ -224,8 +258,11 @@ class Device:
         self._loaded.cache.arrays[array][layer][pages] = stored
         self.written.add((array, layer))
 
-    def ceilings(self) -> tuple[float, dict[str, float]]:
-        return 4.5e12, {"bf16": 350e12, "f32": 25e12}
+    def read_rate(self) -> float:
+        return 4.5e12
+
+    def multiply_adds(self) -> dict[str, float]:
+        return {"bf16": 350e12, "f32": 25e12}
 
 
 def test_a_device_is_given_its_cached_rows_and_measured_by_its_own_ceilings(checkpoint: Checkpoint) -> None:

@@ -125,8 +125,11 @@ class OnDevice(Protocol):
     def write_pages(self, array: int, layer: int, pages: list[int], stored: NDArray[np.generic]) -> None:
         """Cached rows [pages, PAGE_TOKENS, columns] as cache/latent.py stores them."""
 
-    def ceilings(self) -> tuple[float, dict[str, float]]:
-        """Bytes read a second, and multiply-adds a second by kind of operand ("bf16", "f32"), measured now."""
+    def read_rate(self) -> float:
+        """Bytes read a second, measured now."""
+
+    def multiply_adds(self) -> dict[str, float]:
+        """A second, by kind of operand ("bf16", "f32"), measured now."""
 
 
 @dataclass(frozen=True)

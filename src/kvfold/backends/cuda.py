@@ -120,11 +120,14 @@ class CudaBackend:
         pool = self.pools[array][layer]
         pool[pages] = torch.from_numpy(stored).to(self.device).view(pool.dtype)
 
-    def ceilings(self) -> tuple[float, dict[str, float]]:
-        """Bytes read a second, and multiply-adds a second by kind of operand, measured now."""
+    def read_rate(self) -> float:
+        """Bytes a second, measured now."""
+        return ceilings.read_rate(self.device)
+
+    def multiply_adds(self) -> dict[str, float]:
+        """A second, by kind of operand, measured now."""
         kinds = {"bf16": torch.bfloat16, "f32": torch.float32}
-        rates = {kind: ceilings.multiply_adds(self.device, dtype) for kind, dtype in kinds.items()}
-        return ceilings.read_rate(self.device), rates
+        return {kind: ceilings.multiply_adds(self.device, dtype) for kind, dtype in kinds.items()}
 
     def chooses(self, step: Step) -> bool:
         return self._graphs is not None and self._graphs.chooses(step)

@@ -1,7 +1,7 @@
 """One model, run and timed: a case is a prompt or a number of generated tokens, over a cache filled to some depth.
 
-Owns the clock, the ceilings measured beside every sample, and the verdict that a sample does not count because the
-disk was read meanwhile. Knows no formats of output and no other programs.
+Owns the clock, the ceilings measured beside every sample and between its tokens, and the verdict that a sample does not
+count because the disk was read meanwhile. Knows no formats of output and no other programs.
 
 Tests are llama-bench's: random tokens, no sampler, logits of the last row of a prompt and of every generated token. A
 depth is not computed: its cached rows are random numbers of the size that norms give latents, written before the
@@ -13,7 +13,8 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +36,10 @@ from kvfold.mla.plan import MlaPlan, multiply_adds
 MOST_DISCARDED = 3
 # A peak of 20 ms is exact to 1 % on an idle machine, and three of them cost less than a generated token of V3.
 PEAK_SECONDS = 0.02
+# Tokens between which the weights are read as often, for the ceiling. What a virtual machine's host lets two threads read
+# changes within half a second: reads 0.2 s apart correlate by 0.7, 0.7 s apart by 0.27, 1.5 s apart by 0.06 (Zen 3, 971 reads of
+# 1.5 GB, 25 to 45 GB/s). After every single token they would clear the caches that the next one begins with.
+READ_EVERY = 4
 # Prompts are compared with int8, dots of bytes in vectors, on every set; whole tiles are faster where scales do not change
 # every 32 columns.
 PEAKS = ("int8", "int8_tiles", "bf16", "f32")
@@ -100,10 +105,10 @@ class Discarded:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine, or the GPU, did at most just after a sample, with as many threads.
+    """What the machine, or the GPU, did at most beside a sample, with as many threads.
 
-    multiply_adds: a second, by kind of operand; 0 where the machine has no instruction for it
-    read_ns:       of each read of the weights of one token; the experts are drawn anew each time
+    multiply_adds: a second, by kind of operand, the mean of before and after; 0 where the machine has no instruction for it
+    read_ns:       of each read of the weights of one token, between its tokens; the experts are drawn anew each time
     read_bytes:    of one such read
     """
 
@@ -113,8 +118,8 @@ class Ceilings:
 
     @property
     def read_rate(self) -> float:
-        """Bytes a second."""
-        return 1e9 * self.read_bytes / statistics.median(self.read_ns)
+        """Bytes a second of all reads together, as tokens a second are of all tokens."""
+        return 1e9 * self.read_bytes / statistics.mean(self.read_ns)
 
 
 @dataclass(frozen=True)
@@ -155,16 +160,29 @@ def undisturbed(
 class Meter(Protocol):
     """The ceilings of the machine for one loaded model.
 
-    weights:  that a generated token reads
-    peak_isa: by kind of operand, what multiplies them at the peak
+    weights:    that a generated token reads
+    peak_isa:   by kind of operand, what multiplies them at the peak
+    read_every: the tokens after which they are read as often; 0: a read after the sample is enough
+    read_bytes: of one read
     """
 
     weights: TokenWeights
     peak_isa: dict[str, str]
+    read_every: int
+    read_bytes: int
 
-    def ceilings(self, num_reads: int) -> Ceilings:
-        """Every peak once, and `num_reads` reads of the weights of a token."""
+    def peaks(self) -> dict[str, float]:
+        """Multiply-adds a second, by kind of operand."""
         ...
+
+    def read(self) -> int:
+        """ns of a read of the weights of a token."""
+        ...
+
+
+def ceilings_now(meter: Meter, num_reads: int) -> Ceilings:
+    """With no sample beside them."""
+    return Ceilings(meter.peaks(), tuple(meter.read() for _ in range(num_reads)), meter.read_bytes)
 
 
 def meter_of(loaded: Loaded, *, seed: int = 0) -> Meter:
@@ -174,41 +192,53 @@ def meter_of(loaded: Loaded, *, seed: int = 0) -> Meter:
 
 
 class DeviceMeter:
-    """Of a GPU: what a kernel that only reads reaches on a buffer past its caches, and the library's matrix products."""
+    """Of a GPU: what a kernel that only reads reaches on a buffer past its caches, and the library's matrix products. Both
+    raise SettingError where too little memory is free."""
+
+    read_every = 0  # one read after a sample: nobody else uses the card
 
     def __init__(self, loaded: Loaded, device: OnDevice) -> None:
         self.weights = TokenWeights(loaded.model.config, loaded.checkpoint.tensors)
+        self.read_bytes = self.weights.nbytes
         self.peak_isa = dict.fromkeys(PEAKS, "cuBLAS")
         self._device = device
 
-    def ceilings(self, num_reads: int) -> Ceilings:
-        """One read, in the time that the weights of a token would take. SettingError: too little memory is free."""
-        try:
-            rate, peaks = self._device.ceilings()
-        except MemoryError as error:
-            raise SettingError(str(error)) from error
-        read_ns = round(1e9 * self.weights.nbytes / rate)
-        return Ceilings(dict.fromkeys(PEAKS, 0.0) | peaks, (read_ns,), self.weights.nbytes)
+    def peaks(self) -> dict[str, float]:
+        with _setting_errors():
+            return dict.fromkeys(PEAKS, 0.0) | self._device.multiply_adds()
+
+    def read(self) -> int:
+        """In the time that the weights of a token would take."""
+        with _setting_errors():
+            return round(1e9 * self.read_bytes / self._device.read_rate())
+
+
+@contextmanager
+def _setting_errors() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise SettingError(str(error)) from error
 
 
 class CpuMeter:
     """Of a processor: reads of the model's own weights where they lie, on as many threads."""
 
+    read_every = READ_EVERY
+
     def __init__(self, loaded: Loaded, *, seed: int = 0) -> None:
         self.weights = TokenWeights(loaded.model.config, loaded.checkpoint.tensors)
         self._rng = np.random.default_rng(seed)
         self._meter = _native.Meter(self.weights.arrays, loaded.settings.threads)
+        # all but the row of the embedding
+        self.read_bytes = sum(self.weights.arrays[i].nbytes for i in self.weights.draw(self._rng))
         self.peak_isa = {kind: self._meter.multiply_adds(kind, 0.0)[0] for kind in PEAKS}
 
-    def ceilings(self, num_reads: int) -> Ceilings:
-        """Every peak once, and `num_reads` reads of the weights of a token."""
-        draws = [self.weights.draw(self._rng) for _ in range(num_reads)]
-        return Ceilings(
-            multiply_adds={kind: self._meter.multiply_adds(kind, PEAK_SECONDS)[1] for kind in PEAKS},
-            read_ns=tuple(round(1e9 * self._meter.read(draw)) for draw in draws),
-            # all but the row of the embedding
-            read_bytes=sum(self.weights.arrays[i].nbytes for i in draws[0]),
-        )
+    def peaks(self) -> dict[str, float]:
+        return {kind: self._meter.multiply_adds(kind, PEAK_SECONDS)[1] for kind in PEAKS}
+
+    def read(self) -> int:
+        return round(1e9 * self._meter.read(self.weights.draw(self._rng)))
 
 
 def context_for(cases: list[Case]) -> int:
@@ -247,10 +277,27 @@ class Rig:
         self._profile()
 
     def sample(self, case: Case) -> tuple[Sample, tuple[Discarded, ...]]:
-        run, disk, discarded = undisturbed(lambda: self.run(case))
-        return Sample(run, disk, self.meter.ceilings(max(case.n_gen, 1)), self._profile()), discarded
+        """A run, and ceilings measured before, between its tokens and after: peaks twice, a read for each token."""
+        meter, reads = self.meter, list[int]()
+        before = meter.peaks()
 
-    def run(self, case: Case) -> Run:
+        def read_between(done: int) -> None:
+            if meter.read_every and (done % meter.read_every == 0 or done == case.n_gen):
+                reads.extend(meter.read() for _ in range(done - len(reads)))
+
+        def run() -> Run:
+            reads.clear()
+            return self.run(case, read_between)
+
+        found, disk, discarded = undisturbed(run)
+        if not reads:
+            reads.append(meter.read())
+        peaks = {kind: (before[kind] + after) / 2 for kind, after in meter.peaks().items()}
+        ceilings = Ceilings(peaks, tuple(reads), meter.read_bytes)
+        return Sample(found, disk, ceilings, self._profile()), discarded
+
+    def run(self, case: Case, between: Callable[[int], None] = lambda done: None) -> Run:
+        """between: called behind every generated token with their number so far; what it takes counts nowhere."""
         if case.n_depth % PAGE_TOKENS:
             self._fill(self._tail[:1])
         pages = [*self._deep[: case.n_depth // PAGE_TOKENS], *self._tail]
@@ -259,8 +306,9 @@ class Rig:
         is_prompt = case.n_prompt > 0
         rows = self.batch_rows if is_prompt else 1
         plans: list[MlaPlan] = []
-        ends = [time.perf_counter_ns()]
+        step_ns: list[int] = []
         for start in range(0, len(tokens), rows):
+            began = time.perf_counter_ns()
             window = tokens[start : start + rows]
             outputs = int(not is_prompt or start + rows >= len(tokens))
             batch = build_batch([Work(sequence, window, is_prompt, outputs)], self.loaded.plan)
@@ -269,10 +317,12 @@ class Rig:
             step.outputs["logits"]  # a GPU computes until somebody wants them
             batch.commit()
             plans += batch.plans
-            ends.append(time.perf_counter_ns())
+            step_ns.append(time.perf_counter_ns() - began)
+            if not is_prompt:
+                between(len(step_ns))
         return Run(
-            ns=ends[-1] - ends[0],
-            token_ns=() if is_prompt else tuple(np.diff(ends).tolist()),
+            ns=sum(step_ns),
+            token_ns=() if is_prompt else tuple(step_ns),
             plans=tuple(plans),
             multiply_adds=self._multiply_adds(case, plans, rows),
             nbytes=0 if is_prompt else self._bytes_read(case),

@@ -12,11 +12,11 @@ from itertools import groupby
 from typing import Any
 
 from kvfold.backends.profile import Totals
-from kvfold.bench.measure import Ceilings, meter_of
+from kvfold.bench.measure import Ceilings, ceilings_now, meter_of
 from kvfold.errors import SettingError
 from kvfold.load import Loaded
 
-TOKEN_READS = 5  # of a token's weights: their median is the reading rate
+TOKEN_READS = 5  # of a token's weights
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def profile_of(loaded: Loaded) -> list[dict[str, Any]]:
     profile = getattr(loaded.backend, "profile", None)
     if profile is None:
         raise SettingError("profile: the model was loaded without it. Load it with profile=True.")
-    return lines_of(profile.take(), [meter_of(loaded).ceilings(TOKEN_READS)])
+    return lines_of(profile.take(), [ceilings_now(meter_of(loaded), TOKEN_READS)])
 
 
 def lines_of(totals: Totals, ceilings: Sequence[Ceilings]) -> list[dict[str, Any]]:

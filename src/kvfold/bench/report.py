@@ -34,8 +34,8 @@ def row(result: Result) -> dict[str, Any]:
     their file.
 
     Ours: `weights` says where they lay, and of a copy which share on 2 MiB pages. Rates and shares are those of `bound_by`, multiply-adds for prompts ("int8", on a GPU "bf16" or "f32"), bytes
-    "read" for generation; a share is a sample's rate over the ceiling measured just after it, and `share` the median of them. token_ms and
-    read_ms pool all generated tokens, and all reads of a token's weights that were made beside them. ratio_to_best is
+    "read" for generation; a share is a sample's rate over the ceiling measured beside it, and `share` the median of them. token_ms and
+    read_ms pool all generated tokens, and all reads of a token's weights that were made between them. ratio_to_best is
     the median over the rounds of ours over the fastest opponent's.
     """
     loaded, settings, case = result.loaded, result.variant.settings, result.case
@@ -111,7 +111,7 @@ def bound_by(result: Result) -> str:
 
 
 def shares_of(result: Result) -> list[float]:
-    """Of each sample: its rate over the ceiling measured just after it."""
+    """Of each sample: its rate over the ceiling measured beside it."""
 
     def share(sample: Sample) -> float:
         run, ceilings = sample.run, sample.ceilings
