@@ -384,16 +384,16 @@ void bind_program(nb::module_& m) {
         "Whole CPUs that the cgroups named in file `own`, mounted at `root`, grant; 2**31 - 1: no limit.");
 
   m.def(
-      "core_of_thread",
-      [](const std::string& topology) {
+      "core_of",
+      [](int number, const std::string& topology) {
         nb::set cpus;
-        const CpuSet core = core_of_thread(topology);
+        const CpuSet core = core_of(number, topology);
         for (size_t cpu = 0; cpu < core.size(); cpu++) {
           if (core[cpu]) cpus.add(nb::int_(cpu));
         }
         return cpus;
       },
-      "topology"_a, "The CPU that this thread runs on and those that its folder names as its siblings.");
+      "cpu"_a, "topology"_a, "A CPU and those that its folder names as its siblings; none from 1024 on.");
 
   nb::class_<Calm>(m, "Calm", "Whether a team has its CPUs to itself. Times in ns.")
       .def(nb::init<int64_t>(), "now"_a)

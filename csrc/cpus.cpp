@@ -106,23 +106,29 @@ bool bind_thread(const CpuSet& cpus) {
 #endif
 }
 
-CpuSet core_of_thread(const std::string& topology) {
+CpuSet core_of(int cpu, const std::string& topology) {
   CpuSet core;
-#if defined(__linux__)
-  const int here = sched_getcpu();
-  if (here < 0 || static_cast<size_t>(here) >= core.size()) return core;
-  core.set(here);
+  if (cpu < 0 || static_cast<size_t>(cpu) >= core.size()) return core;
+  core.set(cpu);
   const std::string list =  // "0,64", or "0-1"
-      text_of(topology + "/cpu" + std::to_string(here) + "/topology/thread_siblings_list");
+      text_of(topology + "/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
   for (size_t start = 0, end; start < list.size(); start = end + 1) {
     end = std::min(list.find(',', start), list.size());
     size_t first, last;
     const int found = std::sscanf(list.c_str() + start, "%zu-%zu", &first, &last);
-    for (size_t cpu = first; found > 0 && cpu <= (found == 2 ? last : first) && cpu < core.size(); cpu++)
-      core.set(cpu);
+    for (size_t sibling = first; found > 0 && sibling <= (found == 2 ? last : first) && sibling < core.size();
+         sibling++)
+      core.set(sibling);
   }
-#endif
   return core;
+}
+
+int thread_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
 }
 
 CpuTimes thread_times() {

@@ -1,4 +1,5 @@
-// CPUs: how many this process may keep busy, how long a thread waits for one, and on which one it runs.
+// CPUs: how many this process may keep busy, which are one core's, how long a thread waits for one, and on
+// which one it runs.
 //
 // Linux; elsewhere every CPU of the machine, and what the system does not tell is empty. Starts no thread.
 
@@ -25,9 +26,12 @@ using CpuSet = std::bitset<1024>;
 CpuSet thread_cpus();
 // Of the calling thread; threads that it starts afterwards inherit it. False: refused.
 bool bind_thread(const CpuSet& cpus);
-// The CPU that the calling thread runs on, with its hyper-threads where `topology` names them (a CPU's folder
-// is cpu0 in it: /sys/devices/system/cpu). Empty: the system does not tell.
-CpuSet core_of_thread(const std::string& topology);
+// That the calling thread runs on; below 0: the system does not tell.
+int thread_cpu();
+
+// A CPU with its hyper-threads where `topology` names them (a CPU's folder is cpu0 in it:
+// /sys/devices/system/cpu). Empty: no set has this CPU.
+CpuSet core_of(int cpu, const std::string& topology);
 
 // How long the calling thread has run since it started, and how long it was ready to and had no CPU, ns.
 // Zeros: the system does not tell.

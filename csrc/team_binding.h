@@ -14,6 +14,7 @@
 #include <chrono>
 #include <cstdint>
 #include <mutex>
+#include <thread>
 #include <utility>
 
 #include "cpus.h"
@@ -44,28 +45,32 @@ class Calm {
 
 class TeamBinding {
  public:
-  // Between two ops, on the caller's thread.
-  void caller_looks() { looks(); }
+  // Between two ops, on the caller's thread. It may call several teams, and a team may have several callers.
+  void caller_looks() {
+    if (const auto id = std::this_thread::get_id(); id != caller_id_) {
+      caller_id_ = id;
+      caller_ = {now(), thread_times()};
+    } else {
+      looks(caller_);
+    }
+  }
   // On that of another member.
   void member_looks() {
-    if (!looks()) return;
-    Thread& me = this_thread();
+    thread_local Member me;
+    if (!looks(me)) return;
     const bool calm = calm_.holds(me.looked);
     if (calm && me.core.none()) bind(me);
     if (!calm && me.core.any()) free(me);
   }
 
  private:
-  struct Thread {
+  struct Look {
     int64_t looked = 0;
-    CpuTimes times;       // then
+    CpuTimes times;  // then
+  };
+  struct Member : Look {
     CpuSet core, before;  // what it is bound to, none where it is free; where it ran before that
   };
-
-  static Thread& this_thread() {
-    thread_local Thread thread;
-    return thread;
-  }
 
   static int64_t now() {
     using std::chrono::steady_clock, std::chrono::nanoseconds;
@@ -73,8 +78,7 @@ class TeamBinding {
   }
 
   // False: it is too early.
-  bool looks() {
-    Thread& me = this_thread();
+  bool looks(Look& me) {
     const int64_t time = now();
     if (time - me.looked < Calm::kEvery) return false;
     me.looked = time;
@@ -83,8 +87,8 @@ class TeamBinding {
     return true;
   }
 
-  void bind(Thread& me) {
-    const CpuSet before = thread_cpus(), core = core_of_thread("/sys/devices/system/cpu") & before;
+  void bind(Member& me) {
+    const CpuSet before = thread_cpus(), core = core_of(thread_cpu(), "/sys/devices/system/cpu") & before;
     const std::lock_guard<std::mutex> lock(mutex_);
     if ((taken_ & core).any() || !bind_thread(core)) return;
     taken_ |= core;
@@ -93,7 +97,7 @@ class TeamBinding {
   }
 
   // CPUs that somebody else gave the thread meanwhile are left to it.
-  void free(Thread& me) {
+  void free(Member& me) {
     if (thread_cpus() == me.core) bind_thread(me.before);
     const std::lock_guard<std::mutex> lock(mutex_);
     taken_ &= ~me.core;
@@ -101,6 +105,8 @@ class TeamBinding {
   }
 
   Calm calm_{now()};
+  std::thread::id caller_id_;
+  Look caller_;
   std::mutex mutex_;
   CpuSet taken_;
 };

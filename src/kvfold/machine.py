@@ -31,10 +31,7 @@ def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
     """Cores this process may use, hyper-threads counted once where the system tells, and no more than its control
     groups grant the time of."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        siblings = topology / f"cpu{cpu}" / "topology" / "thread_siblings_list"
-        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+    cores = {frozenset(_native.core_of(cpu, str(topology)) or {cpu}) for cpu in allowed}
     return max(1, min(len(cores), _native.usable_cpus()))
 
 

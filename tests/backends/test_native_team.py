@@ -257,7 +257,6 @@ def test_more_members_than_cpus_and_a_system_that_refuses_leave_members_free() -
     assert printed_by_team(NEVER_BOUND) == ["free, three on two CPUs: True", "free, refused: True"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
 @pytest.mark.parametrize(
     ("siblings", "expected"),
     [
@@ -273,17 +272,12 @@ def test_more_members_than_cpus_and_a_system_that_refuses_leave_members_free() -
 def test_a_core_is_a_cpu_and_its_siblings(
     siblings: str | None, expected: Callable[[int], set[int]], tmp_path: Path
 ) -> None:
-    everywhere = os.sched_getaffinity(0)
-    cpu = max(everywhere)
     if siblings is not None:
-        folder = tmp_path / f"cpu{cpu}/topology"
+        folder = tmp_path / "cpu5/topology"
         folder.mkdir(parents=True)
-        (folder / "thread_siblings_list").write_text(siblings.format(cpu) + "\n")
-    os.sched_setaffinity(0, {cpu})
-    try:
-        assert _native.core_of_thread(str(tmp_path)) == expected(cpu)
-    finally:
-        os.sched_setaffinity(0, everywhere)
+        (folder / "thread_siblings_list").write_text(siblings.format(5) + "\n")
+    assert _native.core_of(5, str(tmp_path)) == expected(5)
+    assert _native.core_of(1024, str(tmp_path)) == _native.core_of(-1, str(tmp_path)) == set()
 
 
 NONE = 2**31 - 1
