@@ -10,7 +10,9 @@ namespace kvfold {
 
 // The sum of the 64-bit words of `size` bytes at `data`, read with the widest loads this machine has. What is
 // left over of 512 bytes at the end is not read.
-uint64_t read_all(const uint8_t* data, int64_t size);
+using ReadLoop = uint64_t (*)(const uint8_t* data, int64_t size);
+// streams: 1 or 4. Which is faster depends on the machine.
+ReadLoop read_loop(int streams);
 
 // One kind of multiply-add at its peak: the instruction repeated over accumulators that stay in registers.
 struct Peak {

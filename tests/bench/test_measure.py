@@ -217,6 +217,8 @@ def test_a_meter_reads_every_byte_of_what_it_is_told(threads: int) -> None:
     sizes = ((100,), (3, 1 << 20), (0,), (7, 12345))
     arrays = [rng.integers(0, 256, size).astype(np.uint8) for size in sizes]
     meter = _native.Meter(arrays, threads)
+    assert meter.streams in (1, 4)
+    assert meter.checksum == 0
     expected = 0
     for indices in ([0], [], [2, 1], [3, 1, 3]):
         assert meter.read(np.array(indices, np.int32)) >= 0
