@@ -33,7 +33,7 @@ from kvfold.config import ModelConfig
 from kvfold.engine.batch import Work, build_batch
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
 from kvfold.kernels import rounded_product, tile_product
-from kvfold.kernels.matrix import PLANES, Matrix, planes
+from kvfold.kernels.matrix import PLANES, Matrix, padded, planes
 from kvfold.mla.plan import H200, Fa, Mla, MlaPlan, choose
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.quant.types import by_name
@@ -61,7 +61,7 @@ def random_matrix(
     for at in {"Q4_K": (0, 2), "Q6_K": (208,)}.get(name, (0,)):
         raw[:, :, at : at + 2] = small
     raw = raw.view(parts * rows, -1)
-    raw = planes(name, raw) if name in PLANES else raw
+    raw = padded(planes(name, raw) if name in PLANES else raw)
     return Matrix(name, rows, cols, raw, None, parts, rounds and name in rounded_product.TYPES)
 
 

@@ -1,6 +1,10 @@
-"""Products of one row with matrices in blocks on a GPU: GB/s by type and shape of DeepSeek-V2-Lite.
+"""Products of one row with matrices in blocks on a GPU: GB/s by type and shape of DeepSeek-V2-Lite; and its experts of many rows.
 
     PYTHONPATH=src python bench/gpu_products.py --types BF16,IQ4_NL,Q4_K
+    PYTHONPATH=src python bench/gpu_products.py --types Q4_0,Q4_K --rows 64,512
+
+With --rows a layer's experts are timed in both forms of kernels/tile_product.py, of random rows whose experts are chosen by chance; two
+layers in turn, 311 MB each in four bits.
 
 A replayed graph walks matrices of 300 MB, so none is in L2; times are medians of CUDA events, for one launch. What the
 products compute is judged by tests/kernels.
@@ -10,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from gpu_model import random_matrix, read_limit, timed
 
-from kvfold.kernels import row_product
+from kvfold.kernels import row_product, tile_product
 from kvfold.kernels.matrix import Matrix
 
 EXPERTS, PER_TOKEN = 64, 6
@@ -71,15 +76,50 @@ def experts(type: str) -> dict[str, tuple[float, int]]:
     }
 
 
+def _run_layers(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layers: list[tuple[Matrix, Matrix, Matrix]],
+    out: torch.Tensor, scratch: torch.Tensor, form: tile_product.Form,
+) -> None:  # fmt: skip
+    for layer in layers:
+        tile_product.experts(x, ids, weights, *layer, out, scratch, form=form)
+
+
+def experts_of_rows(type: str, rows: list[int]) -> Iterator[dict[str, object]]:
+    """Microseconds of a layer's experts by form ("us"), and the bytes of all of them."""
+    layers = [
+        (
+            *(random_matrix(type, WIDTH, HIDDEN, DEVICE, EXPERTS) for _ in range(2)),
+            random_matrix(type, HIDDEN, WIDTH, DEVICE, EXPERTS),
+        )
+        for _ in range(2)
+    ]
+    scratch = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    for count in rows:
+        x = torch.randn(count, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
+        ids = torch.rand(count, EXPERTS, device=DEVICE).topk(PER_TOKEN).indices.int()
+        weights = torch.rand(count, PER_TOKEN, device=DEVICE)
+        out = torch.empty_like(x)
+        run = partial(_run_layers, x, ids, weights, layers, out, scratch)
+        forms: tuple[tile_product.Form, ...] = ("triton", "gluon")
+        us = {form: microseconds([partial(run, form)]) / len(layers) for form in forms}
+        yield {"type": type, "rows": count, "bytes": sum(w.raw.nbytes for w in layers[0]), "us": us}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--types", default="BF16,IQ4_NL,Q4_0,Q8_0,Q4_K,Q6_K")
+    parser.add_argument("--rows", help="of a layer's experts, in place of products of one row")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     limit = read_limit(DEVICE) / 1e9
     print(f"read-only limit {limit:.0f} GB/s")
-    results = []
+    results: list[dict[str, object]] = []
     for type in options.types.split(","):
+        if options.rows:
+            for case in experts_of_rows(type, [int(n) for n in options.rows.split(",")]):
+                results.append(case)
+                print(case, flush=True)
+            continue
         cases = {f"{rows} x {HIDDEN}": linear(type, rows) for rows in (2048, VOCABULARY)} | experts(type)
         for shape, (us, nbytes) in cases.items():
             results.append({"type": type, "shape": shape, "us": us, "gbps": nbytes / us / 1e3})

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kvfold.kernels import mla_decode_gluon, mla_prefill_gluon
+from kvfold.kernels import mla_decode_gluon, mla_prefill_gluon, tile_product_gluon
 
 COMMON = {
     **{name: "*i32" for name in ("pages", "page_starts", "kv_lens", "part_starts")},
@@ -29,9 +29,23 @@ COMMON = {
 }
 
 
-def box(rows: int, columns: int) -> str:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
+def box(rows: int, columns: int, dtype: str = "bf16", swizzle_bytes: int = 128) -> str:
+    bits = {"bf16": 16, "i32": 32}[dtype]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle_bytes, element_bitwidth=bits, rank=2)
+    return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
+
+
+def experts(type: str, tokens: int, gated: bool) -> tuple[dict[str, str], dict[str, object], dict[str, int]]:
+    """Types of the arguments, sizes and options of V2-Lite's experts: gate and up, or `down`, in tiles of `tokens` rows."""
+    tile, options = tile_product_gluon.sizes(type, tokens)
+    codes, more = tile_product_gluon.words_of_pass(type), tile_product_gluon.more_words(type)
+    boxes = {name: box(tile["STRIP"], codes, "i32", 4 * codes) for name in ("w0_desc", "w1_desc")}
+    other = box(tile["STRIP"], more, "i32", 4 * more // 32 * 32) if more else boxes["w0_desc"]
+    types = boxes | {"more0_desc": other, "more1_desc": other, "x_desc": box(tokens, 128), "out": "*bf16"}
+    types |= {name: "*u8" for name in ("w0", "w1")} | {name: "*i32" for name in ("pairs", "starts", "tiles")}
+    types |= {name: "i32" for name in ("num_experts", "rows", "row_bytes")}
+    sizes = {"COLS": 2048, "TYPE": type, "ORDER": tile_product_gluon.ORDERS[type], "GATED": gated}
+    return types, sizes | tile, options
 
 
 def exponentials_beside_products(sass: str) -> int:
@@ -51,6 +65,7 @@ def exponentials_beside_products(sass: str) -> int:
 
 def main(kind: str) -> None:
     sizes: dict[str, object] = {}
+    options = {"num_warps": 4}
     types = dict(COMMON)
     if kind == "few":
         kernel = mla_decode_gluon._few_rows_kernel
@@ -61,6 +76,10 @@ def main(kind: str) -> None:
         types |= {"q_desc": box(64, 256), "k_desc": box(64, 256 // mla_decode_gluon.CHUNKS.value), "nothing": "i32"}
         types |= {f"{name}_desc": box(64, 64) for name in ("q_rope", "k_rope")}
         sizes = {"HEADS": 128, "S_Q": 1, "PDL": True, "WORKER_REGISTERS": 256}
+    elif kind.startswith("experts"):  # experts_TYPE_TOKENS_gated
+        kernel = tile_product_gluon._experts_kernel
+        *type, tokens, form = kind.removeprefix("experts_").split("_")
+        types, sizes, options = experts("_".join(type), int(tokens), form == "gated")
     else:
         kernel = mla_prefill_gluon._prefill_kernel
         types |= {"q_desc": box(64, 128), "q_rope_desc": box(64, 64), "k_rope_desc": box(128, 64), "lse": "*fp32"}
@@ -74,12 +93,14 @@ def main(kind: str) -> None:
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if types.get(name, "").startswith("*") or name in ("rows", "row_bytes")
     }
     source = GluonASTSource(
         kernel, signature, {(names.index(name),): value for name, value in sizes.items()}, aligned
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvfold.kernels import row_product, tile_product
-from kvfold.kernels.matrix import PLANES, Matrix, planes
+from kvfold.kernels.matrix import PLANES, Matrix, padded, planes
 from kvfold.kernels.weight_types import TYPES
 from kvfold.quant.decode import decode
 from kvfold.quant.types import by_name
@@ -47,6 +47,7 @@ def matrix(
         scale = torch.from_numpy(values).to(device)
     laid = torch.from_numpy(raw).to(device)
     laid = planes(name, laid) if name in PLANES else laid
+    laid = padded(laid) if by_name(name).block_elements > 1 else laid
     return Matrix(name, rows, cols, laid, scale, parts, rounds), dense
 
 
@@ -149,7 +150,7 @@ def test_groups_are_a_stable_sort(num_rows: int, device: str, monkeypatch: pytes
     """Both ways, with experts that nobody chose, first and last ones among them."""
     monkeypatch.setattr(tile_product, "COUNTED_PAIRS", 300)
     ids = RNG(0).integers(1, 11, (num_rows, 3)).astype(np.int32)
-    groups = tile_product.group_by_expert(torch.from_numpy(ids).to(device), 12)
+    groups = tile_product.group_by_expert(torch.from_numpy(ids).to(device), 12, 16)
     flat = ids.ravel()
     np.testing.assert_array_equal(groups.pairs.cpu(), np.argsort(flat, kind="stable"))
     starts = np.searchsorted(np.sort(flat), np.arange(13))
@@ -171,3 +172,77 @@ def test_rows_of_bfloat16_times_blocks(device: str) -> None:
         row_product.linear(x, w, out)
         same(out, x.float().cpu().numpy() @ dense[0].T, 1e-5)
         same(tile_product.decode(w, torch.bfloat16), dense[0], 4e-3)
+
+
+def nearest_bfloat16(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", sorted(tile_product.GLUON_TYPES))
+@pytest.mark.parametrize("num_rows", [5, 100])
+def test_weights_in_registers_are_the_definition_rounded_once(name: str, num_rows: int, device: str) -> None:
+    """Rows of zeros and a one pick single weights. Two row widths: of blocks of 18 bytes one has a multiple of 16 and one has not."""
+    if device == "cpu":
+        pytest.skip("wgmma is Hopper's")
+    from kvfold.kernels import tile_product_gluon
+
+    for cols in (512, 768) if by_name(name).block_elements == 256 else (512, 640):
+        for seed in range(2):
+            w, dense = matrix(name, 384, cols, device, seed=seed)
+            picked = RNG(seed).choice(cols, num_rows, replace=False)
+            x = torch.zeros(num_rows, cols, dtype=torch.bfloat16, device=device)
+            x[torch.arange(num_rows), torch.from_numpy(picked)] = 1
+            groups = tile_product.group_by_expert(torch.zeros(num_rows, 1, dtype=torch.int32, device=device), 1, 32)
+            out = torch.full((num_rows, 384), torch.nan, dtype=torch.bfloat16, device=device)
+            tile_product_gluon.multiply(tile_product_gluon.gathered(x, 1, w, groups), w, groups, out)
+            expected = nearest_bfloat16(dense[0].T[picked])
+            wrong = (out.cpu() != expected).nonzero()
+            off = (out.cpu().float() - expected.float()).abs()
+            # One step of bfloat16, or where a minimum is added of either term.
+            assert (off <= 2.0**-7 * expected.float().abs() + 2.0**-14 * np.abs(dense).max()).all(), (
+                cols,
+                wrong[:4],
+            )
+            most = 0.3 if name in ("Q4_K", "Q5_1") else 4e-3
+            assert len(wrong) <= most * out.numel(), f"{len(wrong)} of {out.numel()} lie beside the nearest"
+
+
+@pytest.mark.parametrize("num_rows", [5, 24, 90, 300])
+@pytest.mark.parametrize(
+    ("name", "down_name"),
+    [
+        ("Q4_0", "Q4_0"),
+        ("IQ4_NL", "IQ4_NL"),
+        ("Q4_K", "Q8_0"),
+        ("Q6_K", "Q6_K"),
+        ("Q8_0", "Q5_1"),
+        ("Q4_K", "Q5_0"),
+        ("Q4_0", "Q4_K"),
+    ],
+)
+def test_experts_in_registers_are_the_weighted_sum(num_rows: int, name: str, down_name: str, device: str) -> None:
+    if device == "cpu":
+        pytest.skip("wgmma is Hopper's")
+    num_experts, k, hidden, out_rows = 6, 2, 1024, 416
+    width = 256 if by_name(down_name).block_elements == 256 else 384
+    gate, gate_dense = matrix(name, width, hidden, device, num_experts, 1)
+    up, up_dense = matrix(name, width, hidden, device, num_experts, 2)
+    down, down_dense = matrix(down_name, out_rows, width, device, num_experts, 3)
+    rng = RNG(5)
+    x = nearest_bfloat16(rng.standard_normal((num_rows, hidden)) / 4)
+    ids = np.stack([rng.choice(num_experts - 1, k, replace=False) for _ in range(num_rows)]).astype(np.int32)
+    weights = rng.uniform(0.1, 1, (num_rows, k)).astype(np.float32)
+    dense = [nearest_bfloat16(w).double().numpy() for w in (gate_dense, up_dense, down_dense)]
+    expected = np.zeros((num_rows, out_rows))
+    for t in range(num_rows):
+        for choice in range(k):
+            e = ids[t, choice]
+            g, u = dense[0][e] @ x[t].double().numpy(), dense[1][e] @ x[t].double().numpy()
+            h = nearest_bfloat16(g / (1 + np.exp(-g)) * u).double().numpy()
+            expected[t] += weights[t, choice] * (dense[2][e] @ h)
+    out = torch.full((num_rows, out_rows), torch.nan, dtype=torch.bfloat16, device=device)
+    on = x.to(device), torch.from_numpy(ids).to(device), torch.from_numpy(weights).to(device)
+    tile_product.experts(*on, gate, up, down, out, None, form="gluon")
+    same(
+        out, expected, 2.0**-7
+    )  # four roundings of 2^-9 each: Q4_K's weights once more, hidden rows, a pair's sum, their sum

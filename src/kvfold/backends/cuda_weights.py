@@ -151,11 +151,15 @@ def _matrix(weights: list[Weight], stage: _Stage, dtype: torch.dtype) -> Matrix:
             raw[start : start + part.rows].copy_(numbers.view(torch.uint8))
             start += part.rows
         return Matrix(_NUMBERS[dtype], rows, first.cols, raw, None, count)
-    raw = stage.empty(sum(p.rows for p in parts), first.raw.shape[-1])
-    stage.copy([part.raw for part in parts], raw)
-    if first.type.name in PLANES:
-        for piece in raw.split(max(1, PLANES_BYTES // raw.shape[1])):
-            piece.copy_(planes(first.type.name, piece))
+    stored = stage.empty(sum(p.rows for p in parts), first.raw.shape[-1])
+    stage.copy([part.raw for part in parts], stored)
+    row_bytes = gpu_weights.row_bytes(first.type, stored.shape[1])
+    raw = stored if row_bytes == stored.shape[1] else stage.empty(len(stored), row_bytes)
+    if first.type.name in PLANES or raw is not stored:
+        size = max(1, PLANES_BYTES // row_bytes)
+        for piece, place in zip(stored.split(size), raw.split(size), strict=True):
+            laid = planes(first.type.name, piece) if first.type.name in PLANES else piece
+            place[:, : laid.shape[1]].copy_(laid)
     scale = None
     if first.scale is not None:
         scale = stage.numbers(np.stack([p.scale for p in parts if p.scale is not None]))

@@ -43,6 +43,11 @@ def is_decoded(name: str, weight: Weight) -> bool:
     return not (is_vector(weight) or is_router(name) or is_up(name) or keeps_blocks(matrices(weight)[0].type))
 
 
+def row_bytes(type: BlockType, stored: int) -> int:
+    """Of a row that takes `stored` bytes in its file: those of blocks begin at multiples of 16 (kernels/matrix.ROW_ALIGN)."""
+    return -(-stored // 16) * 16 if type.block_elements > 1 else stored
+
+
 def device_bytes(name: str, weight: Weight, dtype: str) -> int:
     """Of one weight, or of the equal ones below each other. dtype: one of choose.DTYPES."""
     parts = matrices(weight)
@@ -51,7 +56,8 @@ def device_bytes(name: str, weight: Weight, dtype: str) -> int:
     elif is_up(name) or is_decoded(name, weight):
         _, number_bytes = compute_type(dtype)
     else:
-        return sum(part.nbytes for part in parts)
+        padding: int = sum((row_bytes(p.type, p.raw.shape[1]) - p.raw.shape[1]) * p.rows for p in parts)
+        return padding + sum(part.nbytes for part in parts)
     return number_bytes * sum(part.rows * part.cols for part in parts)
 
 

@@ -221,16 +221,15 @@ def weight(raw, scale, row, col, mask, row_bytes, scale_cols, TYPE: tl.constexpr
         at = start + col // 32 * 20
         q = (u8(raw, at + 4 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15
         return f16(raw, at, mask) * q.to(tl.float32) + f16(raw, at + 2, mask)
-    elif TYPE == "Q5_0":
-        at = start + col // 32 * 22
-        q = (u8(raw, at + 6 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15
-        q = q | (((u8(raw, at + 2 + col % 32 // 8, mask) >> (col % 8)) & 1) << 4)
-        return f16(raw, at, mask) * (q.to(tl.float32) - 16.0)
-    elif TYPE == "Q5_1":
-        at = start + col // 32 * 24
-        q = (u8(raw, at + 8 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15
-        q = q | (((u8(raw, at + 4 + col % 32 // 8, mask) >> (col % 8)) & 1) << 4)
-        return f16(raw, at, mask) * q.to(tl.float32) + f16(raw, at + 2, mask)
+    elif TYPE == "Q5_0" or TYPE == "Q5_1":  # noqa: PLR1714
+        blocks = row_bytes // (22 if TYPE == "Q5_0" else 24)
+        q = (u8(raw, start + col // 32 * 16 + col % 16, mask) >> (col % 32 // 16 * 4)) & 15
+        q = q | (((u8(raw, start + blocks * 16 + col // 8, mask) >> (col % 8)) & 1) << 4)
+        at = start + blocks * 20 + col // 32 * (2 if TYPE == "Q5_0" else 4)
+        if TYPE == "Q5_0":
+            return f16(raw, at, mask) * (q.to(tl.float32) - 16.0)
+        else:
+            return f16(raw, at, mask) * q.to(tl.float32) + f16(raw, at + 2, mask)
     elif TYPE == "Q2_K":
         at, j = start + col // 256 * 84, col % 256
         q = (u8(raw, at + 16 + j // 128 * 32 + j % 32, mask) >> (j % 128 // 32 * 2)) & 3

@@ -11,6 +11,7 @@ _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 _NAMES = {dtype: name for name, dtype in _TORCH.items()}
 
 
+ROW_ALIGN = 16  # bytes at which rows of blocks begin: TMA has no others. V2-Lite's rows of 1408 in 4 bits are 1 % longer by it
 SCALE_ROWS = 128  # that share scales of F8_E4M3
 
 
@@ -19,7 +20,7 @@ class Matrix:
     """`parts` equal matrices below each other: the experts of a layer, or one.
 
     type:   a name of weight_types.TYPES
-    raw:    uint8 [parts * rows, row_bytes], rows as `planes` lays them
+    raw:    uint8 [parts * rows, row_bytes], rows as `planes` lays them, those of blocks from multiples of 16 bytes on
     scale:  float32 [parts, ceil(rows / 128), ceil(cols / 128)] of F8_E4M3, else None
     rounds: rows that meet it are rounded to 8 bits, as quant/activations.py says: few of them to whole numbers, by
             rounded_product.py, many of them to F8_E4M3 where the weights are, by tile_product.py
@@ -81,9 +82,16 @@ class Matrix:
 PLANES = {
     "Q4_0": ((2, 16), (0, 2)),
     "IQ4_NL": ((2, 16), (0, 2)),
+    "Q5_0": ((6, 16), (2, 4), (0, 2)),
+    "Q5_1": ((8, 16), (4, 4), (0, 4)),
     "Q8_0": ((2, 32), (0, 2)),
     "Q6_K": ((0, 128), (128, 64), (192, 16), (208, 2)),
 }
+
+
+def padded(raw: Tensor) -> Tensor:
+    """Rows of blocks from multiples of ROW_ALIGN bytes on."""
+    return torch.nn.functional.pad(raw, (0, -raw.shape[1] % ROW_ALIGN))
 
 
 def planes(type: str, raw: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import torch
 import triton
@@ -30,6 +32,8 @@ from kvfold.kernels.block_weights import (
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.overlap import overlaps, wait_for_inputs
 from kvfold.kernels.rows import silu
+
+Form = Literal["triton", "gluon"]
 
 FEATURES = 64  # output features of a tile
 DEPTH = 64  # weights of a row in one pass
@@ -422,10 +426,9 @@ class Groups:
     rows: int
 
 
-def group_by_expert(ids: Tensor, num_experts: int) -> Groups:
-    """ids int32 [T, k]. Nothing of it comes to the host."""
+def group_by_expert(ids: Tensor, num_experts: int, rows: int) -> Groups:
+    """ids int32 [T, k], in tiles of so many rows. Nothing of it comes to the host."""
     num_pairs = ids.numel()
-    rows = _rows_of_tile(max(1, num_pairs // num_experts))
     most = num_pairs // rows + min(num_experts, num_pairs)
     starts = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
     if num_pairs <= COUNTED_PAIRS:
@@ -476,13 +479,26 @@ def experts(
     down: Matrix,
     out: Tensor,
     scratch: Tensor | None,
+    form: Form | None = None,
 ) -> None:
     """out [T, rows of down] = sum of weights [T, k] times down(silu(gate x) * up x) over the experts ids int32 [T, k].
 
     Weights that are not of x's type are decoded in the tiles while an expert has few rows, else beforehand, as many
-    experts at a time as fit scratch (uint8), one at least; without scratch always in the tiles.
+    experts at a time as fit scratch (uint8), one at least; without scratch always in the tiles. On Hopper blocks become
+    numbers in the tiles of any number of rows (tile_product_gluon.py). form forces one of the two.
     """
-    groups = group_by_expert(ids, gate.parts)
+    if form is None:
+        form = "gluon" if _gluon_serves(x, gate, up, down) else "triton"
+    if form == "gluon":
+        from kvfold.kernels import tile_product_gluon  # names of Triton's experimental room, which move
+
+        rows = tile_product_gluon.rows_of_tile(ids.numel(), gate.parts)
+        groups = group_by_expert(ids, gate.parts, rows)
+        y = torch.empty(ids.numel(), down.rows, dtype=x.dtype, device=x.device)
+        tile_product_gluon.experts(x, ids.shape[1], gate, up, down, groups, y)
+        _add_choices(y, weights, out)
+        return
+    groups = group_by_expert(ids, gate.parts, _rows_of_tile(max(1, ids.numel() // gate.parts)))
     hidden = torch.empty(ids.numel(), gate.rows, dtype=x.dtype, device=x.device)
     y = torch.empty(ids.numel(), down.rows, dtype=x.dtype, device=x.device)
     place = scratch if ids.numel() > TILED_PAIRS * gate.parts else None
@@ -490,8 +506,33 @@ def experts(
         _run_experts(x, ids.shape[1], w_gate, w_up, groups, hidden, first, last)
     for first, last, (w_down,) in _numbers_of([down], x.dtype, place):
         _run_experts(hidden, 1, w_down, None, groups, y, first, last)
-    _weighted_sum[(len(x), triton.cdiv(down.rows, 1024))](
-        y, weights, out, down.rows, PER_ROW=ids.shape[1], WIDTH=1024
+    _add_choices(y, weights, out)
+
+
+def _add_choices(y: Tensor, weights: Tensor, out: Tensor) -> None:
+    """out [T, cols] = sum of weights [T, k] times rows of y [T * k, cols]."""
+    _weighted_sum[(len(out), triton.cdiv(out.shape[1], 1024))](
+        y, weights, out, out.shape[1], PER_ROW=weights.shape[1], WIDTH=1024
+    )
+
+
+# Blocks that tile_product_gluon.py decodes.
+GLUON_TYPES = frozenset(["Q4_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"])
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _gluon_serves(x: Tensor, gate: Matrix, up: Matrix, down: Matrix) -> bool:
+    matrices = (gate, up, down)
+    return (
+        _is_hopper(x.device)
+        and x.dtype == torch.bfloat16
+        and gate.type == up.type
+        and all(w.type in GLUON_TYPES and w.cols % 128 == 0 for w in matrices)
+        and all(w.row_bytes % 16 == 0 and w.raw.data_ptr() % 16 == 0 for w in matrices)
     )
 
 
