@@ -1,9 +1,10 @@
-"""Times whole steps of a released shape on a GPU: random weights made on the device, no file, no sampling.
+"""Times whole steps of a released shape on a GPU: random weights made on the device, no file.
 
     PYTHONPATH=src python bench/gpu_model.py --type BF16 --batch 1,64 --depth 128,4096 --prompt 8192
 
 Decode: median wall time from a step's arrays to its logits on the host, of the graph's replay alone by CUDA events, and of
-a step in a loop that takes each step's likeliest tokens on the device (loop_us).
+a step in a loop that takes each step's likeliest tokens on the device (loop_us). --engine: tokens a second of requests in
+engine/runner.py, in turn: greedy ones, ones with the default settings, and those sampled on the host.
 floor: bytes that the step must read (weights of the experts that its rows choose, each once; cache rows) over the read-only
 limit that is measured in the same run. Tokens are random, since rows of one token choose the same experts. Prompt: wall
 time of one step; its floor is the model's multiply-adds at cuBLAS's bf16 rate for 8192^3, measured in the same run.
@@ -31,15 +32,20 @@ from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache
 from kvfold.cache.pages import PagePool, Sequence
 from kvfold.config import ModelConfig
 from kvfold.engine.batch import Work, build_batch
+from kvfold.engine.runner import Runner
+from kvfold.engine.sampler import Sampler, SamplingParams
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
 from kvfold.kernels import rounded_product, tile_product
 from kvfold.kernels.matrix import PLANES, Matrix, padded, planes
 from kvfold.mla.plan import H200, Fa, Mla, MlaPlan, choose
 from kvfold.model.deepseek import DeepseekModel
+from kvfold.model.step import LIKELIEST
 from kvfold.quant.types import by_name
 
 ROOT = Path(__file__).parents[1]
 LOOP_STEPS = 40
+ENGINE_TOKENS = 128
+ENGINE_ROUNDS = 3
 
 
 def random_matrix(
@@ -195,6 +201,33 @@ def timed(work: Any, repeats: int = 10) -> float:
     return statistics.median(spans)
 
 
+def engine_rates(
+    backend: CudaBackend, planner: Any, num_pages: int, batch: int, depth: int
+) -> dict[str, list[float]]:
+    """Tokens a second of `batch` requests from the moment when all have one: of each kind, one round after the other."""
+    vocab, pool = backend.model.config.vocab_size, PagePool(num_pages)
+    kinds = {"greedy": {"temperature": 0}, "default": {}, "default_on_host": {}}
+    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for round in range(ENGINE_ROUNDS + 1):
+        for kind, settings in kinds.items():
+            runner = Runner(backend, pool, planner, num_segments=backend.model.num_segments, max_prompt_rows=2048)
+            requests = []
+            for seed in range(batch):
+                sampler = Sampler(SamplingParams(**settings, seed=seed), vocab)
+                prompt = np.random.default_rng(seed).integers(0, vocab, depth - ENGINE_TOKENS // 2).tolist()
+                choices = None if kind.endswith("host") else sampler
+                requests.append(runner.submit(prompt, sampler.sample, ENGINE_TOKENS, frozenset(), choices=choices))
+            while not all(request.token_ids for request in requests):
+                runner.step()
+            start, first = time.perf_counter(), sum(len(request.token_ids) for request in requests)
+            while not runner.is_idle:
+                runner.step()
+            assert all(len(request.token_ids) == ENGINE_TOKENS for request in requests)
+            if round:  # the first captures
+                rates[kind].append((batch * ENGINE_TOKENS - first) / (time.perf_counter() - start))
+    return rates
+
+
 def print_profile(what: str, work: Any) -> None:
     """Device time of each kernel of one run of `work`."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -233,6 +266,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1")
     parser.add_argument("--depth", default="128")
     parser.add_argument("--prompt", default="")
+    parser.add_argument("--engine", action="store_true")
     parser.add_argument(
         "--profile",
         action="store_true",
@@ -305,7 +339,10 @@ def main() -> None:
                 before = None
                 start = time.perf_counter()
                 for _ in range(LOOP_STEPS):
-                    works = [Work(s, [t], is_prompt=False) for s, t in zip(sequences, tokens, strict=True)]
+                    works = [
+                        Work(s, [t], is_prompt=False, choice=LIKELIEST)
+                        for s, t in zip(sequences, tokens, strict=True)
+                    ]
                     built = build_batch(works, planner)
                     run = backend.start(built.step)
                     run.run()
@@ -331,6 +368,9 @@ def main() -> None:
                 "share_of_floor": floor / wall, "loop_us": loop_step * 1e6, "loop_tokens_per_s": batch / loop_step,
                 "loop_share_of_floor": loop_floor / loop_step,
             }  # fmt: skip
+            if options.engine:
+                for kind, rates in engine_rates(backend, planner, cache.num_pages, batch, depth).items():
+                    row[f"engine_{kind}_tokens_per_s"] = [round(rate, 1) for rate in rates]
             results.append(row)
             print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
     for rows in prompts:

@@ -350,7 +350,7 @@ class Stream(Iterator[str]):
             frozenset() if params.ignore_eos else frozenset(llm.tokenizer.eos_ids),
             accept=self._reader,
             session=session,
-            takes_likeliest=sampler.takes_likeliest,
+            choices=None if sampler.needs_logits else sampler,
         )
         weakref.finalize(self, self._runner.drop, self._request)
 

@@ -25,6 +25,7 @@ from kvfold import LLM, SamplingParams
 from kvfold.backends import cuda_layers
 from kvfold.engine.batch import Work, build_batch
 from kvfold.engine.runner import Runner
+from kvfold.engine.sampler import Sampler
 from kvfold.load import embedded_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -503,10 +504,22 @@ def test_what_a_gpu_cannot_serve_is_said_before_loading(device: str) -> None:
 @needs_gpu
 @pytest.mark.parametrize("mla", ["3", "0"])
 def test_tokens_chosen_in_the_graph_are_the_samplers(mla: str, tmp_path: Path) -> None:
-    """Requests of five lengths that end at different tokens: steps launched ahead say what steps taken one by one say."""
+    """Requests of eight lengths, filters and temperatures, greedy ones among them, that end at different tokens: steps
+    launched ahead say what steps taken one by one say, with the same seeds."""
     path = write_gguf(tiny_model("v3"), tmp_path / "m.gguf")
+    settings: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0},
+        {"temperature": 1.5, "top_k": 64, "min_p": 0.0},
+        {"temperature": 2.0, "top_k": 0, "top_p": 1.0},
+        {"temperature": 3.0, "top_k": 30, "top_p": 0.5, "min_p": 0.0},
+        {"temperature": 0.5, "top_k": 5},
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+        {},
+    ]
+    lengths = (1, 63, 64, 65, 200, 7, 30, 7)
     said = []
-    for takes_likeliest in (False, True):
+    for ahead in (False, True):
         loaded = cuda_harness(path, mla=mla).loaded
         runner = Runner(
             loaded.backend,
@@ -515,18 +528,16 @@ def test_tokens_chosen_in_the_graph_are_the_samplers(mla: str, tmp_path: Path) -
             num_segments=loaded.model.num_segments,
             max_prompt_rows=256,
         )
-        requests = [
-            runner.submit(
-                ids(n, seed=n),
-                lambda logits, history: int(logits.argmax()),
-                20 + n % 7,
-                frozenset(),
-                takes_likeliest=takes_likeliest,
-            )
-            for n in (1, 63, 64, 65, 200)
-        ]
+        requests = []
+        for seed, (n, changes) in enumerate(zip(lengths, settings, strict=True)):
+            sampler = Sampler(SamplingParams(**changes, seed=seed), 272)
+            choices = sampler if ahead else None
+            requests.append(runner.submit(ids(n, seed=n), sampler.sample, 20 + n % 7, frozenset(), choices=choices))
+        num_ahead = 0
         while not runner.is_idle:
             runner.step()
+            num_ahead += runner._ahead is not None
+        assert (num_ahead > 10) == ahead
         assert all(r.error is None for r in requests)
         said.append([r.token_ids for r in requests])
     assert said[0] == said[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from kit.tiny_models import tiny_model, write_gguf
 from kvfold.cache.session import Session
 from kvfold.engine.request import FinishReason
 from kvfold.engine.runner import PROMPT_SHARE, Runner
+from kvfold.engine.sampler import Sampler, SamplingParams
 from kvfold.errors import NumericsError, OutOfPages, SettingError
-from kvfold.model.step import Step
+from kvfold.model.step import Choice, Step
 
 NO_END: frozenset[int] = frozenset()
 Clock = Callable[[], float]
@@ -396,6 +398,21 @@ def test_an_idle_step_does_nothing(path: Path) -> None:
     assert runner.is_idle
 
 
+def _likeliest() -> Sampler:
+    return Sampler(SamplingParams(temperature=0), 272)
+
+
+def _chosen(logits: np.ndarray, choice: Choice) -> int:
+    if not np.isfinite(logits.max()):
+        return -1
+    params = SamplingParams(
+        top_k=int(choice.top_k), top_p=choice.top_p, min_p=math.exp(choice.depth), temperature=1 / choice.sharpness
+    )
+    sampler = Sampler(params, logits.size)
+    sampler._points.append(choice.point)
+    return sampler.sample(logits, ())
+
+
 class _Choosing:
     """A backend that chooses tokens itself: a step may name what the one before it said."""
 
@@ -405,7 +422,7 @@ class _Choosing:
         self.num_ahead = 0
 
     def chooses(self, step: Step) -> bool:
-        return len(step.output_rows) == step.num_rows == len(step.kv_lens)
+        return len(step.choices) == step.num_rows == len(step.kv_lens)
 
     def start(self, step: Step) -> Any:
         tokens = step.token_ids.copy()
@@ -416,14 +433,14 @@ class _Choosing:
         choosing = self
 
         class Run:
-            outputs = property(lambda self: run.outputs)
+            outputs = property(lambda self: {} if choosing.chooses(step) else run.outputs)
             position = property(lambda self: run.position)
 
             def run(self, last: int | None = None) -> int:
                 end = run.run(last)
                 if choosing.chooses(step) and "logits" in run.outputs:
-                    logits = run.outputs["logits"]
-                    self.chosen = np.where(np.isfinite(logits.max(1)), logits.argmax(1), -1).astype(np.int32)
+                    rows = zip(run.outputs["logits"], step.choices.tolist(), strict=True)
+                    self.chosen = np.array([_chosen(logits, Choice(*choice)) for logits, choice in rows], np.int32)
                     choosing._chosen = self.chosen
                 return end
 
@@ -455,7 +472,7 @@ def test_steps_launched_ahead_say_the_same(path: Path) -> None:
             20 - 3 * i,
             frozenset({tokens[9]}) if i == 1 else NO_END,
             accept=(lambda token, tokens=tokens: token == tokens[5]) if i == 2 else lambda token: False,
-            takes_likeliest=True,
+            choices=_likeliest(),
         )
         for i, (prompt, tokens) in enumerate(zip(_prompts(), alone, strict=True))
     ]
@@ -469,10 +486,10 @@ def test_steps_launched_ahead_say_the_same(path: Path) -> None:
 def test_a_newcomer_joins_steps_launched_ahead(path: Path) -> None:
     first, second = _prompts()[1], _prompts()[4]
     _, runner, backend = _choosing_runner(path)
-    early = runner.submit(first, _greedy, 20, NO_END, takes_likeliest=True)
+    early = runner.submit(first, _greedy, 20, NO_END, choices=_likeliest())
     for _ in range(5):
         runner.step()
-    late = runner.submit(second, _greedy, 20, NO_END, takes_likeliest=True)
+    late = runner.submit(second, _greedy, 20, NO_END, choices=_likeliest())
     other = runner.submit(second, _greedy, 3, NO_END)  # samples by itself: nobody goes ahead beside it
     _finish(runner)
     assert early.token_ids == _alone(path, first, 20)
@@ -486,12 +503,12 @@ def test_a_session_goes_on_after_a_row_too_many(path: Path) -> None:
     prompt = _prompts()[1]
     harness, runner, _ = _choosing_runner(path)
     session = Session(harness.loaded.pool)
-    request = runner.submit(prompt, _greedy, 20, NO_END, session=session, takes_likeliest=True)
+    request = runner.submit(prompt, _greedy, 20, NO_END, session=session, choices=_likeliest())
     for _ in range(6):
         runner.step()
     runner.cancel(request)
     assert session.sequence.length == len(session.token_ids) <= len(prompt) + len(request.token_ids)
-    again = runner.submit([*prompt, *request.token_ids], _greedy, 20, NO_END, session=session, takes_likeliest=True)
+    again = runner.submit([*prompt, *request.token_ids], _greedy, 20, NO_END, session=session, choices=_likeliest())
     _finish(runner)
     assert request.token_ids + again.token_ids == _alone(path, prompt, 20 + len(request.token_ids))
     session.release()
@@ -501,7 +518,7 @@ def test_a_session_goes_on_after_a_row_too_many(path: Path) -> None:
 def test_logits_between_steps_launched_ahead(path: Path) -> None:
     prompt = _prompts()[1]
     _, runner, _ = _choosing_runner(path)
-    request = runner.submit(prompt, _greedy, 20, NO_END, takes_likeliest=True)
+    request = runner.submit(prompt, _greedy, 20, NO_END, choices=_likeliest())
     for _ in range(4):
         runner.step()
         next(runner.logits([3]))
@@ -511,7 +528,7 @@ def test_logits_between_steps_launched_ahead(path: Path) -> None:
 
 def test_a_row_without_a_likeliest_token_ends_its_request_alone(path: Path) -> None:
     _, runner, _ = _choosing_runner(path)
-    requests = [runner.submit(p, _greedy, 20, NO_END, takes_likeliest=True) for p in _prompts()[1:3]]
+    requests = [runner.submit(p, _greedy, 20, NO_END, choices=_likeliest()) for p in _prompts()[1:3]]
     while not all(len(r.token_ids) > 3 for r in requests):
         runner.step()
     ahead = runner._ahead
@@ -520,3 +537,74 @@ def test_a_row_without_a_likeliest_token_ends_its_request_alone(path: Path) -> N
     _finish(runner)
     assert isinstance(requests[0].error, NumericsError)
     assert requests[1].token_ids == _alone(path, _prompts()[2], 20)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 1.5},
+    {"temperature": 0},
+    {"temperature": 2.0, "top_k": 0, "top_p": 1.0},
+    {"temperature": 1.0, "top_k": 3},
+    {"temperature": 4.0, "top_p": 0.5},
+]
+
+
+def _drawing(runner: Runner, i: int, **changes: Any) -> Any:
+    """Prompt i with settings and a seed of its own."""
+    sampler = Sampler(SamplingParams(**SETTINGS[i] | changes, seed=i), 272)
+    choices = None if sampler.needs_logits else sampler
+    return runner.submit(_prompts()[i], sampler.sample, 20 - 3 * i, NO_END, choices=choices)
+
+
+def test_draws_of_steps_launched_ahead_are_those_of_steps_taken_one_by_one(path: Path) -> None:
+    """Settings and seeds of their own, beside each other; each ends with a row too many, whose number nobody uses."""
+    alone = []
+    for i in range(5):
+        _, runner = _runner(path)
+        alone.append(_drawing(runner, i))
+        _finish(runner)
+    _, runner, backend = _choosing_runner(path)
+    together = [_drawing(runner, i) for i in range(5)]
+    _finish(runner)
+    assert backend.num_ahead > 5
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+
+
+def test_draws_go_on_where_a_neighbour_needs_logits(path: Path) -> None:
+    """Tokens that the host samples while it has to, because of another request's penalties, use the numbers in order."""
+    _, runner = _runner(path)
+    alone = [_drawing(runner, i) for i in (0, 2)]
+    _finish(runner)
+    _, runner, backend = _choosing_runner(path)
+    together = [_drawing(runner, 0)]
+    for _ in range(4):
+        runner.step()
+    ahead = backend.num_ahead
+    assert ahead > 1
+    between = _drawing(runner, 4, presence_penalty=0.5)
+    for _ in range(3):
+        runner.step()
+    together.append(_drawing(runner, 2))
+    _finish(runner)
+    assert between.finish_reason is FinishReason.LENGTH
+    assert backend.num_ahead > ahead
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+
+
+def test_a_step_launched_ahead_that_nobody_takes_uses_no_number(path: Path) -> None:
+    """A turn of a session is cancelled while its next token is under way; the same dice go on."""
+    prompt = _prompts()[1]
+    sampler = Sampler(SamplingParams(temperature=2.0, seed=3), 272)
+    harness, runner, _ = _choosing_runner(path)
+    request = runner.submit(prompt, sampler.sample, 20, NO_END, choices=sampler)
+    for _ in range(6):
+        runner.step()
+    assert runner._ahead is not None
+    runner.cancel(request)
+    again = runner.submit([*prompt, *request.token_ids], sampler.sample, 20, NO_END, choices=sampler)
+    _finish(runner)
+    _, runner = _runner(path)
+    expected = Sampler(SamplingParams(temperature=2.0, seed=3), 272)
+    alone = runner.submit(prompt, expected.sample, 20 + len(request.token_ids), NO_END)
+    _finish(runner)
+    assert request.token_ids + again.token_ids == alone.token_ids
+    assert harness.loaded.pool.num_free == harness.loaded.pool.num_pages

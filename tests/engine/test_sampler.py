@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvfold.engine.sampler import Sampler, SamplingParams
 from kvfold.errors import NumericsError, SettingError
+from kvfold.model.step import LIKELIEST, MOST_TOP_K
 
 OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 HISTORY = [3, 3, 7, 3, 11, 40, 7, 3, 0]
@@ -331,14 +332,41 @@ def test_a_full_vocabulary_is_sampled_in_a_millisecond(settings: dict[str, Any])
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, True),
-        ({"top_k": 5, "top_p": 0.5, "repetition_penalty": 1.3, "penalty_last_n": 0}, True),
-        ({"temperature": 0.1}, False),
-        ({"logit_bias": {3: 1.0}}, False),
-        ({"ignore_eos": True}, False),
-        ({"presence_penalty": 0.5}, False),
+        ({}, False),
+        ({"temperature": 0}, False),
+        ({"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.3, "penalty_last_n": 0}, False),
+        ({"top_k": 0, "top_p": 0.9}, True),
+        ({"top_k": MOST_TOP_K, "top_p": 0.9}, False),
+        ({"top_k": MOST_TOP_K + 1, "top_p": 1.0}, True),
+        ({"temperature": 0, "typical_p": 0.5, "mirostat": 2}, False),
+        ({"typical_p": 0.5}, True),
+        ({"mirostat": 2}, True),
+        ({"temperature": 0, "logit_bias": {3: 1.0}}, True),
+        ({"temperature": 0, "ignore_eos": True}, True),
+        ({"presence_penalty": 0.5}, True),
     ],
 )
-def test_whether_the_likeliest_token_is_taken_is_known(settings: dict[str, Any], expected: bool) -> None:
-    sampler = Sampler(SamplingParams(**{"temperature": 0, **settings}), 10, eos_ids=[2])
-    assert sampler.takes_likeliest is expected
+def test_who_needs_the_logits_is_known(settings: dict[str, Any], expected: bool) -> None:
+    assert Sampler(SamplingParams(**settings), 10, eos_ids=[2]).needs_logits is expected
+
+
+def test_a_choice_in_numbers_is_what_sample_does() -> None:
+    choice = Sampler(SamplingParams(seed=1), 60).choice(0)
+    assert choice[:2] == (40, 0.95)
+    assert choice[2:4] == (np.float32(math.log(0.05)), np.float32(1 / 0.8))
+    assert Sampler(SamplingParams(min_p=0.0, seed=1), 60).choice(0).depth == -math.inf
+    assert Sampler(SamplingParams(temperature=0, min_p=0.5), 60).choice(3) == LIKELIEST
+
+
+def test_a_number_is_used_up_by_the_token_it_drew_alone() -> None:
+    """However far ahead choices are asked for, and whether a token is sampled here or chosen elsewhere."""
+    numbers = np.random.Generator(np.random.Philox(7)).random(9).tolist()
+    sampler = Sampler(SamplingParams(seed=7), 60)
+    assert [sampler.choice(ahead).point for ahead in (0, 1, 0, 2)] == [numbers[i] for i in (0, 1, 0, 2)]
+    sampler.skip()
+    assert sampler.choice(0).point == numbers[1]
+    other = Sampler(SamplingParams(seed=7), 60)
+    other.skip()
+    assert sampler.sample(some_logits(), ()) == other.sample(some_logits(), ())
+    sampler.skip()
+    assert [sampler.choice(ahead).point for ahead in (0, 1)] == numbers[3:5]

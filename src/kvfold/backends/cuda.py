@@ -4,8 +4,8 @@ Owns the weights, the cache and the graphs in one GPU's memory. A step whose seq
 same few rows is replayed as one graph of its (path, batch bucket, rows a sequence): arrays of the step are copied into fixed
 buffers first, the tiles of attention are dealt on the device, and no launch depends on a length. Every other step, prompts
 above all, replays its layers but for attention (cuda_layers.py); what has too many or too few rows for that is launched op by op.
-Logits go to the host, where the engine samples; the likeliest tokens of a replayed step of generated rows are chosen in the
-graph too, and the next replay may take them from there (model.step.Choosing).
+Logits go to the host, where the engine samples; a replayed step whose rows say how their tokens are chosen has them chosen in
+the graph too, and the next replay may take them from there (model.step.Choosing).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import Cancelled
 from kvfold.kernels import ceilings, merged_unfold, row_attention
 from kvfold.kernels.cached_blocks import Blocks
-from kvfold.kernels.likeliest import likeliest, take_chosen
+from kvfold.kernels.choose import choose, take_chosen
 from kvfold.kernels.mla_decode import DecodeWorkspace
 from kvfold.mla.plan import Path
 from kvfold.mla.rope import cos_sin
 from kvfold.model.deepseek import DeepseekModel
-from kvfold.model.step import Int32, Step
+from kvfold.model.step import LIKELIEST, MOST_TOP_K, Choice, Int32, Step
 
 # Sequences of a captured step; a step takes the smallest that holds it, and the rest is padding.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -262,6 +262,7 @@ class _Graphs:
         self._most_pages = 2 * backend.num_pages + BUCKETS[-1]
         sizes = {
             "slots": 2 * most_rows,  # int64
+            "choices": 2 * len(Choice._fields) * most_rows,  # float64
             "token_ids": most_rows,
             "positions": most_rows,
             "kv_lens": BUCKETS[-1],
@@ -277,7 +278,7 @@ class _Graphs:
         self._device = torch.zeros(at, dtype=torch.int32, device=backend.device)
         self._parts = {name: self._host.numpy()[place] for name, place in self._places.items()}
         self._chosen = torch.zeros(most_rows, dtype=torch.int32, device=backend.device)
-        self._arrived = torch.zeros(most_rows, dtype=torch.int32, device=backend.device)  # likeliest's
+        self._arrived = torch.zeros(most_rows, dtype=torch.int32, device=backend.device)  # choose's
         self._copied = torch.cuda.Event()  # the last copy out of the pinned buffer
         self._last: weakref.ref[_Outputs] | None = None
 
@@ -298,12 +299,14 @@ class _Graphs:
         captured = self._captured[key]
         captured.graph.replay()
         num_rows = step.num_rows
-        if len(step.output_rows) == num_rows:
+        if len(step.choices) == num_rows:
             tokens = torch.empty(num_rows, dtype=torch.int32, pin_memory=True)
             tokens.copy_(self._chosen[:num_rows], non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self._backend.device))
-            outputs = _Outputs({name: x[:num_rows] for name, x in captured.outputs.items()}, (tokens, copied))
+            outputs = _Outputs({}, (tokens, copied))
+        elif len(step.output_rows) == num_rows:
+            outputs = _Outputs({name: x[:num_rows] for name, x in captured.outputs.items()})
         else:
             wanted = torch.from_numpy(step.output_rows).to(self._backend.device).long()
             outputs = _Outputs({name: x[wanted] for name, x in captured.outputs.items()})
@@ -311,7 +314,7 @@ class _Graphs:
         return outputs
 
     def chooses(self, step: Step) -> bool:
-        return self._key(step) is not None and len(step.output_rows) == step.num_rows
+        return len(step.choices) == step.num_rows and self._key(step) is not None
 
     def _key(self, step: Step) -> _Key | None:
         """Of a step whose rows take one path, fused, a few a sequence. Without fusing, scores of all keys are stored: of as many as
@@ -337,7 +340,8 @@ class _Graphs:
         return path, bucket, rows, most
 
     def _fill(self, step: Step, bucket: int, rows: int) -> None:
-        """The step's arrays into the fixed buffers, padding behind them: no keys, no slot, token 0."""
+        """The step's arrays into the fixed buffers, padding behind them: no keys, no slot, token 0. Rows without a choice
+        take the likeliest token, which costs least."""
         self._copied.synchronize()
         parts = self._parts
         num_rows, batch = step.num_rows, len(step.kv_lens)
@@ -351,6 +355,9 @@ class _Graphs:
         for name, size in sizes.items():
             parts[name][used[name] : size] = -1 if name == "slots" else 0
         parts["slots"].view(np.int64)[:num_rows] = step.slots
+        choices = parts["choices"].view(np.float64).reshape(-1, len(Choice._fields))
+        choices[len(step.choices) : bucket * rows] = LIKELIEST
+        choices[: len(step.choices)] = step.choices
         parts["token_ids"][:num_rows] = step.token_ids
         parts["positions"][:num_rows] = step.positions
         parts["kv_lens"][:batch] = step.kv_lens
@@ -370,6 +377,7 @@ class _Graphs:
 
         is_absorbed = path is Path.ABSORBED
         kv_lens = buffer("kv_lens", bucket)
+        choices = buffer("choices", 2 * len(Choice._fields) * num_rows).view(torch.float64).view(num_rows, -1)
         workspace = decode_workspace(path, bucket, rows, backend.model.config.mla, backend.device)
         launch = DecodeLaunch(0, num_rows, buffer("page_starts", bucket + 1), kv_lens, workspace)
         step = DeviceStep(
@@ -393,7 +401,7 @@ class _Graphs:
             x: Value | None = None
             for index in range(backend.model.num_segments):
                 x = backend.model.run_segment(ops, index, x)
-            likeliest(ops.outputs["logits"], self._arrived, self._chosen)
+            choose(ops.outputs["logits"], choices, MOST_TOP_K, self._arrived, self._chosen)
             return ops.outputs
 
         # Compiles the kernels and lets libraries set themselves up. It computes this very step, so what it writes to the

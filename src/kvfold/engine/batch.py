@@ -10,17 +10,19 @@ import numpy as np
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.cache.pages import Sequence
 from kvfold.mla.plan import MlaPlan
-from kvfold.model.step import Int32, Step
+from kvfold.model.step import Choice, Int32, Step, choices_of
 
 
 @dataclass(frozen=True)
 class Work:
-    """New tokens of one sequence. `outputs`: how many of its last rows the caller wants logits for."""
+    """New tokens of one sequence. outputs: how many of its last rows the caller wants logits for, or, where the works with
+    outputs have one each, the tokens of this choice."""
 
     sequence: Sequence
     token_ids: list[int]
     is_prompt: bool
     outputs: int = 1
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def build_batch(works: list[Work], planner: Planner) -> Batch:
         end = int(row_starts[at + 1])
         output_slices[i] = slice(len(output_rows), len(output_rows) + works[i].outputs)
         output_rows += range(end - works[i].outputs, end)
+    choices = [w.choice for w in ordered for _ in range(w.outputs) if w.choice is not None]
 
     step = Step(
         token_ids=np.asarray([token for w in ordered for token in w.token_ids], np.int32),
@@ -92,6 +95,7 @@ def build_batch(works: list[Work], planner: Planner) -> Batch:
         segments=np.asarray(segments, np.int32).reshape(-1, 4),
         output_rows=np.asarray(output_rows, np.int32),
         is_prompt=np.asarray([w.is_prompt for w in ordered], np.int32),
+        choices=choices_of(choices if len(choices) == len(output_rows) else []),
     )
     return Batch(tuple(works), step, tuple(plans), tuple(output_slices))
 

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.cache.pages import Sequence as CachedSequence
 from kvfold.cache.session import Session
+from kvfold.model.step import Choice
 
 
 class FinishReason(Enum):
@@ -23,6 +25,17 @@ class FinishReason(Enum):
 
 Sample = Callable[[NDArray[np.float32], Sequence[int]], int]
 """(logits [vocab], prompt and generated tokens so far) -> token id."""
+
+
+class Choices(Protocol):
+    """A request's choices in numbers, for a backend that chooses as its `sample` would (engine/sampler.Sampler is one)."""
+
+    def choice(self, ahead: int) -> Choice:
+        """Of the token behind the next `ahead`; may be asked for again and again."""
+
+    def skip(self) -> None:
+        """The next token was chosen by `choice(0)`."""
+
 
 Accept = Callable[[int], bool]
 """Hands a new token to the request's owner; True ends the request (a stop string is complete)."""
@@ -37,7 +50,7 @@ class Request:
     end_ids: frozenset[int]
     sequence: CachedSequence
     session: Session | None = None  # keeps the sequence when the request ends
-    takes_likeliest: bool = False  # `sample` is the lowest id of the highest logit, whatever came before
+    choices: Choices | None = None  # None: `sample` alone can choose
     num_reused: int = 0  # prompt tokens found in the session's cache
     token_ids: list[int] = field(default_factory=list)  # generated
     finish_reason: FinishReason | None = None
@@ -57,6 +70,9 @@ class Request:
     def pending(self, most: int) -> list[int]:
         """The next pending tokens, at most `most`."""
         return self.history[self.sequence.length : self.sequence.length + most]
+
+    def choice(self, ahead: int) -> Choice | None:
+        return self.choices.choice(ahead) if self.choices else None
 
     def add(self, token: int) -> None:
         now = time.perf_counter()

@@ -10,9 +10,9 @@ PROMPT_SHARE of the time is the open prompt's: a slice lasts 4 x as long as what
 layer. So a prompt beside others takes at most 1.25 x as long as alone, and a generated token waits for one slice of
 one window, never for a whole prompt. Alone, a slice ends after QUIET_SECONDS, which is what a new request waits.
 
-Where the backend chooses tokens itself and every generating request takes the likeliest one, the next step of them is
-launched before the tokens of the last are known; a request that ends meanwhile has a row too many in it, which nobody
-reads. What arrives in between waits until that step is taken.
+Where the backend chooses tokens itself and every generating request says how in numbers (Request.choices), the next step
+of them is launched before the tokens of the last are known; a request that ends meanwhile has a row too many in it, which
+nobody reads and whose random number is not used up. What arrives in between waits until that step is taken.
 
 Any thread may call any method; they take turns. What fails in one request (NaN logits, say) ends that request alone;
 what fails in a step ends the requests of that step, each with the error. After either, and after an interrupt, the
@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from kvfold.cache.pages import PagePool, Sequence
 from kvfold.cache.session import Session
 from kvfold.engine.batch import Batch, Planner, Work, build_batch
-from kvfold.engine.request import Accept, FinishReason, Request, Sample
+from kvfold.engine.request import Accept, Choices, FinishReason, Request, Sample
 from kvfold.engine.sampler import no_distribution
 from kvfold.engine.scheduler import Scheduler
 from kvfold.model.step import Choosing, ChoosingRun, StepRun, Steps
@@ -56,7 +56,7 @@ class _OpenStep:
     scheduled: Scheduled
     batch: Batch
     run: StepRun
-    chooses: bool  # the run is a ChoosingRun, and its requests take the likeliest token
+    chooses: bool  # the run is a ChoosingRun
 
 
 class Runner:
@@ -98,7 +98,7 @@ class Runner:
         *,
         accept: Accept = lambda token: False,
         session: Session | None = None,
-        takes_likeliest: bool = False,
+        choices: Choices | None = None,
     ) -> Request:
         """Queue a prompt of at least one token; what its session has cached of it is not computed again.
 
@@ -108,9 +108,7 @@ class Runner:
             if session is not None:
                 session.check_free()
             sequence = session.sequence if session else Sequence(self._pool)
-            request = Request(
-                prompt_ids, sample, accept, max_tokens, end_ids, sequence, session, takes_likeliest=takes_likeliest
-            )
+            request = Request(prompt_ids, sample, accept, max_tokens, end_ids, sequence, session, choices)
             self._scheduler.submit(request)
             request.num_reused = session.begin(prompt_ids) if session else 0
             return request
@@ -242,7 +240,7 @@ class Runner:
         if not step.chooses or self._prompt is not None or len(working) < len(self._scheduler.running):
             return []
         return [
-            (request, Work(request.sequence, [-1 - rows.start], is_prompt=False))
+            (request, Work(request.sequence, [-1 - rows.start], is_prompt=False, choice=request.choice(1)))
             for (request, _), rows in zip(step.scheduled, step.batch.output_slices, strict=True)
             if request.finish_reason is None and len(request.token_ids) + 1 < request.max_tokens
         ]
@@ -275,11 +273,7 @@ class Runner:
             request.prompt_started_at = request.prompt_started_at or now
         try:
             batch = build_batch([work for _, work in scheduled], self._planner)
-            chooses = (
-                all(request.takes_likeliest for request, _ in scheduled)
-                and isinstance(self._backend, Choosing)
-                and self._backend.chooses(batch.step)
-            )
+            chooses = isinstance(self._backend, Choosing) and self._backend.chooses(batch.step)
             return _OpenStep(scheduled, batch, self._backend.start(batch.step), chooses)
         except Exception as error:
             self._fail(scheduled, error)
@@ -309,9 +303,13 @@ class Runner:
     def _take(self, request: Request, found: int | NDArray[np.float32]) -> None:
         """found: the token, -1 for none, or the logits to sample it from."""
         try:
-            token = found if isinstance(found, int) else request.sample(found, request.history)
-            if token < 0:
+            if not isinstance(found, int):
+                token = request.sample(found, request.history)
+            elif found < 0:
                 raise no_distribution("the highest logit is not finite")
+            else:
+                token = found
+                cast(Choices, request.choices).skip()
             request.add(token)
             is_stopped = token in request.end_ids or request.accept(token)
         except Exception as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.errors import NumericsError, SettingError
+from kvfold.model.step import LIKELIEST, MOST_TOP_K, Choice
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class Sampler:
             int(np.random.SeedSequence().generate_state(1)[0]) if params.seed is None else int(params.seed)
         )
         self._random = np.random.Generator(np.random.Philox(self.seed))
+        self._points: deque[float] = deque()  # thrown and not used yet
 
     @property
     def order(self) -> str:
@@ -173,10 +176,31 @@ class Sampler:
         return " -> ".join([*steps, f"draw (seed {self.seed})"])
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether `sample` is the lowest id of the highest logit, whatever came before."""
-        changes = self._bias.size or self._forbidden.size or (self._penalties and self._params.penalty_last_n)
-        return self._sharpness is None and not changes
+    def needs_logits(self) -> bool:
+        """Whether `sample` alone can choose: it looks at the tokens so far (penalties, mirostat), or does what no Choice
+        says: logit bias, ignore_eos, typical-p, a top-k above MOST_TOP_K, top-p of all tokens."""
+        p = self._params
+        if self._bias.size or self._forbidden.size or (self._penalties and p.penalty_last_n):
+            return True
+        if self._sharpness is None:
+            return False
+        is_bounded = 1 <= p.top_k <= MOST_TOP_K or (p.top_k == 0 and p.top_p == 1)
+        return p.mirostat != 0 or p.typical_p < 1 or not is_bounded
+
+    def choice(self, ahead: int) -> Choice:
+        """What `sample` would do for the token behind the next `ahead`; asking uses no number of the generator up."""
+        assert not self.needs_logits
+        p = self._params
+        if self._sharpness is None:
+            return LIKELIEST
+        depth = float(np.float32(math.log(p.min_p))) if p.min_p else -math.inf
+        return Choice(p.top_k, p.top_p, depth, float(self._sharpness), self._point(ahead))
+
+    def skip(self) -> None:
+        """The next token was chosen by `choice(0)`: the one after it is drawn with the number after its."""
+        if self._sharpness is not None:
+            self._point(0)
+            self._points.popleft()
 
     def sample(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
         """The next token id. logits: float32 [vocab], left as they are. history: the tokens so far, prompt included.
@@ -233,11 +257,18 @@ class Sampler:
         self._mu -= self._params.mirostat_eta * (surprise - self._params.mirostat_tau)
         return int(ids[index])
 
+    def _point(self, ahead: int) -> float:
+        """The generator's number, from 0 to below 1, for the draw behind the next `ahead`."""
+        while len(self._points) <= ahead:
+            self._points.append(self._random.random())
+        return self._points[ahead]
+
     def _draw(self, weights: NDArray[np.float32]) -> int:
-        """An index with probability in proportion to its weight; one number from the generator."""
+        """An index with probability in proportion to its weight; uses one number of the generator up."""
         cumulative = np.cumsum(weights, dtype=np.float64)
         total = cumulative[-1]
-        point = min(self._random.random() * total, np.nextafter(total, 0))
+        point = min(self._point(0) * total, np.nextafter(total, 0))
+        self._points.popleft()
         return int(np.searchsorted(cumulative, point, side="right"))
 
 

@@ -61,7 +61,7 @@ class Scheduler:
     def generation(self) -> list[tuple[Request, Work]]:
         """One row of every running request whose prompt is done."""
         return [
-            (request, Work(request.sequence, request.pending(1), is_prompt=False))
+            (request, Work(request.sequence, request.pending(1), is_prompt=False, choice=request.choice(0)))
             for request in self.running
             if request.token_ids
         ]

@@ -6,14 +6,44 @@ are neighbours, so an attention op works on one range of rows (and does nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
+
+
+MOST_TOP_K = 64
+
+
+class Choice(NamedTuple):
+    """How a Choosing backend chooses a token from a row of logits: filters, in this order, and a draw from what they keep,
+    as engine/sampler.py defines them.
+
+    top_k:     keep the k likeliest, at most MOST_TOP_K; 0 keeps all
+    top_p:     keep the likeliest tokens that hold this much probability; 1 keeps all, and is the only one with top_k 0
+    depth:     keep logits at most so far below the highest (log of min_p, float32), -inf keeps all
+    sharpness: 1 / temperature, float32
+    point:     of the draw, from 0 to below 1
+    """
+
+    top_k: float
+    top_p: float
+    depth: float
+    sharpness: float
+    point: float
+
+
+LIKELIEST = Choice(1, 1, -math.inf, 1, 0)
+
+
+def choices_of(choices: list[Choice]) -> NDArray[np.float64]:
+    """As a step has them: [R, 5]."""
+    return np.array(choices, np.float64).reshape(-1, len(Choice._fields))
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +60,7 @@ class Step:
     segments    [N, 4]   (Path.value, fused, first sequence, last sequence + 1), one per path present, in order
     output_rows [R]      rows whose hidden state and logits are wanted
     is_prompt   [S]      1 for rows of a prompt, 0 for generated tokens, guessed ones that are checked included
+    choices     [R, 5]   how the token of each output row is chosen (Choice, float64); [0, 5]: the caller wants logits
     """
 
     token_ids: Int32
@@ -42,6 +73,7 @@ class Step:
     segments: Int32
     output_rows: Int32
     is_prompt: Int32
+    choices: NDArray[np.float64] = field(default_factory=lambda: choices_of([]))
 
     @property
     def num_rows(self) -> int:
@@ -70,7 +102,7 @@ class StepRun(Protocol):
 
     @property
     def outputs(self) -> Mapping[str, NDArray[np.float32]]:
-        """After the head: "hidden" [R, hidden] and "logits" [R, vocab]."""
+        """After the head: "hidden" [R, hidden] and "logits" [R, vocab]. Nothing of a step whose tokens the backend chose."""
 
     def run(self, last: int | None = None) -> int:
         """Runs segments up to cut `last` (None: to the end) and returns the cut reached.
@@ -91,14 +123,14 @@ class Steps(Protocol):
 class ChoosingRun(StepRun, Protocol):
     @property
     def chosen(self) -> Int32:
-        """Of each output row the lowest id of the highest logit, [R]; -1 where that is not finite. Waits for this step
+        """Of each output row the token of its choice, [R]; -1 where the highest logit is not finite. Waits for this step
         alone, also when later ones are under way."""
 
 
 @runtime_checkable
 class Choosing(Protocol):
-    """A backend that can choose the likeliest tokens itself and hand them to the next step, so that it may be started
-    before anybody knows them."""
+    """A backend that can choose tokens itself and hand them to the next step, so that it may be started before anybody
+    knows them."""
 
     def chooses(self, step: Step) -> bool:
-        """Whether the run of this step is a ChoosingRun."""
+        """Whether the run of this step is a ChoosingRun: it has choices, and is of a kind that this backend serves."""
