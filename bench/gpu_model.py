@@ -28,6 +28,7 @@ import triton.language as tl
 from kvfold.backends.cuda import CudaBackend
 from kvfold.backends.cuda_ops import ROW_PRODUCT_ROWS
 from kvfold.backends.cuda_weights import DeviceWeights, Rows
+from kvfold.backends.gpu_rates import H200, gpu_profile
 from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache
 from kvfold.cache.pages import PagePool, Sequence
 from kvfold.config import ModelConfig
@@ -37,7 +38,7 @@ from kvfold.engine.sampler import Sampler, SamplingParams
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
 from kvfold.kernels import rounded_product, tile_product
 from kvfold.kernels.matrix import PLANES, Matrix, padded, planes
-from kvfold.mla.plan import H200, Fa, Mla, MlaPlan, choose
+from kvfold.mla.plan import Fa, Mla, MlaPlan, choose
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.step import LIKELIEST
 from kvfold.quant.types import by_name
@@ -134,9 +135,9 @@ def experts_read(backend: CudaBackend, step: Any, batch: int) -> float:
     return statistics.mean(counts) / moe.num_experts if counts else 0.0  # all layers may be dense
 
 
-def step_bytes(model: DeepseekModel, weights: DeviceWeights, batch: int, depth: int, experts: float) -> float:
+def step_bytes(weights: DeviceWeights, layout: CacheLayout, batch: int, depth: int, experts: float) -> float:
     """What one decode step must read: this share of all experts, each once, and cached rows."""
-    config, total = model.config, 0.0
+    total = 0.0
     for name, rows in weights.rows.items():
         nbytes = rows.matrix.raw.nbytes * (rows.stop - rows.start) / rows.matrix.rows
         if rows.matrix.parts > 1:
@@ -144,7 +145,7 @@ def step_bytes(model: DeepseekModel, weights: DeviceWeights, batch: int, depth: 
         if name != "token_embd.weight":
             total += nbytes
     total += sum(a.nbytes + b.nbytes for a, b in weights.up.values())
-    return total + batch * depth * config.num_layers * config.mla.latent_dim * 2
+    return total + batch * depth * layout.bytes_per_token
 
 
 def prompt_multiply_adds(model: DeepseekModel, weights: DeviceWeights, rows: int) -> float:
@@ -267,6 +268,8 @@ def main() -> None:
     parser.add_argument("--depth", default="128")
     parser.add_argument("--prompt", default="")
     parser.add_argument("--engine", action="store_true")
+    parser.add_argument("--mla", default="auto", choices=[m.value for m in Mla])
+    parser.add_argument("--launched", action="store_true", help="op by op: no graphs, so wall time alone")
     parser.add_argument(
         "--profile",
         action="store_true",
@@ -278,13 +281,24 @@ def main() -> None:
     read = json.loads((ROOT / "tests/data/configs" / f"{options.config}.json").read_text())
     if options.layers:
         read["num_hidden_layers"] = options.layers
-    model = DeepseekModel(ModelConfig.from_hf(read), splits_kv_b=False, standard=False)
+    setting = Mla(options.mla)
+    is_standard = setting is Mla.STANDARD
+    model = DeepseekModel(ModelConfig.from_hf(read), splits_kv_b=False, standard=is_standard)
     batches, depths = ([int(n) for n in text.split(",")] for text in (options.batch, options.depth))
     prompts = [int(n) for n in options.prompt.split(",") if n]
     weights = random_weights(model, options.type, device, options.dtype == "int8")
     tokens = max([b * (d + 256) for b in batches for d in depths] + [p + 64 for p in prompts])
-    cache = PagedCache(CacheLayout.latent(model.config, CacheType.BF16), tokens // PAGE_TOKENS + max(batches))
-    backend = CudaBackend(model, weights, cache, device=device, dtype=torch.bfloat16, workspace_bytes=1 << 30)
+    layout = (CacheLayout.standard if is_standard else CacheLayout.latent)(model.config, CacheType.BF16)
+    cache = PagedCache(layout, tokens // PAGE_TOKENS + max(batches))
+    backend = CudaBackend(
+        model,
+        weights,
+        cache,
+        device=device,
+        dtype=torch.bfloat16,
+        workspace_bytes=1 << 30,
+        captures=not options.launched,
+    )
     for pool in backend.pools:
         pool.normal_()
     limit = read_limit(device)
@@ -294,8 +308,8 @@ def main() -> None:
     )
 
     def planner(new: int, cached: int, is_prompt: bool) -> MlaPlan:
-        return choose(model.config.mla, new_rows=new, cached_rows=cached, is_prompt=is_prompt, setting=Mla.AUTO,
-                      fa=Fa.AUTO, machine=H200)  # fmt: skip
+        return choose(model.config.mla, new_rows=new, cached_rows=cached, is_prompt=is_prompt, setting=setting,
+                      fa=Fa.AUTO, machine=gpu_profile(H200, CacheType.BF16, options.dtype))  # fmt: skip
 
     results = []
     for batch in batches:
@@ -323,7 +337,14 @@ def main() -> None:
                 step()
                 walls.append(time.perf_counter() - start)
             wall = statistics.median(walls)
-            assert backend._graphs is not None
+            if backend._graphs is None:
+                row = {"what": "decode, launched", "mla": options.mla, "type": options.type, "batch": batch, "depth": depth,
+                       "wall_us": wall * 1e6, "tokens_per_s": batch / wall}  # fmt: skip
+                results.append(row)
+                print(
+                    json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True
+                )
+                continue
             work = [Work(s, [17], is_prompt=False) for s in sequences]
             key = backend._graphs._key(build_batch(work, planner).step)
             assert key is not None
@@ -359,10 +380,10 @@ def main() -> None:
                 experts_read(backend, lambda tokens=tokens: step(tokens=tokens), batch) for tokens in (first, last)
             )
             floor, loop_floor = (
-                step_bytes(model, weights, batch, depth, e) / limit for e in (experts, loop_experts)
+                step_bytes(weights, layout, batch, depth, e) / limit for e in (experts, loop_experts)
             )
             row = {
-                "what": "decode", "type": options.type, "batch": batch, "depth": depth, "experts_read": experts,
+                "what": "decode", "mla": options.mla, "type": options.type, "batch": batch, "depth": depth, "experts_read": experts,
                 "loop_experts_read": loop_experts, "wall_us": wall * 1e6,
                 "replay_us": replay * 1e6, "tokens_per_s": batch / wall, "floor_us": floor * 1e6,
                 "share_of_floor": floor / wall, "loop_us": loop_step * 1e6, "loop_tokens_per_s": batch / loop_step,

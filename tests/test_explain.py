@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
-from kvfold.backends import gpu
+from kvfold.backends import gpu, gpu_rates
 from kvfold.backends.choose import native_profile
 from kvfold.explain import inspect_file, memory_of, phase, plan_report, weight_group
 from kvfold.formats.checkpoint import open_checkpoint
@@ -161,7 +161,7 @@ def test_memory_adds_up_and_follows_the_settings(synth_gguf: Path) -> None:
 
 def test_a_gpu_holds_two_workspaces(synth_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as the room for the cache is computed with."""
-    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (gpu.Gpu("NVIDIA H200", (9, 0), 141 << 30),)))
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (gpu_rates.H200,)))
     monkeypatch.setattr(gpu, "refusals", lambda device: [])
     monkeypatch.setattr(gpu, "free_bytes", lambda device: 16 << 30)
     asked = settings(n_ctx=1000, workspace_bytes=5 << 20, device="cuda")

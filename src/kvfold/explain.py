@@ -291,6 +291,8 @@ class BackendReport:
 
 @dataclass(frozen=True)
 class PlanReport:
+    """rates: what paths were chosen by, in words."""
+
     path: str
     config: ModelConfig
     n_ctx: int
@@ -298,6 +300,7 @@ class PlanReport:
     memory: Memory
     phases: tuple[Phase, ...]
     crossovers: tuple[Crossover, ...]
+    rates: str
     backend: BackendReport
     info: tuple[str, ...]
 
@@ -354,6 +357,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
             for depth in CROSSOVER_DEPTHS
             if depth < n_ctx
         ),
+        rates=machine.in_words,
         backend=backend,
         info=checkpoint.info,
     )

@@ -11,15 +11,15 @@ import pytest
 
 from kit.tiny_models import tiny_model, write_gguf
 from kvfold import LLM
-from kvfold.backends import choose, gpu
+from kvfold.backends import choose, gpu, gpu_rates
 from kvfold.backends.choose import Room
 from kvfold.errors import KvfoldError, MissingExtra, SettingError
 from kvfold.explain import plan_report
 from kvfold.formats.checkpoint import open_checkpoint
 from kvfold.load import GPU_WINDOW_ROWS, Settings
 
-HOPPER = gpu.Gpu("NVIDIA H200", (9, 0), 141 << 30)
-TURING = gpu.Gpu("Tesla T4", (7, 5), 16 << 30)
+HOPPER = gpu_rates.H200
+TURING = gpu.Gpu("Tesla T4", (7, 5), 16 << 30, 40, 1_590_000, 320.064)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,12 @@ class FakeLibrary:
         out._obj.value = self.gpus[device.value].total_bytes
 
     def _cuDeviceGetAttribute(self, out: Any, attribute: int, device: Any) -> None:
-        out._obj.value = self.gpus[device.value].capability[attribute - 75]
+        of = self.gpus[device.value]
+        major, minor = of.capability
+        bus = 6016 if of is HOPPER else 256
+        memory_khz = round(of.memory_gbps * 1e6 / 2 * 8 / bus)
+        values = {13: of.clock_khz, 16: of.num_multiprocessors, 36: memory_khz, 37: bus, 75: major, 76: minor}
+        out._obj.value = values[attribute]
 
     def _cuGetErrorName(self, error: int, out: Any) -> None:
         out._obj.value = {803: b"CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"}.get(error)
@@ -205,6 +210,7 @@ def test_backends_and_devices_that_exclude_each_other() -> None:
 
 
 def test_a_plan_for_a_gpu_has_its_memory_and_its_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER,)))
     monkeypatch.setattr(gpu, "refusals", lambda device: [])
     monkeypatch.setattr(gpu, "free_bytes", lambda device: (2 << 30) + (3 << 28))
     checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
@@ -212,4 +218,4 @@ def test_a_plan_for_a_gpu_has_its_memory_and_its_rates(tmp_path: Path, monkeypat
     assert (report.backend.name, report.memory.cache_type) == ("cuda", "bf16")
     assert report.memory.free_bytes == (2 << 30) + (3 << 28)
     assert report.batch_rows == GPU_WINDOW_ROWS
-    assert "H200 profile" in report.phases[0].reason
+    assert "(H200 profile, measured)" in report.phases[0].reason

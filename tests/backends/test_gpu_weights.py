@@ -9,7 +9,7 @@ import pytest
 
 from kit.interpreter import torch  # before any kernel
 from kit.tiny_models import tiny_model, write_hf_dir
-from kvfold.backends import gpu
+from kvfold.backends import gpu, gpu_rates
 from kvfold.backends.choose import GPU_RESERVE_BYTES, choose_backend
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.errors import SettingError
@@ -84,6 +84,7 @@ def free_for(monkeypatch: pytest.MonkeyPatch, weight_bytes: int, checkpoint: Che
     room = needs_of(checkpoint, settings()).room
     assert room is not None
     free = weight_bytes + room.scratch_bytes + GPU_RESERVE_BYTES + room.bytes_per_token * PAGE_TOKENS
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (gpu_rates.H200,)))
     monkeypatch.setattr(gpu, "refusals", lambda device: [])
     monkeypatch.setattr(gpu, "free_bytes", lambda device: free)
 
@@ -120,6 +121,7 @@ def test_plain_types_take_what_their_file_has(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_plan_has_the_bytes_of_the_device_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = made("mxfp4")
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (gpu_rates.H200,)))
     monkeypatch.setattr(gpu, "refusals", lambda device: [])
     monkeypatch.setattr(gpu, "free_bytes", lambda device: 16 << 30)
     on_gpu = plan_report(checkpoint, settings(n_ctx=64), batch_rows=512)

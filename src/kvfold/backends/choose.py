@@ -10,10 +10,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from kvfold.backends import gpu, gpu_weights
+from kvfold.backends import gpu, gpu_rates, gpu_weights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import MissingExtra, SettingError
-from kvfold.mla.plan import ARITHMETIC, CPU, H200, MachineProfile
+from kvfold.mla.plan import ARITHMETIC, CPU, MachineProfile
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Program
 from kvfold.model.step import Steps
@@ -184,6 +184,11 @@ def _cuda_refusals(needs: Needs) -> list[str]:
     return reasons
 
 
+def _cuda_profile(needs: Needs) -> MachineProfile:
+    found = gpu.driver().gpus[gpu.device_index(needs.device)]
+    return gpu_rates.gpu_profile(found, needs.cache_type, needs.dtype)
+
+
 def _cuda_free_bytes(device: str) -> int:
     return gpu.free_bytes(device)
 
@@ -338,7 +343,7 @@ CANDIDATES = (
         "cuda",
         _cuda_refusals,
         _cuda_build,
-        lambda needs: H200,
+        _cuda_profile,
         free_bytes=_cuda_free_bytes,
         weight_bytes=gpu_weights.device_bytes,
     ),

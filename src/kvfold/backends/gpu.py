@@ -17,17 +17,22 @@ from kvfold.errors import SettingError
 
 SMALLEST_CAPABILITY = (8, 0)  # bf16 on the matrix units, asynchronous copies
 OLDEST = {"torch": (2, 8), "triton": (3, 6)}  # torch.mm into another type; Gluon for Hopper
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+# CU_DEVICE_ATTRIBUTE_*: clocks in kHz, the bus in bits
+_CLOCK, _MULTIPROCESSORS, _MEMORY_CLOCK, _BUS, _MAJOR, _MINOR = 13, 16, 36, 37, 75, 76
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """capability: (9, 0) is Hopper. total_bytes: all of its memory, used or not."""
+    """capability: (9, 0) is Hopper. total_bytes: all of its memory, used or not. clock_khz: at its highest.
+    memory_gbps: 10^9 bytes a second by the memory's clock and bus."""
 
     name: str
     capability: tuple[int, int]
     total_bytes: int
+    num_multiprocessors: int
+    clock_khz: int
+    memory_gbps: float
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,25 @@ def _error_name(cuda: ctypes.CDLL, error: int) -> str:
 
 
 def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    total = ctypes.c_size_t()
+    device, total = ctypes.c_int(), ctypes.c_size_t()
     label = ctypes.create_string_buffer(256)
     cuda.cuDeviceGet(ctypes.byref(device), index)
     cuda.cuDeviceGetName(label, len(label), device)
     cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-    return Gpu(label.value.decode(errors="replace"), (major.value, minor.value), total.value)
+
+    def attribute(number: int) -> int:
+        value = ctypes.c_int()
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device)
+        return value.value
+
+    return Gpu(
+        label.value.decode(errors="replace"),
+        (attribute(_MAJOR), attribute(_MINOR)),
+        total.value,
+        attribute(_MULTIPROCESSORS),
+        attribute(_CLOCK),
+        2 * attribute(_MEMORY_CLOCK) * 1e3 * attribute(_BUS) / 8 / 1e9,  # two transfers a clock
+    )
 
 
 def check_device(device: str) -> None:

@@ -92,6 +92,7 @@ def _show(console: Console, found: PlanReport) -> None:
         (">cached tokens", ">new rows"),
         [(f"{c.depth:,}", "never" if c.rows is None else f"{c.rows:,}") for c in found.crossovers],
     )
+    console.print(f"by the {found.rates}\n")
     for name, reasons in found.backend.refused:
         console.print(f"backend {name} refuses: {', '.join(reasons)}")
     if found.backend.name:

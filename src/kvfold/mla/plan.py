@@ -7,6 +7,7 @@ large C, 159 at C = 1024, and at C = 0 decompressed never loses.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -58,9 +59,11 @@ def parse_fa(value: str | int) -> Fa:
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """What the plan knows of a machine: multiply-adds a second of each product, all in one unit.
+    """What the plan knows of a machine: multiply-adds a second of each product, all in one unit, and what a layer's attention
+    takes besides, in the time that this unit makes (10^9 a second: nanoseconds).
 
-    Equal rates make the plan a pure count; measured profiles replace them.
+    Equal rates make the plan a pure count; measured profiles replace them. origin: how a backend came by them, where machines
+    of a kind differ.
     """
 
     name: str = "arithmetic"
@@ -68,18 +71,48 @@ class MachineProfile:
     folding: float = 1.0  # W_UK into a query row, and W_UV after it
     expansion: float = 1.0  # keys and values out of latents
     heads: float = 1.0  # scores and values over the keys and values of heads
+    cached: float = math.inf  # numbers of latent rows that absorbed attention reads, once for all heads and rows
+    absorbed_start: float = 0.0  # launches and their ends, however little they do
+    decompressed_start: float = 0.0
+    few_rows: int = 0  # of a sequence, up to which absorbed attention has launches of its own: few_start
+    few_start: float = 0.0
+    origin: str = ""
+
+    @property
+    def title(self) -> str:
+        """As reasons name it: H200 profile, measured."""
+        return f"{self.name} profile" + (f", {self.origin}" if self.origin else "")
+
+    @property
+    def in_words(self) -> str:
+        """Its rates, where they are of a machine: in 10^9 a second, and us."""
+        if self.name == MachineProfile.name:
+            return f"{self.title}: multiply-adds are counted, all at one rate"
+        products = {
+            "over latents": self.latents,
+            "folding": self.folding,
+            "expanding": self.expansion,
+            "over heads": self.heads,
+        }
+        words = ", ".join(f"{what} {rate:,.0f}" for what, rate in products.items())
+        besides = {"numbers of latent rows": self.cached} if self.cached < math.inf else {}
+        words += "".join(f", {what} {rate:,.0f}" for what, rate in besides.items())
+        absorbed = f"{self.absorbed_start / 1e3:.1f}" + (
+            f" ({self.few_start / 1e3:.1f} of few rows)" if self.few_rows else ""
+        )
+        starts = f"; a layer besides {absorbed} us absorbed, {self.decompressed_start / 1e3:.1f} decompressed"
+        return f"{self.title}: 10^9 multiply-adds a second {words}" + (starts if self.absorbed_start else "")
 
     def seconds(self, path: Path, work: AttentionWork) -> float:
         """Up to the unit of the rates."""
-        over = self.latents if path is Path.ABSORBED else self.heads
-        return work.pairs / over + work.up / (self.folding if path is Path.ABSORBED else self.expansion)
+        if path is Path.ABSORBED:
+            over = work.pairs / self.latents + work.cached / self.cached
+            start = self.few_start if work.rows <= self.few_rows else self.absorbed_start
+            return start + over + work.up / self.folding
+        return self.decompressed_start + work.pairs / self.heads + work.up / self.expansion
 
 
 ARITHMETIC = MachineProfile()
-
-# An H200 in bf16, 128 heads, long contexts: 2 multiply-adds of FlashMLA's decode kernel at 590 TFLOP/s (docs of the
-# figures: bench/results), of a causal 192/128 prefill kernel at 650 and of cuBLAS, which expands, at 700.
-H200 = MachineProfile("H200", latents=295.0, folding=295.0, expansion=350.0, heads=325.0)
 
 # GMAC/s of one thread in dtype int8 with a q8_0 cache, by instruction set: bench/kernels.py paths, docs/notes/cpu-attention.md.
 CPU = {
@@ -106,10 +139,13 @@ def query_key_pairs(new_rows: int, cached_rows: int) -> int:
 
 @dataclass(frozen=True)
 class AttentionWork:
-    """Multiply-adds of one layer: over (query, key) pairs, and of the up-projections."""
+    """Of one layer: multiply-adds over (query, key) pairs, and of the up-projections; numbers of the latent rows attended to;
+    query rows."""
 
     pairs: int
     up: int
+    cached: int = 0
+    rows: int = 0
 
 
 def attention_work(path: Path, mla: MlaConfig, new_rows: int, cached_rows: int) -> AttentionWork:
@@ -117,7 +153,9 @@ def attention_work(path: Path, mla: MlaConfig, new_rows: int, cached_rows: int) 
     # 131,072 a head: per key, or per query row
     up = mla.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
     if path is Path.ABSORBED:
-        return AttentionWork(pairs * (mla.latent_dim + mla.kv_lora_rank), new_rows * up)
+        cached = (new_rows + cached_rows) * mla.latent_dim
+        latents = pairs * (mla.latent_dim + mla.kv_lora_rank)
+        return AttentionWork(latents, new_rows * up, cached, new_rows)
     keys_expanded = new_rows + (cached_rows if path is Path.DECOMPRESSED else 0)
     return AttentionWork(pairs * (mla.qk_head_dim + mla.v_head_dim), keys_expanded * up)
 
@@ -166,7 +204,7 @@ def choose(
     other = max(considered, key=lambda path: seconds[path])
     ratio = seconds[other] / seconds[best]
     rows = f"{new_rows} new over {cached_rows} cached rows"
-    return plan(best, f"{rows}: {other.name.lower()} costs {ratio:.2f} x ({machine.name} profile)")
+    return plan(best, f"{rows}: {other.name.lower()} costs {ratio:.2f} x ({machine.title})")
 
 
 def crossover_rows(mla: MlaConfig, cached_rows: int, machine: MachineProfile = ARITHMETIC) -> int | None:
