@@ -48,13 +48,28 @@ struct LatentOp {
     });
   }
 
-  // Joins the runs of a row in order. next(run): where their softmaxes are.
-  template <typename Next>
-  void join_runs(int64_t i, int64_t group, float* memory, const Next& next) const {
+  // The softmax of a run with that of those before it.
+  void append_run(int64_t group, float* from, float* into) const {
+    const int64_t head = group * kTileQueries, heads = std::min(kTileQueries, dims.heads - head);
+    merge(partial(from), partial(into), heads);
+  }
+
+  // Joins the runs of a row: AbsorbedRows::for_runs. stretch: partial_floats.
+  template <typename End, typename Next>
+  void join_runs(int64_t i, int64_t group, float* memory, float* stretch, const End& end_of_first,
+                 const Next& next) const {
     const int64_t head = group * kTileQueries, heads = std::min(kTileQueries, dims.heads - head);
     const ValueTile into = values(i, head, states_at(memory));
     start(into, heads);
-    for (int64_t run = 0; run < rows.num_runs(i); run++) merge(partial(next(run)), into, heads);
+    rows.for_stretches(i, [&](int64_t first, int64_t last) {
+      float* joined = next(first);
+      if (int64_t run = end_of_first(first); run < last) {
+        start(partial(stretch), heads);
+        append_run(group, joined, stretch);
+        for (joined = stretch; run < last; run++) append_run(group, next(run), joined);
+      }
+      merge(partial(joined), into, heads);
+    });
     finish(into, heads);
   }
 
@@ -88,7 +103,7 @@ void append_latent(const Machine& machine, const Step& step, Matrix c_kv, Matrix
 
 int64_t attend_latent_floats(const MlaDims& dims, bool rounds) {
   if (rounds) return attend_latent_rounded_floats(dims);
-  return kScoreFloats + kPageTokens * dims.latent() + kTileQueries * dims.kv_lora + 2 * kStateFloats;
+  return kScoreFloats + kPageTokens * dims.latent() + 2 * kTileQueries * dims.kv_lora + 3 * kStateFloats;
 }
 
 void attend_latent(const Machine& machine, const Step& step, const MlaDims& dims, float scale,
@@ -121,8 +136,11 @@ void attend_latent(const Machine& machine, const Step& step, const MlaDims& dims
       [&](int64_t i, int64_t group, int64_t run, int64_t, float* partial, int member) {
         op.attend_run(i, group, run, op.partial(partial), machine.of(member));
       },
-      [&](int64_t i, int64_t group, int64_t, int64_t, int member, const auto& next) {
-        op.join_runs(i, group, machine.of(member) + tile_memory, next);
+      [&](int64_t group, float* from, float* into) { op.append_run(group, from, into); },
+      [&](int64_t i, int64_t group, int64_t, int64_t, int member, const auto& end_of_first,
+          const auto& next) {
+        float* memory = machine.of(member) + tile_memory;
+        op.join_runs(i, group, memory, memory + kStateFloats + op.partial_floats(), end_of_first, next);
       });
 }
 

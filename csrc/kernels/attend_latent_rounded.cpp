@@ -45,8 +45,8 @@ struct Parts {
   int64_t code_tile() const { return kPagesAtOnce * (scores + words + 2 * kHeadLanes); }
   int64_t code_page() const { return scales + shares + shares / kPagePairs; }
   int64_t codes() const { return tiles_of_group * code_tile() + kPagesAtOnce * code_page(); }
-  // Queries and two softmaxes of a group's tiles, and what pages become.
-  int64_t total() const { return tiles_of_group * (query + 2 * partial()) + std::max(tile(), codes()); }
+  // Queries and three softmaxes of a group's tiles, and what pages become.
+  int64_t total() const { return tiles_of_group * (query + 3 * partial()) + std::max(tile(), codes()); }
 };
 
 struct RoundedLatentOp {
@@ -71,15 +71,16 @@ struct RoundedLatentOp {
   }
   int64_t group_partial() const { return parts.tiles_of_group * parts.partial(); }
 
-  // A member's scratch: queries, softmax of a run, that of the row, what a page becomes.
+  // A member's scratch: queries, softmaxes of a run, a stretch and the row, what a page becomes.
   struct Memory {
     uint32_t* query;
-    float *run, *row, *tile;
+    float *run, *stretch, *row, *tile;
   };
   Memory memory(int member) const {
     float* base = machine.of(member);
     float* run = base + parts.tiles_of_group * parts.query;
-    return {reinterpret_cast<uint32_t*>(base), run, run + group_partial(), run + 2 * group_partial()};
+    return {reinterpret_cast<uint32_t*>(base), run, run + group_partial(), run + 2 * group_partial(),
+            run + 3 * group_partial()};
   }
   LatentState* state(float* partial, int64_t tile) const {
     return reinterpret_cast<LatentState*>(partial + tile * parts.partial());
@@ -285,11 +286,21 @@ struct RoundedLatentOp {
     }
   }
 
-  // Joins columns of the runs of a row in order. next(run): where their softmaxes are.
-  template <class Next>
-  void join_runs(int64_t i, int64_t group, Columns c, const Memory& m, const Next& next) const {
-    start(m.row, tiles(group), c);
-    for (int64_t run = 0; run < rows.num_runs(i); run++) merge(next(run), m.row, tiles(group), c);
+  // Joins columns of the runs of a row: AbsorbedRows::for_runs.
+  template <class End, class Next>
+  void join_runs(int64_t i, int64_t group, Columns c, const Memory& m, const End& end_of_first,
+                 const Next& next) const {
+    const int64_t count = tiles(group);
+    start(m.row, count, c);
+    rows.for_stretches(i, [&](int64_t first, int64_t last) {
+      float* joined = next(first);
+      if (int64_t run = end_of_first(first); run < last) {
+        start(m.stretch, count, c);
+        merge(joined, m.stretch, count, c);
+        for (joined = m.stretch; run < last; run++) merge(next(run), joined, count, c);
+      }
+      merge(joined, m.row, count, c);
+    });
     finish(i, group, m.row, c);
   }
 
@@ -353,8 +364,13 @@ void attend_latent_rounded(const Machine& machine, const AbsorbedRows& rows, boo
       [&](int64_t i, int64_t group, int64_t run, int64_t next_run, float* partial, int member) {
         op.attend_run(i, group, run, next_run, partial, op.memory(member));
       },
-      [&](int64_t i, int64_t group, int64_t part, int64_t parts, int member, const auto& next) {
-        op.join_runs(i, group, parts == 1 ? op.all_columns() : op.join_part(part), op.memory(member), next);
+      [&](int64_t group, float* from, float* into) {
+        op.merge(from, into, op.tiles(group), op.all_columns());
+      },
+      [&](int64_t i, int64_t group, int64_t part, int64_t parts, int member, const auto& end_of_first,
+          const auto& next) {
+        op.join_runs(i, group, parts == 1 ? op.all_columns() : op.join_part(part), op.memory(member),
+                     end_of_first, next);
       });
 }
 

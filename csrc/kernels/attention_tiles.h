@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -37,7 +38,54 @@ inline int64_t absorbed_run_keys(int64_t num_keys) {
   return std::max({few, many, ceil_div(pages, 64)}) * kPageTokens;
 }
 
-// Rows of the absorbed range. The pages of a row go in runs, each with a softmax of its own.
+// Neighbouring runs of a row and a group of heads, whose softmaxes are joined in order.
+struct Stretch {
+  int64_t row, group, first, last;
+};
+
+// Hands out runs one by one. A member that asks goes on with its own stretch, or takes one that nobody has;
+// where there is none left it takes the last run of the one with the most to go.
+class StretchQueue {
+ public:
+  StretchQueue(std::vector<Stretch> stretches, int members)
+      : stretches_(std::move(stretches)), own_(members, -1) {
+    for (const Stretch& stretch : stretches_) left_.push_back({stretch.first, stretch.last});
+  }
+
+  struct Taken {
+    int64_t stretch, run;
+    bool is_owners;
+  };
+  // Asked once for every run.
+  Taken take(int member) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    int64_t& own = own_[member];
+    if (own < 0 || left_[own].count() == 0) own = taken_ < size() ? taken_++ : -1;
+    if (own >= 0) return {own, left_[own].first++, true};
+    const auto most = std::max_element(left_.begin(), left_.end(),
+                                       [](const Left& a, const Left& b) { return a.count() < b.count(); });
+    return {most - left_.begin(), --most->last, false};
+  }
+
+  int64_t size() const { return static_cast<int64_t>(stretches_.size()); }
+  const Stretch& operator[](int64_t stretch) const { return stretches_[stretch]; }
+  // When all runs are taken: those of a stretch from here on went to others than its owner.
+  int64_t end_of_owners(int64_t stretch) const { return left_[stretch].first; }
+
+ private:
+  struct Left {
+    int64_t first, last;
+    int64_t count() const { return last - first; }
+  };
+  std::mutex mutex_;
+  std::vector<Stretch> stretches_;
+  std::vector<Left> left_;
+  std::vector<int64_t> own_;  // by member; -1: none
+  int64_t taken_ = 0;         // stretches that have an owner
+};
+
+// Rows of the absorbed range. The pages of a row go in runs, each with a softmax of its own. These are joined
+// in an order that is a function of the keys it sees alone: of each stretch of neighbours, then of stretches.
 struct AbsorbedRows {
   const Step& step;
   int64_t first_row;  // of the range: where q and out start
@@ -61,29 +109,45 @@ struct AbsorbedRows {
     for_blocks(run * run_keys(i), std::min(visible(i), (run + 1) * run_keys(i)), use, block);
   }
 
+  // Of a row. Two: a member each of two goes through its own, and what a run hands to the next is still near;
+  // what stretches hand over, 33 KB of 16 heads, has left the caches since the layer before wrote there.
+  static constexpr int64_t kStretches = 2;
+  // Calls use(first run, last) for the stretches of a row in order.
+  template <class Use>
+  void for_stretches(int64_t i, const Use& use) const {
+    const int64_t runs = num_runs(i), size = ceil_div(runs, kStretches);
+    for (int64_t first = 0; first < runs; first += size) use(first, std::min(runs, first + size));
+  }
+
   // The softmaxes of all rows and `groups` of heads, with the work of each spread as there are many or few:
   //   prepare(i, group, member)                before a member attends to runs of it
   //   attend(i, group, run, next_run, partial, member)
   //                                            a run's softmax into partial_floats; next_run: of the row,
   //                                            which the member most likely takes next, where there is one
-  //   join(i, group, part, parts, member, next)
-  //                                            joins a part of next(0), next(1) ... next(num_runs(i) - 1):
-  //                                            there are join_parts, or one where a member goes through the
-  //                                            runs by itself
+  //   append(group, from, into)                joins the softmax of a run with that of those before it in its
+  //                                            stretch
+  //   join(i, group, part, parts, member, end_of_first, next)
+  //                                            joins a part of the runs next(0), next(1) ... of a row: there
+  //                                            are join_parts, or one where a member goes through the runs by
+  //                                            itself. Runs of a stretch before end_of_first(its first) are
+  //                                            in the softmax of that one.
   // own(member): partial_floats of a member.
-  template <class Own, class Prepare, class Attend, class Join>
+  template <class Own, class Prepare, class Attend, class Append, class Join>
   void for_runs(const Machine& machine, int64_t groups, int64_t partial_floats, int64_t join_parts,
-                const Own& own, const Prepare& prepare, const Attend& attend, const Join& join) const {
+                const Own& own, const Prepare& prepare, const Attend& attend, const Append& append,
+                const Join& join) const {
     const int64_t runs = most_runs(), window = machine.shared_floats / (runs * groups * partial_floats);
     // Enough for every member: each goes through the runs of its row by itself.
     if (runs == 1 || num_rows * groups >= 8 * machine.team.size() || window == 0) {
       machine.team.for_each(num_rows * groups, [&](int64_t unit, int member) {
         const int64_t i = unit / groups, group = unit % groups;
         prepare(i, group, member);
-        join(i, group, 0, 1, member, [&](int64_t run) {
-          attend(i, group, run, run + 1, own(member), member);
-          return own(member);
-        });
+        join(
+            i, group, 0, 1, member, [](int64_t run) { return run + 1; },
+            [&](int64_t run) {
+              attend(i, group, run, run + 1, own(member), member);
+              return own(member);
+            });
       });
       return;
     }
@@ -92,17 +156,38 @@ struct AbsorbedRows {
       const auto partial = [&](int64_t i, int64_t group, int64_t run) {
         return machine.shared + (((i - first) * groups + group) * runs + run) * partial_floats;
       };
-      std::vector<int64_t> prepared(machine.team.size(), -1);  // by each member: its last row and group
-      machine.team.for_each(n * groups * runs, [&](int64_t unit, int member) {
-        const int64_t i = first + unit / (groups * runs), group = unit / runs % groups, run = unit % runs;
-        if (run >= num_runs(i)) return;
-        if (std::exchange(prepared[member], unit / runs) != unit / runs) prepare(i, group, member);
-        attend(i, group, run, run + machine.team.size(), partial(i, group, run), member);
+      std::vector<Stretch> stretches;
+      std::vector<int64_t> stretch_of(n * groups * runs);  // of each first run
+      int64_t num_taken = 0;
+      for (int64_t i = first; i < first + n; i++) {
+        for (int64_t group = 0; group < groups; group++, num_taken += num_runs(i)) {
+          for_stretches(i, [&](int64_t begin, int64_t end) {
+            stretch_of[((i - first) * groups + group) * runs + begin] =
+                static_cast<int64_t>(stretches.size());
+            stretches.push_back({i, group, begin, end});
+          });
+        }
+      }
+      StretchQueue queue(std::move(stretches), machine.team.size());
+      std::vector<std::pair<int64_t, int64_t>> prepared(machine.team.size(), {-1, -1});
+      machine.team.for_each(num_taken, [&](int64_t, int member) {
+        const auto [stretch, run, is_owners] = queue.take(member);
+        const auto& [i, group, begin, end] = queue[stretch];
+        if (std::exchange(prepared[member], {i, group}) != std::pair(i, group)) prepare(i, group, member);
+        if (!is_owners) return attend(i, group, run, num_runs(i), partial(i, group, run), member);
+        const int64_t next_run = run + 1 < end ? run + 1 : num_runs(i);
+        if (run == begin) return attend(i, group, run, next_run, partial(i, group, run), member);
+        attend(i, group, run, next_run, own(member), member);
+        append(group, own(member), partial(i, group, begin));
       });
       machine.team.for_each(n * groups * join_parts, [&](int64_t unit, int member) {
         const int64_t i = first + unit / (groups * join_parts), group = unit / join_parts % groups;
-        join(i, group, unit % join_parts, join_parts, member,
-             [&](int64_t run) { return partial(i, group, run); });
+        join(
+            i, group, unit % join_parts, join_parts, member,
+            [&](int64_t run) {
+              return queue.end_of_owners(stretch_of[((i - first) * groups + group) * runs + run]);
+            },
+            [&](int64_t run) { return partial(i, group, run); });
       });
     }
   }
