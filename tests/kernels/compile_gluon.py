@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kvfold.kernels import mla_decode_gluon, mla_prefill_gluon, tile_product_gluon
+from kvfold.kernels import mla_decode_fp8_gluon, mla_decode_gluon, mla_prefill_gluon, tile_product_gluon
 
 COMMON = {
     **{name: "*i32" for name in ("pages", "page_starts", "kv_lens", "part_starts")},
@@ -30,7 +30,7 @@ COMMON = {
 
 
 def box(rows: int, columns: int, dtype: str = "bf16", swizzle_bytes: int = 128) -> str:
-    bits = {"bf16": 16, "i32": 32}[dtype]
+    bits = {"u8": 8, "bf16": 16, "i32": 32, "fp32": 32}[dtype]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle_bytes, element_bitwidth=bits, rank=2)
     return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
 
@@ -71,10 +71,22 @@ def main(kind: str) -> None:
         kernel = mla_decode_gluon._few_rows_kernel
         types |= {"k_desc": box(64, 512), "k_rope_desc": box(64, 64)}
         sizes = {"HEADS": 16, "BLOCK_ROWS": 16, "S_Q": 1, "PDL": True}
-    elif kind == "many":
+    elif kind.startswith("fp8"):
+        kernel = mla_decode_fp8_gluon._fp8_kernel
+        block_rows = int(kind.removeprefix("fp8_"))
+        types |= {
+            "codes_desc": box(64, 512, "u8", mla_decode_fp8_gluon.CODES_SWIZZLE),
+            "scales_desc": box(64, 4, "fp32", 0),
+        }
+        types |= {"rope_desc": box(64, 64), "nothing": "i32"}
+        sizes = {"HEADS": 16, "BLOCK_ROWS": block_rows, "S_Q": block_rows // 16, "PDL": True}
+        sizes["STAGES"] = mla_decode_fp8_gluon.STAGES[block_rows]
+        sizes["A_REGISTERS"], sizes["B_REGISTERS"] = mla_decode_fp8_gluon.REGISTERS[block_rows]
+    elif kind.startswith("many"):
         kernel = mla_decode_gluon._many_rows_kernel
         types |= {"q_desc": box(64, 256), "k_desc": box(64, 256 // mla_decode_gluon.CHUNKS.value), "nothing": "i32"}
         types |= {f"{name}_desc": box(64, 64) for name in ("q_rope", "k_rope")}
+        types |= {"partial_scale": "*fp32"} | ({"partial": "*fp16"} if kind == "many_halves" else {})
         sizes = {"HEADS": 128, "S_Q": 1, "PDL": True, "WORKER_REGISTERS": 256}
     elif kind.startswith("experts"):  # experts_TYPE_TOKENS_gated
         kernel = tile_product_gluon._experts_kernel

@@ -15,6 +15,16 @@ def test_the_kernel_for_few_rows_spills_nothing() -> None:
     assert found["spill_bytes"] == 0 and not found["serialized"], found
 
 
+@pytest.mark.parametrize("kind", ["fp8_16", "fp8_32"])
+def test_the_kernel_for_fp8_spills_nothing_of_its_loops(kind: str) -> None:
+    found = compiled(kind)
+    assert found["shared_bytes"] <= HOPPER_SHARED_BYTES
+    assert found["wgmma"] == 36 + 32, found  # 576 / 16 for the scores, 8 * 4 for the values
+    assert found["spill_bytes"] <= 4 and not found["serialized"], (
+        found
+    )  # of 32 rows one address, read once a sequence
+
+
 @pytest.mark.parametrize("kind", ["prefill_parted", "prefill_boxed", "prefill_merge"])
 def test_the_prefill_kernel_spills_nothing(kind: str) -> None:
     found = compiled(kind)
@@ -24,9 +34,10 @@ def test_the_prefill_kernel_spills_nothing(kind: str) -> None:
     assert found["spill_bytes"] == 0 and not found["serialized"], found
 
 
-def test_the_kernel_for_many_rows_fits() -> None:
+@pytest.mark.parametrize("kind", ["many", "many_halves"])
+def test_the_kernel_for_many_rows_fits(kind: str) -> None:
     """Nothing of the loops is spilled: there is almost no L1 left to hold it."""
-    found = compiled("many")
+    found = compiled(kind)
     assert found["shared_bytes"] <= HOPPER_SHARED_BYTES
     assert found["wgmma"] >= 2 * (36 + 8), found
     assert found["spill_bytes"] < 32 and not found["serialized"], found

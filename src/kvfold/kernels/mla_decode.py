@@ -5,7 +5,7 @@ serves twice: 576 numbers as keys, the first 512 of them as values. Which part o
 mla_schedule.py's; a sequence that several parts read is merged by its log-sum-exps in a second launch.
 
 The kernel of this file is plain Triton: right on any GPU from sm_80 on and in Triton's CPU interpreter, and the judge of
-the Hopper kernels in mla_decode_gluon.py, which `mla_decode` takes where they apply.
+the Hopper kernels in mla_decode_gluon.py and mla_decode_fp8_gluon.py, which `mla_decode` takes where they apply.
 
 Every exponential is a power of two: scores carry scale * log2(e), and log-sum-exps are in base 2.
 """
@@ -71,6 +71,17 @@ class DecodeWorkspace:
         self.partial = torch.empty((num_parts * 2, rows, kv_lora), dtype=torch.float32, device=device)
         self.partial_lse = torch.empty((num_parts * 2, rows), dtype=torch.float32, device=device)
 
+    @property
+    def half_partial(self) -> torch.Tensor:
+        """The first half of `partial` as float16 [2 * parts, rows, kv_lora], each row times a number of partial_scale."""
+        return self.partial.view(-1)[: self.partial.numel() // 2].view(torch.float16).view(self.partial.shape)
+
+    @property
+    def partial_scale(self) -> torch.Tensor:
+        """float32 [2 * parts, rows] behind half_partial."""
+        first = self.partial.numel() // 2
+        return self.partial.view(-1)[first : first + self.partial_lse.numel()].view(self.partial_lse.shape)
+
 
 def schedule_decode(kv_lens: torch.Tensor, workspace: DecodeWorkspace) -> None:
     """Once a step, before its layers: deals the tiles of kv_lens int32 [B] to the workspace's parts, on the device. Another launch
@@ -115,34 +126,48 @@ def mla_decode(
     float32. A row that sees no key (kv_len 0: padding) gets zeros. `blocks` is the format of a pool of bytes
     (kernels/cached_blocks.py). `form` forces a kernel; ValueError where it cannot read such a pool.
     """
-    if form == "gluon" and blocks is not None:
-        raise ValueError(
-            f"form=gluon: required is a pool of {blocks}, supported are bfloat16 and float16, missing is {blocks}: "
-            f"leave form out, or use form=triton."
-        )
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+    missing = _gluon_lacks(q, pool, out, workspace, blocks)
+    if form == "gluon" and missing:
+        raise ValueError(f"form=gluon: {missing}: leave form out, or use form=triton.")
     if form is None:
-        form = "gluon" if hopper and _gluon_serves(q, pool, out, kv_lora) else "triton"
-    if form == "gluon":
-        from kvfold.kernels.mla_decode_gluon import launch  # names of Triton's experimental room, which move
+        form = "gluon" if hopper and not missing else "triton"
+    # Names of Triton's experimental room, which move, are imported where they are needed.
+    halves = False
+    if form == "gluon" and blocks is not None:
+        from kvfold.kernels import mla_decode_fp8_gluon
 
-        launch(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, hopper)
+        mla_decode_fp8_gluon.launch(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, hopper)
+    elif form == "gluon":
+        from kvfold.kernels import mla_decode_gluon
+
+        halves = merges and workspace.row_block > FEW_ROWS
+        mla_decode_gluon.launch(
+            q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, hopper, halves
+        )
     else:
         _launch_triton(q, pool, pages, page_starts, kv_lens, out, workspace, scale * LOG2_E, hopper, blocks)
     if merges:
-        combine(out, workspace, hopper)
+        combine(out, workspace, hopper, halves)
 
 
-def _gluon_serves(q: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, kv_lora: int) -> bool:
-    """16-bit queries, latents and output of one type, 512 + 64 numbers, all contiguous."""
-    return (
-        (kv_lora, pool.shape[-1]) == (512, 576)
-        and q.dtype == pool.dtype == out.dtype
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.is_contiguous()
-        and pool.is_contiguous()
-        and out.is_contiguous()
-    )
+def _gluon_lacks(
+    q: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, workspace: DecodeWorkspace, blocks: Blocks | None
+) -> str:
+    """What of these the Hopper kernels cannot read or write, in words; empty where they serve."""
+    if not (q.is_contiguous() and pool.is_contiguous() and out.is_contiguous()):
+        return "required are strided tensors, supported are contiguous ones"
+    if (workspace.kv_lora, q.shape[-1]) != (512, 576):
+        return f"required are {workspace.kv_lora} of {q.shape[-1]} numbers a row, supported are 512 of 576"
+    if blocks is None:
+        if q.dtype == pool.dtype == out.dtype and q.dtype in (torch.bfloat16, torch.float16):
+            return ""
+        return f"required are queries in {q.dtype}, latents in {pool.dtype}, results in {out.dtype}, supported is one 16-bit type"
+    if blocks != "fp8":
+        return f"required is a pool of {blocks}, supported are bfloat16, float16 and fp8, missing is {blocks}"
+    if not (q.dtype == out.dtype == torch.bfloat16):
+        return f"required are queries in {q.dtype} over fp8, supported is bfloat16"
+    return ""
 
 
 def shared_memory_bytes(x: torch.Tensor) -> int:
@@ -190,18 +215,24 @@ def _launch_triton(
     )  # fmt: skip
 
 
-def combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool) -> None:
-    """Merges the partials of the sequences that were cut: some 4096 numbers are under way in each program at once.
+def combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool, halves: bool = False) -> None:
+    """Merges the partials of the sequences that were cut, those of 16 bits if `halves`: some 4096 numbers are under way in
+    each program at once.
 
     Nothing here waits long but for memory, so a program loads several partials of few rows together: as many as an even
     batch has per sequence. A large batch has few or none, and programs that take several rows, since most end at once.
-    Up to 16 partials, rows are whole: 128 heads at batch 4 take 4.7 us so, and 9.0 in four programs a row.
+    Up to 16 partials, rows are whole: 128 heads at batch 4 take 4.7 us so, and 9.0 in four programs a row. So they are with more
+    partials of 16 bits, 16 at a time, where that makes 128 programs: batch 1 to 3 of 128 heads, 5 us less than in narrower ones.
     """
     rows = workspace.rows_per_sequence * workspace.num_heads
     likely_splits = workspace.num_parts // workspace.batch
     block_splits = min(max(triton.next_power_of_2(likely_splits), 4), MOST_SPLITS)
     block_columns = triton.next_power_of_2(workspace.kv_lora)
-    if block_splits > 16:
+    if block_splits > 16 and halves:
+        while block_columns > 128 and workspace.batch * rows * workspace.kv_lora < 128 * block_columns:
+            block_columns //= 2
+        block_splits = min(8192 // block_columns, MOST_SPLITS)
+    elif block_splits > 16:
         block_columns = min(block_columns, 4096 // block_splits)
     block_rows = max(4096 // (block_splits * block_columns), 1)
     column_blocks = triton.cdiv(workspace.kv_lora, block_columns)
@@ -209,7 +240,8 @@ def combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool) -> None:
     grid = (workspace.batch, triton.cdiv(rows, block_rows * turns), column_blocks)
     options = {"launch_pdl": True} if pdl else {}
     _combine_kernel[grid](
-        workspace.splits, workspace.partial, workspace.partial_lse, out, rows, out.stride(0), out.stride(1), turns,
+        workspace.splits, workspace.half_partial if halves else workspace.partial, workspace.partial_lse,
+        workspace.partial_scale, out, rows, out.stride(0), out.stride(1), turns,
         S_Q=workspace.rows_per_sequence,
         HEADS=workspace.num_heads,
         KV_LORA=workspace.kv_lora,
@@ -331,7 +363,7 @@ def _decode_kernel(
 
 @triton.jit
 def _combine_kernel(
-    splits, partial, partial_lse, out, rows, out_stride, out_head_stride, turns,
+    splits, partial, partial_lse, partial_scale, out, rows, out_stride, out_head_stride, turns,
     S_Q: tl.constexpr, HEADS: tl.constexpr, KV_LORA: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -356,11 +388,15 @@ def _combine_kernel(
                 slot_row = (2 * (first_part + split) + (split == 0).to(tl.int32)).to(tl.int64) * rows + r
                 real = (split < num_splits) & (r < rows)
                 lse = tl.load(partial_lse + slot_row, mask=real, other=float("-inf"))
-                part = tl.load(partial + slot_row * KV_LORA + column, mask=real & (column < KV_LORA), other=0)
+                part = tl.load(partial + slot_row * KV_LORA + column, mask=real & (column < KV_LORA), other=0).to(
+                    tl.float32
+                )
                 higher = tl.maximum(highest, tl.max(lse, 0, keep_dims=True))
                 share = tl.exp2(lse - higher)
                 shrink = tl.exp2(highest - higher)
                 weight = weight * shrink + tl.sum(share, 0, keep_dims=True)
+                if partial.dtype.element_ty == tl.float16:
+                    share *= tl.load(partial_scale + slot_row, mask=real, other=0.0)
                 values = values * shrink + tl.sum(part * share, 0, keep_dims=True)
                 highest = higher
             values = values / tl.where(weight > 0, weight, 1.0)

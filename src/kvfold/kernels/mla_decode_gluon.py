@@ -40,13 +40,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvfold.kernels.mla_decode_hopper import (
+    NO_SCORE,
+    cta_barrier,
+    fresh_zero,
+    hear,
+    meet,
+    num_stretches,
+    stretch,
+    tell,
+    tma_load,
+)
 from kvfold.kernels.mla_schedule import FEW_ROWS
 
 if TYPE_CHECKING:
@@ -55,7 +65,6 @@ if TYPE_CHECKING:
 KV_LORA = 512
 LATENT = 576
 CHUNKS = gl.constexpr(2)  # of 128 columns, half a tile: each has a barrier, so that scores begin early
-NO_SCORE = gl.constexpr(-1e30)
 MOST_ABOVE = gl.constexpr(8.0)  # log2: weights of up to 256 before the number they are relative to moves
 
 
@@ -82,35 +91,10 @@ THREAD_ACCUMULATORS = gl.constexpr(128)  # of [64, 256] over a warpgroup
 MULTIPLICATION = gl.constexpr(_multiplication(THREAD_ACCUMULATORS.value))
 MULTIPLICATION_REGISTERS = gl.constexpr(_multiplication_registers(THREAD_ACCUMULATORS.value))
 
-# Named barriers of the two warpgroups' 256 threads; Triton has those from 0 on. Who tells does not wait, who hears may read what
-# was written before. mbarriers at which one thread arrives for its warpgroup did the same, behind a barrier of that warpgroup:
-# 0.4 to 1.2 % slower, and a race to racecheck (docs/notes/gpu-right.md).
-LEFT_TELLS = gl.constexpr("bar.arrive 8, 256; mov.u32 $0, $1;")
-RIGHT_HEARS = gl.constexpr("bar.sync 8, 256; mov.u32 $0, $1;")
-RIGHT_TELLS = gl.constexpr("bar.arrive 9, 256; mov.u32 $0, $1;")
-LEFT_HEARS = gl.constexpr("bar.sync 9, 256; mov.u32 $0, $1;")
-
-# Triton after 3.6 renamed it.
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-cta_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-
-
-@gluon.jit
-def _stretch(part_starts, kv_lens, part, step):
-    """(sequence, kv_len, first tile, end tile, number of tiles) of the step-th sequence of a part."""
-    first_sequence = gl.load(part_starts + 2 * part)
-    sequence = first_sequence + step
-    kv_len = gl.load(kv_lens + sequence)
-    num_tiles = (kv_len + 63) // 64
-    lo = gl.where(step == 0, gl.load(part_starts + 2 * part + 1), 0)
-    hi = gl.where(sequence == gl.load(part_starts + 2 * part + 2), gl.load(part_starts + 2 * part + 3), num_tiles)
-    return sequence, kv_len, lo, hi, num_tiles
-
-
-@gluon.jit
-def _num_stretches(part_starts, part):
-    end_partial = (gl.load(part_starts + 2 * part + 3) > 0).to(gl.int32)
-    return gl.load(part_starts + 2 * part + 2) + end_partial - gl.load(part_starts + 2 * part)
+# Named barriers of the two warpgroups' 256 threads. mbarriers at which one thread arrives for its warpgroup did the same, behind
+# a barrier of that warpgroup: 0.4 to 1.2 % slower, and a race to racecheck (docs/notes/gpu-right.md).
+LEFT = gl.constexpr(8)
+RIGHT = gl.constexpr(9)
 
 
 @gluon.jit
@@ -127,19 +111,29 @@ def _zero_rows(piece, first_unused, num_columns: gl.constexpr):
 
 
 @gluon.jit
+def _power_below(x):
+    """The power of two at or below each x > 0, not far from float32's ends, and 1 over it; of 0 and NaN some power."""
+    exponent = gl.minimum(gl.maximum(x.to(gl.int32, bitcast=True) >> 23, 27), 227)
+    return (exponent << 23).to(gl.float32, bitcast=True), ((254 - exponent) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def _store_rows(
-    values, m, weight, half, out, partial, partial_lse, part, sequence, row0, rows, whole, lo,
+    values, m, weight, top, half, out, partial, partial_lse, partial_scale, part, sequence, row0, rows, whole, lo,
     M_LAYOUT: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Writes the normalized [64, 256] half of the result, as the result itself or as a partial with its lse.
 
+    Partials of 16 bits are relative to a power of two for each row, of which `top` is the largest number before it is
+    normalized: then float16 holds whatever float32 does, to 11 bits of the row's largest.
     A row's four threads trade numbers first: each then stores 16 bytes, and the four of them 64 in a run.
     """
+    HALVES: gl.constexpr = partial.dtype.element_ty == gl.float16
     OUT: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]],
         [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 256],
     )  # fmt: skip
-    PARTIAL: gl.constexpr = gl.DistributedLinearLayout(
+    PARTIAL_32: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
         [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 256],
     )  # fmt: skip
@@ -153,7 +147,11 @@ def _store_rows(
         out_row = sequence.to(gl.int64) * rows + row
         gl.store(out + out_row[:, None] * 512 + column[None, :], result, mask=(row < rows)[:, None])
     else:
-        part_values = gl.convert_layout(values, PARTIAL)
+        PARTIAL: gl.constexpr = OUT if HALVES else PARTIAL_32
+        scale, inverse = _power_below(top * share)
+        if HALVES:
+            values = values * gl.convert_layout(inverse, gl.SliceLayout(1, LAYOUT))[:, None]
+        part_values = gl.convert_layout(values.to(partial.dtype.element_ty), PARTIAL)
         slot = (2 * part + (lo == 0).to(gl.int32)).to(gl.int64) * rows
         part_row = row0 + gl.arange(0, 64, gl.SliceLayout(1, PARTIAL))
         part_column = half * 256 + gl.arange(0, 256, gl.SliceLayout(0, PARTIAL))
@@ -163,6 +161,8 @@ def _store_rows(
             m_row = row0 + gl.arange(0, 64, M_LAYOUT)
             lse = gl.where(some, m + gl.log2(gl.where(some, weight, 1.0)), float("-inf"))
             gl.store(partial_lse + slot + m_row, lse, mask=m_row < rows)
+            if HALVES:
+                gl.store(partial_scale + slot + m_row, scale, mask=m_row < rows)
 
 
 @gluon.jit
@@ -229,6 +229,12 @@ def _highest(s):
 
 
 @gluon.jit
+def _top(acc, VL: gl.constexpr):
+    """Each row's largest magnitude."""
+    return gl.convert_layout(gl.max(gl.abs(acc), 1), VL)
+
+
+@gluon.jit
 def _sums(p):
     """What each of a row's four threads has of the sum of its weights: [64, 4]. They are joined once a sequence."""
     return gl.sum(gl.sum(gl.sum(gl.sum(p.reshape((64, 2, 2, 2, 4, 2)), 5), 3), 2), 1)
@@ -271,22 +277,6 @@ def _masked(score, first_key, key, end, sees, S_Q: gl.constexpr):
 
 
 @gluon.jit
-def _fresh_zero(nothing):
-    """0, of which the compiler does not know that it is the same in every turn of a loop.
-
-    Addresses that depend on it are computed in each turn, in 1 or 2 uniform instructions a product. Else the descriptors
-    of all 80 products are computed before the loop, do not fit the registers, and are read back from local memory,
-    for which 222 KB of shared memory leave almost no L1.
-    """
-    return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [nothing], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _meet(barrier: gl.constexpr, nothing):
-    gl.inline_asm_elementwise(barrier, "=r,r", [nothing], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _left_pair(
     s, acc, m, weight, it0, it1, k_desc, k_rope_desc, pages, at0, at1, there0, there1,
     first_key, end, free_keys, sees, key, scale_log2, nothing,
@@ -299,7 +289,7 @@ def _left_pair(
     it0, it1: first and second tiles before these, which give the parity of their barriers. at0, at1: where the pages of the
     tiles that follow these stand in the list.
     """
-    zero = _fresh_zero(nothing)
+    zero = fresh_zero(nothing)
     qL, qR, qr = qL.index(zero), qR.index(zero), qr.index(zero)
     kL0, kL1, kR0, kR1 = kL0.index(zero), kL1.index(zero), kR0.index(zero), kR1.index(zero)
     kr0, kr1 = kr0.index(zero), kr1.index(zero)
@@ -314,7 +304,7 @@ def _left_pair(
     M0.store(mx0)
     kr0.store(pq)
     fence_async_shared()
-    _meet(LEFT_TELLS, nothing)
+    meet(tell(LEFT), nothing)
     page0 = gl.load(pages + at0, mask=there0 > 0, other=0)  # not before: the fence above would wait for them
     page1 = gl.load(pages + at1, mask=there0 > 0, other=0)
     a0 = gl.exp2(m - mx0)
@@ -329,7 +319,7 @@ def _left_pair(
     acc, pb = warpgroup_mma_wait(0, (acc, pb))
     cta_barrier()
     _order_half(k_desc, k_rope_desc, page0, 0, fL0, kL0, kr0, there0, False)
-    _meet(LEFT_HEARS, nothing)
+    meet(hear(RIGHT), nothing)
     mx1 = mx0
     if SECOND:
         mx1 = M1.load(VL)
@@ -361,7 +351,7 @@ def _left_pair(
 @gluon.jit
 def _left_warpgroup(
     q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse,
-    scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, part, row0, nothing,
+    partial_scale, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, T0, T1, part, row0, nothing,
     S_Q: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -370,13 +360,13 @@ def _left_warpgroup(
     key = gl.arange(0, 64, gl.SliceLayout(0, SL))
     token = (row0 + gl.arange(0, 64, VL)) // HEADS
     dtype: gl.constexpr = out.dtype.element_ty
-    count = _num_stretches(part_starts, part)
+    count = num_stretches(part_starts, part)
     it0 = 0  # first tiles of pairs so far
     it1 = 0  # second tiles of pairs so far
     asked = 0  # loads of queries so far
     ordered = 0  # the first pair and the queries of the coming sequence are under way
     for step in range(0, count):
-        sequence, kv_len, lo, hi, num_tiles = _stretch(part_starts, kv_lens, part, step)
+        sequence, kv_len, lo, hi, num_tiles = stretch(part_starts, kv_lens, part, step)
         tiles = hi - lo
         end = gl.minimum(kv_len, hi * 64)
         sees = kv_len - S_Q + 1 + token
@@ -385,6 +375,7 @@ def _left_warpgroup(
         m = gl.full([64], NO_SCORE, gl.float32, VL)
         weight = _sums(gl.zeros([64, 64], gl.float32, SL))
         total = gl.full([64], 0.0, gl.float32, VL)
+        top = total
         acc = gl.zeros([64, 256], gl.float32, AL)
         if tiles > 0:
             if ordered == 0:
@@ -436,16 +427,37 @@ def _left_warpgroup(
             it0 += 1
             total = gl.convert_layout(gl.sum(weight, 1), VL)
             M0.store(total)
-            _meet(LEFT_TELLS, nothing)
-            _meet(LEFT_HEARS, nothing)
+            top = _top(acc, VL)
+            T0.store(top)
+            meet(tell(LEFT), nothing)
+            meet(hear(RIGHT), nothing)
             total = total + M1.load(VL)
+            top = gl.maximum(top, T1.load(VL))
             ordered = follows
             if ordered > 0:
                 _order_queries(q_desc, q_rope_desc, qb, qL, qR, qr, (sequence + 1) * rows + row0)
         else:
             ordered = 0
         whole = (lo == 0) & (hi == num_tiles)
-        _store_rows(acc, m, total, 0, out, partial, partial_lse, part, sequence, row0, rows, whole, lo, VL, AL)
+        _store_rows(
+            acc,
+            m,
+            total,
+            top,
+            0,
+            out,
+            partial,
+            partial_lse,
+            partial_scale,
+            part,
+            sequence,
+            row0,
+            rows,
+            whole,
+            lo,
+            VL,
+            AL,
+        )
 
 
 @gluon.jit
@@ -457,7 +469,7 @@ def _right_pair(
     SL: gl.constexpr, AL: gl.constexpr,
 ):  # fmt: skip
     """One pair of tiles, or a first tile alone: the scores of the second one, the right half of the values of both."""
-    zero = _fresh_zero(nothing)
+    zero = fresh_zero(nothing)
     qL, qR, qr = qL.index(zero), qR.index(zero), qr.index(zero)
     kL0, kL1, kR0, kR1 = kL0.index(zero), kL1.index(zero), kR0.index(zero), kR1.index(zero)
     kr0, kr1 = kr0.index(zero), kr1.index(zero)
@@ -468,7 +480,7 @@ def _right_pair(
         s = _scores_of_half(qR, kR1, fR1, it1 & 1, s, True)
         s = _scores_of_half(qL, kL1, fL1, it1 & 1, s, False)
         s = warpgroup_mma(qr, kr1.permute((1, 0)), s, is_async=True)
-    _meet(RIGHT_HEARS, nothing)  # the other warpgroup has waited for this pair's loads of the first tile
+    meet(hear(LEFT), nothing)  # the other warpgroup has waited for this pair's loads of the first tile
     mx1 = M0.load(VL)
     a0 = gl.exp2(m - mx1)
     weight = _shrunk(weight, a0)
@@ -490,7 +502,7 @@ def _right_pair(
         M1.store(mx1)
         kr1.store(pq)
         fence_async_shared()
-        _meet(RIGHT_TELLS, nothing)
+        meet(tell(RIGHT), nothing)
         a1 = gl.exp2(mx0 - mx1)
         weight = _shrunk(weight, a1) + _sums(p)
         pb = gl.convert_layout(pq, DL)
@@ -507,7 +519,7 @@ def _right_pair(
         cta_barrier()
     else:
         _expect_half(fR1, there1, False)
-        _meet(RIGHT_TELLS, nothing)
+        meet(tell(RIGHT), nothing)
         acc = warpgroup_mma_wait(0, (acc,))
         cta_barrier()
         _order_half(k_desc, k_rope_desc, page0, 256, fR0, kR0, kr0, there0, True)
@@ -518,7 +530,7 @@ def _right_pair(
 @gluon.jit
 def _right_warpgroup(
     q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts, out, partial, partial_lse,
-    scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, part, row0, nothing,
+    partial_scale, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, T0, T1, part, row0, nothing,
     S_Q: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -527,13 +539,13 @@ def _right_warpgroup(
     key = gl.arange(0, 64, gl.SliceLayout(0, SL))
     token = (row0 + gl.arange(0, 64, VL)) // HEADS
     dtype: gl.constexpr = out.dtype.element_ty
-    count = _num_stretches(part_starts, part)
+    count = num_stretches(part_starts, part)
     it0 = 0
     it1 = 0
     asked = 0
     ordered = 0
     for step in range(0, count):
-        sequence, kv_len, lo, hi, num_tiles = _stretch(part_starts, kv_lens, part, step)
+        sequence, kv_len, lo, hi, num_tiles = stretch(part_starts, kv_lens, part, step)
         tiles = hi - lo
         end = gl.minimum(kv_len, hi * 64)
         sees = kv_len - S_Q + 1 + token
@@ -542,6 +554,7 @@ def _right_warpgroup(
         m = gl.full([64], NO_SCORE, gl.float32, VL)
         weight = _sums(gl.zeros([64, 64], gl.float32, SL))
         total = gl.full([64], 0.0, gl.float32, VL)
+        top = total
         acc = gl.zeros([64, 256], gl.float32, AL)
         if tiles > 0:
             if ordered == 0:
@@ -588,17 +601,39 @@ def _right_warpgroup(
                     False, True, S_Q, dtype, SL, AL,
                 )  # fmt: skip
             it0 += 1
-            _meet(RIGHT_HEARS, nothing)
+            meet(hear(LEFT), nothing)
             theirs = M0.load(VL)
             total = gl.convert_layout(gl.sum(weight, 1), VL)
             M1.store(total)
-            _meet(RIGHT_TELLS, nothing)
+            top = _top(acc, VL)
+            T1.store(top)
+            their_top = T0.load(VL)
+            meet(tell(RIGHT), nothing)
             total = total + theirs
+            top = gl.maximum(top, their_top)
             ordered = follows
         else:
             ordered = 0
         whole = (lo == 0) & (hi == num_tiles)
-        _store_rows(acc, m, total, 1, out, partial, partial_lse, part, sequence, row0, rows, whole, lo, VL, AL)
+        _store_rows(
+            acc,
+            m,
+            total,
+            top,
+            1,
+            out,
+            partial,
+            partial_lse,
+            partial_scale,
+            part,
+            sequence,
+            row0,
+            rows,
+            whole,
+            lo,
+            VL,
+            AL,
+        )
 
 
 @gluon.jit
@@ -615,8 +650,8 @@ def _two_barriers():
 def _many_rows_kernel(
     q_desc, q_rope_desc,  # boxes [64, 256] and [64, 64] over [B * rows, 576]
     k_desc, k_rope_desc,  # boxes [64, 256 / CHUNKS] and [64, 64] over the pool as [num_pages * 64, 576]
-    pages, page_starts, kv_lens, part_starts, out, partial, partial_lse, scale_log2, rows,
-    nothing,  # 0, for _fresh_zero
+    pages, page_starts, kv_lens, part_starts, out, partial, partial_lse, partial_scale, scale_log2, rows,
+    nothing,  # 0, for fresh_zero
     S_Q: gl.constexpr, HEADS: gl.constexpr, WORKER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Program (block of 64 rows, part)."""
@@ -637,6 +672,8 @@ def _many_rows_kernel(
     qr = gl.allocate_shared_memory(dtype, [1, 64, 64], TL)
     M0 = gl.allocate_shared_memory(gl.float32, [64], ML)
     M1 = gl.allocate_shared_memory(gl.float32, [64], ML)
+    T0 = gl.allocate_shared_memory(gl.float32, [64], ML)
+    T1 = gl.allocate_shared_memory(gl.float32, [64], ML)
     fL0 = _two_barriers()
     fL1 = _two_barriers()
     fR0 = _two_barriers()
@@ -650,12 +687,12 @@ def _many_rows_kernel(
         [
             (_left_warpgroup, (
                 q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts,
-                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, part, row0, nothing,
+                out, partial, partial_lse, partial_scale, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, T0, T1, part, row0, nothing,
                 S_Q, HEADS,
             )),
             (_right_warpgroup, (
                 q_desc, q_rope_desc, k_desc, k_rope_desc, pages, page_starts, kv_lens, part_starts,
-                out, partial, partial_lse, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, part, row0, nothing,
+                out, partial, partial_lse, partial_scale, scale_log2, rows, qL, qR, qr, kL0, kL1, kR0, kR1, kr0, kr1, fL0, fL1, fR0, fR1, qb, M0, M1, T0, T1, part, row0, nothing,
                 S_Q, HEADS,
             )),
         ],
@@ -674,8 +711,8 @@ def _few_rows_loader(
     """One warp: every tile of the part, in order, into a ring of STAGES. What earlier steps appended is there before the
     kernel before this one has ended; it may be the one that appends this step's rows."""
     it = 0
-    for step in range(0, _num_stretches(part_starts, part)):
-        sequence, kv_len, lo, hi, _ = _stretch(part_starts, kv_lens, part, step)
+    for step in range(0, num_stretches(part_starts, part)):
+        sequence, kv_len, lo, hi, _ = stretch(part_starts, kv_lens, part, step)
         page_list = pages + gl.load(page_starts + sequence)
         for i in range(lo, hi):
             page = gl.load(page_list + i)
@@ -711,8 +748,8 @@ def _few_rows_worker(
     at_l = row_l[:, None] * 576 + gl.arange(0, 512, gl.SliceLayout(0, QL))[None, :]
     at_r = row_r[:, None] * 576 + 512 + gl.arange(0, 64, gl.SliceLayout(0, QR))[None, :]
     it = 0
-    for step in range(0, _num_stretches(part_starts, part)):
-        sequence, kv_len, lo, hi, num_tiles = _stretch(part_starts, kv_lens, part, step)
+    for step in range(0, num_stretches(part_starts, part)):
+        sequence, kv_len, lo, hi, num_tiles = stretch(part_starts, kv_lens, part, step)
         end = gl.minimum(kv_len, hi * 64)
         sees = kv_len - S_Q + 1 + row // HEADS
         free_keys = gl.minimum(end, kv_len - S_Q + 1)
@@ -819,22 +856,31 @@ def _few_rows_kernel(
 
 def launch(
     q: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, page_starts: torch.Tensor, kv_lens: torch.Tensor,
-    out: torch.Tensor, workspace: DecodeWorkspace, scale_log2: float, pdl: bool,
+    out: torch.Tensor, workspace: DecodeWorkspace, scale_log2: float, pdl: bool, halves: bool,
 ) -> None:  # fmt: skip
-    """Writes `out` for sequences one part holds whole, and the workspace's partials for the others."""
+    """Writes `out` for sequences one part holds whole, and the workspace's partials for the others, as half_partial if `halves`."""
     rows = workspace.rows_per_sequence * workspace.num_heads
     element = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([64, 64], element)
     tokens = pool.view(-1, LATENT)
     k_rope = TensorDescriptor.from_tensor(tokens, [64, 64], layout)
-    common = (pages, page_starts, kv_lens, workspace.part_starts, out, workspace.partial, workspace.partial_lse)
+    common = (pages, page_starts, kv_lens, workspace.part_starts, out)
     sizes = {"S_Q": workspace.rows_per_sequence, "HEADS": workspace.num_heads, "PDL": pdl, "num_warps": 4}
     if pdl:
         sizes["launch_pdl"] = True
     if workspace.row_block <= FEW_ROWS:
         k_lora = TensorDescriptor.from_tensor(tokens, [64, KV_LORA], layout)
         _few_rows_kernel[(1, workspace.num_parts)](
-            q, k_lora, k_rope, *common, scale_log2, rows, BLOCK_ROWS=workspace.row_block, **sizes
+            q,
+            k_lora,
+            k_rope,
+            *common,
+            workspace.partial,
+            workspace.partial_lse,
+            scale_log2,
+            rows,
+            BLOCK_ROWS=workspace.row_block,
+            **sizes,
         )
         return
     flat_q = q.view(-1, LATENT)
@@ -842,5 +888,6 @@ def launch(
         TensorDescriptor.from_tensor(flat_q, [64, 256], layout),
         TensorDescriptor.from_tensor(flat_q, [64, 64], layout),
         TensorDescriptor.from_tensor(tokens, [64, 256 // CHUNKS.value], layout),
-        k_rope, *common, scale_log2, rows, 0, WORKER_REGISTERS=256, **sizes,
+        k_rope, *common, workspace.half_partial if halves else workspace.partial, workspace.partial_lse,
+        workspace.partial_scale, scale_log2, rows, 0, WORKER_REGISTERS=256, **sizes,
     )  # fmt: skip
