@@ -27,7 +27,7 @@ import triton.language as tl
 
 from kvfold.backends.cuda import CudaBackend
 from kvfold.backends.cuda_ops import ROW_PRODUCT_ROWS
-from kvfold.backends.cuda_weights import DeviceWeights, Rows
+from kvfold.backends.cuda_weights import DeviceWeights, Rows, codebook_words
 from kvfold.backends.gpu_rates import H200, gpu_profile
 from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache
 from kvfold.cache.pages import PagePool, Sequence
@@ -52,8 +52,10 @@ ENGINE_ROUNDS = 3
 def random_matrix(
     type: str, rows: int, cols: int, device: torch.device, parts: int = 1, rounds: bool = True
 ) -> Matrix:
-    """Of this type, or Q8_0 where a row has no whole blocks of it, with tame scales."""
-    name = type if cols % by_name(type).block_elements == 0 else "Q8_0"
+    """Of this type, or IQ4_NL (of types above 4 bits Q8_0) where a row has no whole blocks of it, with tame scales."""
+    block = by_name(type)
+    other = "IQ4_NL" if block.block_bytes * 8 < 4 * block.block_elements else "Q8_0"
+    name = type if cols % block.block_elements == 0 else other
     if name == "BF16":
         numbers = torch.randn(parts * rows, cols, device=device, dtype=torch.bfloat16) / cols**0.5
         return Matrix(name, rows, cols, numbers.view(torch.uint8), None, parts)
@@ -65,11 +67,20 @@ def random_matrix(
     shape = parts * rows, cols // block.block_elements, block.block_bytes
     raw = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
     small = torch.tensor([0.002], dtype=torch.float16, device=device).view(torch.uint8)
-    for at in {"Q4_K": (0, 2), "Q6_K": (208,)}.get(name, (0,)):
-        raw[:, :, at : at + 2] = small
+    if name in ("MXFP4", "NVFP4"):  # 2^-8, about 2
+        at = slice(0, 1 if name == "MXFP4" else 4)
+        raw[:, :, at] = 119 if name == "MXFP4" else raw[:, :, at] & 15
+    elif name == "IQ1_M":
+        raw[:, :, 55] = raw[:, :, 55] & 15 | 16
+    else:
+        for at in {"Q4_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,), "Q5_K": (0, 2)}.get(
+            name, (0,)
+        ):
+            raw[:, :, at : at + 2] = small
     raw = raw.view(parts * rows, -1)
     raw = padded(planes(name, raw) if name in PLANES else raw)
-    return Matrix(name, rows, cols, raw, None, parts, rounds and name in rounded_product.TYPES)
+    rounds = rounds and name in rounded_product.TYPES
+    return Matrix(name, rows, cols, raw, None, parts, rounds, codebook_words(name, device))
 
 
 def random_weights(model: DeepseekModel, type: str, device: torch.device, rounds: bool) -> DeviceWeights:

@@ -244,8 +244,7 @@ def needs_of(checkpoint: Checkpoint, settings: Settings) -> Needs:
     )
     weights = checkpoint.tensors
     weight_bytes = sum(gpu_weights.device_bytes(name, weight, settings.dtype) for name, weight in weights.items())
-    grown = gpu_weights.grown_weights(weights, settings.dtype)
-    room = Room(weight_bytes, settings.workspace_bytes, per_token, settings.n_ctx, smaller, grown)
+    room = Room(weight_bytes, settings.workspace_bytes, per_token, settings.n_ctx, smaller)
     types = types_of(checkpoint.tensors.values())
     return Needs(types, settings.dtype, settings.device, settings.cache_type, room, settings.native)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from kit.interpreter import torch  # before any kernel
 from kit.tiny_models import tiny_model, write_hf_dir
 from kvfold.backends import gpu, gpu_rates
 from kvfold.backends.choose import GPU_RESERVE_BYTES, choose_backend
+from kvfold.backends.gpu_weights import device_bytes, is_up
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.errors import SettingError
 from kvfold.explain import plan_report
@@ -20,6 +22,8 @@ from kvfold.formats.tensor_names import KvLayout
 from kvfold.load import Settings, needs_of
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.quant.decode import decode_tensor
+from kvfold.quant.tensor import QuantTensor, matrices
+from kvfold.quant.types import TYPES, by_name
 
 if TYPE_CHECKING:
     from kvfold.backends.cuda_weights import DeviceWeights
@@ -71,12 +75,28 @@ def test_scales_of_fp8_are_counted(tmp_path: Path) -> None:
     assert uploaded(checkpoint, torch.float32).nbytes == room_bytes(checkpoint, "float32")
 
 
-def test_a_matrix_decoded_at_upload_has_the_weights_of_its_file() -> None:
-    checkpoint = made("mxfp4")
-    rows = uploaded(checkpoint, torch.float32).rows["blk.1.ffn_down_exps.weight"]
-    experts = checkpoint.tensors["blk.1.ffn_down_exps.weight"]
-    expected = torch.cat([torch.from_numpy(decode_tensor(expert)) for expert in experts])
-    assert rows.matrix.parts == len(experts) and torch.equal(rows.matrix.plain(), expected)
+@pytest.mark.parametrize(
+    "name", [t.name for t in TYPES if t.decodes and t.name not in ("BF16", "BF16_R16", "F8_E4M3")]
+)
+def test_every_type_keeps_its_bytes_and_its_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two experts, uploaded a group of rows at a time; rows that their file has interleaved too."""
+    from kvfold.backends import cuda_weights
+    from kvfold.kernels import tile_product
+
+    type = by_name(name)
+    rows, cols = 2 * type.interleaved_rows, 256
+    monkeypatch.setattr(cuda_weights, "PIECE_BYTES", type.interleaved_rows * type.row_bytes(cols))
+    monkeypatch.setattr(cuda_weights, "STAGE_BYTES", 3 * type.interleaved_rows * type.row_bytes(cols))
+    raw = np.random.default_rng(1).integers(0, 256, (2, rows, type.row_bytes(cols)), np.uint8)
+    experts = tuple(QuantTensor("exps", type, (rows, cols), part) for part in raw)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stage = cuda_weights._Stage(device, raw.nbytes, None)
+    matrix = cuda_weights._matrix([experts], stage)
+    stage.finish()
+    assert matrix.raw.nbytes == device_bytes("exps", experts, "float32") < raw.nbytes + 16 * 2 * rows
+    assert matrix.parts == 2
+    expected = np.concatenate([decode_tensor(expert) for expert in experts])
+    np.testing.assert_array_equal(tile_product.decode(matrix, torch.float32).cpu(), expected)
 
 
 def free_for(monkeypatch: pytest.MonkeyPatch, weight_bytes: int, checkpoint: Checkpoint) -> None:
@@ -89,29 +109,10 @@ def free_for(monkeypatch: pytest.MonkeyPatch, weight_bytes: int, checkpoint: Che
     monkeypatch.setattr(gpu, "free_bytes", lambda device: free)
 
 
-def test_a_file_that_fits_and_grows_is_refused_with_what_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = made("mxfp4")
-    room = needs_of(checkpoint, settings()).room
-    assert room is not None and room.grown is not None and room.grown.types == ("MXFP4",)
-    # 17 bytes of 32 weights become 64
-    assert room.grown.device_bytes * 17 == room.grown.stored_bytes * 64
-    free_for(monkeypatch, checkpoint.nbytes, checkpoint)
-    with pytest.raises(
-        SettingError, match=r"GB in MXFP4, which the GPU has as bf16, .* that the GPU keeps \(Q2_K to"
-    ):
-        choose_backend("auto", needs_of(checkpoint, settings()))
-    with pytest.raises(SettingError, match="which the GPU has as float32"):
-        choose_backend("auto", needs_of(checkpoint, settings(dtype="float32")))
-    free_for(monkeypatch, room.weight_bytes, checkpoint)
-    assert choose_backend("auto", needs_of(checkpoint, settings())).candidate.name == "cuda"
-    with pytest.raises(SettingError, match=r"of n_ctx=4096 tokens 64 fit .*MXFP4, which the GPU has as bf16"):
-        choose_backend("auto", needs_of(checkpoint, settings(n_ctx=4096)))
-
-
-def test_plain_types_take_what_their_file_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_refused_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = made("bf16")
     room = needs_of(checkpoint, settings()).room
-    assert room is not None and (room.weight_bytes, room.grown) == (checkpoint.nbytes, None)
+    assert room is not None and room.weight_bytes == checkpoint.nbytes
     free_for(monkeypatch, checkpoint.nbytes, checkpoint)
     assert choose_backend("auto", needs_of(checkpoint, settings())).candidate.name == "cuda"
     free_for(monkeypatch, checkpoint.nbytes - 1, checkpoint)
@@ -120,12 +121,14 @@ def test_plain_types_take_what_their_file_has(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_plan_has_the_bytes_of_the_device_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = made("mxfp4")
+    checkpoint = made("iq2_xxs")
     monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (gpu_rates.H200,)))
     monkeypatch.setattr(gpu, "refusals", lambda device: [])
     monkeypatch.setattr(gpu, "free_bytes", lambda device: 16 << 30)
     on_gpu = plan_report(checkpoint, settings(n_ctx=64), batch_rows=512)
     assert on_gpu.backend.name == "cuda"
-    assert on_gpu.memory.weight_bytes == room_bytes(checkpoint, "auto") > 1.5 * checkpoint.nbytes
+    up = sum(part.nbytes for name, w in checkpoint.tensors.items() if is_up(name) for part in matrices(w))
+    assert on_gpu.memory.weight_bytes == room_bytes(checkpoint, "auto")
+    assert checkpoint.nbytes < on_gpu.memory.weight_bytes < checkpoint.nbytes + 16 * up  # all else keeps its blocks
     on_cpu = plan_report(checkpoint, Settings.parse(device="cpu", n_ctx=64), batch_rows=512)
     assert on_cpu.memory.weight_bytes == checkpoint.nbytes

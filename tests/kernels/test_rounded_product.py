@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_linear import matrix, same
 
-from kvfold.kernels import rounded_product, row_product, tile_product
+from kvfold.kernels import block_levels, rounded_product, row_product, tile_product
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.number_product import Norm, Routed, route
-from kvfold.kernels.rounding import RoundedRows
+from kvfold.kernels.rounding import RoundedRows, is_mixed
 from kvfold.kernels.rows import RoutingRule
 from kvfold.quant.activations import quantize, quantize_e4m3
 from kvfold.quant.decode import decode
@@ -37,7 +37,7 @@ def activations(rows: int, cols: int, device: str, seed: int = 1) -> torch.Tenso
 @pytest.mark.parametrize("name", TYPES)
 def test_rows_are_rounded_as_the_definition_says(name: str, device: str) -> None:
     """Row counts that no program divides; widths of one pass, of several, and that no pass divides."""
-    for rows, cols in ((5, 256), (9, 2304)):
+    for rows, cols in ((5, 1280),) if name in block_levels.TYPES else ((5, 256), (9, 2304)):
         w, dense = matrix(name, rows, cols, device, seed=3, rounds=True)
         x = activations(2, cols, device)
         out = torch.full((2, rows + 2), torch.nan, device=device)
@@ -104,6 +104,7 @@ def test_experts_round_their_rows(
         (("IQ4_NL", "IQ4_NL"), ("IQ4_NL", "IQ4_NL"), 96),
         (("Q4_K", "Q8_0"), ("Q4_K", "Q4_K"), 256),
         (("Q8_0", "IQ4_NL"), None, 0),
+        (("IQ2_XXS", "MXFP4"), ("IQ3_S", "Q2_K"), 256),
     ],
 )
 def test_shared_experts_come_along(
@@ -150,8 +151,8 @@ def test_shared_experts_come_along(
 
 
 def in_order(codes: np.ndarray, name: str) -> np.ndarray:
-    """Codes of blocks as kernels of this type find them: for IQ4_NL the numbers j, j + 16, j + 1, j + 17 in a word."""
-    if name != "IQ4_NL":
+    """Codes of blocks as kernels of this type find them: mixed are the numbers j, j + 16, j + 1, j + 17 in a word."""
+    if not is_mixed(name):
         return codes
     halves = codes.reshape(len(codes), -1, 2, 8, 2)  # half of a block, pair, number
     return np.ascontiguousarray(halves.transpose(0, 1, 3, 4, 2)).reshape(codes.shape)

@@ -29,7 +29,6 @@ auto: int8 on cuda and native, float32 on plain."""
 GPU_RESERVE_BYTES = 2 << 30
 # One of weights that an op decodes, kept, and one of keys and values that attention expands.
 GPU_WORKSPACES = 2
-KEPT_TYPES = "Q2_K to Q6_K, Q8_0, IQ4_NL, IQ4_XS"  # those of gpu_weights.keeps_blocks that a user would choose
 
 ISAS = ("auto", "generic", "avx2", "avx512", "amx")
 
@@ -71,15 +70,13 @@ class NativeOptions:
 @dataclass(frozen=True)
 class Room:
     """Bytes a model takes under its settings, in the memory of a GPU. n_ctx: tokens of the cache; None: as many as fit.
-    smaller: cache types that take fewer bytes a token, and those bytes. grown: weights that take more there than in the
-    file."""
+    smaller: cache types that take fewer bytes a token, and those bytes."""
 
     weight_bytes: int
     workspace_bytes: int
     bytes_per_token: int
     n_ctx: int | None
     smaller: tuple[tuple[str, int], ...] = ()
-    grown: gpu_weights.Grown | None = None
 
     @property
     def scratch_bytes(self) -> int:
@@ -203,21 +200,14 @@ def _room_refusals(room: Room, free_bytes: int) -> list[str]:
             f", {room.tokens_in(free_bytes, bytes_per_token)} with cache_type={name}"
             for name, bytes_per_token in room.smaller
         )
-        beside = (
-            "" if room.grown is None else f" (weights take {room.weight_bytes / 1e9:.3g} GB, {room.grown.in_words})"
-        )
         return [
-            f"of n_ctx={room.n_ctx} tokens {fits} fit the {free_bytes / 1e9:.3g} GB of GPU memory that are free{beside}"
-            f"{others}"
+            f"of n_ctx={room.n_ctx} tokens {fits} fit the {free_bytes / 1e9:.3g} GB of GPU memory that are free{others}"
         ]
     needed = room.weight_bytes + room.scratch_bytes + GPU_RESERVE_BYTES
     largest = free_bytes - room.scratch_bytes - GPU_RESERVE_BYTES - room.bytes_per_token * PAGE_TOKENS
-    grown, kept = (
-        ("", "") if room.grown is None else (f", {room.grown.in_words},", f" that the GPU keeps ({KEPT_TYPES})")
-    )
-    serves = f"a type of the model{kept} of at most {largest / 1e9:.3g} GB fits" if largest > 0 else "no model fits"
+    serves = f"a type of the model of at most {largest / 1e9:.3g} GB fits" if largest > 0 else "no model fits"
     return [
-        f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory{grown} and {free_bytes / 1e9:.3g} GB are free: "
+        f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory and {free_bytes / 1e9:.3g} GB are free: "
         f"{serves}, or use device=cpu"
     ]
 

@@ -1,8 +1,9 @@
 """Weights on their way into the memory of a GPU: once, in the blocks of their file, through pinned buffers.
 
 What lies there in another form than in the file: norms and biases (float32), the router (float32), the up-projections
-(the compute type: 113 MB for DeepSeek-V2-Lite, 2 GB for V3; they are 1 % of a model and read in two orders), and types
-that weight_types.TYPES lacks (the compute type): gpu_weights.py says which. Rows of the types in matrix.PLANES keep their bytes in another order.
+(the compute type: 113 MB for DeepSeek-V2-Lite, 2 GB for V3; they are 1 % of a model and read in two orders): gpu_weights.py
+says which. Rows of the types in matrix.PLANES, and rows that
+their file has interleaved, keep their bytes in another order. Codebooks, of at most 8 KB, come along once each.
 Matrices that multiply the same rows lie below each other where they
 are of one type, so that one launch serves both.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold.backends import gpu_weights
-from kvfold.kernels import rounded_product, tile_product
+from kvfold.kernels import codebooks, rounded_product, tile_product
 from kvfold.kernels.matrix import PLANES, Matrix, planes
 from kvfold.mla.absorb import KvUp, split_k_b_v_b, split_kv_b
 from kvfold.model.deepseek import DeepseekModel
-from kvfold.quant.decode import decode_tensor
+from kvfold.quant.decode import codebook, decode_tensor
+from kvfold.quant.interleave import separate
 from kvfold.quant.tensor import QuantTensor, matrices
 
 Weight = QuantTensor | tuple[QuantTensor, ...]
@@ -36,7 +38,6 @@ STAGE_BYTES = 32 << 20  # two pinned buffers of this size: one is filled while t
 READERS = 8
 PIECE_BYTES = 2 << 20
 ROUNDING = rounded_product.TYPES | {"F8_E4M3"}  # few rows to whole numbers; many, of fp8, to fp8
-_NUMBERS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,12 @@ class DeviceWeights:
         )
 
 
+def codebook_words(type: str, device: torch.device | str) -> Tensor | None:
+    """What a Matrix of this type has for `codebook`."""
+    name = codebooks.OF_TYPE.get(type)
+    return None if name is None else codebooks.words(torch.from_numpy(codebook(name))).to(device)
+
+
 def upload(
     model: DeepseekModel,
     weights: Mapping[str, Weight],
@@ -95,7 +102,7 @@ def upload(
             out.rows[name] = Rows(_plain("F32", numbers), 0, len(numbers))
         else:
             group = joined.get(name, (name,))
-            matrix = _matrix([weights[member] for member in group], stage, dtype)
+            matrix = _matrix([weights[member] for member in group], stage)
             matrix = replace(matrix, rounds=rounds and matrix.type in ROUNDING)
             start = 0
             for member in group:
@@ -108,7 +115,7 @@ def upload(
         mla = model.config.mla
 
         def decoded(name: str) -> Tensor:
-            return tile_product.decode(_matrix([weights[name]], stage, dtype), dtype)
+            return tile_product.decode(_matrix([weights[name]], stage), dtype)
 
         if kv_up.kv_b is not None:
             w_uk, w_uv = split_kv_b(decoded(kv_up.kv_b), mla)
@@ -136,34 +143,30 @@ def _plain(type: str, numbers: Tensor) -> Matrix:
     return Matrix(type, numbers.shape[0], numbers.shape[1], numbers.view(torch.uint8).view(len(numbers), -1))
 
 
-def _matrix(weights: list[Weight], stage: _Stage, dtype: torch.dtype) -> Matrix:
+def _matrix(weights: list[Weight], stage: _Stage) -> Matrix:
     """One weight (its parts stay parts), or several joined to one part."""
     parts = [part for weight in weights for part in matrices(weight)]
     first = parts[0]
     joins = len(weights) > 1
     rows = sum(p.rows for p in parts) if joins else first.rows
     count = 1 if joins else len(parts)
-    if not gpu_weights.keeps_blocks(first.type):
-        raw = stage.empty(sum(p.rows for p in parts), first.cols * dtype.itemsize)
-        start = 0
-        for part in parts:
-            numbers = stage.numbers(decode_tensor(part).reshape(part.rows, -1), dtype)
-            raw[start : start + part.rows].copy_(numbers.view(torch.uint8))
-            start += part.rows
-        return Matrix(_NUMBERS[dtype], rows, first.cols, raw, None, count)
     stored = stage.empty(sum(p.rows for p in parts), first.raw.shape[-1])
-    stage.copy([part.raw for part in parts], stored)
+    type = first.type.name
+    if first.type.interleaved_rows > 1:
+        type = stage.copy_separated(parts, stored)
+    else:
+        stage.copy([part.raw for part in parts], stored)
     row_bytes = gpu_weights.row_bytes(first.type, stored.shape[1])
     raw = stored if row_bytes == stored.shape[1] else stage.empty(len(stored), row_bytes)
-    if first.type.name in PLANES or raw is not stored:
+    if type in PLANES or raw is not stored:
         size = max(1, PLANES_BYTES // row_bytes)
         for piece, place in zip(stored.split(size), raw.split(size), strict=True):
-            laid = planes(first.type.name, piece) if first.type.name in PLANES else piece
+            laid = planes(type, piece) if type in PLANES else piece
             place[:, : laid.shape[1]].copy_(laid)
     scale = None
     if first.scale is not None:
         scale = stage.numbers(np.stack([p.scale for p in parts if p.scale is not None]))
-    return Matrix(first.type.name, rows, first.cols, raw, scale, count)
+    return Matrix(type, rows, first.cols, raw, scale, count, codebook=stage.codebook(type))
 
 
 def _windows(sources: list[NDArray[np.uint8]], window_bytes: int) -> Iterator[list[NDArray[np.uint8]]]:
@@ -195,6 +198,7 @@ class _Stage:
         self._buffers: list[Tensor] = []
         self._events: list[torch.cuda.Event] = []
         self._readers = ThreadPoolExecutor(READERS, "kvfold-upload")
+        self._codebooks: dict[str, Tensor | None] = {}
         if device.type == "cuda":
             self._buffers = [torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
             self._events = [torch.cuda.Event() for _ in range(2)]
@@ -204,10 +208,9 @@ class _Stage:
     def empty(self, rows: int, row_bytes: int) -> Tensor:
         return torch.empty(rows, row_bytes, dtype=torch.uint8, device=self._device)
 
-    def numbers(self, array: NDArray[np.float32], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rounded to dtype on the host: float32 would be twice the bytes on the device for as long."""
+    def numbers(self, array: NDArray[np.float32]) -> Tensor:
         self._count(array.nbytes)
-        return torch.from_numpy(np.array(array, np.float32)).to(dtype).to(self._device)
+        return torch.from_numpy(np.array(array, np.float32)).to(self._device)
 
     def copy(self, sources: list[NDArray[np.uint8]], target: Tensor) -> None:
         """The bytes of the sources, one after another, fill the target. Small ones (a layer's experts) share a buffer."""
@@ -227,6 +230,26 @@ class _Stage:
                 self._turn ^= 1
             start += size
             self._count(size)
+
+    def copy_separated(self, parts: list[QuantTensor], target: Tensor) -> str:
+        """Matrices of interleaved rows, one below another: as rows of the type whose name comes back."""
+        start, name = 0, ""
+        for part in parts:
+            group, row_bytes = part.type.interleaved_rows, part.raw.shape[1]
+            few, many = (max(1, size // (group * row_bytes)) * group for size in (PIECE_BYTES, STAGE_BYTES))
+            for first in range(0, part.rows, many):
+                rows = part.raw[first : min(first + many, part.rows)]
+                pieces = [rows[at : at + few] for at in range(0, len(rows), few)]
+                separated = list(self._readers.map(separate, repeat(part.type), pieces))
+                name = separated[0][0]
+                self.copy([piece for _, piece in separated], target[start : start + len(rows)])
+                start += len(rows)
+        return name
+
+    def codebook(self, type: str) -> Tensor | None:
+        if type not in self._codebooks:
+            self._codebooks[type] = codebook_words(type, self._device)
+        return self._codebooks[type]
 
     def _fill(self, buffer: NDArray[np.uint8], pieces: list[NDArray[np.uint8]]) -> None:
         starts = accumulate((piece.size for piece in pieces), initial=0)

@@ -19,9 +19,10 @@ SCALE_ROWS = 128  # that share scales of F8_E4M3
 class Matrix:
     """`parts` equal matrices below each other: the experts of a layer, or one.
 
-    type:   a name of weight_types.TYPES
+    type:   a name of quant/types.py, of interleaved ones those without a standard type, their rows put apart
     raw:    uint8 [parts * rows, row_bytes], rows as `planes` lays them, those of blocks from multiples of 16 bytes on
     scale:  float32 [parts, ceil(rows / 128), ceil(cols / 128)] of F8_E4M3, else None
+    codebook: int32, as codebooks.py lays it, of a type in codebooks.OF_TYPE, else None
     rounds: rows that meet it are rounded to 8 bits, as quant/activations.py says: few of them to whole numbers, by
             rounded_product.py, many of them to F8_E4M3 where the weights are, by tile_product.py
     """
@@ -33,6 +34,7 @@ class Matrix:
     scale: Tensor | None = None
     parts: int = 1
     rounds: bool = False
+    codebook: Tensor | None = None
 
     @staticmethod
     def of(numbers: Tensor) -> Matrix:
@@ -54,7 +56,9 @@ class Matrix:
 
     @property
     def scale_or_raw(self) -> Tensor:
-        """What a kernel takes for `scale`: any pointer where the type has none."""
+        """What a kernel takes for `scale`: that, or the codebook, or any pointer where the type has neither."""
+        if self.codebook is not None:
+            return self.codebook
         return self.raw if self.scale is None else self.scale
 
     def is_plain(self, dtype: torch.dtype) -> bool:
@@ -78,14 +82,28 @@ class Matrix:
 
 
 # Fields (first byte, bytes) of a block, in the order in which a row has them, each for all of its blocks: loads of 8 or 16
-# bytes, which blocks of 18, 34 and 210 bytes do not have. A row keeps its size.
+# bytes, which blocks of 17, 18, 34 and 210 bytes do not have. A row keeps its size.
 PLANES = {
     "Q4_0": ((2, 16), (0, 2)),
     "IQ4_NL": ((2, 16), (0, 2)),
     "Q5_0": ((6, 16), (2, 4), (0, 2)),
     "Q5_1": ((8, 16), (4, 4), (0, 4)),
     "Q8_0": ((2, 32), (0, 2)),
+    "Q3_K": ((32, 64), (0, 32), (96, 12), (108, 2)),
     "Q6_K": ((0, 128), (128, 64), (192, 16), (208, 2)),
+    "Q6_0": ((10, 16), (2, 8), (0, 2)),
+    "Q1_0": ((2, 16), (0, 2)),
+    "Q2_0": ((2, 16), (0, 2)),
+    "TQ1_0": ((0, 48), (48, 4), (52, 2)),
+    "TQ2_0": ((0, 64), (64, 2)),
+    "MXFP4": ((1, 16), (0, 1)),
+    "NVFP4": ((4, 32), (0, 4)),
+    "IQ2_XXS": ((2, 64), (0, 2)),
+    "IQ2_XS": ((2, 64), (66, 8), (0, 2)),
+    "IQ2_S": ((2, 32), (34, 32), (66, 8), (74, 8), (0, 2)),
+    "IQ3_XXS": ((2, 64), (66, 32), (0, 2)),
+    "IQ3_S": ((2, 64), (74, 32), (66, 8), (106, 4), (0, 2)),
+    "IQ1_S": ((2, 32), (34, 16), (0, 2)),
 }
 
 

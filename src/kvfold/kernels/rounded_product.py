@@ -12,68 +12,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.block_weights import COMPILED, load_f16, load_word
+from kvfold.kernels import block_levels
+from kvfold.kernels.block_levels import run_levels, run_words
+from kvfold.kernels.block_weights import COMPILED, e2m1, load4, load_f16, load_word, mxfp4_scale
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.number_product import Norm, Routed, one_over_rms
 from kvfold.kernels.overlap import let_next_start, overlaps, wait_for_inputs
 from kvfold.kernels.rounding import RoundedRows, code, codes4, mixed_place, scale_of
 from kvfold.kernels.rows import silu
 
-TYPES = frozenset(["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
+OF_WORDS = frozenset(["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
+TYPES = OF_WORDS | block_levels.TYPES  # the others: a thread makes levels of runs of 32
 
 # Rows of a program, its warps, and registers of a thread where the compiler would take so many that fewer programs fit.
-LINEAR = {"Q4_0": (16, 2), "IQ4_NL": (16, 4), "Q8_0": (16, 2), "Q4_K": (16, 2), "Q6_K": (16, 2)}
+LINEAR = {t: (16, 4) for t in block_levels.TYPES} | {
+    "Q4_0": (16, 2),
+    "IQ4_NL": (16, 4),
+    "Q8_0": (16, 2),
+    "Q4_K": (16, 2),
+    "Q6_K": (16, 2),
+}
 GATE_UP = (16, 4)
 DOWN = (4, 4, 128)
-GATE_UP_ROUNDS = {"Q4_0": (8, 128), "IQ4_NL": (8, 80), "Q8_0": (8,), "Q4_K": (8,), "Q6_K": (8,)}  # of 32 rows
-# Types whose gate and up are read one after the other. Q4_K: scales and minima leave no registers for the weights of both.
-# IQ4_NL: with 80 registers three programs fit a multiprocessor and V2-Lite's 352 run at once; two leave 88 for a second turn.
-APART = frozenset(["Q4_K", "IQ4_NL"])
+# Of 32 rows: warps, registers, and shares of the rows that a program takes one after another, so that fewer weights are held.
+GATE_UP_ROUNDS: dict[str, tuple[int, int | None, int]] = {t: (8, None, 4) for t in block_levels.TYPES} | {
+    "MXFP4": (8, 80, 1),
+    "Q4_0": (8, 128, 1),
+    "IQ4_NL": (8, 80, 1),
+    "Q8_0": (8, None, 1),
+    "Q4_K": (8, None, 1),
+    "Q6_K": (8, None, 1),
+}
+# Types whose gate and up are read one after the other. Q4_K: scales and minima leave no registers for the weights of both. IQ4_NL: with 80 registers three programs fit a multiprocessor and
+# V2-Lite's 352 run at once; two leave 88 for a second turn.
+APART = frozenset(["Q4_K", "IQ4_NL", "MXFP4"])
 # Parts of a row in one pass of `down`: a warp's lanes.
 LANES = 32
 # Passes whose weights are asked for at once, and those whose hidden numbers are: so many that 128 registers suffice.
-_AHEAD = {"Q4_0": (9, 3), "IQ4_NL": (9, 3), "Q8_0": (5, 2), "Q4_K": (4, 1), "Q6_K": (2, 1)}
+_AHEAD = {t: (3, 1) for t in block_levels.TYPES} | {
+    "MXFP4": (9, 3),
+    "Q3_K": (2, 1),
+    "Q5_K": (2, 1),
+    "Q4_0": (9, 3),
+    "IQ4_NL": (9, 3),
+    "Q8_0": (5, 2),
+    "Q4_K": (4, 1),
+    "Q6_K": (2, 1),
+}
 # Weights that a thread holds of a row. Q4_K: low and high nibbles of 32 bytes. Q6_K: half a block.
-_EACH = {"Q4_0": 32, "IQ4_NL": 32, "Q8_0": 32, "Q4_K": 64, "Q6_K": 128}
-
-
-@triton.jit
-def load4(address, ALIGN: tl.constexpr):
-    """Four words at `address` (int64, a multiple of ALIGN). Loads of assembly have no layout of their own, so that a
-    thread gets all of a block; they are not pure, so that none moves above a wait."""
-    if COMPILED:
-        if ALIGN % 16 == 0:
-            return tl.inline_asm_elementwise(
-                "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-            )  # fmt: skip
-        elif ALIGN % 8 == 0:
-            return tl.inline_asm_elementwise(
-                "ld.global.v2.b32 {$0, $1}, [$4]; ld.global.v2.b32 {$2, $3}, [$4 + 8];",
-                "=&r,=&r,=r,=r,l", [address],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-            )  # fmt: skip
-        elif ALIGN % 4 == 0:
-            return tl.inline_asm_elementwise(
-                """ld.global.b32 $0, [$4]; ld.global.b32 $1, [$4 + 4];
-                ld.global.b32 $2, [$4 + 8]; ld.global.b32 $3, [$4 + 12];""",
-                "=&r,=&r,=&r,=r,l", [address],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-            )  # fmt: skip
-        else:
-            return _load4_by1(address, ALIGN)
-    else:
-        return _load4_by1(address, ALIGN)
-
-
-@triton.jit
-def _load4_by1(address, ALIGN: tl.constexpr):
-    return (
-        load_word(address, ALIGN),
-        load_word(address + 4, ALIGN),
-        load_word(address + 8, ALIGN),
-        load_word(address + 12, ALIGN),
-    )
+_EACH = {t: 32 for t in block_levels.TYPES} | {"Q4_0": 32, "IQ4_NL": 32, "Q8_0": 32, "Q4_K": 64, "Q6_K": 128}
 
 
 @triton.jit
@@ -107,21 +94,42 @@ def _high_dot4(a, b, c):
 
 
 @triton.jit
-def _iq4_level(q):
+def _level(q, TYPE: tl.constexpr):
+    if TYPE == "MXFP4":
+        return e2m1(q).to(tl.int32)
     low = tl.where(q < 4, 0x3E2C1700, 0x75695C4E)
     high = tl.where(q < 12, -0x5A677380, -0xF273B4C)
     return ((tl.where(q < 8, low, high) >> ((q & 3) * 8)) & 255) - 127
 
 
 @triton.jit
-def _iq4_dot8(word, near, far, c, low, high):
+def _codebook_dot8(word, near, far, c, low, high, TYPE: tl.constexpr):
     """c plus the products of eight levels with codes in the order of their nibbles.
 
     A byte permutation looks four nibbles up in eight levels; a nibble of 8 or more gets the sign of a level instead: -1
     from the lower half of the codebook, whose levels are negative, 0 from the upper half, looked up with bit 3 turned.
-    So the upper half holds 1 more than its levels, and both go into the sum. low, high: of `_iq4_tables`.
+    So the upper half holds 1 more than its levels, and both go into the sum. low, high: of `_tables`. The codebook of
+    MXFP4 has its halves the other way round, and twice a 0: of these none is 1 more.
     """
-    if COMPILED:
+    if COMPILED and TYPE == "MXFP4":
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 v, s, a, b;
+            xor.b32 v, $1, 0x88888888;
+            prmt.b32 a, $5, 0x0D090705, $1;
+            prmt.b32 b, $6, 0xF4F8FAFC, v;
+            dp4a.s32.s32 $0, a, $2, $4;
+            dp4a.s32.s32 $0, b, $2, $0;
+            shr.u32 s, $1, 16;
+            shr.u32 v, v, 16;
+            prmt.b32 a, $5, 0x0D090705, s;
+            prmt.b32 b, $6, 0xF4F8FAFC, v;
+            dp4a.s32.s32 $0, a, $3, $0;
+            dp4a.s32.s32 $0, b, $3, $0;
+            }""",
+            "=&r,r,r,r,r,r,r", [word, near, far, c, low, high], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    elif COMPILED:
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 v, s, a, b;
@@ -141,8 +149,8 @@ def _iq4_dot8(word, near, far, c, low, high):
         )  # fmt: skip
     else:
         for i in tl.static_range(4):
-            c += _iq4_level((word >> (4 * i)) & 15) * _byte(near, i)
-            c += _iq4_level((word >> (16 + 4 * i)) & 15) * _byte(far, i)
+            c += _level((word >> (4 * i)) & 15, TYPE) * _byte(near, i)
+            c += _level((word >> (16 + 4 * i)) & 15, TYPE) * _byte(far, i)
         return c
 
 
@@ -158,9 +166,14 @@ def _zero(word):
 
 
 @triton.jit
-def _iq4_tables(b):
+def _tables(b, TYPE: tl.constexpr):
     """The lower four levels of each half of the codebook, per thread: as constants each use would move them anew."""
-    if COMPILED:
+    if COMPILED and TYPE == "MXFP4":
+        return tl.inline_asm_elementwise(
+            "or.b32 $0, $2, 0x04030200; or.b32 $1, $2, 0xFDFEFF00;", "=&r,=r,r", [_zero(b)],
+            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    elif COMPILED:
         return tl.inline_asm_elementwise(
             "or.b32 $0, $2, 0xBFAD9881; or.b32 $1, $2, 0x271A0E02;", "=&r,=r,r", [_zero(b)],
             dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
@@ -268,6 +281,13 @@ def _word(a, b, c, d, inverse):
 
 
 @triton.jit
+def _sum4(p0, p1, p2, p3):
+    """The sum of 16 codes, float32."""
+    ones = tl.full(p0.shape, 0x01010101, tl.int32)
+    return _dot4(p3, ones, _dot4(p2, ones, _dot4(p1, ones, _dot4(p0, ones, 0 * p0)))).to(tl.float32)
+
+
+@triton.jit
 def _sum8(p0, p1, p2, p3, p4, p5, p6, p7):
     """The sum of 32 codes, float32."""
     ones = tl.full(p0.shape, 0x01010101, tl.int32)
@@ -281,6 +301,8 @@ def _weights(start, b, COLS: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.con
     if TYPE == "Q4_0" or TYPE == "IQ4_NL":  # noqa: PLR1714
         w0, w1, w2, w3 = load4(start + b * 16, ROW_BYTES)
         return w0, w1, w2, w3, load_f16(start + COLS // 2 + b * 2)
+    elif TYPE == "MXFP4":
+        return run_words(start, b, COLS, ROW_BYTES, TYPE)
     elif TYPE == "Q8_0":
         w0, w1, w2, w3 = load4(start + b * 32, ROW_BYTES)
         w4, w5, w6, w7 = load4(start + b * 32 + 16, ROW_BYTES)
@@ -291,8 +313,7 @@ def _weights(start, b, COLS: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.con
         w0, w1, w2, w3 = load4(block + 16 + b % 4 * 32, 16)
         w4, w5, w6, w7 = load4(block + 32 + b % 4 * 32, 16)
         return w0, w1, w2, w3, w4, w5, w6, w7, d, s0, s1, s2
-    else:
-        tl.static_assert(TYPE == "Q6_K")
+    elif TYPE == "Q6_K":
         near = start + b * 64
         a0, a1, a2, a3 = load4(near, ROW_BYTES)
         b0, b1, b2, b3 = load4(near + 16, ROW_BYTES)
@@ -307,6 +328,8 @@ def _weights(start, b, COLS: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.con
         return (
             a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3, e0, e1, e2, e3, f0, f1, f2, f3, s0, s1, d
         )  # fmt: skip
+    else:
+        return run_words(start, b, COLS, ROW_BYTES, TYPE)
 
 
 @triton.jit
@@ -324,7 +347,7 @@ def _block(x, scales, norm, at, inside, MIXED: tl.constexpr, NORM: tl.constexpr)
 @triton.jit
 def _activations(x, scales, norm, b, COLS: tl.constexpr, TYPE: tl.constexpr, NORM: tl.constexpr):
     """The blocks of x that parts b [B] meet: for each eight words, the scale, and what the type's minimum takes."""
-    if TYPE == "IQ4_NL":
+    if TYPE == "IQ4_NL" or TYPE == "MXFP4":  # noqa: PLR1714
         return _block(x, scales, norm, b * 32, b < COLS // 32, True, NORM)
     elif TYPE == "Q8_0":
         return _block(x, scales, norm, b * 32, b < COLS // 32, False, NORM)
@@ -337,11 +360,14 @@ def _activations(x, scales, norm, b, COLS: tl.constexpr, TYPE: tl.constexpr, NOR
         q0, q1, q2, q3, q4, q5, q6, q7, t = _block(x, scales, norm, b * 64 + 32, inside, False, NORM)
         m, n = s * _sum8(p0, p1, p2, p3, p4, p5, p6, p7), t * _sum8(q0, q1, q2, q3, q4, q5, q6, q7)
         return p0, p1, p2, p3, p4, p5, p6, p7, q0, q1, q2, q3, q4, q5, q6, q7, s, t * 0.0625, m, n
-    else:
+    elif TYPE == "Q6_K":
         return (
             _block_q6(x, scales, norm, b * 128, b < COLS // 128, NORM), _block_q6(x, scales, norm, b * 128 + 32, b < COLS // 128, NORM),
             _block_q6(x, scales, norm, b * 128 + 64, b < COLS // 128, NORM), _block_q6(x, scales, norm, b * 128 + 96, b < COLS // 128, NORM),
         )  # fmt: skip
+    else:
+        p0, p1, p2, p3, p4, p5, p6, p7, scale = _block(x, scales, norm, b * 32, b < COLS // 32, False, NORM)
+        return p0, p1, p2, p3, p4, p5, p6, p7, scale, scale * _sum4(p0, p1, p2, p3), scale * _sum4(p4, p5, p6, p7)
 
 
 @triton.jit
@@ -352,6 +378,12 @@ def _block_q6(x, scales, norm, at, inside, NORM: tl.constexpr):
     first = _dot4(p3, less, _dot4(p2, less, _dot4(p1, less, _dot4(p0, less, 0 * p0))))
     second = _dot4(p7, less, _dot4(p6, less, _dot4(p5, less, _dot4(p4, less, 0 * p0))))
     return p0, p1, p2, p3, p4, p5, p6, p7, scale, first, second
+
+
+@triton.jit
+def _dot16(w0, w1, w2, w3, p0, p1, p2, p3, c):
+    """c plus the products of the bytes of four words."""
+    return _dot4(w3, p3[None, :], _dot4(w2, p2[None, :], _dot4(w1, p1[None, :], _dot4(w0, p0[None, :], c))))
 
 
 @triton.jit
@@ -403,16 +435,18 @@ def _q6_plane(n0, n1, n2, n3, m0, m1, m2, m3, w, scales, PLANE: tl.constexpr, x,
 
 
 @triton.jit
-def _times(w, x, b, zero, TYPE: tl.constexpr):
+def _times(w, x, b, zero, codebook, TYPE: tl.constexpr):
     """float32 [R, B]: products of parts of rows with what they meet of x, in sums of a thread that start from zero."""
-    if TYPE == "IQ4_NL":
+    if TYPE == "IQ4_NL" or TYPE == "MXFP4":  # noqa: PLR1714
         w0, w1, w2, w3, d = w
+        if TYPE == "MXFP4":
+            d = mxfp4_scale(d)
         p0, p1, p2, p3, p4, p5, p6, p7, scale = x
-        low, high = _iq4_tables(b[None, :])
-        c = _iq4_dot8(w0, p0[None, :], p1[None, :], zero, low, high)
-        c = _iq4_dot8(w1, p2[None, :], p3[None, :], c, low, high)
-        c = _iq4_dot8(w2, p4[None, :], p5[None, :], c, low, high)
-        c = _iq4_dot8(w3, p6[None, :], p7[None, :], c, low, high)
+        low, high = _tables(b[None, :], TYPE)
+        c = _codebook_dot8(w0, p0[None, :], p1[None, :], zero, low, high, TYPE)
+        c = _codebook_dot8(w1, p2[None, :], p3[None, :], c, low, high, TYPE)
+        c = _codebook_dot8(w2, p4[None, :], p5[None, :], c, low, high, TYPE)
+        c = _codebook_dot8(w3, p6[None, :], p7[None, :], c, low, high, TYPE)
         return d * scale[None, :] * c.to(tl.float32)
     elif TYPE == "Q4_0":
         w0, w1, w2, w3, d = w
@@ -423,8 +457,7 @@ def _times(w, x, b, zero, TYPE: tl.constexpr):
     elif TYPE == "Q8_0":
         w0, w1, w2, w3, w4, w5, w6, w7, d = w
         p0, p1, p2, p3, p4, p5, p6, p7, scale = x
-        c = _dot4(w3, p3[None, :], _dot4(w2, p2[None, :], _dot4(w1, p1[None, :], _dot4(w0, p0[None, :], zero))))
-        c = _dot4(w7, p7[None, :], _dot4(w6, p6[None, :], _dot4(w5, p5[None, :], _dot4(w4, p4[None, :], c))))
+        c = _dot16(w4, w5, w6, w7, p4, p5, p6, p7, _dot16(w0, w1, w2, w3, p0, p1, p2, p3, zero))
         return d * scale[None, :] * c.to(tl.float32)
     elif TYPE == "Q4_K":
         w0, w1, w2, w3, w4, w5, w6, w7, d, s0, s1, s2 = w
@@ -441,13 +474,35 @@ def _times(w, x, b, zero, TYPE: tl.constexpr):
         product += _u8(scales, 1) * (t[None, :] * high.to(tl.float32))
         minimum = _u8(minima, 0) * m[None, :] + _u8(minima, 1) * n[None, :]
         return _half(d, 0) * product - _half(d, 1) * minimum
-    else:
+    elif TYPE == "Q6_K":
         a, c, d, e = x
         y = _q6_plane(w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w, w[24], 0, a, zero)
         y += _q6_plane(w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15], w, w[24], 1, c, zero)
         y += _q6_plane(w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w, w[25], 2, d, zero)
         y += _q6_plane(w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15], w, w[25], 3, e, zero)
         return w[26] * y
+    else:
+        w0, w1, w2, w3, w4, w5, w6, w7, first, last, less_first, less_last = run_levels(
+            w, b[None, :], codebook, TYPE
+        )
+        p0, p1, p2, p3, p4, p5, p6, p7, scale, sum_first, sum_last = x
+        c = _dot16(w0, w1, w2, w3, p0, p1, p2, p3, zero)
+        if (
+            TYPE == "Q2_K"  # noqa: PLR1714
+            or TYPE == "Q3_K"
+            or TYPE == "IQ2_XS"
+            or TYPE == "IQ2_S"
+            or TYPE == "IQ1_M"
+            or TYPE == "IQ1_M_R4"
+            or TYPE == "NVFP4"
+        ):
+            d = _dot16(w4, w5, w6, w7, p4, p5, p6, p7, zero)
+            y = scale[None, :] * (first * c.to(tl.float32) + last * d.to(tl.float32))
+        else:  # one factor
+            y = first * scale[None, :] * _dot16(w4, w5, w6, w7, p4, p5, p6, p7, c).to(tl.float32)
+        if TYPE == "Q2_K" or TYPE == "Q5_K" or TYPE == "Q4_1" or TYPE == "Q5_1":  # noqa: PLR1714
+            y -= less_first * sum_first[None, :] + less_last * sum_last[None, :]
+        return y
 
 
 @triton.jit
@@ -455,6 +510,8 @@ def _of_each_load(w, x, TYPE: tl.constexpr):
     """Bits that are there when the words of w and x are."""
     if TYPE == "Q6_K":
         return w[0] | w[4] | w[8] | w[12] | w[16] | w[20]
+    elif TYPE == "Q5_K" or TYPE == "Q3_K":  # noqa: PLR1714
+        return w[0] | w[4] | w[8] | w[12] | w[16] | (x[0] | x[4])[None, :]
     elif TYPE == "Q8_0" or TYPE == "Q4_K":  # noqa: PLR1714
         return w[0] | w[4] | (x[0] | x[4])[None, :]
     else:
@@ -492,7 +549,7 @@ def _part(first, NUM: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _linear(
-    x, norm, eps, add, raw, out, rows, x_stride, out_stride,
+    x, norm, eps, add, raw, codebook, out, rows, x_stride, out_stride,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr,
     NORM: tl.constexpr, ADD: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     EARLY: tl.constexpr,
@@ -508,11 +565,11 @@ def _linear(
     t = tl.program_id(1).to(tl.int64)
     x += t * x_stride
     none = tl.zeros([ROWS, PARTS], tl.int32)
-    y = _times(w, _activations(x, x, norm, b, COLS, TYPE, NORM), near, none, TYPE)
+    y = _times(w, _activations(x, x, norm, b, COLS, TYPE, NORM), near, none, codebook, TYPE)
     for part in tl.static_range(PARTS, COLS // EACH, PARTS):
         b, near = _part(part, COLS // EACH, PARTS)
         w = _weights(start, near[None, :], COLS, ROW_BYTES, TYPE)
-        y += _times(w, _activations(x, x, norm, b, COLS, TYPE, NORM), near, none, TYPE)
+        y += _times(w, _activations(x, x, norm, b, COLS, TYPE, NORM), near, none, codebook, TYPE)
     y = tl.sum(y, 1)
     if NORM:
         y *= one_over_rms(x, eps, COLS, PADDED)
@@ -524,55 +581,65 @@ def _linear(
 
 @triton.jit
 def _gate_up_features(
-    x, x_scales, gate, up, out, scales, pid, pair, rows,
+    x, x_scales, gate, up, codebook, out, scales, pid, pair, rows,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr,
-    PARTS: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr,
+    PARTS: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr, TURNS: tl.constexpr,
     WAITS: tl.constexpr,
 ):  # fmt: skip
     """ROWS features of silu(gate x) * (up x) to row `pair` of out. ROUNDS: of each ROWS = 32 numbers to codes and a scale,
-    in the order that `_rounded` gives a block. APART: up is asked for when gate is done.
-    WAITS: weights are asked for before the inputs are there."""
-    first, g_start = _start(gate, pid, rows, ROWS, ROW_BYTES)
-    _, u_start = _start(up, pid, rows, ROWS, ROW_BYTES)
-    b, near = _part(0, COLS // EACH, PARTS)
-    g_w = _weights(g_start, near[None, :], COLS, ROW_BYTES, TYPE)
-    if not APART:
-        u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
-    if WAITS:
-        wait_for_inputs()
-    none = tl.zeros([ROWS, PARTS], tl.int32)
-    a = _activations(x, x_scales, x, b, COLS, TYPE, False)
-    g = _times(g_w, a, near, none, TYPE)
-    if APART:
-        u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
-    u = _times(u_w, a, near, none, TYPE)
-    for part in tl.static_range(PARTS, COLS // EACH, PARTS):
-        b, near = _part(part, COLS // EACH, PARTS)
+    in the order that `_rounded` gives a block. APART: up is asked for when gate is done. TURNS: so many shares of the
+    features, one after another. WAITS: weights of the first are asked for before the inputs are there."""
+    most = 0
+    ys = ()
+    for turn in tl.static_range(TURNS):
+        first, g_start = _start(gate, pid * TURNS + turn, rows, ROWS // TURNS, ROW_BYTES)
+        _, u_start = _start(up, pid * TURNS + turn, rows, ROWS // TURNS, ROW_BYTES)
+        b, near = _part(0, COLS // EACH, PARTS)
         g_w = _weights(g_start, near[None, :], COLS, ROW_BYTES, TYPE)
         if not APART:
             u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
+        if turn == 0 and WAITS:
+            wait_for_inputs()
+        none = tl.zeros([ROWS // TURNS, PARTS], tl.int32)
         a = _activations(x, x_scales, x, b, COLS, TYPE, False)
-        g += _times(g_w, a, near, none, TYPE)
+        g = _times(g_w, a, near, none, codebook, TYPE)
         if APART:
             u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
-        u += _times(u_w, a, near, none, TYPE)
-    y = silu(tl.sum(g, 1)) * tl.sum(u, 1)
-    i = tl.arange(0, ROWS)
-    if ROUNDS:
-        inverse, factor = scale_of(tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
-        if MIXED:
-            i = mixed_place(i)
-        tl.store(out + pair * rows + first + i, code(y, inverse).to(tl.int8))
-        tl.store(scales + (pair * rows + first) // 32, factor)
-    else:
-        tl.store(out + pair * rows + first + i, y)
+        u = _times(u_w, a, near, none, codebook, TYPE)
+        for part in tl.static_range(PARTS, COLS // EACH, PARTS):
+            b, near = _part(part, COLS // EACH, PARTS)
+            g_w = _weights(g_start, near[None, :], COLS, ROW_BYTES, TYPE)
+            if not APART:
+                u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
+            a = _activations(x, x_scales, x, b, COLS, TYPE, False)
+            g += _times(g_w, a, near, none, codebook, TYPE)
+            if APART:
+                u_w = _weights(u_start, near[None, :], COLS, ROW_BYTES, TYPE)
+            u += _times(u_w, a, near, none, codebook, TYPE)
+        y = silu(tl.sum(g, 1)) * tl.sum(u, 1)
+        ys = ys + ((first, y),)  # type: ignore[assignment] # noqa: RUF005
+        most = tl.maximum(most, tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
+    for turn in tl.static_range(TURNS):
+        first, y = ys[turn]
+        i = tl.arange(0, ROWS // TURNS)
+        if ROUNDS:
+            inverse, factor = scale_of(most)
+            place = turn * (ROWS // TURNS) + i
+            if MIXED:
+                place = mixed_place(place)
+            tl.store(out + pair * rows + first - turn * (ROWS // TURNS) + place, code(y, inverse).to(tl.int8))
+            if turn == 0:
+                tl.store(scales + (pair * rows + first) // 32, factor)
+        else:
+            tl.store(out + pair * rows + first + i, y)
 
 
 @triton.jit
 def _gate_up(
-    x, gate, up, ids, out, scales, rows, x_stride,
+    x, gate, up, codebook, ids, out, scales, rows, x_stride,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PER_ROW: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr, TURNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Pair p is row p // PER_ROW of x with expert ids[p] (PER_ROW 0: row p, the only matrix)."""
     pair = tl.program_id(1).to(tl.int64)
@@ -587,17 +654,19 @@ def _gate_up(
         if EARLY:
             let_next_start()
         x += pair * x_stride
-    _gate_up_features(x, x, gate, up, out, scales, tl.program_id(0), pair, rows, COLS, EACH, ROW_BYTES, TYPE, ROWS, PARTS,
-                      ROUNDS, MIXED, APART, EARLY and PER_ROW == 0)  # fmt: skip
+    _gate_up_features(x, x, gate, up, codebook, out, scales, tl.program_id(0), pair, rows, COLS, EACH, ROW_BYTES, TYPE, ROWS, PARTS,
+                      ROUNDS, MIXED, APART, TURNS, EARLY and PER_ROW == 0)  # fmt: skip
 
 
 @triton.jit
 def _gate_up_of_all(
-    x, x_scales, gate, up, ids, out, scales, rows, shared_gate, shared_up, shared_out, shared_scales, shared_rows, x_stride,
+    x, x_scales, gate, up, codebook, ids, out, scales, rows, shared_gate, shared_up, shared_codebook, shared_out, shared_scales,
+    shared_rows, x_stride,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PARTS: tl.constexpr,
     MIXED: tl.constexpr, SHARED_EACH: tl.constexpr, SHARED_BYTES: tl.constexpr, SHARED_TYPE: tl.constexpr,
     SHARED_PARTS: tl.constexpr, SHARED_MIXED: tl.constexpr, APART: tl.constexpr, SHARED_APART: tl.constexpr,
-    TOKENS: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
+    TURNS: tl.constexpr, SHARED_TURNS: tl.constexpr, TOKENS: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first programs own ROWS features of the shared experts, whose weights need no choice and come early; the others
     those of a pair of row and expert. The next kernel starts when the choice is there, which it reads at once."""
@@ -605,9 +674,9 @@ def _gate_up_of_all(
     each = tl.cdiv(shared_rows, ROWS)
     if program < TOKENS * each:
         t = (program // each).to(tl.int64)
-        _gate_up_features(x + t * x_stride, x_scales + t * (COLS // 32), shared_gate, shared_up, shared_out, shared_scales, program % each, t,
+        _gate_up_features(x + t * x_stride, x_scales + t * (COLS // 32), shared_gate, shared_up, shared_codebook, shared_out, shared_scales, program % each, t,
                           shared_rows, COLS, SHARED_EACH, SHARED_BYTES, SHARED_TYPE, ROWS, SHARED_PARTS, True,
-                          SHARED_MIXED, SHARED_APART, EARLY)  # fmt: skip
+                          SHARED_MIXED, SHARED_APART, SHARED_TURNS, EARLY)  # fmt: skip
     else:
         if EARLY:
             wait_for_inputs()
@@ -617,8 +686,8 @@ def _gate_up_of_all(
         expert = tl.load(ids + pair).to(tl.int64)
         t = pair // PER_ROW
         _gate_up_features(x + t * x_stride, x_scales + t * (COLS // 32), gate + expert * rows * ROW_BYTES, up + expert * rows * ROW_BYTES,
-                          out, scales, program % each, pair, rows, COLS, EACH, ROW_BYTES, TYPE, ROWS, PARTS,
-                          True, MIXED, APART, False)  # fmt: skip
+                          codebook, out, scales, program % each, pair, rows, COLS, EACH, ROW_BYTES, TYPE, ROWS, PARTS,
+                          True, MIXED, APART, TURNS, False)  # fmt: skip
 
 
 @triton.jit
@@ -642,7 +711,7 @@ def _chosen_weights(
 
 @triton.jit
 def _down(
-    hidden, scales, raw, ids, weights, shared_hidden, shared_scales, shared, add, out, rows,
+    hidden, scales, raw, codebook, ids, weights, shared_hidden, shared_scales, shared, shared_codebook, add, out, rows,
     COLS: tl.constexpr, EACH: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, PER_ROW: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, TOGETHER: tl.constexpr, ADD: tl.constexpr,
     SHARED_COLS: tl.constexpr, SHARED_EACH: tl.constexpr, SHARED_BYTES: tl.constexpr, SHARED_TYPE: tl.constexpr,
@@ -691,7 +760,7 @@ def _down(
             for i in tl.static_range(few, min(few + TOGETHER, AHEAD, PASSES - group)):
                 w, _, b, choice = passes[i]
                 weight = tl.load(weights + choice)
-                y += weight[None, :] * _times(w, xs[i - few], b, zero, TYPE)
+                y += weight[None, :] * _times(w, xs[i - few], b, zero, codebook, TYPE)
     y = tl.sum(y, 1)
     if SHARED_COLS > 0:
         z = tl.zeros([ROWS, SHARED_PARTS], tl.float32)
@@ -701,7 +770,7 @@ def _down(
         for part in tl.static_range(0, SHARED_COLS // SHARED_EACH, SHARED_PARTS):
             b, near = _part(part, SHARED_COLS // SHARED_EACH, SHARED_PARTS)
             x = _activations(shared_hidden, shared_scales, weights, b, SHARED_COLS, SHARED_TYPE, False)
-            z += _times(shared_ws[part // SHARED_PARTS], x, near, none, SHARED_TYPE)
+            z += _times(shared_ws[part // SHARED_PARTS], x, near, none, shared_codebook, SHARED_TYPE)
         y += tl.sum(z, 1)
     feature = first + tl.arange(0, ROWS)
     if ADD:
@@ -719,8 +788,9 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def _parts(w: Matrix) -> int:
-    """Of a row in one pass."""
-    return min(int(triton.next_power_of_2(w.cols // _EACH[w.type])), 2048 // _EACH[w.type])
+    """Of a row in one pass. Runs: a warp has rows of its own, whose sums then cross no warps."""
+    most = LANES if w.type in block_levels.TYPES - {"MXFP4"} else 2048 // _EACH[w.type]
+    return min(int(triton.next_power_of_2(w.cols // _EACH[w.type])), most)
 
 
 def _lanes(parts: int) -> int:
@@ -745,7 +815,7 @@ def linear(x: Tensor, w: Matrix, out: Tensor, *, norm: Norm | None = None, add: 
     early = overlaps(x)
     x = aligned(x)
     _linear[(triton.cdiv(w.rows, sizes["ROWS"]), len(x))](
-        x, x if norm is None else norm.weight, 0.0 if norm is None else norm.eps, x if add is None else add, w.raw, out,
+        x, x if norm is None else norm.weight, 0.0 if norm is None else norm.eps, x if add is None else add, w.raw, w.scale_or_raw, out,
         w.rows, x.stride(0), out.stride(0),
         NORM=norm is not None, ADD=add is not None, PADDED=triton.next_power_of_2(w.cols), COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip
@@ -755,14 +825,15 @@ def gate_up(x: Tensor, gate: Matrix, up: Matrix, ids: Tensor | None, out: Tensor
     """out = silu(gate x) * (up x): [T, rows], or with ids int32 [T, k] [T * k, rows] of the chosen experts."""
     rounds = isinstance(out, RoundedRows)
     numbers, scales = (out.codes, out.scales) if isinstance(out, RoundedRows) else (out, out)
-    sizes = _sizes(gate, 32, *GATE_UP_ROUNDS[gate.type]) if rounds else _sizes(gate, *GATE_UP)
+    num_warps, maxnreg, turns = GATE_UP_ROUNDS[gate.type]
+    sizes = _sizes(gate, 32, num_warps, maxnreg) if rounds else _sizes(gate, *GATE_UP)
     early = overlaps(x)
     x = aligned(x)
     _gate_up[(triton.cdiv(gate.rows, sizes["ROWS"]), len(numbers))](
-        x, gate.raw, up.raw, x if ids is None else ids, numbers, scales, gate.rows, x.stride(0),
+        x, gate.raw, up.raw, gate.scale_or_raw, x if ids is None else ids, numbers, scales, gate.rows, x.stride(0),
         COLS=gate.cols, ROW_BYTES=gate.row_bytes, TYPE=gate.type, PER_ROW=0 if ids is None else ids.shape[1],
         ROUNDS=rounds, MIXED=isinstance(out, RoundedRows) and out.is_mixed, APART=gate.type in APART,
-        EARLY=early, launch_pdl=early, **sizes,
+        TURNS=turns if rounds else 1, EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip
 
 
@@ -788,8 +859,8 @@ def down(
     )
     early = overlaps(out)
     _down[(triton.cdiv(w.rows, sizes["ROWS"]), len(ids))](
-        numbers, scales, w.raw, ids, weights, shared_codes, shared_scales, shared_w.raw, out if add is None else add, out,
-        w.rows,
+        numbers, scales, w.raw, w.scale_or_raw, ids, weights, shared_codes, shared_scales, shared_w.raw, shared_w.scale_or_raw,
+        out if add is None else add, out, w.rows,
         COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, PER_ROW=per_row, AHEAD=ahead, TOGETHER=together, ADD=add is not None,
         SHARED_COLS=0 if shared is None else shared_w.cols, SHARED_EACH=_EACH[shared_w.type],
         SHARED_BYTES=shared_w.row_bytes, SHARED_TYPE=shared_w.type,
@@ -812,18 +883,19 @@ def experts(
     s_gate, s_up, s_down = shared or matrices
     s_rows = s_gate.rows if shared else 0
     s_hidden = RoundedRows.empty(num_rows, s_rows, s_down.type, x.device)
-    sizes = _sizes(gate, 32, *GATE_UP_ROUNDS[gate.type])
+    num_warps, maxnreg, turns = GATE_UP_ROUNDS[gate.type]
+    sizes = _sizes(gate, 32, num_warps, maxnreg)
     programs = num_rows * triton.cdiv(s_rows, 32) + pairs * triton.cdiv(gate.rows, 32)
     rounded = routed.rounded
     numbers, scales = (routed.normed, routed.normed) if rounded is None else (rounded.codes, rounded.scales)
     early = overlaps(x)
     _gate_up_of_all[(programs,)](
-        numbers, scales, gate.raw, up.raw, routed.ids, hidden.codes, hidden.scales, gate.rows,
-        s_gate.raw, s_up.raw, s_hidden.codes, s_hidden.scales, s_rows, numbers.stride(0),
+        numbers, scales, gate.raw, up.raw, gate.scale_or_raw, routed.ids, hidden.codes, hidden.scales, gate.rows,
+        s_gate.raw, s_up.raw, s_gate.scale_or_raw, s_hidden.codes, s_hidden.scales, s_rows, numbers.stride(0),
         COLS=gate.cols, ROW_BYTES=gate.row_bytes, TYPE=gate.type, MIXED=hidden.is_mixed,
         SHARED_EACH=_EACH[s_gate.type], SHARED_BYTES=s_gate.row_bytes, SHARED_TYPE=s_gate.type,
         SHARED_PARTS=_parts(s_gate), SHARED_MIXED=s_hidden.is_mixed,
         APART=gate.type in APART, SHARED_APART=s_gate.type in APART,
-        TOKENS=num_rows, PER_ROW=routed.ids.shape[1], EARLY=early, launch_pdl=early, **sizes,
+        TURNS=turns, SHARED_TURNS=GATE_UP_ROUNDS[s_gate.type][2], TOKENS=num_rows, PER_ROW=routed.ids.shape[1], EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip
     down(hidden, w, routed.ids, routed.weights, out, shared=(s_hidden, s_down) if shared else None, add=x)

@@ -18,7 +18,7 @@ from kvfold.kernels.block_weights import COMPILED
 
 def is_mixed(type: str) -> bool:
     """Whether kernels of this type want the codes of a block as `mixed_place` orders them."""
-    return type == "IQ4_NL"
+    return type in ("IQ4_NL", "MXFP4")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,5 +92,5 @@ def scale_of(largest):
 
 @triton.jit
 def mixed_place(i):
-    """Where number i of a block of 32 lies for IQ4_NL: words of the numbers j, j + 16, j + 1, j + 17."""
+    """Where number i of a block of 32 lies for the types of `is_mixed`: words of the numbers j, j + 16, j + 1, j + 17."""
     return i // 16 + i % 16 // 4 * 8 + i % 4 // 2 * 4 + i % 2 * 2

@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.kernels import rounded_product
-from kvfold.kernels.block_weights import e4m3_of_word, weight
+from kvfold.kernels.block_weights import e4m3_of_word, load4, weight
 from kvfold.kernels.matrix import Matrix
 from kvfold.kernels.overlap import LINE_BYTES, ask_for_rows, overlaps, wait_for_inputs
-from kvfold.kernels.rounded_product import aligned, load4, numbers16
+from kvfold.kernels.rounded_product import aligned, numbers16
 from kvfold.kernels.rounding import RoundedRows
 from kvfold.kernels.rows import silu
 

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels import rounded_product
+from kvfold.kernels import block_levels, rounded_product
+from kvfold.kernels.block_levels import run_levels, run_words
 from kvfold.kernels.block_weights import (
     COMPILED,
     iq4_of_word,
@@ -200,7 +201,7 @@ def _decode_words(
     raw, out, rows, cols, row_bytes,
     TYPE: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """The types of rounded_product.TYPES, a word of codes a thread: a byte has low and high bits of two runs."""
+    """The types of rounded_product.OF_WORDS, a word of codes a thread: a byte has low and high bits of two runs."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     i = (tl.program_id(1) * WORDS + tl.arange(0, WORDS))[None, :]
     inside = (row < rows) & (i < (cols // 4 if TYPE == "Q8_0" else cols // 8))
@@ -256,7 +257,7 @@ def _decode_words(
             s1 * _nibble(word, 7) - m1, inside,
         )  # fmt: skip
     else:
-        tl.static_assert(TYPE == "Q6_K", "a type of rounded_product.TYPES")
+        tl.static_assert(TYPE == "Q6_K", "a type of rounded_product.OF_WORDS")
         half, plane = i // 16, i % 16 // 8
         word = load_word(start + i * 4, ALIGN)
         top = load_word(start + cols // 2 + half * 32 + i % 8 * 4, ALIGN) >> (plane * 2)
@@ -271,6 +272,59 @@ def _decode_words(
         _store4(
             out + 64, high * _level(q, 0), high * _level(q, 1), high * _level(q, 2), high * _level(q, 3), inside
         )
+
+
+@triton.jit
+def _decode_runs(
+    raw, codebook, out, rows,
+    COLS: tl.constexpr, ROW_BYTES: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """The types of block_levels.TYPES, a run of 32 weights a thread."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    b = (tl.program_id(1) * RUNS + tl.arange(0, RUNS))[None, :]
+    inside = (row < rows) & (b < COLS // 32)
+    row, b = tl.where(inside, row, 0), tl.where(inside, b, 0)
+    words = run_words(raw.to(tl.int64) + row * ROW_BYTES, b, COLS, ROW_BYTES, TYPE)
+    w0, w1, w2, w3, w4, w5, w6, w7, first, last, less_first, less_last = run_levels(words, b, codebook, TYPE)
+    out += row * COLS + b * 32
+    _store_levels(out, w0, w1, first, less_first, inside)
+    _store_levels(out + 8, w2, w3, first, less_first, inside)
+    _store_levels(out + 16, w4, w5, last, less_last, inside)
+    _store_levels(out + 24, w6, w7, last, less_last, inside)
+
+
+@triton.jit
+def _store_levels(out, near, far, factor, less, inside):
+    """The eight signed bytes of two words times factor, less so much, neighbours at `out` (a multiple of eight numbers), of its type."""
+    a, b, c, d = _of_bytes(near, factor, less)
+    e, f, g, h = _of_bytes(far, factor, less)
+    if COMPILED and out.dtype.element_ty == tl.bfloat16:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .b32 p, q, r, s;
+            .reg .pred inside;
+            setp.ne.s32 inside, $10, 0;
+            cvt.rn.bf16x2.f32 p, $3, $2;
+            cvt.rn.bf16x2.f32 q, $5, $4;
+            cvt.rn.bf16x2.f32 r, $7, $6;
+            cvt.rn.bf16x2.f32 s, $9, $8;
+            @inside st.global.v4.b32 [$1], {p, q, r, s};
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,f,f,f,f,f,f,f,f,r", [out.to(tl.int64), a, b, c, d, e, f, g, h, inside.to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        _store4(out, a, b, c, d, inside)
+        _store4(out + 4, e, f, g, h, inside)
+
+
+@triton.jit
+def _of_bytes(word, factor, less):
+    """The four signed bytes of a word times factor, less so much, float32."""
+    a, b = factor * ((word << 24) >> 24).to(tl.float32), factor * ((word << 16) >> 24).to(tl.float32)
+    c, d = factor * ((word << 8) >> 24).to(tl.float32), factor * (word >> 24).to(tl.float32)
+    return a - less, b - less, c - less, d - less
 
 
 @triton.jit
@@ -352,7 +406,12 @@ def decode(w: Matrix, dtype: torch.dtype, scratch: Tensor | None = None) -> Tens
         out = scratch[:nbytes].view(dtype).view(shape)
     else:
         out = torch.empty(shape, dtype=dtype, device=w.raw.device)
-    if w.type in rounded_product.TYPES:
+    if w.type in block_levels.TYPES:
+        _decode_runs[(triton.cdiv(len(out), 4), triton.cdiv(w.cols // 32, 64))](
+            w.raw, w.scale_or_raw, out, len(out), COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, ROWS=4, RUNS=64
+        )
+        return out
+    if w.type in rounded_product.OF_WORDS:
         _decode_words[(triton.cdiv(len(out), 4), triton.cdiv(w.cols, 1024 if w.type == "Q8_0" else 2048))](
             w.raw, out, len(out), w.cols, w.row_bytes,
             TYPE=w.type, ALIGN=2 if w.row_bytes % 4 else 4, ROWS=4, WORDS=256,

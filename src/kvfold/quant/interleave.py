@@ -35,6 +35,33 @@ def deinterleave(type: BlockType, rows: Bytes) -> Bytes:
     return blocks.swapaxes(1, 2).reshape(num_rows, row_bytes)
 
 
+def separate(type: BlockType, rows: Bytes) -> tuple[str, Bytes]:
+    """Rows uint8 [n, row_bytes] of an interleaved type, n whole groups: the name of a type, and the same bits row by row.
+
+    Of types without a standard one their own name: a row has the index bytes of all its blocks, then qh, scales where there
+    are any, and d last.
+    """
+    if type.standard:
+        return type.standard, deinterleave(type, rows)
+    fields = _OWN_FIELDS[type.name]
+    groups = np.ascontiguousarray(rows).reshape(len(rows) // 4, -1)
+    blocks = groups[:, 8:].reshape(len(groups), -1, sum(count for count, _ in fields) * 4)
+    parts, start = [], 0
+    for count, size in fields:  # `count` bytes of each row, `size` of one row together
+        field = blocks[:, :, start : start + 4 * count].reshape(*blocks.shape[:2], count // size, 4, size)
+        parts.append(np.moveaxis(field, 3, 1).reshape(len(groups), 4, -1))
+        start += 4 * count
+    parts.append(groups[:, :8].reshape(len(groups), 4, 2))
+    return type.name, np.concatenate(parts, axis=2).reshape(len(rows), -1)
+
+
+# Fields of a block, in order: bytes of a row, and how many of them lie together before the next row's.
+_OWN_FIELDS = {
+    "IQ1_S_R4": ((4, 1), (2, 2)),
+    "IQ1_M_R4": ((4, 1), (2, 1), (1, 1)),
+}
+
+
 def _mixed(
     name: str, *fields: tuple[str, str, int | tuple[int, ...]]
 ) -> Callable[[Callable[[Blocks], Bytes]], Callable[[Blocks], Bytes]]:
