@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 KV_LORA = gl.constexpr(512)
 ROPE = 64
-CODES_SWIZZLE = 64  # bytes: four threads of each of two rows read all banks
+CODES_SWIZZLE = 128  # bytes; with 64 threads of a quarter meet in no bank, which gained nothing and spilled
 MOST_BLOCK_ROWS = 32
 STAGES = {16: 3, 32: 2}  # of 41,984 B, by the rows of a block
 # Of the second decoder and of the summer, by the rows of a block; the loader has 24, the decoder the rest.
