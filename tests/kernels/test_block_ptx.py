@@ -40,8 +40,8 @@ def operands(name: str, laid: np.ndarray, cols: int, step: int, thread: int) -> 
     else:
         at = (cols if name == "Q8_0" else cols // 2) + step * 8 + thread * 2
         scale = byte(at) | byte(at + 1) << 8
-    found = {f"${16 + i}": codes[:, i] for i in range(4)} | {f"${20 + i}": beside[:, i] for i in range(4)}
-    return found | {"$24": scale.astype(np.uint32)}
+    found = {f"${8 + i}": codes[:, i] for i in range(4)} | {f"${12 + i}": beside[:, i] for i in range(4)}
+    return found | {"$16": scale.astype(np.uint32)}
 
 
 @pytest.mark.parametrize("name", sorted(ORDERS))
@@ -56,13 +56,13 @@ def test_decoding_in_registers_is_the_definition_rounded_once(name: str) -> None
     for step in range(cols // 128):
         got = np.zeros((rows, 128), np.uint32)
         for thread in range(4):
-            registers = operands(name, laid, cols, step, thread)
-            evaluate(decoder(name), registers)
-            for pair in range(4):
-                for word in range(4):
+            for half in range(2):
+                registers = operands(name, laid, cols, step, thread)
+                evaluate(decoder(name, half), registers)
+                for i in range(8):
                     # A product's 16 columns: pairs of the four threads, then those of the other register.
-                    at = 32 * word + 16 * (pair // 2) + 8 * (pair % 2) + 2 * thread
-                    both = registers[f"${4 * pair + word}"]
+                    at = 64 * half + 8 * i + 2 * thread
+                    both = registers[f"${i}"]
                     got[:, at], got[:, at + 1] = both & 0xFFFF, both >> 16
         exact = dense[:, step * 128 + col]
         off = np.abs(float_of(got << 16) - float_of(to_bfloat16(exact) << 16))

@@ -1,6 +1,6 @@
 """Experts of many rows in blocks, for Hopper in Gluon: weights become bfloat16 in the registers from which wgmma takes them.
 
-Owns one kernel, which tile_product.py calls for the types it names. It multiplies two strips of features with the rows of an expert,
+Owns one kernel, used by tile_product.py where it `serves`. It multiplies two strips of features with the rows of an expert,
 features as wgmma's M: gate and up of one network, or two neighbouring strips of `down`. TMA brings a pass of 128 weights of
 each strip, as the words of the file, and of the rows into a ring; a thread reads the 16 bytes of codes that are a row's
 block (a quarter of the pass) in one load, and its 32 weights are the numbers that wgmma wants from this very thread. While
@@ -45,16 +45,14 @@ RING_BYTES = 214 << 10  # of 227 KB of shared memory: sums leave through the res
 # Triton after 3.6 renamed it.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
-REGISTERS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 12))
-
-DECODERS = gl.constexpr(
-    {type: decoder(type) for type in ORDERS}
-)  # a constexpr, so that a kernel's key has the text
+REGISTERS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 12))
+# A constexpr, so that a kernel's key has the text.
+DECODERS = gl.constexpr({(type, half): decoder(type, half) for type in ORDERS for half in range(2)})
 
 
 @gluon.constexpr_function
-def _of(table, type):
-    return table[type]
+def _decoder(decoders, type, half):
+    return decoders[type, half]
 
 
 @gluon.constexpr_function
@@ -148,10 +146,8 @@ def _numbers(pair):
 
 
 @gluon.jit
-def _decode(
-    raw, more, scale, DOT: gl.constexpr, TYPE: gl.constexpr, STRIP: gl.constexpr
-):  # fmt: skip
-    """A strip's weights of a pass, [STRIP, 128] in wgmma's order, from shared memory and their scales."""
+def _words(raw, more, TYPE: gl.constexpr, STRIP: gl.constexpr):
+    """(a thread's words of codes, what stands beside them), [STRIP, 4, 4] each, of a strip in shared memory."""
     B: gl.constexpr = _block_layout(STRIP, 4)
     if TYPE == "Q8_0":
         words = raw.load(_raw_layout(STRIP, 32)).reshape((STRIP, 4, 2, 4)).permute((0, 1, 3, 2))
@@ -175,18 +171,30 @@ def _decode(
             side = gl.convert_layout((bits >> (upper * 2)).reshape((STRIP, 4, 4)), B, assert_trivial=True)
         else:
             side = words
+    return words, side
+
+
+@gluon.jit
+def _decode(
+    words, side, scale, half: gl.constexpr, DOT: gl.constexpr, TYPE: gl.constexpr, STRIP: gl.constexpr
+):  # fmt: skip
+    """Half of a strip's weights of a pass, [STRIP, 64] in wgmma's order."""
     scale, words = gl.broadcast(scale, words)
-    p0, p1, p2, p3 = gl.inline_asm_elementwise(
-        _of(DECODERS, TYPE), REGISTERS, [words, side, scale], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True,
+    p0, p1 = gl.inline_asm_elementwise(
+        _decoder(DECODERS, TYPE, half),
+        REGISTERS,
+        [words, side, scale],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
         pack=4,
-    )  # fmt: skip
-    w = gl.join(gl.join(_numbers(p0), _numbers(p1)), gl.join(_numbers(p2), _numbers(p3)))
-    return gl.convert_layout(w.permute((0, 2, 5, 4, 1, 3)).reshape((STRIP, 128)), DOT)
+    )
+    w = gl.join(_numbers(p0), _numbers(p1)).reshape((STRIP, 4, 2, 2, 2, 2))
+    return gl.convert_layout(w.permute((0, 5, 2, 3, 1, 4)).reshape((STRIP, 64)), DOT)
 
 
 @gluon.jit
 def _scales(row_at, step, TYPE: gl.constexpr, COLS: gl.constexpr, STRIP: gl.constexpr):
-    """$24 of a pass's decoder, int32 [STRIP or 1, 4, 1], of the rows at `row_at` [STRIP]."""
+    """$16 of a pass's decoders, int32 [STRIP or 1, 4, 1], of the rows at `row_at` [STRIP]."""
     BLOCKS: gl.constexpr = gl.SliceLayout(2, _block_layout(STRIP, 4))
     block = gl.arange(0, 4, gl.SliceLayout(0, BLOCKS))[None, :]
     rows = row_at[:, None]
@@ -251,21 +259,25 @@ def _worker(
     scale1 = _scales(at1, 0, TYPE, COLS, STRIP)
     acc0 = gl.zeros([STRIP, TOKENS], gl.float32, ACC)
     acc1 = warpgroup_mma_init(gl.zeros([STRIP, TOKENS], gl.float32, ACC))
-    b = gl.zeros([STRIP, 128], gl.bfloat16, DOT)
+    b = gl.zeros([STRIP, 64], gl.bfloat16, DOT)
     for step in range(0, STEPS):
         slot = step % STAGES
         following = gl.minimum(step + 1, STEPS - 1)
         next0 = _scales(at0, following, TYPE, COLS, STRIP)
         next1 = _scales(at1, following, TYPE, COLS, STRIP)
         mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        x = xs.index(slot).permute((1, 0))
-        a = _decode(raw0.index(slot), more0.index(slot), scale0, DOT, TYPE, STRIP)
-        token = warpgroup_mma(a, x, acc0, is_async=True)
-        acc1, b = warpgroup_mma_wait(1, (acc1, b))  # of the pass before, whose place is free then
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
-        b = _decode(raw1.index(slot), more1.index(slot), scale1, DOT, TYPE, STRIP)
-        acc1 = warpgroup_mma(b, x, acc1, is_async=True)
-        acc0, a = warpgroup_mma_wait(1, (token, a))
+        words0, side0 = _words(raw0.index(slot), more0.index(slot), TYPE, STRIP)
+        words1, side1 = _words(raw1.index(slot), more1.index(slot), TYPE, STRIP)
+        for half in gl.static_range(2):
+            x = xs.index(slot).slice(half * 64, 64, dim=1).permute((1, 0))
+            a = _decode(words0, side0, scale0, half, DOT, TYPE, STRIP)
+            token = warpgroup_mma(a, x, acc0, is_async=True)
+            acc1, b = warpgroup_mma_wait(1, (acc1, b))
+            if half == 0:  # the pass before has been multiplied, and its place is free
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
+            b = _decode(words1, side1, scale1, half, DOT, TYPE, STRIP)
+            acc1 = warpgroup_mma(b, x, acc1, is_async=True)
+            acc0, a = warpgroup_mma_wait(1, (token, a))
         scale0 = next0
         scale1 = next1
     acc1, b = warpgroup_mma_wait(0, (acc1, b))
