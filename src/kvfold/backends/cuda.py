@@ -278,7 +278,6 @@ class _Graphs:
         self._device = torch.zeros(at, dtype=torch.int32, device=backend.device)
         self._parts = {name: self._host.numpy()[place] for name, place in self._places.items()}
         self._chosen = torch.zeros(most_rows, dtype=torch.int32, device=backend.device)
-        self._arrived = torch.zeros(most_rows, dtype=torch.int32, device=backend.device)  # choose's
         self._copied = torch.cuda.Event()  # the last copy out of the pinned buffer
         self._last: weakref.ref[_Outputs] | None = None
 
@@ -401,7 +400,7 @@ class _Graphs:
             x: Value | None = None
             for index in range(backend.model.num_segments):
                 x = backend.model.run_segment(ops, index, x)
-            choose(ops.outputs["logits"], choices, MOST_TOP_K, self._arrived, self._chosen)
+            choose(ops.outputs["logits"], choices, MOST_TOP_K, self._chosen)
             return ops.outputs
 
         # Compiles the kernels and lets libraries set themselves up. It computes this very step, so what it writes to the

@@ -3,10 +3,10 @@
 So a step of generated rows can be launched before the host knows what the one before it said. How a row chooses is data
 (model.step.Choice): filters, temperature and the point of the draw, so launches differ in nothing else.
 
-A rank is a logit with its id: higher logits first, of equal ones the lower id. Each program finds the highest ranks of GROUP
-logits, and of GROUP such groups. The last program of a row to end is left with the rest: of the highest groups of groups,
-the highest groups, of those the highest ranks, in order. Every filter keeps a prefix of them, and one is drawn. Without top-k
-it goes through all logits in two passes instead.
+A rank is a logit with its id: higher logits first, of equal ones the lower id. Many programs find the highest ranks of GROUP
+logits, and of GROUP such groups. One program a row is left with the rest: of the highest groups of groups, the highest groups,
+of those the highest ranks, in order. Every filter keeps a prefix of them, and one is drawn. Without top-k it goes through all
+logits in two passes instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvfold.kernels.overlap import overlaps, wait_for_inputs
 
-BLOCK = 4096  # logits of a program
+BLOCK = 4096  # logits of a program that finds the highest ranks
 GROUP = 16
 TILE = 8192  # logits at a time where one program goes through a row
 NUM_WARPS = 16  # sorting is what takes time, and is spread over them
@@ -64,7 +64,7 @@ def _best(large, smalls, logits, vocab, GROUP: tl.constexpr, MOST: tl.constexpr)
     """The MOST highest ranks of a row, highest first. What is among them is among the groups of the MOST highest groups."""
     id, child, is_there = _children(tl.topk(large, MOST), GROUP)
     at = id // (GROUP * GROUP) * GROUP + child
-    small = tl.load(smalls + at, mask=is_there, other=NOTHING, volatile=True)
+    small = tl.load(smalls + at, mask=is_there, other=NOTHING)
     id, child, is_there = _children(tl.topk(small, MOST), GROUP)
     i = id // GROUP * GROUP + child
     is_there &= i < vocab
@@ -110,66 +110,72 @@ def _weights(logits, vocab, start, bound, highest, sharpness, TILE: tl.constexpr
 def _drawn_by_id(logits, vocab, likeliest, bound, highest, sharpness, point, TILE: tl.constexpr):
     """The token drawn from all logits from `bound` on, in order of their ids; the likeliest where sums in two orders, equal
     but for their last bits, leave none behind the point."""
-    total = tl.zeros((), tl.float64)
+    sums = tl.zeros([TILE], tl.float64)
     for start in range(0, vocab, TILE):
         _, weights = _weights(logits, vocab, start, bound, highest, sharpness, TILE)
-        total += tl.sum(weights, 0)
-    point = _below(point, total)
+        sums += weights
+    point = _below(point, tl.sum(sums, 0))
     before = tl.zeros((), tl.float64)
     token = vocab
     start = 0
     while (token == vocab) & (start < vocab):
         i, weights = _weights(logits, vocab, start, bound, highest, sharpness, TILE)
-        is_behind = (weights > 0) & (before + tl.cumsum(weights, 0) > point)
-        token = tl.min(tl.where(is_behind, i, vocab), 0)
-        before += tl.sum(weights, 0)
+        behind = before + tl.sum(weights, 0)
+        if behind > point:
+            is_behind = (weights > 0) & (before + tl.cumsum(weights, 0) > point)
+            token = tl.min(tl.where(is_behind, i, vocab), 0)
+        before = behind
         start += TILE
     return tl.where(token == vocab, likeliest, token)
 
 
 @triton.jit
-def _choose(
-    logits, stride, vocab, choices, smalls, larges, arrived, out,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, MOST: tl.constexpr, LARGES: tl.constexpr, TILE: tl.constexpr,
-    FIELDS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Program (block of logits, row); the last of a row to end chooses its token."""
+def _highest(logits, stride, vocab, smalls, larges, BLOCK: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr):
+    """Program (block of logits, row): its highest ranks of GROUP logits and of GROUP such groups."""
     if EARLY:
         wait_for_inputs()
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     IN_BLOCK: tl.constexpr = BLOCK // (GROUP * GROUP)
-    logits += row * stride
-    smalls += row * num_blocks * IN_BLOCK * GROUP
-    larges += row * num_blocks * IN_BLOCK
     at_large = block * IN_BLOCK + tl.arange(0, IN_BLOCK)
     at_small = at_large[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     i = at_small[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
-    x = tl.load(logits + i, mask=i < vocab, other=0.0)
+    x = tl.load(logits + row * stride + i, mask=i < vocab, other=0.0)
     small = tl.max(tl.where(i < vocab, _rank(x, i), NOTHING), 2)
-    tl.store(smalls + at_small, small)
-    tl.store(larges + at_large, tl.max(small, 1))
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + row, 1, sem="acq_rel") == num_blocks - 1:
-        tl.store(arrived + row, 0)
-        n = tl.arange(0, LARGES)
-        large = tl.load(larges + n, mask=n < num_blocks * IN_BLOCK, other=NOTHING, volatile=True)
-        likeliest = tl.max(large, 0)
-        highest = _logit((likeliest >> 32).to(tl.int32))
-        token = _id(likeliest)
-        choices += row * FIELDS
-        top_k, top_p, depth = tl.load(choices), tl.load(choices + 1), tl.load(choices + 2)
-        sharpness, point = tl.load(choices + 3).to(tl.float32), tl.load(choices + 4)
-        bound = highest + depth.to(tl.float32)
-        if tl.abs(highest) == float("inf"):
-            token = -1
-        elif top_k == 0:
-            token = _drawn_by_id(logits, vocab, token, bound, highest, sharpness, point, TILE)
-        elif top_k > 1:
-            token = _drawn_by_rank(
-                large, smalls, logits, vocab, top_k, top_p, bound, highest, sharpness, point, GROUP, MOST
-            )
-        tl.store(out + row, token)
+    tl.store(smalls + row * num_blocks * IN_BLOCK * GROUP + at_small, small)
+    tl.store(larges + row * num_blocks * IN_BLOCK + at_large, tl.max(small, 1))
+
+
+@triton.jit
+def _choose(
+    logits, stride, vocab, choices, smalls, larges, num_larges, out,
+    GROUP: tl.constexpr, MOST: tl.constexpr, LARGES: tl.constexpr, TILE: tl.constexpr, FIELDS: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Program (row): its token."""
+    row = tl.program_id(0).to(tl.int64)
+    choices += row * FIELDS
+    top_k, top_p, depth = tl.load(choices), tl.load(choices + 1), tl.load(choices + 2)
+    sharpness, point = tl.load(choices + 3).to(tl.float32), tl.load(choices + 4)
+    if EARLY:
+        wait_for_inputs()
+    logits += row * stride
+    smalls += row * num_larges * GROUP
+    n = tl.arange(0, LARGES)
+    large = tl.load(larges + row * num_larges + n, mask=n < num_larges, other=NOTHING)
+    likeliest = tl.max(large, 0)
+    highest = _logit((likeliest >> 32).to(tl.int32))
+    token = _id(likeliest)
+    bound = highest + depth.to(tl.float32)
+    if tl.abs(highest) == float("inf"):
+        token = -1
+    elif top_k == 0:
+        token = _drawn_by_id(logits, vocab, token, bound, highest, sharpness, point, TILE)
+    elif top_k > 1:
+        token = _drawn_by_rank(
+            large, smalls, logits, vocab, top_k, top_p, bound, highest, sharpness, point, GROUP, MOST
+        )
+    tl.store(out + row, token)
 
 
 @triton.jit
@@ -181,7 +187,7 @@ def _take(token_ids, chosen, num_rows, ROWS: tl.constexpr):
     tl.store(token_ids + i, tl.maximum(there, 0), mask=is_chosen)
 
 
-def choose(logits: Tensor, choices: Tensor, most: int, arrived: Tensor, out: Tensor) -> None:
+def choose(logits: Tensor, choices: Tensor, most: int, out: Tensor) -> None:
     """out int32 [T]: of logits float32 [T, vocab] each row's token, -1 where the highest is not finite.
 
     choices: float64 [T, 5], of each row
@@ -191,7 +197,6 @@ def choose(logits: Tensor, choices: Tensor, most: int, arrived: Tensor, out: Ten
         sharpness 1 / temperature
         point     of the draw, from 0 to below 1
     most: a power of two.
-    arrived: int32 [T], zero before and after; launches that share it run one after another.
 
     Ranks are exact, weights are not the host's to the last bit: exponentials of float32 there, of float64 here (of float32 by
     another routine for all ranks), then sums in float64. So a point within 1e-6 of the edge between two tokens may take the
@@ -206,10 +211,14 @@ def choose(logits: Tensor, choices: Tensor, most: int, arrived: Tensor, out: Ten
         for size in (num_larges * GROUP, num_larges)
     )
     early = overlaps(logits)
-    _choose[(num_blocks, num_rows)](
-        logits, logits.stride(0), vocab, choices, smalls, larges, arrived, out,
-        BLOCK=BLOCK, GROUP=GROUP, MOST=most, LARGES=max(most, triton.next_power_of_2(num_larges)), TILE=TILE,
-        FIELDS=FIELDS, num_warps=NUM_WARPS, EARLY=early, launch_pdl=early,
+    _highest[(num_blocks, num_rows)](
+        logits, logits.stride(0), vocab, smalls, larges,
+        BLOCK=BLOCK, GROUP=GROUP, num_warps=8, EARLY=early, launch_pdl=early,
+    )  # fmt: skip
+    _choose[(num_rows,)](
+        logits, logits.stride(0), vocab, choices, smalls, larges, num_larges, out,
+        GROUP=GROUP, MOST=most, LARGES=max(most, triton.next_power_of_2(num_larges)), TILE=TILE, FIELDS=FIELDS,
+        num_warps=NUM_WARPS, EARLY=early, launch_pdl=early,
     )  # fmt: skip
 
 
