@@ -12,6 +12,7 @@ it is rounded. Q4_K and Q5_1 add their minima in between and so are off by one s
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import partial
 
 # Of the 128 columns of a pass, which bit of a column's number each bit of its place among wgmma's columns is, lowest first:
@@ -198,7 +199,7 @@ def _q6_k(half: int) -> str:
     return "\n".join(lines)
 
 
-_BODIES = {
+_BODIES: dict[str, Callable[[int], str]] = {
     "Q4_0": _q4_0,
     "Q5_0": partial(_q5, is_signed=True),
     "Q5_1": partial(_q5, is_signed=False),
