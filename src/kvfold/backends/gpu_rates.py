@@ -15,17 +15,17 @@ from kvfold.mla.plan import ARITHMETIC, MachineProfile
 # The card that was measured, as its driver describes it.
 H200 = Gpu("NVIDIA H200", (9, 0), 150_109_880_320, 132, 1_980_000, 4814.304)
 
-# 10^9 multiply-adds and numbers a second, and ns, of 16 heads, fitted to 110 times of both paths, 8 to 512 rows over 0 to 64k keys
-# (bench/gpu_profile.py, 29 November 2026); few_start: one row's attention in one launch, in its place in a step.
+# 10^9 multiply-adds and numbers a second, and ns, fitted to 168 times of both paths: 16 and 128 heads, 1 to 512 rows over 0 to 64k
+# keys (bench/gpu_profile.py, 29 November 2026). The single row of a sequence has launches of its own.
 NUMBERS = MachineProfile(
-    "H200", latents=349e3, folding=53.1e3, expansion=228e3, heads=465e3, cached=1530, absorbed_start=25_900,
-    decompressed_start=16_700, few_rows=4, few_start=9_000, origin="measured",
+    "H200", latents=347e3, folding=21.6e3, expansion=203e3, heads=410e3, cached=2460, absorbed_start=28_600,
+    decompressed_start=22_500, few_rows=1, few_start=16_500, origin="measured",
 )  # fmt: skip
 # Plain Triton, which serves every card and all other caches: decode over 64 x 32k and 1 x 32k keys beside Hopper's kernels
 # (bench/results/2026-11-28-h200-cache-types.json: 0.34 and 0.6 of their speed), prompts 0.64 of a peer.
-TRITON = replace(NUMBERS, latents=119e3, cached=914, heads=190e3, origin="estimated from single kernels")
+TRITON = replace(NUMBERS, latents=118e3, cached=1480, heads=190e3, origin="estimated from single kernels")
 # Caches of bytes decode in plain Triton, at 0.27 and 0.47; prompts expand a copy in numbers, so go by Hopper's kernel there.
-FP8 = replace(NUMBERS, latents=93e3, cached=721, origin="estimated from single kernels")
+FP8 = replace(NUMBERS, latents=94e3, cached=1160, origin="estimated from single kernels")
 Q8_0 = FP8
 TRITON_FP8 = replace(FP8, heads=TRITON.heads)
 TRITON_Q8_0 = TRITON_FP8
