@@ -20,7 +20,7 @@ import kvfold.load
 import kvfold.weight_memory
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold import _native
-from kvfold.backends import gpu
+from kvfold.backends import gpu, gpu_rates
 from kvfold.backends.native import NativeBackend, _FirstAnswer, side_by_side
 from kvfold.cache.pages import Sequence
 from kvfold.config import ModelConfig
@@ -285,6 +285,7 @@ def test_on_stays_mapped_and_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mmap", ["on", "off"])
 def test_a_gpu_has_neither_map_nor_copy(mmap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (gpu_rates.H200,)))
     monkeypatch.setattr(gpu, "refusals", lambda device: [])
     monkeypatch.setattr(gpu, "free_bytes", lambda device: 16 << 30)
     with pytest.raises(

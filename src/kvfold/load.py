@@ -284,7 +284,8 @@ def load(
     needs = needs_of(checkpoint, settings)
     choice = choose_backend(settings.backend, needs)
     candidate = choice.candidate
-    if candidate.free_bytes is not None and settings.mmap != "auto":
+    asked_for = settings.backend == candidate.name or settings.device.startswith("cuda")
+    if candidate.free_bytes is not None and settings.mmap != "auto" and asked_for:
         raise SettingError(
             f"mmap={settings.mmap}: backend {candidate.name} reads the weights into the memory of the GPU once and keeps "
             f"neither a map nor a copy. Leave it out, or use device=cpu."

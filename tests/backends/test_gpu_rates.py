@@ -10,7 +10,7 @@ from kvfold.backends import choose, gpu, gpu_rates
 from kvfold.backends.gpu_rates import H200, gpu_profile
 from kvfold.cache.latent import CacheType
 from kvfold.config import MlaConfig
-from kvfold.mla.plan import Path
+from kvfold.mla.plan import ARITHMETIC, Path
 from kvfold.mla.plan import choose as choose_path
 
 LITE = MlaConfig(16, 128, 64, 128, 512, None, 192**-0.5)
@@ -47,6 +47,13 @@ def test_a_capability_nobody_listed_is_the_next_older_one() -> None:
     newer = dataclasses.replace(H200, name="GPU", capability=(10, 3))
     profile = gpu_profile(newer, CacheType.BF16, "auto")
     assert profile.latents == pytest.approx(2 * gpu_rates.TRITON.latents)
+
+
+def test_what_a_driver_does_not_tell_is_left_out() -> None:
+    assert gpu_profile(dataclasses.replace(A100, clock_khz=0), CacheType.BF16, "auto") is ARITHMETIC
+    profile = gpu_profile(dataclasses.replace(A100, memory_gbps=0.0), CacheType.BF16, "auto")
+    choice = choose_path(LITE, new_rows=1, cached_rows=4096, is_prompt=False, machine=profile)
+    assert choice.path is Path.ABSORBED
 
 
 @pytest.mark.parametrize("cache_type", list(CacheType))

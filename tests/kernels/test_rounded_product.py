@@ -104,7 +104,8 @@ def test_experts_round_their_rows(
         (("IQ4_NL", "IQ4_NL"), ("IQ4_NL", "IQ4_NL"), 96),
         (("Q4_K", "Q8_0"), ("Q4_K", "Q4_K"), 256),
         (("Q8_0", "IQ4_NL"), None, 0),
-        (("IQ2_XXS", "MXFP4"), ("IQ3_S", "Q2_K"), 256),
+        # The interpreter takes minutes.
+        pytest.param(("IQ2_XXS", "MXFP4"), ("IQ3_S", "Q2_K"), 256, marks=pytest.mark.full),
     ],
 )
 def test_shared_experts_come_along(

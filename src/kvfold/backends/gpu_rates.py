@@ -6,6 +6,7 @@ says of them. mla/plan.py has the arithmetic.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from kvfold.backends.gpu import Gpu
@@ -24,25 +25,21 @@ NUMBERS = MachineProfile(
 # Plain Triton, which serves every card and all other caches: decode over 64 x 32k and 1 x 32k keys beside Hopper's kernels
 # (bench/results/2026-11-28-h200-cache-types.json: 0.34 and 0.6 of their speed), prompts 0.64 of a peer.
 TRITON = replace(NUMBERS, latents=118e3, cached=1480, heads=190e3, origin="estimated from single kernels")
-# Caches of bytes decode in plain Triton at 0.27 and 0.47; prompts expand a copy in numbers, so go by Hopper's kernel there. Hopper's
-# kernel over fp8 reads one sequence's keys as fast as that over numbers, and does 0.46 of its products (128 heads, 4 x 16k).
-Q8_0 = replace(NUMBERS, latents=94e3, cached=1160, origin="estimated from single kernels")
-FP8 = replace(NUMBERS, latents=160e3, origin="estimated from single kernels")
-TRITON_Q8_0 = TRITON_FP8 = replace(Q8_0, heads=TRITON.heads)
+# Caches of bytes decode in plain Triton at 0.27 and 0.47 (fp8 of up to 32 rows of heads is faster on Hopper, but those are single
+# rows, which are absorbed in any case); prompts expand a copy in numbers, so go by Hopper's kernel there.
+BYTES = replace(NUMBERS, latents=94e3, cached=1160, origin="estimated from single kernels")
 
 # Dense multiply-adds of 16-bit numbers that a multiprocessor does in a clock, as published; GeForce cards do half of 512.
 PER_CLOCK = {(8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048, (10, 0): 4096, (11, 0): 4096, (12, 0): 512}
 
 
 def gpu_profile(gpu: Gpu, cache_type: CacheType, dtype: str) -> MachineProfile:
-    """Of this card under these settings (dtype: one of choose.DTYPES)."""
+    """Of this card under these settings (dtype: one of choose.DTYPES). A card that does not tell its clock has none."""
     is_hopper = gpu.capability == H200.capability
-    if dtype == "float32":
+    if dtype == "float32" or not _products(gpu):
         return ARITHMETIC  # kernels of which nobody measured a rate
-    if cache_type is CacheType.Q8_0:
-        measured = Q8_0 if is_hopper else TRITON_Q8_0
-    elif cache_type is CacheType.FP8:
-        measured = FP8 if is_hopper else TRITON_FP8
+    if cache_type in (CacheType.Q8_0, CacheType.FP8):
+        measured = BYTES if is_hopper else replace(BYTES, heads=TRITON.heads)
     elif not is_hopper:
         measured = TRITON
     elif cache_type is CacheType.BF16:
@@ -67,7 +64,7 @@ def gpu_profile(gpu: Gpu, cache_type: CacheType, dtype: str) -> MachineProfile:
         folding=measured.folding * products,
         expansion=measured.expansion * products,
         heads=measured.heads * products,
-        cached=measured.cached * gpu.memory_gbps / H200.memory_gbps,
+        cached=measured.cached * gpu.memory_gbps / H200.memory_gbps if gpu.memory_gbps else math.inf,
     )
 
 

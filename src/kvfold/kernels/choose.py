@@ -199,7 +199,7 @@ def choose(logits: Tensor, choices: Tensor, most: int, out: Tensor) -> None:
     most: a power of two.
 
     Ranks are exact, weights are not the host's to the last bit: exponentials of float32 there, of float64 here (of float32 by
-    another routine for all ranks), then sums in float64. So a point within 1e-6 of the edge between two tokens may take the
+    another routine for all ranks), then sums in float64. So a point within 1e-6 of the edge between two tokens, or of the one where top-p ends, may take the
     other one.
     """
     num_rows, vocab = logits.shape

@@ -367,7 +367,8 @@ def _summer(
         acc1 = gl.zeros([GROUP, BLOCK_ROWS], gl.float32, SL)
         acc2 = gl.zeros([GROUP, BLOCK_ROWS], gl.float32, SL)
         acc3 = gl.zeros([GROUP, BLOCK_ROWS], gl.float32, SL)
-        for _i in range(lo, hi):
+        total = gl.zeros([BLOCK_ROWS], gl.float32, RL)
+        for i in range(lo, hi):
             meet(hear(WEIGHTS), nothing)
             zero = fresh_zero(nothing)  # else the descriptors of all 32 products are kept, some in local memory
             weights = ps.index(zero)
@@ -384,12 +385,11 @@ def _summer(
             acc2 = warpgroup_mma_wait(1, (acc2,))
             meet(tell(FREE + 2), nothing)
             acc3 = warpgroup_mma_wait(0, (acc3,))
+            if i == hi - 1:  # before the last pages are free, or a next stretch of one tile could say its totals
+                meet(hear(TOTAL), nothing)
+                total = totals.load(RL)
             meet(tell(FREE + 3), nothing)
-        share = gl.zeros([BLOCK_ROWS], gl.float32, RL)
-        if hi > lo:
-            meet(hear(TOTAL), nothing)
-            total = totals.load(RL)
-            share = gl.where(total > 0, 1.0 / gl.where(total > 0, total, 1.0), 0.0)
+        share = gl.where(total > 0, 1.0 / gl.where(total > 0, total, 1.0), 0.0)
         whole = (lo == 0) & (hi == num_tiles)
         _store_columns(acc0, share, out, partial, part, sequence, row, rows, 0, whole, lo, nothing, SL)
         _store_columns(acc1, share, out, partial, part, sequence, row, rows, 128, whole, lo, nothing, SL)

@@ -260,6 +260,7 @@ class Recorder:
         down: str,
         subset: Collection[int] | None = None,
     ) -> Value:
+        assert subset is None or min(subset, default=0) >= 0, subset  # -1 is every expert
         return self._record(
             "experts",
             name,
