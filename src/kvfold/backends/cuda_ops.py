@@ -811,8 +811,7 @@ class CudaOps:
 def _redirected(ids: Tensor, weights: Tensor, num_experts: int, subset: Collection[int]) -> tuple[Tensor, Tensor]:
     """Choices outside of `subset`, which is not empty, become one of it of no weight, so that no other expert is read."""
     takes_part = torch.zeros(num_experts, dtype=torch.bool, device=ids.device)
-    for expert in subset:
-        takes_part[expert] = True
+    takes_part[list(subset)] = True
     is_its = takes_part[ids.long()]
     return ids.where(is_its, min(subset)).to(ids.dtype), weights.where(is_its, 0.0)
 

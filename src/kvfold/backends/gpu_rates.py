@@ -45,14 +45,7 @@ def gpu_profile(gpu: Gpu, cache_type: CacheType, dtype: str) -> MachineProfile:
     elif cache_type is CacheType.BF16:
         measured = NUMBERS
     else:  # prompts read a converted copy
-        measured = replace(
-            NUMBERS,
-            latents=TRITON.latents,
-            folding=TRITON.folding,
-            cached=TRITON.cached,
-            absorbed_start=TRITON.absorbed_start,
-            origin=TRITON.origin,
-        )
+        measured = replace(TRITON, heads=NUMBERS.heads)
     if gpu.name == H200.name:
         return measured
     products = _products(gpu) / _products(H200)
