@@ -47,6 +47,22 @@ def test_interpreted_ops_are_the_plain_ones(mla: str, tmp_path: Path) -> None:
     interpreted(write_gguf(tiny, tmp_path / "m.gguf"), mla, "1")
 
 
+def test_ids_that_were_chosen_are_taken_where_no_graph_serves(tmp_path: Path) -> None:
+    """A step launched ahead that is launched op by op after all: of two sequences, the other way round."""
+    tiny = tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0)
+    harness = cuda_harness(write_gguf(tiny, tmp_path / "m.gguf"), captures=False)
+    backend: Any = harness.loaded.backend
+    backend.chosen[:2] = torch.tensor([17, 230])
+    embedded = []
+    for tokens in ([-2, -1], [230, 17]):
+        works = [Work(harness.sequence(), [token], is_prompt=False) for token in tokens]
+        run = backend.start(build_batch(works, harness.loaded.plan).step)
+        run.run(1)
+        embedded.append(run._x.tensor)
+    assert torch.isfinite(embedded[0]).all() and (embedded[0][0] != embedded[0][1]).any()
+    assert torch.equal(*embedded)
+
+
 @pytest.mark.parametrize("subset", [range(0, 8, 2), (7, 0, 3), ()], ids=str)
 def test_experts_of_any_subset_are_plains(
     subset: Collection[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

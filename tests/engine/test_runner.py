@@ -420,9 +420,10 @@ class _Choosing:
         self._backend = backend
         self._chosen = np.zeros(0, np.int32)
         self.num_ahead = 0
+        self.serves: Callable[[Step], bool] = lambda step: True
 
     def chooses(self, step: Step) -> bool:
-        return len(step.choices) == step.num_rows == len(step.kv_lens)
+        return len(step.choices) == step.num_rows == len(step.kv_lens) and self.serves(step)
 
     def start(self, step: Step) -> Any:
         tokens = step.token_ids.copy()
@@ -587,6 +588,27 @@ def test_draws_go_on_where_a_neighbour_needs_logits(path: Path) -> None:
     _finish(runner)
     assert between.finish_reason is FinishReason.LENGTH
     assert backend.num_ahead > ahead
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+
+
+def test_draws_go_on_where_a_step_launched_ahead_does_not_choose(path: Path) -> None:
+    """Its ids are those that the step before it chose; its logits go to the sampler, and the next is not launched ahead."""
+    _, runner = _runner(path)
+    alone = [_drawing(runner, i) for i in (0, 2)]
+    _finish(runner)
+    _, runner, backend = _choosing_runner(path)
+    unserved = []
+
+    def serves(step: Step) -> bool:
+        if step.kv_lens.sum() % 6 == 0 and (step.token_ids < 0).any():
+            unserved.append(step)
+            return False
+        return True
+
+    backend.serves = serves
+    together = [_drawing(runner, i) for i in (0, 2)]
+    _finish(runner)
+    assert len(unserved) > 1 and backend.num_ahead > len(unserved)
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
 
 

@@ -36,7 +36,7 @@ from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import Cancelled
 from kvfold.kernels import ceilings, merged_unfold, row_attention
 from kvfold.kernels.cached_blocks import Blocks
-from kvfold.kernels.choose import choose, take_chosen
+from kvfold.kernels.choose import choose
 from kvfold.kernels.mla_decode import DecodeWorkspace
 from kvfold.mla.plan import Path
 from kvfold.mla.rope import cos_sin
@@ -102,6 +102,8 @@ class CudaBackend:
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # number_product.route's
         mla = model.config.mla
         self.exchange = row_attention.Exchange(mla.num_heads, mla.kv_lora_rank, mla.v_head_dim, device)
+        # By output row of the last step that chose. Steps launched ahead take their ids from here, replayed or not.
+        self.chosen = torch.zeros(BUCKETS[-1] * MOST_ROWS, dtype=torch.int32, device=device)
         captures = captures and device.type == "cuda"
         self._graphs = _Graphs(self) if captures else None
         self._layers = CapturedLayers(self) if captures else None
@@ -277,7 +279,6 @@ class _Graphs:
         self._host = torch.zeros(at, dtype=torch.int32, pin_memory=True)
         self._device = torch.zeros(at, dtype=torch.int32, device=backend.device)
         self._parts = {name: self._host.numpy()[place] for name, place in self._places.items()}
-        self._chosen = torch.zeros(most_rows, dtype=torch.int32, device=backend.device)
         self._copied = torch.cuda.Event()  # the last copy out of the pinned buffer
         self._last: weakref.ref[_Outputs] | None = None
 
@@ -300,7 +301,7 @@ class _Graphs:
         num_rows = step.num_rows
         if len(step.choices) == num_rows:
             tokens = torch.empty(num_rows, dtype=torch.int32, pin_memory=True)
-            tokens.copy_(self._chosen[:num_rows], non_blocking=True)
+            tokens.copy_(self._backend.chosen[:num_rows], non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self._backend.device))
             outputs = _Outputs({}, (tokens, copied))
@@ -395,12 +396,11 @@ class _Graphs:
 
         def whole() -> dict[str, Tensor]:
             launch.schedule()
-            take_chosen(step.token_ids, self._chosen)
             ops = CudaOps(backend, step)
             x: Value | None = None
             for index in range(backend.model.num_segments):
                 x = backend.model.run_segment(ops, index, x)
-            choose(ops.outputs["logits"], choices, MOST_TOP_K, self._chosen)
+            choose(ops.outputs["logits"], choices, MOST_TOP_K, backend.chosen)
             return ops.outputs
 
         # Compiles the kernels and lets libraries set themselves up. It computes this very step, so what it writes to the

@@ -33,6 +33,7 @@ from kvfold.kernels import (
     tile_product,
 )
 from kvfold.kernels.cached_blocks import append_blocks, gather_blocks
+from kvfold.kernels.choose import take_chosen
 from kvfold.kernels.head_decode import attend_cached, attend_expanding
 from kvfold.kernels.matrix import SCALE_ROWS, Matrix
 from kvfold.kernels.mla_decode import mla_decode
@@ -279,6 +280,7 @@ class CudaOps:
 
     def embed(self, name: str, table: str) -> Value:
         self._products.clear()
+        take_chosen(self.step.token_ids, self._backend.chosen)
         return made(tile_product.embed(self.step.token_ids, self._rows(table).matrix))
 
     def norm(self, name: str, x: Value, weight: str, eps: float) -> Value:
