@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from kvfold.kernels.cached_blocks import Blocks, load_bfloat16, load_coded
-from kvfold.kernels.mla_decode import LOG2_E, NO_SCORE, DecodeWorkspace, combine, shared_memory_bytes
+from kvfold.kernels.mla_decode import DecodeWorkspace, combine, shared_memory_bytes
 from kvfold.kernels.mla_schedule import TILE_TOKENS
+from kvfold.kernels.online_softmax import LOG2_E, NO_SCORE
 from kvfold.kernels.overlap import overlaps, wait_for_inputs
 
 MOST_ROWS = 4  # of a sequence

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.mla_decode import NO_SCORE, DecodeWorkspace
+from kvfold.kernels.mla_decode import DecodeWorkspace
+from kvfold.kernels.online_softmax import NO_SCORE
 from kvfold.kernels.overlap import let_next_start, overlaps, wait_for_inputs
 
 MOST_ROWS = 4

@@ -12,7 +12,6 @@ Every exponential is a power of two: scores carry scale * log2(e), and log-sum-e
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -31,11 +30,9 @@ from kvfold.kernels.mla_schedule import (
     TILE_TOKENS,
     schedule_kernel,
 )
+from kvfold.kernels.online_softmax import LOG2_E, NO_SCORE
 
 Form = Literal["triton", "gluon"]
-
-LOG2_E = math.log2(math.e)
-NO_SCORE = tl.constexpr(-1e30)  # a running maximum before any key: finite, so that differences stay numbers
 
 COMBINE_PROGRAMS = 1056  # 8 on each of 132 multiprocessors: one wave
 INTERPRETER_PARTS = 5  # parts without a GPU: few programs, and splits at odd places

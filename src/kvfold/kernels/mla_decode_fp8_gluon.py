@@ -47,7 +47,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvfold.kernels.mla_decode_hopper import (
-    NO_SCORE,
     cta_barrier,
     fresh_zero,
     hear,
@@ -57,6 +56,7 @@ from kvfold.kernels.mla_decode_hopper import (
     tell,
     tma_load,
 )
+from kvfold.kernels.online_softmax import NO_SCORE
 
 if TYPE_CHECKING:
     from kvfold.kernels.mla_decode import DecodeWorkspace

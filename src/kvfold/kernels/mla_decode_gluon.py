@@ -47,7 +47,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvfold.kernels.mla_decode_hopper import (
-    NO_SCORE,
     cta_barrier,
     fresh_zero,
     hear,
@@ -58,6 +57,7 @@ from kvfold.kernels.mla_decode_hopper import (
     tma_load,
 )
 from kvfold.kernels.mla_schedule import FEW_ROWS
+from kvfold.kernels.online_softmax import NO_SCORE
 
 if TYPE_CHECKING:
     from kvfold.kernels.mla_decode import DecodeWorkspace

@@ -18,13 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
+from kvfold.kernels.online_softmax import LOG2_E, NO_SCORE
+
 Form = Literal["triton", "gluon"]
 
-LOG2_E = math.log2(math.e)
 # Rows, keys, warps, stages: 156 KB of shared memory and 186 registers a thread at 128 + 64 and 128 numbers a head.
 HOPPER_BLOCKS = (128, 64, 8, 3)
 L2_BYTES = 32 << 20  # of the 60 MB of an H200
-NO_SCORE = tl.constexpr(-1e30)  # a running maximum before any key: finite, so that differences stay numbers
 
 
 def mla_prefill(

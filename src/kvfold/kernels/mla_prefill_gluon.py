@@ -23,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-NO_SCORE = gl.constexpr(-1e30)
+from kvfold.kernels.online_softmax import NO_SCORE
+
 STAGES = gl.constexpr(2)
 
 # Triton after 3.6 renamed them.

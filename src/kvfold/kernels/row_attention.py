@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.mla_decode import LOG2_E
+from kvfold.kernels.online_softmax import LOG2_E
 from kvfold.kernels.overlap import let_next_start, overlaps, wait_for_inputs
 from kvfold.kernels.rows import LatentRow
 
