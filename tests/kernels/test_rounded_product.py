@@ -62,7 +62,8 @@ def test_experts_round_their_rows(
 ) -> None:
     """Four passes over the parts of both experts: the weights of three asked for at once, and of one after the other."""
     monkeypatch.setattr(rounded_product, "LANES", 1)
-    monkeypatch.setitem(rounded_product._AHEAD, down_name, ahead)
+    sizes = rounded_product.SIZES
+    monkeypatch.setitem(sizes, down_name, sizes[down_name]._replace(ahead=ahead))
     num_experts, k, hidden, width, out_rows = 3, 2, 256, 64, 7
     gate, gate_dense = matrix(name, width, hidden, device, num_experts, 1, rounds=True)
     up, up_dense = matrix(name, width, hidden, device, num_experts, 2, rounds=True)

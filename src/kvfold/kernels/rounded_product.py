@@ -8,6 +8,8 @@ product.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,48 +23,50 @@ from kvfold.kernels.overlap import let_next_start, overlaps, wait_for_inputs
 from kvfold.kernels.rounding import RoundedRows, code, codes4, mixed_place, scale_of
 from kvfold.kernels.rows import silu
 
-OF_WORDS = frozenset(["Q4_0", "IQ4_NL", "Q8_0", "Q4_K", "Q6_K"])
-TYPES = OF_WORDS | block_levels.TYPES  # the others: a thread makes levels of runs of 32
-
-# Rows of a program, its warps, and registers of a thread where the compiler would take so many that fewer programs fit. Q4_K in one
-# warp of 8 rows instead of two of 16: a step of V2-Lite 1149 us instead of 1170.
-LINEAR = {t: (16, 4) for t in block_levels.TYPES} | {
-    "Q4_0": (16, 2),
-    "IQ4_NL": (16, 4),
-    "Q8_0": (16, 2),
-    "Q4_K": (8, 1),
-    "Q6_K": (16, 2),
-}
 GATE_UP = (16, 4)
 DOWN = (4, 4, 128)
-# Of 32 rows: warps, registers, and shares of the rows that a program takes one after another, so that fewer weights are held. Q4_K in two
-# shares holds the weights of gate and up together in 80 registers: V2-Lite's 352 programs run at once, a step of 1170 us takes 1127.
-GATE_UP_ROUNDS: dict[str, tuple[int, int | None, int]] = {t: (8, None, 4) for t in block_levels.TYPES} | {
-    "MXFP4": (8, 80, 1),
-    "Q4_0": (8, 128, 1),
-    "IQ4_NL": (8, 80, 1),
-    "Q8_0": (8, None, 1),
-    "Q4_K": (8, 80, 2),
-    "Q6_K": (8, None, 1),
-}
-# Types whose gate and up are read one after the other. IQ4_NL: with 80 registers three programs fit a multiprocessor and
-# V2-Lite's 352 run at once; two leave 88 for a second turn.
-APART = frozenset(["IQ4_NL", "MXFP4"])
 # Parts of a row in one pass of `down`: a warp's lanes.
 LANES = 32
-# Passes whose weights are asked for at once, and those whose hidden numbers are: so many that 128 registers suffice.
-_AHEAD = {t: (3, 1) for t in block_levels.TYPES} | {
-    "MXFP4": (9, 3),
-    "Q3_K": (2, 1),
-    "Q5_K": (2, 1),
-    "Q4_0": (9, 3),
-    "IQ4_NL": (9, 3),
-    "Q8_0": (5, 2),
-    "Q4_K": (4, 1),
-    "Q6_K": (2, 1),
+
+
+class Sizes(NamedTuple):
+    """How products with matrices of a type are cut.
+
+    each:       weights that a thread holds of a row. Q4_K: low and high nibbles of 32 bytes. Q6_K: half a block.
+    most_parts: such parts of a row in one pass; with LANES of them a warp has rows of its own, whose sums cross no warps
+    linear:     rows of a program, its warps. Q4_K in one warp of 8 rows instead of two of 16: a step of V2-Lite 1149 us
+                instead of 1170.
+    gate_up:    of 32 rows: warps, registers of a thread where the compiler would take so many that fewer programs fit, and
+                shares of the rows that a program takes one after another, so that fewer weights are held. Q4_K in two shares
+                holds the weights of gate and up together in 80 registers: V2-Lite's 352 programs run at once, a step of
+                1170 us takes 1127.
+    ahead:      of `down`: passes whose weights are asked for at once, and those whose hidden numbers are: so many that 128
+                registers suffice
+    is_apart:   gate and up are read one after the other. IQ4_NL: with 80 registers three programs fit a multiprocessor and
+                V2-Lite's 352 run at once; two leave 88 for a second turn.
+    """
+
+    each: int
+    most_parts: int
+    linear: tuple[int, int]
+    gate_up: tuple[int, int | None, int]
+    ahead: tuple[int, int]
+    is_apart: bool = False
+
+
+_RUNS = Sizes(32, LANES, (16, 4), (8, None, 4), (3, 1))  # a thread makes levels of runs of 32
+SIZES = dict.fromkeys(block_levels.TYPES, _RUNS) | {
+    "MXFP4": Sizes(32, 64, (16, 4), (8, 80, 1), (9, 3), is_apart=True),
+    "Q3_K": _RUNS._replace(ahead=(2, 1)),
+    "Q5_K": _RUNS._replace(ahead=(2, 1)),
+    "Q4_0": Sizes(32, 64, (16, 2), (8, 128, 1), (9, 3)),
+    "IQ4_NL": Sizes(32, 64, (16, 4), (8, 80, 1), (9, 3), is_apart=True),
+    "Q8_0": Sizes(32, 64, (16, 2), (8, None, 1), (5, 2)),
+    "Q4_K": Sizes(64, 32, (8, 1), (8, 80, 2), (4, 1)),
+    "Q6_K": Sizes(128, 16, (16, 2), (8, None, 1), (2, 1)),
 }
-# Weights that a thread holds of a row. Q4_K: low and high nibbles of 32 bytes. Q6_K: half a block.
-_EACH = {t: 32 for t in block_levels.TYPES} | {"Q4_0": 32, "IQ4_NL": 32, "Q8_0": 32, "Q4_K": 64, "Q6_K": 128}
+TYPES = frozenset(SIZES)
+OF_WORDS = TYPES - block_levels.TYPES
 
 
 @triton.jit
@@ -104,6 +108,32 @@ def _level(q, TYPE: tl.constexpr):
     return ((tl.where(q < 8, low, high) >> ((q & 3) * 8)) & 255) - 127
 
 
+@triton.constexpr_function
+def _dot8_ptx(type: str) -> str:
+    """Of `_codebook_dot8`. The upper four levels of each half of the codebook are constants."""
+    lower, upper = ("0x0D090705", "0xF4F8FAFC") if type == "MXFP4" else ("0xF6EADDCF", "0x725A4636")
+    return f"""{{
+            .reg .b32 v, s, a, b;
+            xor.b32 v, $1, 0x88888888;
+            prmt.b32 a, $5, {lower}, $1;
+            prmt.b32 b, $6, {upper}, v;
+            dp4a.s32.s32 $0, a, $2, $4;
+            dp4a.s32.s32 $0, b, $2, $0;
+            shr.u32 s, $1, 16;
+            shr.u32 v, v, 16;
+            prmt.b32 a, $5, {lower}, s;
+            prmt.b32 b, $6, {upper}, v;
+            dp4a.s32.s32 $0, a, $3, $0;
+            dp4a.s32.s32 $0, b, $3, $0;
+            }}"""
+
+
+@triton.constexpr_function
+def _tables_ptx(type: str) -> str:
+    low, high = ("0x04030200", "0xFDFEFF00") if type == "MXFP4" else ("0xBFAD9881", "0x271A0E02")
+    return f"or.b32 $0, $2, {low}; or.b32 $1, $2, {high};"
+
+
 @triton.jit
 def _codebook_dot8(word, near, far, c, low, high, TYPE: tl.constexpr):
     """c plus the products of eight levels with codes in the order of their nibbles.
@@ -113,42 +143,10 @@ def _codebook_dot8(word, near, far, c, low, high, TYPE: tl.constexpr):
     So the upper half holds 1 more than its levels, and both go into the sum. low, high: of `_tables`. The codebook of
     MXFP4 has its halves the other way round, and twice a 0: of these none is 1 more.
     """
-    if COMPILED and TYPE == "MXFP4":
+    if COMPILED:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 v, s, a, b;
-            xor.b32 v, $1, 0x88888888;
-            prmt.b32 a, $5, 0x0D090705, $1;
-            prmt.b32 b, $6, 0xF4F8FAFC, v;
-            dp4a.s32.s32 $0, a, $2, $4;
-            dp4a.s32.s32 $0, b, $2, $0;
-            shr.u32 s, $1, 16;
-            shr.u32 v, v, 16;
-            prmt.b32 a, $5, 0x0D090705, s;
-            prmt.b32 b, $6, 0xF4F8FAFC, v;
-            dp4a.s32.s32 $0, a, $3, $0;
-            dp4a.s32.s32 $0, b, $3, $0;
-            }""",
-            "=&r,r,r,r,r,r,r", [word, near, far, c, low, high], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    elif COMPILED:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 v, s, a, b;
-            xor.b32 v, $1, 0x88888888;
-            prmt.b32 a, $5, 0xF6EADDCF, $1;
-            prmt.b32 b, $6, 0x725A4636, v;
-            dp4a.s32.s32 $0, a, $2, $4;
-            dp4a.s32.s32 $0, b, $2, $0;
-            shr.u32 s, $1, 16;
-            shr.u32 v, v, 16;
-            prmt.b32 a, $5, 0xF6EADDCF, s;
-            prmt.b32 b, $6, 0x725A4636, v;
-            dp4a.s32.s32 $0, a, $3, $0;
-            dp4a.s32.s32 $0, b, $3, $0;
-            }""",
-            "=&r,r,r,r,r,r,r", [word, near, far, c, low, high], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+            _dot8_ptx(TYPE), "=&r,r,r,r,r,r,r", [word, near, far, c, low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
     else:
         for i in tl.static_range(4):
             c += _level((word >> (4 * i)) & 15, TYPE) * _byte(near, i)
@@ -170,16 +168,10 @@ def _zero(word):
 @triton.jit
 def _tables(b, TYPE: tl.constexpr):
     """The lower four levels of each half of the codebook, per thread: as constants each use would move them anew."""
-    if COMPILED and TYPE == "MXFP4":
+    if COMPILED:
         return tl.inline_asm_elementwise(
-            "or.b32 $0, $2, 0x04030200; or.b32 $1, $2, 0xFDFEFF00;", "=&r,=r,r", [_zero(b)],
-            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    elif COMPILED:
-        return tl.inline_asm_elementwise(
-            "or.b32 $0, $2, 0xBFAD9881; or.b32 $1, $2, 0x271A0E02;", "=&r,=r,r", [_zero(b)],
-            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
+            _tables_ptx(TYPE), "=&r,=r,r", [_zero(b)], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
     else:
         return b, b
 
@@ -790,9 +782,9 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def _parts(w: Matrix) -> int:
-    """Of a row in one pass. Runs: a warp has rows of its own, whose sums then cross no warps."""
-    most = LANES if w.type in block_levels.TYPES - {"MXFP4"} else 2048 // _EACH[w.type]
-    return min(int(triton.next_power_of_2(w.cols // _EACH[w.type])), most)
+    """Of a row in one pass."""
+    sizes = SIZES[w.type]
+    return min(int(triton.next_power_of_2(w.cols // sizes.each)), sizes.most_parts)
 
 
 def _lanes(parts: int) -> int:
@@ -805,7 +797,7 @@ def _sizes(w: Matrix, rows: int, num_warps: int, maxnreg: int | None = None) -> 
     return {
         "ROWS": min(rows, 1 << (w.rows.bit_length() - 1)),
         "PARTS": _parts(w),
-        "EACH": _EACH[w.type],
+        "EACH": SIZES[w.type].each,
         "num_warps": num_warps,
         "maxnreg": maxnreg,
     }
@@ -813,7 +805,7 @@ def _sizes(w: Matrix, rows: int, num_warps: int, maxnreg: int | None = None) -> 
 
 def linear(x: Tensor, w: Matrix, out: Tensor, *, norm: Norm | None = None, add: Tensor | None = None) -> None:
     """out [T, rows] = rounded (norm of float32) x [T, cols] @ w^T, plus add float32 [T, rows]; the last strides are 1."""
-    sizes = _sizes(w, *LINEAR[w.type])
+    sizes = _sizes(w, *SIZES[w.type].linear)
     early = overlaps(x)
     x = aligned(x)
     _linear[(triton.cdiv(w.rows, sizes["ROWS"]), len(x))](
@@ -827,14 +819,14 @@ def gate_up(x: Tensor, gate: Matrix, up: Matrix, ids: Tensor | None, out: Tensor
     """out = silu(gate x) * (up x): [T, rows], or with ids int32 [T, k] [T * k, rows] of the chosen experts."""
     rounds = isinstance(out, RoundedRows)
     numbers, scales = (out.codes, out.scales) if isinstance(out, RoundedRows) else (out, out)
-    num_warps, maxnreg, turns = GATE_UP_ROUNDS[gate.type]
+    num_warps, maxnreg, turns = SIZES[gate.type].gate_up
     sizes = _sizes(gate, 32, num_warps, maxnreg) if rounds else _sizes(gate, *GATE_UP)
     early = overlaps(x)
     x = aligned(x)
     _gate_up[(triton.cdiv(gate.rows, sizes["ROWS"]), len(numbers))](
         x, gate.raw, up.raw, gate.scale_or_raw, x if ids is None else ids, numbers, scales, gate.rows, x.stride(0),
         COLS=gate.cols, ROW_BYTES=gate.row_bytes, TYPE=gate.type, PER_ROW=0 if ids is None else ids.shape[1],
-        ROUNDS=rounds, MIXED=isinstance(out, RoundedRows) and out.is_mixed, APART=gate.type in APART,
+        ROUNDS=rounds, MIXED=isinstance(out, RoundedRows) and out.is_mixed, APART=SIZES[gate.type].is_apart,
         TURNS=turns if rounds else 1, EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip
 
@@ -854,8 +846,8 @@ def down(
     numbers, scales = (hidden.codes, hidden.scales) if isinstance(hidden, RoundedRows) else (hidden, hidden)
     sizes = _sizes(w, *DOWN)
     per_row = ids.shape[1]
-    sizes["PARTS"] = _lanes(per_row * w.cols // _EACH[w.type])
-    ahead, together = _AHEAD[w.type]
+    sizes["PARTS"] = _lanes(per_row * w.cols // SIZES[w.type].each)
+    ahead, together = SIZES[w.type].ahead
     shared_codes, shared_scales, shared_w = (
         (numbers, scales, w) if shared is None else (shared[0].codes, shared[0].scales, shared[1])
     )
@@ -864,9 +856,9 @@ def down(
         numbers, scales, w.raw, w.scale_or_raw, ids, weights, shared_codes, shared_scales, shared_w.raw, shared_w.scale_or_raw,
         out if add is None else add, out, w.rows,
         COLS=w.cols, ROW_BYTES=w.row_bytes, TYPE=w.type, PER_ROW=per_row, AHEAD=ahead, TOGETHER=together, ADD=add is not None,
-        SHARED_COLS=0 if shared is None else shared_w.cols, SHARED_EACH=_EACH[shared_w.type],
+        SHARED_COLS=0 if shared is None else shared_w.cols, SHARED_EACH=SIZES[shared_w.type].each,
         SHARED_BYTES=shared_w.row_bytes, SHARED_TYPE=shared_w.type,
-        SHARED_PARTS=_lanes(shared_w.cols // _EACH[shared_w.type]), EARLY=early, launch_pdl=early, **sizes,
+        SHARED_PARTS=_lanes(shared_w.cols // SIZES[shared_w.type].each), EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip
 
 
@@ -885,7 +877,7 @@ def experts(
     s_gate, s_up, s_down = shared or matrices
     s_rows = s_gate.rows if shared else 0
     s_hidden = RoundedRows.empty(num_rows, s_rows, s_down.type, x.device)
-    num_warps, maxnreg, turns = GATE_UP_ROUNDS[gate.type]
+    num_warps, maxnreg, turns = SIZES[gate.type].gate_up
     sizes = _sizes(gate, 32, num_warps, maxnreg)
     programs = num_rows * triton.cdiv(s_rows, 32) + pairs * triton.cdiv(gate.rows, 32)
     rounded = routed.rounded
@@ -895,9 +887,9 @@ def experts(
         numbers, scales, gate.raw, up.raw, gate.scale_or_raw, routed.ids, hidden.codes, hidden.scales, gate.rows,
         s_gate.raw, s_up.raw, s_gate.scale_or_raw, s_hidden.codes, s_hidden.scales, s_rows, numbers.stride(0),
         COLS=gate.cols, ROW_BYTES=gate.row_bytes, TYPE=gate.type, MIXED=hidden.is_mixed,
-        SHARED_EACH=_EACH[s_gate.type], SHARED_BYTES=s_gate.row_bytes, SHARED_TYPE=s_gate.type,
+        SHARED_EACH=SIZES[s_gate.type].each, SHARED_BYTES=s_gate.row_bytes, SHARED_TYPE=s_gate.type,
         SHARED_PARTS=_parts(s_gate), SHARED_MIXED=s_hidden.is_mixed,
-        APART=gate.type in APART, SHARED_APART=s_gate.type in APART,
-        TURNS=turns, SHARED_TURNS=GATE_UP_ROUNDS[s_gate.type][2], TOKENS=num_rows, PER_ROW=routed.ids.shape[1], EARLY=early, launch_pdl=early, **sizes,
+        APART=SIZES[gate.type].is_apart, SHARED_APART=SIZES[s_gate.type].is_apart,
+        TURNS=turns, SHARED_TURNS=SIZES[s_gate.type].gate_up[2], TOKENS=num_rows, PER_ROW=routed.ids.shape[1], EARLY=early, launch_pdl=early, **sizes,
     )  # fmt: skip
     down(hidden, w, routed.ids, routed.weights, out, shared=(s_hidden, s_down) if shared else None, add=x)
