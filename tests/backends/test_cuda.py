@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Collection
-from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,26 +59,6 @@ def test_ids_that_were_chosen_are_taken_where_no_graph_serves(tmp_path: Path) ->
         embedded.append(run._x.tensor)
     assert torch.isfinite(embedded[0]).all() and (embedded[0][0] != embedded[0][1]).any()
     assert torch.equal(*embedded)
-
-
-@pytest.mark.parametrize("subset", [range(0, 8, 2), (7, 0, 3), ()], ids=str)
-def test_experts_of_any_subset_are_plains(
-    subset: Collection[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By tiles (10 rows) and by rows (1), and on the native backend; outside of it nothing is added."""
-    from kvfold.backends.cuda_ops import CudaOps
-    from kvfold.backends.plain import PlainOps
-    from kvfold.model.program import Recorder
-
-    tiny = tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0)
-    path, text = write_gguf(tiny, tmp_path / "m.gguf"), ids(11)
-    every = Harness(path).logits(text, [10, 1])
-    for ops in (CudaOps, PlainOps, Recorder):
-        monkeypatch.setattr(ops, "experts", partialmethod(ops.experts, subset=subset))  # type: ignore[attr-defined]
-    expected = Harness(path).logits(text, [10, 1])
-    assert np.abs(expected - every).max() > 1e-2 * np.abs(every).max()
-    for harness in (cuda_harness(path), Harness(path, backend="native")):
-        close(harness.logits(text, [10, 1]), expected, 1e-5)
 
 
 def test_one_row_over_a_short_context_attends_in_one_launch(

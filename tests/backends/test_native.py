@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,24 @@ def mixed_steps(harness: Harness, texts: list[list[int]], seed: int) -> list[Log
         for i, logits in zip(owners, harness.step(works, planner), strict=True):
             got[i].append(logits)
     return [np.concatenate(parts) for parts in got]
+
+
+@pytest.mark.parametrize("subset", [range(0, 8, 2), (7, 0, 3), ()], ids=str)
+def test_experts_of_any_subset_are_plains(
+    subset: Collection[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tiles (10 rows) and by rows (1); outside of it nothing is added."""
+    from kvfold.backends.plain import PlainOps
+    from kvfold.model.program import Recorder
+
+    tiny = tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0)
+    path, text = write_gguf(tiny, tmp_path / "m.gguf"), ids(11)
+    every = Harness(path).logits(text, [10, 1])
+    for ops in (PlainOps, Recorder):
+        monkeypatch.setattr(ops, "experts", partialmethod(ops.experts, subset=subset))  # type: ignore[attr-defined]
+    expected = Harness(path).logits(text, [10, 1])
+    assert np.abs(expected - every).max() > 1e-2 * np.abs(every).max()
+    close(Harness(path, backend="native").logits(text, [10, 1]), expected, 1e-5)
 
 
 @pytest.mark.parametrize("family", ["v2-lite", "v3-odd"])

@@ -446,17 +446,14 @@ class CudaOps:
         down: str,
         subset: Collection[int] | None = None,
     ) -> Value:
+        assert subset is None, "kernels of experts on a GPU take all of them"
         w_gate, w_up, w_down = (self._rows(w).matrix for w in (gate, up, down))
 
         def make() -> Tensor:
             out = torch.empty(len(x.tensor), w_down.rows, dtype=self._dtype, device=x.tensor.device)
             if not len(x.tensor):
                 return out
-            if subset is not None and not subset:
-                return out.zero_()
             chosen, factors = ids.tensor, weights.tensor
-            if subset is not None:
-                chosen, factors = _redirected(chosen, factors, w_gate.parts, subset)
             if len(x.tensor) <= ROW_PRODUCT_ROWS:
                 hidden = row_product.gate_up(x.tensor, w_gate, w_up, chosen, self._dtype, w_down)
                 row_product.down(hidden, w_down, chosen, factors, out)
@@ -466,8 +463,7 @@ class CudaOps:
                 tile_product.experts(x.tensor, chosen, factors, w_gate, w_up, w_down, out, scratch)
             return out
 
-        # A mixture in fewer launches takes the experts that it chooses itself.
-        return Experts(ids, (w_gate, w_up, w_down), make) if subset is None else Value(make)
+        return Experts(ids, (w_gate, w_up, w_down), make)
 
     # The cache
 
@@ -808,14 +804,6 @@ class CudaOps:
         picked = torch.empty(stop - start, width, dtype=self._dtype, device=pool.device)
         gather_blocks(pool, pages, picked, self._backend.blocks)
         return picked
-
-
-def _redirected(ids: Tensor, weights: Tensor, num_experts: int, subset: Collection[int]) -> tuple[Tensor, Tensor]:
-    """Choices outside of `subset`, which is not empty, become one of it of no weight, so that no other expert is read."""
-    takes_part = torch.zeros(num_experts, dtype=torch.bool, device=ids.device)
-    takes_part[list(subset)] = True
-    is_its = takes_part[ids.long()]
-    return ids.where(is_its, min(subset)).to(ids.dtype), weights.where(is_its, 0.0)
 
 
 def _alone(part: Rows) -> Matrix:

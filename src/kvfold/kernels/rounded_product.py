@@ -145,8 +145,9 @@ def _codebook_dot8(word, near, far, c, low, high, TYPE: tl.constexpr):
     """
     if COMPILED:
         return tl.inline_asm_elementwise(
-            _dot8_ptx(TYPE), "=&r,r,r,r,r,r,r", [word, near, far, c, low, high], dtype=tl.int32, is_pure=True, pack=1
-        )
+            _dot8_ptx(TYPE), "=&r,r,r,r,r,r,r", [word, near, far, c, low, high],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
     else:
         for i in tl.static_range(4):
             c += _level((word >> (4 * i)) & 15, TYPE) * _byte(near, i)

@@ -40,7 +40,8 @@ class Ops(AttentionOps[V], Protocol[V]):
         subset: Collection[int] | None = None,
     ) -> V:
         """sum_e weights_e * down_e(swiglu(gate_e x, up_e x)) over the chosen experts that lie in `subset`, any ids (None:
-        all): a partial sum [T, hidden]. Experts outside of it are not read."""
+        all): a partial sum [T, hidden]. Experts outside of it are not read. Plain and native take subsets, for experts
+        whose weights lie elsewhere; no model asks for one yet, and cuda takes all."""
 
     def take_outputs(self, name: str, x: V) -> V:
         """The step's output rows: [R, width]."""
