@@ -27,8 +27,7 @@ struct Parts {
   explicit Parts(const MlaDims& dims) {
     const int64_t columns = whole_steps(dims.kv_lora);
     tiles_of_group = std::min(kMostTiles, ceil_div(dims.heads, kHeadLanes));
-    // Pairs take half a word a number; codes of a q8_0 cache 9 words for 32.
-    query = whole_steps(dims.latent()) / 2 * kHeadLanes;
+    query = whole_steps(dims.latent()) / kLatentStep * kMostRecordWords * kHeadLanes;
     state = sizeof(LatentState) / 4;
     weighted = columns * kHeadLanes;
     keys = kPageTokens * key_stride(dims) / 2;

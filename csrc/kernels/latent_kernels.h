@@ -9,7 +9,8 @@
 //   kLatentStep
 //                                            numbers at a time: zeros after the last
 //             or, for a q8_0 cache, a record for each 32 numbers: codes [8][kHeadLanes] words of four,
-//             scales [kHeadLanes]
+//             scales [kHeadLanes]; where a set has no product of two signed codes, magnitudes and signs
+//             [8][kHeadLanes] of each, scales and starts of sums [kHeadLanes]
 //   keys      [keys][stride]                 bfloat16, or q8_0 in the cache itself
 //   values    [columns / 16][pairs of keys of a page][16]   words of two bfloat16
 //             or, 32 columns at a time, of two codes as int16
@@ -36,6 +37,7 @@ constexpr int64_t kHeadLanes = 16;
 constexpr int64_t kValueColumns = 16;  // of a block of values
 constexpr int64_t kLatentStep = 32;    // queries and keys are whole steps of numbers, values of columns
 constexpr int64_t kPagePairs = kPageTokens / 2;
+constexpr int64_t kMostRecordWords = 18;  // of kLatentStep numbers of a head's query
 
 // The heads of a tile over the keys they have met.
 struct LatentState {

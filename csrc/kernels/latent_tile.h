@@ -62,7 +62,15 @@ struct LatentTile {
   static constexpr int kKeys = S::kLatentKeys, kCodeKeys = S::kLatentCodeKeys,
                        kColumns = S::kLatentColumns;  // of a register tile
   static_assert(kHeadLanes % S::kLanes == 0 && kValueColumns % kColumns == 0);
-  static constexpr int64_t kRecord = 9 * kHeadLanes;  // words of 32 numbers of a query in codes
+  static constexpr int64_t kPairStep = 4;  // pairs of keys that values are added up for at a time
+  // Where there is no product of two signed codes, queries are magnitudes m and signs s, 0 or -1, and keys k
+  // meet them as in quant_tile.h: k q = m (k ^ s) - m s, of which the last term is where sums start.
+  static constexpr bool kTakesSigns = S::kPairSums;
+  // Words of 32 numbers of a query in codes: these, then scales, then starts.
+  static constexpr int64_t kSigns = 8 * kHeadLanes, kScales = (kTakesSigns ? 16 : 8) * kHeadLanes,
+                           kStarts = kScales + kHeadLanes,
+                           kRecord = kTakesSigns ? kStarts + kHeadLanes : kStarts;
+  static_assert(kRecord <= kMostRecordWords * kHeadLanes);
 
   // Numbers of a query that are rounded at a time: 64 bytes.
   static constexpr int64_t kChunk = kLatentStep;
@@ -95,15 +103,29 @@ struct LatentTile {
   template <int zero>
   static void pack_codes(const float* q, int64_t stride, int64_t heads, int64_t latent, uint32_t* to) {
     alignas(64) int8_t codes[kHeadLanes][kQ8Block] = {};
+    alignas(64) uint8_t magnitudes[kHeadLanes][kQ8Block] = {}, signs[kHeadLanes][kQ8Block] = {};
     for (int64_t at = 0; at < latent; at += kQ8Block, to += kRecord) {
       float scales[kHeadLanes] = {};
+      int32_t starts[kHeadLanes] = {};
       for (int64_t head = 0; head < heads; head++) {
         int32_t halves[2];
         scales[head] = S::quantize(q + head * stride + at, codes[head], halves);
-        for (int8_t& code : codes[head]) code = static_cast<int8_t>(code + zero);
+        if constexpr (kTakesSigns) {
+          for (int64_t i = 0; i < kQ8Block; i += 16) {
+            starts[head] -= S::take_signs(codes[head] + i, magnitudes[head] + i, signs[head] + i);
+          }
+        } else {
+          for (int8_t& code : codes[head]) code = static_cast<int8_t>(code + zero);
+        }
       }
-      turn(codes, kQ8Block / 4, kQ8Block / 4, to);
-      std::memcpy(to + kQ8Block / 4 * kHeadLanes, scales, sizeof scales);
+      if constexpr (kTakesSigns) {
+        turn(magnitudes, kQ8Block / 4, kQ8Block / 4, to);
+        turn(signs, kQ8Block / 4, kQ8Block / 4, to + kSigns);
+        std::memcpy(to + kStarts, starts, sizeof starts);
+      } else {
+        turn(codes, kQ8Block / 4, kQ8Block / 4, to);
+      }
+      std::memcpy(to + kScales, scales, sizeof scales);
     }
   }
 
@@ -260,24 +282,37 @@ struct LatentTile {
             if (b % kLineBlocks == 0) bring_near<kLines>(page);
             Ints sum[n][kParts];
             KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
-              KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) sum[j][p] =
-                  S::kWideZero == 0 ? S::zero_ints() : S::set_ints(starts[j][b]);
+              KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+                if constexpr (kTakesSigns) {
+                  sum[j][p] = S::load_codes(record + kStarts + p * S::kLanes);
+                } else {
+                  sum[j][p] = S::kWideZero == 0 ? S::zero_ints() : S::set_ints(starts[j][b]);
+                }
+              }
             }
             KVFOLD_UNROLLED_LATENT for (int i = 0; i < 8; i++) {
               Ints query[kParts];
+              [[maybe_unused]] Ints signs[kParts];
               KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
                 query[p] = S::load_codes(record + i * kHeadLanes + p * S::kLanes);
+                if constexpr (kTakesSigns) {
+                  signs[p] = S::load_codes(record + kSigns + i * kHeadLanes + p * S::kLanes);
+                }
               }
               KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
                 const Ints four = S::four_codes(codes + j * row_bytes + 4 * i);
                 KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
-                  sum[j][p] = S::template dot<true>(sum[j][p], query[p], four);
+                  if constexpr (kTakesSigns) {
+                    const Ints products = S::pairs(query[p], S::exclusive_or(four, signs[p]));
+                    sum[j][p] = S::add_ints(sum[j][p], S::widened(products));
+                  } else {
+                    sum[j][p] = S::template dot<true>(sum[j][p], query[p], four);
+                  }
                 }
               }
             }
             KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
-              const auto scale =
-                  S::load(reinterpret_cast<const float*>(record + 8 * kHeadLanes + p * S::kLanes));
+              const auto scale = S::load(reinterpret_cast<const float*>(record + kScales + p * S::kLanes));
               KVFOLD_UNROLLED_LATENT for (int j = 0; j < n; j++) {
                 out[j][p] = S::fma(S::mul(S::to_floats(sum[j][p]), scale),
                                    S::set(scales[j * kScaleBlocks + b]), out[j][p]);
@@ -417,23 +452,27 @@ struct LatentTile {
       S::pair_bytes(codes + kValueColumns, odd + kValueColumns, words[1] + key / 2 * kValueColumns);
     }
   }
-  // The block's values times weights, on top of `weighted`, or instead of it where is_first.
+  // The block's values times weights, on top of `weighted`, or instead of it where is_first. `pairs` are
+  // whole steps: weights of those after the last key are zero.
   static void add_block(const uint32_t (*values)[kPagePairs * kValueColumns], const uint32_t* weights,
                         int64_t pairs, const Floats (&factor)[kParts], bool is_first, float* weighted) {
     for (int64_t c = 0; c < kQ8Block; c += kColumns) {
-      const uint32_t* v = values[c / kValueColumns] + c % kValueColumns;
+      const uint32_t* v = values[c / kValueColumns] + S::pair_place(c % kValueColumns);
       const uint32_t* w = weights;
       Ints sum[kColumns][kParts];
       KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
         KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) sum[i][p] = S::zero_ints();
       }
-      KVFOLD_FOUR_STEPS for (int64_t j = 0; j < pairs; j++, w += kHeadLanes, v += kValueColumns) {
-        Ints weight[kParts];
-        KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) weight[p] = S::load_codes(w + p * S::kLanes);
-        KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
-          const Ints value = S::four_codes(v + i);
-          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
-            sum[i][p] = S::dot_shorts(sum[i][p], weight[p], value);
+      for (const uint32_t* end = w + pairs * kHeadLanes; w < end;) {
+        KVFOLD_UNROLLED_LATENT for (int64_t j = 0; j < kPairStep; j++, w += kHeadLanes, v += kValueColumns) {
+          Ints weight[kParts];
+          KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) weight[p] =
+              S::load_codes(w + p * S::kLanes);
+          KVFOLD_UNROLLED_LATENT for (int i = 0; i < kColumns; i++) {
+            const Ints value = S::four_codes(v + i);
+            KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+              sum[i][p] = S::dot_shorts(sum[i][p], weight[p], value);
+            }
           }
         }
       }
@@ -448,13 +487,13 @@ struct LatentTile {
 
   static void add_codes(CodePage* pages, int64_t num_pages, int64_t row_bytes, const CodeSums* tiles,
                         int64_t num_tiles, int64_t columns, bool are_first) {
-    alignas(64) uint32_t values[kQ8Block / kValueColumns][kPagePairs * kValueColumns];
+    alignas(64) uint32_t values[kQ8Block / kValueColumns][kPagePairs * kValueColumns] = {};
     alignas(64) uint32_t scaled[kPagePairs * kHeadLanes];
     for (int64_t block = 0; block < columns / kQ8Block; block++) {
       const int64_t shares_at = block / kShareBlocks * kShareBlocks * kPagePairs + block % kShareBlocks;
       for (int64_t n = 0; n < num_pages; n++) {
         CodePage& page = pages[n];
-        const int64_t pairs = (page.keys + 1) / 2;
+        const int64_t pairs = (page.keys + 1) / 2, whole = (pairs + kPairStep - 1) / kPairStep * kPairStep;
         bring_near<kValueLines>(page);
         pair_block(page, row_bytes, block, values);
         for (int64_t tile = 0; tile < num_tiles; tile++) {
@@ -462,16 +501,18 @@ struct LatentTile {
           const uint32_t* words = sums.words + n * kPagePairs * kHeadLanes;
           for (int64_t j = 0; j < pairs; j++) {
             const Ints share = S::four_codes(page.shares + shares_at + j * kShareBlocks);
-            for (int64_t lane = j * kHeadLanes; lane < (j + 1) * kHeadLanes; lane += S::kLanes) {
+            KVFOLD_UNROLLED_LATENT for (int p = 0; p < kParts; p++) {
+              const int64_t lane = j * kHeadLanes + p * S::kLanes;
               S::store_codes(scaled + lane, S::multiply_shares(S::load_codes(words + lane), share));
             }
           }
+          std::fill(scaled + pairs * kHeadLanes, scaled + whole * kHeadLanes, 0u);
           Floats factor[kParts];
           for (int p = 0; p < kParts; p++) {
             factor[p] =
                 S::mul(S::load(sums.factors + n * kHeadLanes + p * S::kLanes), S::set(page.largest[block]));
           }
-          add_block(values, scaled, pairs, factor, are_first && n == 0,
+          add_block(values, scaled, whole, factor, are_first && n == 0,
                     sums.weighted + block * kQ8Block * kHeadLanes);
         }
       }

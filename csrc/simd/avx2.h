@@ -12,6 +12,24 @@
 namespace kvfold {
 namespace {
 
+// float16 scales of 8, 4, 2 or 1 blocks, then zeros. Words that follow a first one in memory are replaced.
+template <int64_t bytes, int count>
+inline __m256 block_scales(const uint8_t* p) {
+  if constexpr (count == 1) return _mm256_cvtph_ps(_mm_cvtsi32_si128(blocks::load16(p)));
+  const auto some = [](const uint8_t* q) {
+    __m128i words = _mm_cvtsi32_si128(static_cast<int>(blocks::load32(q)));
+    words = _mm_insert_epi16(words, blocks::load16(q + bytes), 1);
+    if constexpr (count > 2) {
+      words = _mm_insert_epi16(words, blocks::load16(q + 2 * bytes), 2);
+      words = _mm_insert_epi16(words, blocks::load16(q + 3 * bytes), 3);
+    }
+    return words;
+  };
+  __m128i words = some(p);
+  if constexpr (count == 8) words = _mm_unpacklo_epi64(words, some(p + 4 * bytes));
+  return _mm256_cvtph_ps(words);
+}
+
 struct Avx2 {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8;
@@ -91,6 +109,7 @@ struct Avx2 {
     return v;
   }
   static Ints widened(Ints pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+  static Ints exclusive_or(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
   // The vector at p, turned by signs. Loaded by itself it would take a register and an instruction more.
   static Ints xor_loaded(Ints signs, const uint8_t* p) {
     Ints turned;
@@ -220,7 +239,7 @@ struct Avx2 {
   }
 
   // Attention over latents.
-  static constexpr int kLatentKeys = 4, kLatentCodeKeys = 2, kLatentColumns = 4;
+  static constexpr int kLatentKeys = 4, kLatentCodeKeys = 4, kLatentColumns = 4;
   // Widened on their way from memory; GCC loads them first, and from a register that is half as fast (2.5
   // instead of 4.5 G/s on Zen 3).
   static Floats load_bytes(const int8_t* p) {
@@ -238,15 +257,19 @@ struct Avx2 {
     return _mm256_or_si256(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16));
   }
   static Ints multiply_shares(Ints a, Ints b) { return _mm256_mulhrs_epi16(a, b); }
-  static Ints dot_shorts(Ints sum, Ints a, Ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+  static Ints dot_shorts(Ints sum, Ints a, Ints b) { return add_ints(sum, _mm256_madd_epi16(a, b)); }
+  // Words are interleaved within halves of 128 bits, so columns 4 to 7 and 8 to 11 change places.
+  static constexpr int pair_place(int column) { return column == 4 ? 8 : column == 8 ? 4 : column; }
   static void pair_bytes(const int8_t* low, const int8_t* high, uint32_t* to) {
-    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
-    store_codes(to, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)));
-    store_codes(to + 8, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)));
+    const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));
+    const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(high)));
+    store_codes(to, _mm256_unpacklo_epi16(a, b));
+    store_codes(to + 8, _mm256_unpackhi_epi16(a, b));
   }
   static void q8_scales(const uint8_t* row, int64_t num_blocks, float* scales) {
-    for (int64_t b = 0; b < num_blocks; b++) scales[b] = _cvtsh_ss(blocks::load16(row + 34 * b));
+    int64_t b = 0;
+    for (; b + 8 <= num_blocks; b += 8, row += 8 * 34) store(scales + b, block_scales<34, 8>(row));
+    for (; b < num_blocks; b++, row += 34) scales[b] = _cvtsh_ss(blocks::load16(row));
   }
 
   static Floats low_half(Ints v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
@@ -353,24 +376,6 @@ struct DotSums {
 };
 
 inline __m256i fours(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-
-// float16 scales of 8, 4, 2 or 1 blocks, then zeros. Words that follow a first one in memory are replaced.
-template <int64_t bytes, int count>
-inline __m256 block_scales(const uint8_t* p) {
-  if constexpr (count == 1) return _mm256_cvtph_ps(_mm_cvtsi32_si128(blocks::load16(p)));
-  const auto some = [](const uint8_t* q) {
-    __m128i words = _mm_cvtsi32_si128(static_cast<int>(blocks::load32(q)));
-    words = _mm_insert_epi16(words, blocks::load16(q + bytes), 1);
-    if constexpr (count > 2) {
-      words = _mm_insert_epi16(words, blocks::load16(q + 2 * bytes), 2);
-      words = _mm_insert_epi16(words, blocks::load16(q + 3 * bytes), 3);
-    }
-    return words;
-  };
-  __m128i words = some(p);
-  if constexpr (count == 8) words = _mm_unpacklo_epi64(words, some(p + 4 * bytes));
-  return _mm256_cvtph_ps(words);
-}
 
 // Weights that need all of int8, times x as magnitudes m and signs s, 0 or -1: w x = m (w ^ s) - m s, of
 // which the second part is known beforehand. An exclusive or may take any port, a sign has two.

@@ -171,6 +171,7 @@ struct Avx512 {
   }
   static Ints multiply_shares(Ints a, Ints b) { return _mm512_mulhrs_epi16(a, b); }
   static Ints dot_shorts(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  static constexpr int pair_place(int column) { return column; }
   static void pair_bytes(const int8_t* low, const int8_t* high, uint32_t* to) {
     const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));

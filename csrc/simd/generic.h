@@ -244,7 +244,8 @@ struct Generic {
       return sum.lane[i] + short_of(a, i, 0) * short_of(b, i, 0) + short_of(a, i, 1) * short_of(b, i, 1);
     });
   }
-  // 16 bytes of each to words.
+  // 16 bytes of each to words; where the words of four columns from column on begin.
+  static constexpr int pair_place(int column) { return column; }
   static void pair_bytes(const int8_t* low, const int8_t* high, uint32_t* to) {
     for (int i = 0; i < 16; i++) {
       to[i] = (static_cast<uint32_t>(low[i]) & 0xffffu) | static_cast<uint32_t>(high[i]) << 16;
