@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kvfold.bench.measure import Case
+from kvfold.bench.measure import Case, Rig
 from kvfold.bench.opponent import Opponent, case_of, rate_of, rows_in
 from kvfold.bench.report import markdown, quantiles, row
 from kvfold.bench.sweep import Result, cases_of, made_in_memory, parse_counts, sweep, variants
@@ -28,20 +29,22 @@ def checkpoint() -> Checkpoint:
     return synthetic_checkpoint(SHAPES["tiny"])
 
 
+SETTINGS: dict[str, Any] = {
+    "mla": ["auto"],
+    "fa": ["auto"],
+    "cache_type": ["f16"],
+    "threads": [1],
+    "batch_rows": [64],
+    "dtype": "auto",
+    "backend": "native",
+    "workspace_bytes": 64 << 20,
+}
+
+
 def results(
     checkpoint: Checkpoint, cases: list[Case], opponents: tuple[Opponent, ...] = (), **lists: Any
 ) -> list[Result]:
-    settings: dict[str, Any] = {
-        "mla": ["auto"],
-        "fa": ["auto"],
-        "cache_type": ["f16"],
-        "threads": [1],
-        "batch_rows": [64],
-        "dtype": "auto",
-        "backend": "native",
-        "workspace_bytes": 64 << 20,
-    }
-    chosen = variants(cases, **(settings | lists))
+    chosen = variants(cases, **(SETTINGS | lists))
     return list(sweep(checkpoint, chosen, cases, repetitions=3, opponents=opponents))
 
 
@@ -81,6 +84,32 @@ def test_cases_come_in_llama_benchs_order_and_once() -> None:
     assert cases_of([0], [8, 8], [0]) == [Case(0, 8, 0)]
     with pytest.raises(SettingError, match="both 0"):
         cases_of([0], [0], [4096])
+
+
+def test_an_interrupt_comes_behind_what_was_sampled_until_then(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the second variant two rounds of one case and one of the other."""
+    sample, calls = Rig.sample, itertools.count(1)
+
+    def interrupted(rig: Rig, case: Case) -> Any:
+        if next(calls) == 10:
+            raise KeyboardInterrupt
+        return sample(rig, case)
+
+    monkeypatch.setattr(Rig, "sample", interrupted)
+    cases = cases_of([20], [3], [0])
+    chosen = variants(cases, **(SETTINGS | {"mla": ["1", "2"]}))
+    found = []
+    with pytest.raises(KeyboardInterrupt):
+        for result in sweep(checkpoint, chosen, cases, repetitions=3):
+            found.append(result)
+    assert [(r.variant.settings.mla.value, r.case.name, len(r.samples), r.is_cut) for r in found] == [
+        ("1", "pp20", 3, False), ("1", "tg3", 3, False), ("2", "pp20", 2, True), ("2", "tg3", 1, True),
+    ]  # fmt: skip
+    assert [row(r)["is_cut"] for r in found] == [False, False, True, True]
+    (remark,) = [line for line in markdown([row(r) for r in found]) if "tg3: interrupted" in line]
+    assert remark == "row 4, tg3: interrupted, samples: 1"
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

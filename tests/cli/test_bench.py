@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from kit.command_line import Kvfold
+from kit.command_line import Kvfold, start
 
 SMALL = ("--shape", "tiny", "-t", "1", "-r", "2", "--workspace", "64M")
 
@@ -32,6 +34,24 @@ def test_a_table_is_the_default(kvfold: Kvfold) -> None:
     assert lines[0].startswith("| model ")
     assert "absorbed" in lines[2] and "decompressed" in lines[3]
     assert lines[-1].startswith("build: kvfold ")
+
+
+@pytest.mark.parametrize("output", ["json", "md"])
+def test_ctrl_c_prints_the_rows_there_are_and_ends_with_130(output: str) -> None:
+    few = ("--shape", "tiny", "-t", "1", "--workspace", "64M", "-r", "1000000", "-p", "16", "-n", "3", "-o", output)
+    process = start("bench", *few, stdout=subprocess.PIPE)
+    assert process.stderr is not None
+    assert any(line.startswith(b"2 of 1000000: tg3 ") for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    if output == "json":
+        rows = json.loads(out)
+        assert [(row["n_prompt"], row["n_gen"], row["is_cut"]) for row in rows] == [(16, 0, True), (0, 3, True)]
+        assert all(len(row["samples_ts"]) >= 2 for row in rows)
+    else:
+        assert out.startswith(b"| model ")
+        assert b"row 1, pp16: interrupted, samples: " in out and b"row 2, tg3: interrupted, samples: " in out
 
 
 def test_lists_may_be_given_several_times(kvfold: Kvfold) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from kit.command_line import Kvfold, heed_interrupts
+from kit.command_line import Kvfold, start
 from kit.tiny_models import tiny_model, write_gguf
 from kvfold import LLM, SamplingParams, _native
 from kvfold.cli.later import LATER_FLAGS
@@ -253,20 +251,6 @@ def test_a_context_beyond_the_memory_is_one_sentence(kvfold: Kvfold, tiny_gguf: 
 
 
 # --- in a process of its own -----------------------------------------------------------------------------------------
-
-
-def start(*arguments: object, encoding: str = "utf-8", **pipes: int) -> subprocess.Popen[bytes]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("KVFOLD_")}
-    environment["PYTHONIOENCODING"] = encoding
-    command = [sys.executable, "-m", "kvfold", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509 (runs before any thread)
-        **pipes,
-    )
 
 
 @pytest.fixture(scope="module")

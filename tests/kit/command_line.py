@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,3 +23,18 @@ Kvfold = Callable[..., Done]
 def heed_interrupts() -> None:
     """For Popen's preexec_fn: a test runner started in the background ignores SIGINT, and its children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(*arguments: object, encoding: str = "utf-8", **pipes: int) -> subprocess.Popen[bytes]:
+    """The command line in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KVFOLD_")}
+    environment["PYTHONIOENCODING"] = encoding
+    command = [sys.executable, "-m", "kvfold", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509 (runs before any thread)
+        **pipes,
+    )

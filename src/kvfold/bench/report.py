@@ -36,7 +36,7 @@ def row(result: Result) -> dict[str, Any]:
     Ours: `weights` says where they lay, and of a copy which share on 2 MiB pages. Rates and shares are those of `bound_by`, multiply-adds for prompts ("int8", on a GPU "bf16" or "f32"), bytes
     "read" for generation; a share is a sample's rate over the ceiling measured beside it, and `share` the median of them. token_ms and
     read_ms pool all generated tokens, and all reads of a token's weights that were made between them. ratio_to_best is
-    the median over the rounds of ours over the fastest opponent's.
+    the median over the rounds of ours over the fastest opponent's. is_cut: an interrupt came before the last sample.
     """
     loaded, settings, case = result.loaded, result.variant.settings, result.case
     ns = [sample.run.ns for sample in result.samples]
@@ -72,6 +72,7 @@ def row(result: Result) -> dict[str, Any]:
         "samples_ns": ns,
         "samples_ts": list(result.samples_ts),
         "median_ts": statistics.median(result.samples_ts),
+        "is_cut": result.is_cut,
         "backend": loaded.backend.name,
         "isa": loaded.isa,
         "dtype": loaded.dtype,
@@ -283,6 +284,8 @@ def _remarks(rows: list[dict[str, Any]]) -> Iterator[str]:
     if any("token_ms" in row for row in rows):
         yield "p99/p50: of the times of generated tokens; of reads: of reading the weights of a token in the same run"
     for number, row in enumerate(rows, 1):
+        if row["is_cut"]:
+            yield f"row {number}, {_name(row)}: interrupted, samples: {len(row['samples_ts'])}"
         if row["discarded"]:
             yield f"row {number}, {_name(row)}: {len(row['discarded'])} samples discarded, the disk was read meanwhile"
         if row["disk_reads"]:

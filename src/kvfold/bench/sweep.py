@@ -148,7 +148,8 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Result:
-    """All samples of one case under one variant. pairs: of each opponent that ran the case in every round."""
+    """All samples of one case under one variant. pairs: of each opponent that ran the case in every round. is_cut: an
+    interrupt came before the last sample."""
 
     variant: Variant
     loaded: Loaded
@@ -157,6 +158,7 @@ class Result:
     samples: tuple[Sample, ...]
     discarded: tuple[Discarded, ...]
     pairs: tuple[Pairs, ...]
+    is_cut: bool = False
 
     @property
     def samples_ts(self) -> tuple[float, ...]:
@@ -185,7 +187,8 @@ def sweep(
 
     Opponents lead: where one has printed a row it is stopped until ours has run the same case. A command that lists a case
     once is started for every round; one that lists it `repetitions` times (-p 512,512,512) is loaded once. Raises as
-    load() and Opponent.rows() do, and SettingError for an opponent that runs none of the cases.
+    load() and Opponent.rows() do, SettingError for an opponent that runs none of the cases, and KeyboardInterrupt behind the
+    results of what was sampled until then.
     """
     for variant in variants:
         loaded = load(checkpoint, variant.settings)
@@ -208,28 +211,45 @@ def _measure(
     samples: dict[Case, list[Sample]] = {case: [] for case in cases}
     discarded: dict[Case, list[Discarded]] = {case: [] for case in cases}
     theirs: dict[Case, dict[Opponent, list[float]]] = {case: {} for case in cases}
-    with closing(_turns(opponents, cases, repetitions)) as turns:
-        for case, rates in turns:
-            for opponent, rate in rates.items():
-                theirs[case].setdefault(opponent, []).append(rate)
-                notice(f"opponent {opponent.argv[0]}: {case.name} {rate:.2f} t/s")
-            if not samples[case]:
-                rig.warm_up(case)
-            sample, failed = rig.sample(case)
-            samples[case].append(sample)
-            discarded[case] += failed
-            rate = 1e9 * case.num_tokens / sample.run.ns
-            notice(f"{len(samples[case])} of {repetitions}: {case.name} {rate:.2f} t/s")
+    interrupt: KeyboardInterrupt | None = None
+    try:
+        with closing(_turns(opponents, cases, repetitions)) as turns:
+            for case, rates in turns:
+                for opponent, rate in rates.items():
+                    notice(f"opponent {opponent.argv[0]}: {case.name} {rate:.2f} t/s")
+                if not samples[case]:
+                    rig.warm_up(case)
+                sample, failed = rig.sample(case)
+                samples[case].append(sample)
+                discarded[case] += failed
+                for opponent, rate in rates.items():
+                    theirs[case].setdefault(opponent, []).append(rate)
+                rate = 1e9 * case.num_tokens / sample.run.ns
+                notice(f"{len(samples[case])} of {repetitions}: {case.name} {rate:.2f} t/s")
+    except KeyboardInterrupt as found:
+        interrupt = found
     for case in cases:
+        count = len(samples[case])
+        if not count:
+            continue
         result = Result(
-            variant, loaded, rig.meter.peak_isa, case, tuple(samples[case]), tuple(discarded[case]), pairs=()
+            variant,
+            loaded,
+            rig.meter.peak_isa,
+            case,
+            tuple(samples[case]),
+            tuple(discarded[case]),
+            pairs=(),
+            is_cut=count < repetitions,
         )
         pairs = (
             _beside(opponent, rates, result.samples_ts)
             for opponent, rates in theirs[case].items()
-            if len(rates) == repetitions
+            if len(rates) == count
         )
         yield replace(result, pairs=tuple(pairs))
+    if interrupt is not None:
+        raise interrupt
 
 
 def _beside(opponent: Opponent, theirs: list[float], ours: tuple[float, ...]) -> Pairs:
