@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from kvfold import _native
 from kvfold.errors import ModelFileError
 from kvfold.formats.file_map import FileMap
-from kvfold.quant.tensor import QuantTensor, Weights, matrices
+from kvfold.quant.tensor import QuantTensor, Weights, changed, matrices
 from kvfold.quant.types import BlockType
 
 Progress = Callable[[int, int], None]
@@ -185,10 +186,7 @@ def copied(
         return found if found.raw is tensor.raw else replace(found, type=memory_types.get(name, tensor.type))
 
     return (
-        {
-            name: tuple(place(name, part) for part in weight) if isinstance(weight, tuple) else place(name, weight)
-            for name, weight in weights.items()
-        },
+        {name: changed(weight, partial(place, name)) for name, weight in weights.items()},
         WeightCopy(nbytes, seconds, None if huge is None else min(huge, nbytes)),
     )
 
@@ -197,20 +195,15 @@ def put_in_order(weights: Weights, memory_types: Mapping[str, BlockType], thread
     """The same weights where they lie in memory, in the order that `copied` gives them. Their arrays are written, read-only
     ones too: nobody else may hold them."""
 
-    def place(tensor: QuantTensor, type: BlockType) -> QuantTensor:
+    def place(type: BlockType, tensor: QuantTensor) -> QuantTensor:
         raw = tensor.raw[:]
         raw.flags.writeable = True
         _native.put_side_by_side(tensor.type.id, raw, threads)
         raw.flags.writeable = False
         return replace(tensor, type=type, raw=raw)
 
-    placed: dict[str, QuantTensor | tuple[QuantTensor, ...]] = dict(weights)
-    for name, type in memory_types.items():
-        weight = weights[name]
-        placed[name] = (
-            tuple(place(part, type) for part in weight) if isinstance(weight, tuple) else place(weight, type)
-        )
-    return MappingProxyType(placed)
+    placed = {name: changed(weights[name], partial(place, type)) for name, type in memory_types.items()}
+    return MappingProxyType({**weights, **placed})
 
 
 def read_ahead(maps: Iterable[FileMap]) -> threading.Thread:

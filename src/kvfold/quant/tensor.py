@@ -5,7 +5,7 @@ Owns nothing and copies nothing: `raw` is usually a view of a memory map. Decodi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,3 +65,8 @@ Weights = Mapping[str, Weight]
 def matrices(weight: Weight) -> tuple[QuantTensor, ...]:
     """Its matrices, one or many."""
     return weight if isinstance(weight, tuple) else (weight,)
+
+
+def changed(weight: Weight, change: Callable[[QuantTensor], QuantTensor]) -> Weight:
+    """The weight with each of its matrices changed."""
+    return tuple(change(part) for part in weight) if isinstance(weight, tuple) else change(weight)
