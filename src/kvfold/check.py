@@ -546,16 +546,16 @@ def _routes(isa: str, threads: int) -> Iterator[Finding]:
         if bias is not None:
             weights["bias"] = _float_weight("bias", bias)
         got, _ = _run(network, x, weights, threads=threads)
-        ids, factors = _routed(x.astype(np.float64) @ router.T, bias, moe)
+        ids, factors = routed(x.astype(np.float64) @ router.T, bias, moe)
         are_the_same = np.array_equal(got["ids"].view(np.int32), ids)
         worst = _error(got["weights"], factors) if are_the_same else np.inf
         yield Finding(f"route, {name}", "f32", isa, worst, PRODUCT_BOUND)
 
 
-def _routed(
+def routed(
     logits: NDArray[np.float64], bias: Floats | None, moe: MoeConfig
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The released rules (model/ops.py, `route`): ids [T, k] and weights [T, k]."""
+    """The released rules (model/ops.py, `route`), equal scores by the lower index: ids [T, k] and weights [T, k]."""
     if moe.scoring is Scoring.SIGMOID:
         scores = 1 / (1 + np.exp(-logits))
     else:
@@ -663,7 +663,7 @@ def _experts(mixture: _Mixture, isa: str, threads: int, mixed: _Mixed) -> Findin
 
     key = mixture.routed, mixture.shared, mixture.subset
     if key not in mixed:
-        ids, factors = _routed(x.astype(np.float64) @ router.T, None, moe)
+        ids, factors = routed(x.astype(np.float64) @ router.T, None, moe)
         mixed[key] = gated(x, *shared)
         for e in range(moe.num_experts) if mixture.subset is None else mixture.subset:
             rows = (ids == e).any(-1)

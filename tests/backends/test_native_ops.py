@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvfold import _native
+from kvfold import _native, check
 from kvfold.backends.native import _layout, _parts, _segment
 from kvfold.backends.shared_experts import with_shared_experts_inside
 from kvfold.cache.latent import CacheType, encode
@@ -302,31 +302,6 @@ def unread_attention(ops: Recorder, x: Value) -> None:
     hand_over(ops, "unread", ops.unfold_v("unfold", o_latent, up, mla))
 
 
-def definition(moe: MoeConfig, logits: Array, bias: Array | None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The released routing rules in float64, equal scores by the lower index."""
-    wide = logits.astype(np.float64)
-    if moe.scoring is Scoring.SIGMOID:
-        scores = 1 / (1 + np.exp(-wide))
-    else:
-        scores = np.exp(wide - wide.max(-1, keepdims=True))
-        scores /= scores.sum(-1, keepdims=True)
-    choice = scores if bias is None else scores + bias
-    if moe.num_groups > 1:
-        groups = choice.reshape(len(choice), moe.num_groups, -1)
-        top2 = np.sort(groups, axis=-1)[..., -2:].sum(-1)
-        rank = top2 if moe.group_score is GroupScore.TOP2_SUM else groups.max(-1)
-        kept = np.argsort(-rank, axis=-1, kind="stable")[:, : moe.num_groups_per_tok]
-        mask = np.zeros_like(rank, bool)
-        np.put_along_axis(mask, kept, True, axis=-1)
-        refused = -np.inf if moe.group_score is GroupScore.TOP2_SUM else 0.0
-        choice = np.where(mask[..., None], groups, refused).reshape(choice.shape)
-    ids = np.argsort(-choice, axis=-1, kind="stable")[:, : moe.num_experts_per_tok]
-    weights = np.take_along_axis(scores, ids, axis=-1)
-    if moe.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-    return ids, weights * moe.routed_scaling_factor
-
-
 def moe_config(rule: str) -> MoeConfig:
     sizes = {
         "num_experts": 24,
@@ -359,7 +334,7 @@ def test_routing_is_the_released_rule(rule: str) -> None:
     logits = (2 * rng.standard_normal((200, moe.num_experts))).astype(np.float32)
     bias = rng.normal(0, 0.3, (1, moe.num_experts)).astype(np.float32) if moe.has_choice_bias else None
     ids, weights = routed(moe, logits, bias)
-    expected_ids, expected = definition(moe, logits, bias)
+    expected_ids, expected = check.routed(logits.astype(np.float64), bias, moe)
     assert np.array_equal(ids, expected_ids)
     assert np.abs(weights - expected).max() <= 1e-6 * np.abs(expected).max()
 
@@ -370,7 +345,7 @@ def test_equal_scores_go_to_the_lower_expert(rule: str) -> None:
     rng = np.random.default_rng(3)
     logits = rng.integers(0, 3, (200, moe.num_experts)).astype(np.float32)  # ties among experts and among groups
     bias = np.zeros((1, moe.num_experts), np.float32) if moe.has_choice_bias else None
-    assert np.array_equal(routed(moe, logits, bias)[0], definition(moe, logits, bias)[0])
+    assert np.array_equal(routed(moe, logits, bias)[0], check.routed(logits.astype(np.float64), bias, moe)[0])
 
 
 def test_subsets_of_experts_add_up_to_all() -> None:
