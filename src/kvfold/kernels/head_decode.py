@@ -18,7 +18,7 @@ import triton.language as tl
 
 from kvfold.kernels.cached_blocks import Blocks, load_bfloat16, load_coded
 from kvfold.kernels.mla_decode import DecodeWorkspace, combine, shared_memory_bytes
-from kvfold.kernels.mla_schedule import TILE_TOKENS
+from kvfold.kernels.mla_schedule import TILE_TOKENS, part_bounds, stretch
 from kvfold.kernels.online_softmax import LOG2_E, NO_SCORE
 from kvfold.kernels.overlap import overlaps, wait_for_inputs
 
@@ -192,10 +192,7 @@ def _head_decode_kernel(
         wait_for_inputs()
     head = tl.program_id(0)
     part = tl.program_id(1)
-    first_sequence = tl.load(part_starts + 2 * part)
-    first_tile = tl.load(part_starts + 2 * part + 1)
-    end_sequence = tl.load(part_starts + 2 * part + 2)
-    end_tile = tl.load(part_starts + 2 * part + 3)
+    first_sequence, first_tile, end_sequence, end_tile = part_bounds(part_starts, part)
     dtype = out.dtype.element_ty
     if EXPANDS:
         w_uk += head.to(tl.int64) * FIRST * KV_LORA
@@ -209,11 +206,9 @@ def _head_decode_kernel(
     key = tl.arange(0, BLOCK_KEYS)
 
     for step in range(0, end_sequence + (end_tile > 0).to(tl.int32) - first_sequence):
-        sequence = first_sequence + step
-        kv_len = tl.load(kv_lens + sequence)
-        num_tiles = (kv_len + TILE - 1) // TILE
-        lo = tl.where(sequence == first_sequence, first_tile, 0)
-        hi = tl.where(sequence == end_sequence, end_tile, num_tiles)
+        sequence, kv_len, lo, hi, num_tiles = stretch(
+            kv_lens, first_sequence, first_tile, end_sequence, end_tile, step, TILE
+        )
         page_list = pages + tl.load(page_starts + sequence)
 
         row = sequence.to(tl.int64) * S_Q + r

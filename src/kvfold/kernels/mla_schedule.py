@@ -107,3 +107,21 @@ def schedule_kernel(
     in_grid = part <= num_parts
     tl.store(part_starts + 2 * part, sequence, mask=in_grid)
     tl.store(part_starts + 2 * part + 1, tile, mask=in_grid)
+
+
+@triton.jit
+def part_bounds(part_starts, part):
+    """(first sequence, its tile, end sequence, end tile): a part has tiles of the end sequence where end tile is not 0."""
+    start = part_starts + 2 * part
+    return tl.load(start), tl.load(start + 1), tl.load(start + 2), tl.load(start + 3)
+
+
+@triton.jit
+def stretch(kv_lens, first_sequence, first_tile, end_sequence, end_tile, step, TILE: tl.constexpr):
+    """(sequence, kv_len, first tile, end tile, number of tiles) of the step-th sequence of a part of these bounds."""
+    sequence = first_sequence + step
+    kv_len = tl.load(kv_lens + sequence)
+    num_tiles = (kv_len + TILE - 1) // TILE
+    lo = tl.where(sequence == first_sequence, first_tile, 0)
+    hi = tl.where(sequence == end_sequence, end_tile, num_tiles)
+    return sequence, kv_len, lo, hi, num_tiles
