@@ -54,8 +54,7 @@ struct ExpandedOp {
   const CacheArray& cache;
   int64_t layer;
   Matrix q, out;
-  int32_t sequence;
-  int64_t first_row, rows, num_keys;
+  SequenceRows its;
   ExpandedTiles tiles;
   // In the shared space
   float* latents;  // [tiles.keys, latent]
@@ -66,10 +65,10 @@ struct ExpandedOp {
 
   // Keys and values of heads [head, head + heads) for keys [first, first + tiles.keys).
   void expand_tile(int64_t head, int64_t heads, int64_t first) {
-    const int64_t n = std::min(tiles.keys, num_keys - first);
+    const int64_t n = std::min(tiles.keys, its.num_keys - first);
     if (gathered != first) {
       machine.team.for_each(ceil_div(n, kPageTokens), [&](int64_t page, int) {
-        const int32_t at = step.page_list(sequence)[first / kPageTokens + page];
+        const int32_t at = step.page_list(its.sequence)[first / kPageTokens + page];
         copy_page(cache, layer, at, std::min(kPageTokens, n - page * kPageTokens), 0, dims.latent(),
                   latents + page * kPageTokens * dims.latent(), dims.latent());
       });
@@ -92,16 +91,16 @@ struct ExpandedOp {
   Matrix values_of(int64_t h) const { return {v + h * tiles.keys * dims.v, dims.v, dims.v}; }
 
   QueryTile queries(int64_t head, int64_t row, int64_t count) const {
-    return {q.row(first_row + row) + head * dims.qk(),
+    return {q.row(its.first_row + row) + head * dims.qk(),
             q.stride,
             count,
             dims.qk(),
-            step.visible[first_row + row],
+            step.visible[its.first_row + row],
             1,
             scale};
   }
   ValueTile values(int64_t head, int64_t row, SoftmaxState* states) const {
-    return {out.row(first_row + row) + head * dims.v, out.stride, dims.v, states};
+    return {out.row(its.first_row + row) + head * dims.v, out.stride, dims.v, states};
   }
 
   // Calls use(h, row, count, member) for tiles of rows [first, last) of the first `heads` heads.
@@ -117,7 +116,7 @@ struct ExpandedOp {
   // Calls use(key, keys, K, V) for the blocks of the expanded tile that a tile of queries sees.
   template <typename Use>
   void for_seen_blocks(const QueryTile& tile, int64_t h, const Use& use) const {
-    const int64_t last = std::min({expanded + tiles.keys, num_keys, tile.most_visible()});
+    const int64_t last = std::min({expanded + tiles.keys, its.num_keys, tile.most_visible()});
     for_blocks(expanded, last, [&](int64_t key, int64_t keys) {
       const Matrix k_h = keys_of(h), v_h = values_of(h);
       use(key, keys, Keys{k_h.row(key - expanded), k_h.stride}, Keys{v_h.row(key - expanded), v_h.stride});
@@ -125,28 +124,28 @@ struct ExpandedOp {
   }
 
   void attend_fused(int64_t head, int64_t heads) {
-    for (int64_t first = 0; first < num_keys; first += tiles.keys) {
+    for (int64_t first = 0; first < its.num_keys; first += tiles.keys) {
       expand_tile(head, heads, first);
-      for_tiles(heads, 0, rows, [&](int64_t h, int64_t row, int64_t count, int member) {
+      for_tiles(heads, 0, its.rows, [&](int64_t h, int64_t row, int64_t count, int member) {
         const QueryTile tile = queries(head + h, row, count);
-        const ValueTile into = values(head + h, row, states_at(rest) + h * rows + row);
+        const ValueTile into = values(head + h, row, states_at(rest) + h * its.rows + row);
         if (first == 0) start(into, count);
         for_seen_blocks(tile, h, [&](int64_t key, int64_t keys, Keys k_block, Keys v_block) {
           absorb_keys(tile, key, keys, k_block, v_block, into, machine.of(member));
         });
-        if (first + tiles.keys >= num_keys) finish(into, count);
+        if (first + tiles.keys >= its.num_keys) finish(into, count);
       });
     }
   }
 
   void attend_stored(int64_t head, int64_t heads) {
-    const int64_t stride = ceil_div(num_keys, kPageTokens) * kPageTokens;
-    for (int64_t from = 0; from < rows; from += tiles.rows) {
-      const int64_t to = std::min(rows, from + tiles.rows);
+    const int64_t stride = ceil_div(its.num_keys, kPageTokens) * kPageTokens;
+    for (int64_t from = 0; from < its.rows; from += tiles.rows) {
+      const int64_t to = std::min(its.rows, from + tiles.rows);
       const auto scores = [&](int64_t h, int64_t row) {
         return rest + (h * tiles.rows + row - from) * stride;
       };
-      for (int64_t first = 0; first < num_keys; first += tiles.keys) {
+      for (int64_t first = 0; first < its.num_keys; first += tiles.keys) {
         expand_tile(head, heads, first);
         for_tiles(heads, from, to, [&](int64_t h, int64_t row, int64_t count, int) {
           const QueryTile tile = queries(head + h, row, count);
@@ -155,7 +154,7 @@ struct ExpandedOp {
           });
         });
       }
-      for (int64_t first = 0; first < num_keys; first += tiles.keys) {
+      for (int64_t first = 0; first < its.num_keys; first += tiles.keys) {
         expand_tile(head, heads, first);
         for_tiles(heads, from, to, [&](int64_t h, int64_t row, int64_t count, int member) {
           const QueryTile tile = queries(head + h, row, count);
@@ -190,21 +189,19 @@ void attend_expanded(const Machine& machine, const Step& step, const MlaDims& di
     return attend_expanded_rounded(machine, step, dims, up, scale, cache, layer, q, out);
   }
   const PathRange& range = step.range(Path::kDecompressed);
-  for (int32_t sequence = range.first_sequence; sequence < range.last_sequence; sequence++) {
-    const int64_t first_row = step.row_starts[sequence], rows = step.row_starts[sequence + 1] - first_row;
-    const int64_t num_keys = step.kv_lens[sequence];
-    const ExpandedTiles tiles = expanded_tiles(machine.shared_floats, dims, rows, num_keys, range.fused);
+  for_sequences(step, range, [&](const SequenceRows& its) {
+    const ExpandedTiles tiles =
+        expanded_tiles(machine.shared_floats, dims, its.rows, its.num_keys, range.fused);
     float* latents = machine.shared;
     float* k = latents + tiles.keys * dims.latent();
     float* v = k + tiles.heads * tiles.keys * dims.qk();
     float* rest = v + tiles.heads * tiles.keys * dims.v;
-    ExpandedOp op{machine,  step,      dims, up,       scale, cache,   layer, q, out,
-                  sequence, first_row, rows, num_keys, tiles, latents, k,     v, rest};
+    ExpandedOp op{machine, step, dims, up, scale, cache, layer, q, out, its, tiles, latents, k, v, rest};
     for (int64_t head = 0; head < dims.heads; head += tiles.heads) {
       const int64_t heads = std::min(tiles.heads, dims.heads - head);
       range.fused ? op.attend_fused(head, heads) : op.attend_stored(head, heads);
     }
-  }
+  });
 }
 
 }  // namespace kvfold

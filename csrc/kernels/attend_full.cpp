@@ -20,15 +20,14 @@ void attend_full(const Machine& machine, const Step& step, const MlaDims& dims, 
     return attend_full_rounded(machine, step, dims, scale, k_cache, v_cache, layer, q, out);
   }
   const PathRange& range = step.range(Path::kStandard);
-  for (int32_t sequence = range.first_sequence; sequence < range.last_sequence; sequence++) {
-    const int64_t first_row = step.row_starts[sequence], rows = step.row_starts[sequence + 1] - first_row;
-    const int32_t* pages = step.page_list(sequence);
-    const int64_t stride = step.kv_lens[sequence];
+  for_sequences(step, range, [&](const SequenceRows& its) {
+    const int32_t* pages = step.page_list(its.sequence);
+    const int64_t stride = its.num_keys;
     const int64_t size = range.fused ? kTileQueries : std::min(kTileQueries, stored_floats(machine) / stride);
-    const int64_t row_tiles = ceil_div(rows, size);
+    const int64_t row_tiles = ceil_div(its.rows, size);
     machine.team.for_each(dims.heads * row_tiles, [&](int64_t unit, int member) {
-      const int64_t head = unit / row_tiles, row = first_row + unit % row_tiles * size;
-      const int64_t count = std::min(size, first_row + rows - row);
+      const int64_t head = unit / row_tiles, row = its.first_row + unit % row_tiles * size;
+      const int64_t count = std::min(size, its.first_row + its.rows - row);
       float* scores = range.fused ? machine.of(member) : machine.shared + member * stored_floats(machine);
       SoftmaxState* states = states_at(machine.of(member) + kScoreFloats);
       float* k_tile = machine.of(member) + kScoreFloats + kStateFloats;
@@ -58,7 +57,7 @@ void attend_full(const Machine& machine, const Step& step, const MlaDims& dims, 
         weigh_values(tile, key, keys, scores, stride, v_block(key, keys), into);
       });
     });
-  }
+  });
 }
 
 }  // namespace kvfold

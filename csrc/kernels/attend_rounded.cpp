@@ -417,10 +417,11 @@ KeyTile key_tile(const HeadShape& shape, int64_t heads, int64_t keys, SharedPart
 
 template <class Source>
 void attend_sequence(const Machine& machine, const Rows& all, Source& source, const TileSizes& tiles,
-                     SharedParts& parts, int64_t rows, int64_t num_keys, bool fused) {
+                     SharedParts& parts, const SequenceRows& its, bool fused) {
   const KeyTile tile = key_tile(all.shape, tiles.heads, tiles.keys, parts);
   auto* states = reinterpret_cast<Softmax*>(parts.take(2 * tiles.heads * tiles.rows));
-  RoundedAttention<Source> attention{machine, all, source, tiles, tile, states, parts.at, rows, num_keys};
+  RoundedAttention<Source> attention{machine, all,      source,   tiles,       tile,
+                                     states,  parts.at, its.rows, its.num_keys};
   attention.attend(fused);
 }
 
@@ -441,16 +442,15 @@ int64_t attend_expanded_rounded_floats(const MlaDims& dims, const KvUp& up) {
 void attend_expanded_rounded(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up,
                              float scale, const CacheArray& cache, int64_t layer, Matrix q, Matrix out) {
   const PathRange& range = step.range(Path::kDecompressed);
-  for (int32_t sequence = range.first_sequence; sequence < range.last_sequence; sequence++) {
-    const int64_t first_row = step.row_starts[sequence], rows = step.row_starts[sequence + 1] - first_row;
-    const int64_t num_keys = step.kv_lens[sequence];
-    const TileSizes tiles = tile_sizes(machine, dims, Path::kDecompressed, rows, num_keys, range.fused);
+  for_sequences(step, range, [&](const SequenceRows& its) {
+    const TileSizes tiles =
+        tile_sizes(machine, dims, Path::kDecompressed, its.rows, its.num_keys, range.fused);
     SharedParts parts{machine.shared};
     float* latents = parts.take(rounded_latent_floats(dims, tiles.keys));
-    LatentSource source{machine, step.page_list(sequence), cache, layer, {dims, up, latents, tiles.keys}};
-    const Rows all{step, shape_of(dims, Path::kDecompressed), scale_log2e(scale), q, out, first_row};
-    attend_sequence(machine, all, source, tiles, parts, rows, num_keys, range.fused);
-  }
+    LatentSource source{machine, step.page_list(its.sequence), cache, layer, {dims, up, latents, tiles.keys}};
+    const Rows all{step, shape_of(dims, Path::kDecompressed), scale_log2e(scale), q, out, its.first_row};
+    attend_sequence(machine, all, source, tiles, parts, its, range.fused);
+  });
 }
 
 namespace {
@@ -530,23 +530,20 @@ void attend_full_rounded(const Machine& machine, const Step& step, const MlaDims
                          const CacheArray& k_cache, const CacheArray& v_cache, int64_t layer, Matrix q,
                          Matrix out) {
   const PathRange& range = step.range(Path::kStandard);
-  for (int32_t sequence = range.first_sequence; sequence < range.last_sequence; sequence++) {
-    const int64_t first_row = step.row_starts[sequence], rows = step.row_starts[sequence + 1] - first_row;
-    const int64_t num_keys = step.kv_lens[sequence];
-    FullSource source{machine, step.page_list(sequence), k_cache, v_cache, layer};
-    const Rows all{step, shape_of(dims, Path::kStandard), scale_log2e(scale), q, out, first_row};
-    const RunsOfKeys runs{machine, all, source, rows, num_keys};
+  for_sequences(step, range, [&](const SequenceRows& its) {
+    FullSource source{machine, step.page_list(its.sequence), k_cache, v_cache, layer};
+    const Rows all{step, shape_of(dims, Path::kStandard), scale_log2e(scale), q, out, its.first_row};
+    const RunsOfKeys runs{machine, all, source, its.rows, its.num_keys};
     // Runs add up in another order than tiles, so not where a row's bits may not depend on its neighbours.
     const bool by_size = machine.form == ProductForm::kBySize;
-    if (by_size && range.fused && rows <= all.shape.words.group_rows &&
+    if (by_size && range.fused && its.rows <= all.shape.words.group_rows &&
         runs.shared_floats() <= machine.shared_floats) {
-      runs.attend();
-      continue;
+      return runs.attend();
     }
-    const TileSizes tiles = tile_sizes(machine, dims, Path::kStandard, rows, num_keys, range.fused);
+    const TileSizes tiles = tile_sizes(machine, dims, Path::kStandard, its.rows, its.num_keys, range.fused);
     SharedParts parts{machine.shared};
-    attend_sequence(machine, all, source, tiles, parts, rows, num_keys, range.fused);
-  }
+    attend_sequence(machine, all, source, tiles, parts, its, range.fused);
+  });
 }
 
 }  // namespace kvfold

@@ -24,6 +24,20 @@ void for_blocks(int64_t first, int64_t last, const Use& use, int64_t block = kPa
   for (int64_t key = first; key < last; key += block) use(key, std::min(block, last - key));
 }
 
+// A sequence of a step: its rows, and the keys that the last of them sees.
+struct SequenceRows {
+  int32_t sequence;
+  int64_t first_row, rows, num_keys;
+};
+
+// Calls use(SequenceRows) for the sequences of a range, in order.
+template <typename Use>
+void for_sequences(const Step& step, const PathRange& range, const Use& use) {
+  for (int32_t s = range.first_sequence; s < range.last_sequence; s++) {
+    use(SequenceRows{s, step.row_starts[s], step.row_starts[s + 1] - step.row_starts[s], step.kv_lens[s]});
+  }
+}
+
 // Keys of a run of absorbed ones, by the keys that a row sees alone.
 //
 // 256 keys: a unit is then at least 256 * 16 heads * 1088 = 4.5 M multiply-adds. Of fewer than 1024 keys a
