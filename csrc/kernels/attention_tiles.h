@@ -3,9 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <utility>
-#include <vector>
 
 #include "kernels/mla_up.h"
 #include "kernels/softmax_tile.h"
@@ -52,19 +53,26 @@ inline int64_t absorbed_run_keys(int64_t num_keys) {
   return std::max({few, many, ceil_div(pages, 64)}) * kPageTokens;
 }
 
-// Neighbouring runs of a row and a group of heads, whose softmaxes are joined in order.
-struct Stretch {
-  int64_t row, group, first, last;
+// Neighbouring runs of a row.
+struct Runs {
+  int64_t first, last;
+  int64_t count() const { return last - first; }
 };
 
-// Hands out runs one by one. A member that asks goes on with its own stretch, or takes one that nobody has;
-// where there is none left it takes the last run of the one with the most to go.
+// Hands out the runs of stretches one by one: a stretch is neighbouring runs of a row and a group of heads,
+// whose softmaxes are joined in order. A member that asks goes on with its own stretch, or takes one that
+// nobody has; where there is none left it takes the last run of the one with the most to go.
 class StretchQueue {
  public:
-  StretchQueue(std::vector<Stretch> stretches, int members)
-      : stretches_(std::move(stretches)), own_(members, -1) {
-    for (const Stretch& stretch : stretches_) left_.push_back({stretch.first, stretch.last});
+  static int64_t floats(int64_t stretches, int64_t members) {
+    return (stretches * sizeof(Runs) + members * sizeof(int64_t)) / sizeof(float);
   }
+  // memory: `floats` of so many, for a queue that holds no stretch yet.
+  StretchQueue(float* memory, int64_t stretches, int64_t members)
+      : left_(reinterpret_cast<Runs*>(memory)), own_(reinterpret_cast<int64_t*>(left_ + stretches)) {
+    std::uninitialized_fill_n(own_, members, int64_t{-1});
+  }
+  void add(Runs stretch) { new (left_ + size_++) Runs(stretch); }
 
   struct Taken {
     int64_t stretch, run;
@@ -74,28 +82,25 @@ class StretchQueue {
   Taken take(int member) {
     const std::lock_guard<std::mutex> lock(mutex_);
     int64_t& own = own_[member];
-    if (own < 0 || left_[own].count() == 0) own = taken_ < size() ? taken_++ : -1;
+    while (own < 0 || left_[own].count() == 0) {
+      own = taken_ < size_ ? taken_++ : -1;
+      if (own < 0) break;
+    }
     if (own >= 0) return {own, left_[own].first++, true};
-    const auto most = std::max_element(left_.begin(), left_.end(),
-                                       [](const Left& a, const Left& b) { return a.count() < b.count(); });
-    return {most - left_.begin(), --most->last, false};
+    Runs* most = std::max_element(left_, left_ + size_,
+                                  [](const Runs& a, const Runs& b) { return a.count() < b.count(); });
+    return {most - left_, --most->last, false};
   }
 
-  int64_t size() const { return static_cast<int64_t>(stretches_.size()); }
-  const Stretch& operator[](int64_t stretch) const { return stretches_[stretch]; }
   // When all runs are taken: those of a stretch from here on went to others than its owner.
   int64_t end_of_owners(int64_t stretch) const { return left_[stretch].first; }
 
  private:
-  struct Left {
-    int64_t first, last;
-    int64_t count() const { return last - first; }
-  };
   std::mutex mutex_;
-  std::vector<Stretch> stretches_;
-  std::vector<Left> left_;
-  std::vector<int64_t> own_;  // by member; -1: none
-  int64_t taken_ = 0;         // stretches that have an owner
+  Runs* left_;  // by stretch
+  int64_t size_ = 0;
+  int64_t* own_;       // by member, a stretch; -1: none
+  int64_t taken_ = 0;  // stretches that have an owner
 };
 
 // Rows of the absorbed range. The pages of a row go in runs, each with a softmax of its own. These are joined
@@ -126,11 +131,18 @@ struct AbsorbedRows {
   // Of a row. Two: a member each of two goes through its own, and what a run hands to the next is still near;
   // what stretches hand over, 33 KB of 16 heads, has left the caches since the layer before wrote there.
   static constexpr int64_t kStretches = 2;
+  int64_t stretch_runs(int64_t i) const { return ceil_div(num_runs(i), kStretches); }
+  // Of a stretch of a row, which may be none.
+  Runs runs_of(int64_t i, int64_t stretch) const {
+    const int64_t runs = num_runs(i), size = stretch_runs(i);
+    return {std::min(runs, stretch * size), std::min(runs, (stretch + 1) * size)};
+  }
   // Calls use(first run, last) for the stretches of a row in order.
   template <class Use>
   void for_stretches(int64_t i, const Use& use) const {
-    const int64_t runs = num_runs(i), size = ceil_div(runs, kStretches);
-    for (int64_t first = 0; first < runs; first += size) use(first, std::min(runs, first + size));
+    for (int64_t stretch = 0; stretch < kStretches; stretch++) {
+      if (const Runs runs = runs_of(i, stretch); runs.count() > 0) use(runs.first, runs.last);
+    }
   }
 
   // The softmaxes of all rows and `groups` of heads, with the work of each spread as there are many or few:
@@ -150,9 +162,12 @@ struct AbsorbedRows {
   void for_runs(const Machine& machine, int64_t groups, int64_t partial_floats, int64_t join_parts,
                 const Own& own, const Prepare& prepare, const Attend& attend, const Append& append,
                 const Join& join) const {
-    const int64_t runs = most_runs(), window = machine.shared_floats / (runs * groups * partial_floats);
+    const int64_t runs = most_runs(), members = machine.team.size();
+    const int64_t unit_floats = runs * partial_floats + StretchQueue::floats(kStretches, 0);
+    const int64_t window =
+        (machine.shared_floats - StretchQueue::floats(0, 2 * members) - kLineFloats) / (groups * unit_floats);
     // Enough for every member: each goes through the runs of its row by itself.
-    if (runs == 1 || num_rows * groups >= 8 * machine.team.size() || window == 0) {
+    if (runs == 1 || num_rows * groups >= 8 * members || window < 1) {
       machine.team.for_each(num_rows * groups, [&](int64_t unit, int member) {
         const int64_t i = unit / groups, group = unit % groups;
         prepare(i, group, member);
@@ -166,42 +181,38 @@ struct AbsorbedRows {
       return;
     }
     for (int64_t first = 0; first < num_rows; first += window) {
-      const int64_t n = std::min(window, num_rows - first);
-      const auto partial = [&](int64_t i, int64_t group, int64_t run) {
-        return machine.shared + (((i - first) * groups + group) * runs + run) * partial_floats;
+      const int64_t units = std::min(window, num_rows - first) * groups;
+      // The shared space: which unit a member is prepared for, the queue's memory, and the softmaxes of runs.
+      auto* prepared = reinterpret_cast<int64_t*>(machine.shared);
+      std::uninitialized_fill_n(prepared, members, int64_t{-1});
+      StretchQueue queue(machine.shared + StretchQueue::floats(0, members), kStretches * units, members);
+      float* partials = machine.shared + whole_lines(StretchQueue::floats(kStretches * units, 2 * members));
+      const auto row_of = [&](int64_t unit) { return first + unit / groups; };
+      const auto partial = [&](int64_t unit, int64_t run) {
+        return partials + (unit * runs + run) * partial_floats;
       };
-      std::vector<Stretch> stretches;
-      std::vector<int64_t> stretch_of(n * groups * runs);  // of each first run
       int64_t num_taken = 0;
-      for (int64_t i = first; i < first + n; i++) {
-        for (int64_t group = 0; group < groups; group++, num_taken += num_runs(i)) {
-          for_stretches(i, [&](int64_t begin, int64_t end) {
-            stretch_of[((i - first) * groups + group) * runs + begin] =
-                static_cast<int64_t>(stretches.size());
-            stretches.push_back({i, group, begin, end});
-          });
-        }
+      for (int64_t unit = 0; unit < units; unit++) {
+        num_taken += num_runs(row_of(unit));
+        for (int64_t stretch = 0; stretch < kStretches; stretch++) queue.add(runs_of(row_of(unit), stretch));
       }
-      StretchQueue queue(std::move(stretches), machine.team.size());
-      std::vector<std::pair<int64_t, int64_t>> prepared(machine.team.size(), {-1, -1});
       machine.team.for_each(num_taken, [&](int64_t, int member) {
         const auto [stretch, run, is_owners] = queue.take(member);
-        const auto& [i, group, begin, end] = queue[stretch];
-        if (std::exchange(prepared[member], {i, group}) != std::pair(i, group)) prepare(i, group, member);
-        if (!is_owners) return attend(i, group, run, num_runs(i), partial(i, group, run), member);
+        const int64_t unit = stretch / kStretches, i = row_of(unit), group = unit % groups;
+        const auto [begin, end] = runs_of(i, stretch % kStretches);
+        if (std::exchange(prepared[member], unit) != unit) prepare(i, group, member);
+        if (!is_owners) return attend(i, group, run, num_runs(i), partial(unit, run), member);
         const int64_t next_run = run + 1 < end ? run + 1 : num_runs(i);
-        if (run == begin) return attend(i, group, run, next_run, partial(i, group, run), member);
+        if (run == begin) return attend(i, group, run, next_run, partial(unit, run), member);
         attend(i, group, run, next_run, own(member), member);
-        append(group, own(member), partial(i, group, begin));
+        append(group, own(member), partial(unit, begin));
       });
-      machine.team.for_each(n * groups * join_parts, [&](int64_t unit, int member) {
-        const int64_t i = first + unit / (groups * join_parts), group = unit / join_parts % groups;
+      machine.team.for_each(units * join_parts, [&](int64_t part, int member) {
+        const int64_t unit = part / join_parts, i = row_of(unit);
         join(
-            i, group, unit % join_parts, join_parts, member,
-            [&](int64_t run) {
-              return queue.end_of_owners(stretch_of[((i - first) * groups + group) * runs + run]);
-            },
-            [&](int64_t run) { return partial(i, group, run); });
+            i, unit % groups, part % join_parts, join_parts, member,
+            [&](int64_t run) { return queue.end_of_owners(unit * kStretches + run / stretch_runs(i)); },
+            [&](int64_t run) { return partial(unit, run); });
       });
     }
   }
