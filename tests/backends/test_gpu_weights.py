@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvfold.backends.cuda_weights import DeviceWeights
 
 WORKSPACE_BYTES = 1 << 20
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where kernels run
 
 
 def made(type: str, **form: Any) -> Checkpoint:
@@ -44,7 +45,7 @@ def uploaded(checkpoint: Checkpoint, dtype: torch.dtype) -> DeviceWeights:
 
     splits_kv_b = checkpoint.kv_layout is KvLayout.K_B_V_B
     model = DeepseekModel(checkpoint.config, splits_kv_b=splits_kv_b, standard=False)
-    return upload(model, checkpoint.tensors, torch.device("cpu"), dtype)
+    return upload(model, checkpoint.tensors, DEVICE, dtype)
 
 
 def room_bytes(checkpoint: Checkpoint, dtype: str) -> int:
@@ -99,8 +100,7 @@ def test_every_type_keeps_its_bytes_and_its_weights(name: str, monkeypatch: pyte
     monkeypatch.setattr(cuda_weights, "STAGE_BYTES", 3 * type.interleaved_rows * type.row_bytes(cols))
     raw = np.random.default_rng(1).integers(0, 256, (2, rows, type.row_bytes(cols)), np.uint8)
     experts = tuple(QuantTensor("exps", type, (rows, cols), part) for part in raw)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stage = cuda_weights._Stage(device, raw.nbytes, None)
+    stage = cuda_weights._Stage(DEVICE, raw.nbytes, None)
     matrix = cuda_weights._matrix([experts], stage)
     stage.finish()
     assert matrix.raw.nbytes == device_bytes("exps", experts, "float32") < raw.nbytes + 16 * 2 * rows

@@ -12,7 +12,7 @@ from kit.interpreter import torch  # before any kernel
 from kvfold.cache.latent import CacheType, decode, encode
 from kvfold.kernels.cached_blocks import Blocks, append_blocks, gather_blocks
 from kvfold.kernels.mla_decode import Form
-from kvfold.kernels.rows import rope_append
+from kvfold.kernels.rows import LatentRow, fold_append, rope_append
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,16 +37,22 @@ def test_attention_reads_its_last_pages(heads: int, form: Form, blocks: Blocks |
     case.check(4e-3, form=form, num_pages=NUM_PAGES)
 
 
-def test_rows_are_appended_to_its_last_slots() -> None:
+@pytest.mark.parametrize("folds", [False, True])
+def test_rows_are_appended_to_its_last_slots(folds: bool) -> None:
+    """By the launch that rotates queries, and by the one that folds them too."""
     pool = torch.full((NUM_PAGES * 64, LATENT), torch.nan, dtype=torch.bfloat16, device="cuda")
     slots = torch.tensor([len(pool) - 1, 3, -1, (1 << 31) // LATENT + 5], device="cuda")
-    kv_a = torch.randn(4, LATENT, device="cuda")
-    ones = torch.ones(1, 32, device="cuda")
-    rope_append(
-        torch.zeros(4, 192, device="cuda"), kv_a, torch.ones(512, device="cuda"), 1e-6,
-        torch.zeros(4, dtype=torch.int32, device="cuda"), slots, ones, torch.zeros_like(ones), pool,
-        num_heads=1, head_dim=192, is_half_split=False,
-    )  # fmt: skip
+    q, kv_a = torch.zeros(4, 192, device="cuda"), torch.randn(4, LATENT, device="cuda")
+    weight, ones = torch.ones(512, device="cuda"), torch.ones(1, 32, device="cuda")
+    positions = torch.zeros(4, dtype=torch.int32, device="cuda")
+    angles = ones, torch.zeros_like(ones)
+    if folds:
+        new = LatentRow(kv_a, weight, 1e-6, positions, slots, *angles, pool, is_half_split=False)
+        fold_append(q, torch.ones(1, 128, 512, device="cuda"), torch.empty(4, 1, LATENT, device="cuda"), new)
+    else:
+        rope_append(
+            q, kv_a, weight, 1e-6, positions, slots, *angles, pool, num_heads=1, head_dim=192, is_half_split=False
+        )
     assert torch.equal(pool[slots[[0, 1, 3]]][:, 512:], kv_a[[0, 1, 3], 512:].bfloat16())
     assert int((~pool[:, 0].isnan()).sum()) == 3
 

@@ -4,6 +4,7 @@ What they compute is checked on the card: `bench/gpu_mla.py check few|many`, aga
 """
 
 import pytest
+import triton
 
 from kit.hopper import HOPPER_SHARED_BYTES, compiled
 
@@ -15,15 +16,15 @@ def test_the_kernel_for_few_rows_spills_nothing() -> None:
     assert found["spill_bytes"] == 0 and not found["serialized"], found
 
 
-@pytest.mark.parametrize(("kind", "spill_bytes"), [("fp8_16", 0), ("fp8_32", 4)])
+@pytest.mark.parametrize(
+    ("kind", "spill_bytes"), [("fp8_16", 0), ("fp8_32", 36 if triton.__version__ < "3.7" else 4)]
+)
 def test_the_kernel_for_fp8_spills_nothing_of_its_loops(kind: str, spill_bytes: int) -> None:
-    """With 32 rows one address, written and read once a sequence."""
+    """With 32 rows one address, written and read once a sequence; by Triton 3.6 nine words."""
     found = compiled(kind)
     assert found["shared_bytes"] <= HOPPER_SHARED_BYTES
     assert found["wgmma"] == 36 + 32, found  # 576 / 16 for the scores, 8 * 4 for the values
-    assert found["spill_bytes"] <= 4 and not found["serialized"], (
-        found
-    )  # of 32 rows one address, read once a sequence
+    assert found["spill_bytes"] <= spill_bytes and not found["serialized"], found
 
 
 @pytest.mark.parametrize("kind", ["prefill_parted", "prefill_boxed", "prefill_merge"])
