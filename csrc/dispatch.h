@@ -19,6 +19,25 @@
 
 namespace kvfold {
 
+// Rows that are multiplied after some others: where they begin is asked for once, near the end of those, as a
+// unit of work that a member asks for is no other's any more. Refers to a function without arguments.
+class RowsAfter {
+ public:
+  RowsAfter() = default;
+  template <typename Function>
+  RowsAfter(const Function& function)
+      : function_(&function), call_([](const void* erased) -> const uint8_t* {
+          return (*static_cast<const Function*>(erased))();
+        }) {}
+
+  // nullptr: none are known.
+  const uint8_t* operator()() const { return function_ ? call_(function_) : nullptr; }
+
+ private:
+  const void* function_ = nullptr;
+  const uint8_t* (*call_)(const void*) = nullptr;
+};
+
 struct PairKernels;    // kernels/pair_kernels.h
 struct LatentKernels;  // kernels/latent_kernels.h
 
@@ -37,12 +56,13 @@ struct MatrixKernels {
   int32_t row_group;  // rows that lie mixed: raw is whole groups of so many
 
   // Row dots. x: up to kMaxDotRows prepared rows, dot_bytes(k) apart. raw: n rows, row_bytes apart.
-  // y[r * ldy + i] = raw row i times x row r.
+  // y[r * ldy + i] = raw row i times x row r. Towards the end the first bytes of the rows `after`, of the
+  // same shape, are brought near.
   static constexpr int64_t kMaxDotRows = 4;
   int64_t (*dot_bytes)(int64_t k);
   void (*prepare_dot)(const float* x, int64_t k, uint8_t* prepared);
   void (*dot)(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* x, int64_t rows,
-              float* y, int64_t ldy);
+              float* y, int64_t ldy, const RowsAfter& after);
 
   // Rows of x that pass over part of a panel together (kernels/quant_panels.h): whole groups of every set.
   static constexpr int64_t kFewRows = 96;

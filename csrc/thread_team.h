@@ -32,6 +32,39 @@ struct ThreadsRefused : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Lets the body of a unit know which one its member does next.
+class NextUnit {
+ public:
+  // -1: none is left. The member's from now on, even where others are idle: ask once, near the unit's end.
+  int64_t take() {
+    ticket_ = tickets_.fetch_add(1);
+    is_taken_ = true;
+    return is_valid(ticket_) ? unit_of(ticket_) : -1;
+  }
+
+ private:
+  friend class ThreadTeam;
+  explicit NextUnit(std::atomic<uint64_t>& tickets) : tickets_(tickets) {}
+
+  // A unit in its low half, the number of units in its high one.
+  static uint64_t ticket(int64_t count, int64_t unit) {
+    return static_cast<uint64_t>(count) << 32 | static_cast<uint64_t>(unit);
+  }
+  static int64_t unit_of(uint64_t ticket) { return static_cast<uint32_t>(ticket); }
+  static int64_t count_of(uint64_t ticket) { return static_cast<int64_t>(ticket >> 32); }
+  static bool is_valid(uint64_t ticket) { return unit_of(ticket) < count_of(ticket); }
+
+  // Of the next unit, now at the latest.
+  uint64_t ticket() {
+    if (!is_taken_) take();
+    return ticket_;
+  }
+
+  std::atomic<uint64_t>& tickets_;
+  uint64_t ticket_ = 0;
+  bool is_taken_ = false;
+};
+
 class ThreadTeam {
  public:
   // `size` members, the calling thread included: member 0 is whoever calls for_each. Throws ThreadsRefused.
@@ -66,17 +99,27 @@ class ThreadTeam {
   // An exception of a unit is thrown again here, after the others. One caller at a time.
   template <typename Body>
   void for_each(int64_t count, const Body& body) {
+    for_each_with_next(count, [&](int64_t unit, int member, NextUnit&) { body(unit, member); });
+  }
+
+  // The same for body(unit, member, next).
+  template <typename Body>
+  void for_each_with_next(int64_t count, const Body& body) {
     if (count <= 0) return;
     if (count == 1 || members_.empty()) {
-      for (int64_t unit = 0; unit < count; unit++) body(unit, 0);
+      for (int64_t unit = 0; unit < count; unit++) {
+        std::atomic<uint64_t> tickets{NextUnit::ticket(count, unit + 1)};
+        NextUnit next(tickets);
+        body(unit, 0, next);
+      }
       return;
     }
     body_ = &body;
-    call_ = [](const void* erased, int64_t unit, int member) {
-      (*static_cast<const Body*>(erased))(unit, member);
+    call_ = [](const void* erased, int64_t unit, int member, NextUnit& next) {
+      (*static_cast<const Body*>(erased))(unit, member, next);
     };
     finished_.store(0, std::memory_order_relaxed);
-    tickets_.store(static_cast<uint64_t>(count) << 32);
+    tickets_.store(NextUnit::ticket(count, 0));
     if (sleeping_.load() > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
       wake_members_.notify_all();
@@ -92,8 +135,6 @@ class ThreadTeam {
   // steps.
   static constexpr int kSpins = 4000;
 
-  static bool has_unit(uint64_t ticket) { return static_cast<uint32_t>(ticket) < (ticket >> 32); }
-
   static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -105,31 +146,32 @@ class ThreadTeam {
   // A ticket holds the count of the op it was drawn from, so a member that comes late draws an invalid one;
   // while a valid ticket is out its op cannot end, so body_ and call_ belong to it.
   void take_units(int member) {
-    for (;;) {
-      const uint64_t ticket = tickets_.fetch_add(1);
-      if (!has_unit(ticket)) return;
+    uint64_t ticket = NextUnit(tickets_).ticket();
+    while (NextUnit::is_valid(ticket)) {
+      NextUnit next(tickets_);
       try {
-        call_(body_, static_cast<uint32_t>(ticket), member);
+        call_(body_, NextUnit::unit_of(ticket), member, next);
       } catch (...) {
         std::lock_guard<std::mutex> lock(mutex_);
         if (!error_) error_ = std::current_exception();
       }
-      const auto count = static_cast<int64_t>(ticket >> 32);
-      if (finished_.fetch_add(1) + 1 == count && caller_sleeps_.load()) {
+      if (finished_.fetch_add(1) + 1 == NextUnit::count_of(ticket) && caller_sleeps_.load()) {
         std::lock_guard<std::mutex> lock(mutex_);
         wake_caller_.notify_one();
       }
+      ticket = next.ticket();
     }
   }
 
   void work(int member) {
     for (;;) {
-      for (int spin = 0; spin < spins_ && !has_unit(tickets_.load(std::memory_order_relaxed)); spin++)
+      for (int spin = 0; spin < spins_ && !NextUnit::is_valid(tickets_.load(std::memory_order_relaxed));
+           spin++)
         pause();
-      if (!has_unit(tickets_.load())) {
+      if (!NextUnit::is_valid(tickets_.load())) {
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1);
-        wake_members_.wait(lock, [this] { return stop_.load() || has_unit(tickets_.load()); });
+        wake_members_.wait(lock, [this] { return stop_.load() || NextUnit::is_valid(tickets_.load()); });
         sleeping_.fetch_sub(1);
         if (stop_.load()) return;
       }
@@ -160,7 +202,7 @@ class ThreadTeam {
   TeamBinding binding_;
   std::vector<std::thread> members_;
   const void* body_ = nullptr;
-  void (*call_)(const void*, int64_t, int) = nullptr;
+  void (*call_)(const void*, int64_t, int, NextUnit&) = nullptr;
   // High half: units of the op. Low half: the next one to be taken.
   alignas(64) std::atomic<uint64_t> tickets_{0};
   alignas(64) std::atomic<int64_t> finished_{0};

@@ -5,8 +5,8 @@
 #include "isa/begin_avx512.h"
 
 #include "simd/amx.h"
+#include "simd/avx512_side_by_side.h"
 
-#include "kernels/quant_set.h"
 #include "kernels/quant_tile_amx.h"
 
 namespace kvfold {
@@ -29,10 +29,27 @@ const InstructionSet& amx_set() {
     }
     return all;
   }();
+  static const KernelTable side_by_side = [] {
+    const InstructionSet& like = avx512_set();
+    KernelTable all;
+    for (int32_t i = 0; i < like.num_side_by_side; i++) {
+      MatrixKernels kernels = like.side_by_side[i];
+      for_each_side_by_side([&](auto type, int32_t id) {
+        using T = typename decltype(type)::type;
+        if (side_by_side_id(id) != kernels.type) return;
+        take_scaled_tiles<Amx, T>(kernels);
+        using Panels = typename ScaledTile<Amx, Parts<T>::kHasMin>::Panels;
+        kernels.unpack = SideBySideProducts<LevelsSideBySide<T>>::template unpack<Panels>;
+      });
+      all.add(kernels);
+    }
+    return all;
+  }();
   static const InstructionSet set = [] {
     InstructionSet like = avx512_set();
     like.name = Amx::kName;
     like.kernels = table.kernels;
+    like.side_by_side = side_by_side.kernels;
     like.pairs = &amx_pairs;
     like.latent = &amx_latent;
     return like;

@@ -55,9 +55,10 @@ void multiply_by_rows(const Machine& machine, const Weight& weight, int64_t head
   const int64_t cuts = pieces_of_head(machine.team, heads, n, kUnitRows);
   const int64_t size = cuts == 1 ? n : kUnitRows;
   const int64_t windows = pieces(rows, kWindow), k = weight.cols;
-  machine.team.for_each(heads * cuts * windows, [&](int64_t unit, int member) {
+  const auto row_of = [&](int64_t unit) { return unit / windows % cuts * size; };  // of its head
+  machine.team.for_each_with_next(heads * cuts * windows, [&](int64_t unit, int member, NextUnit& next_unit) {
     const HeadProduct head = head_at(unit / (cuts * windows));
-    const int64_t at = unit / windows % cuts * size, count = std::min(size, n - at);
+    const int64_t at = row_of(unit), count = std::min(size, n - at);
     const int64_t row = unit % windows * kWindow, num_rows = std::min(kWindow, rows - row);
     const float* x = head.x + row * ldx;
     float* out = head.out + row * ldy + at;
@@ -73,13 +74,19 @@ void multiply_by_rows(const Machine& machine, const Weight& weight, int64_t head
     const int64_t row_bytes = weight.type->row_bytes(k);
     auto* prepared = reinterpret_cast<uint8_t*>(machine.of(member));
     if (by_dots(machine.form, rows)) {
+      const auto rows_after = [&]() -> const uint8_t* {
+        const int64_t next = next_unit.take();
+        if (next < 0) return nullptr;
+        return raw_rows(weight, head_at(next / (cuts * windows)).first + row_of(next), 1);
+      };
       const int64_t most = rows_of_dot(machine.form);
       for (int64_t i = 0; i < num_rows; i += most) {
         const int64_t together = std::min(most, num_rows - i);
         for (int64_t j = 0; j < together; j++) {
           kernels.prepare_dot(x + (i + j) * ldx, k, prepared + j * kernels.dot_bytes(k));
         }
-        kernels.dot(raw, row_bytes, count, k, prepared, together, out + i * ldy, ldy);
+        kernels.dot(raw, row_bytes, count, k, prepared, together, out + i * ldy, ldy,
+                    i + most >= num_rows ? RowsAfter(rows_after) : RowsAfter());
       }
       return;
     }

@@ -106,6 +106,31 @@ inline void with_count(int64_t count, const Use& use) {
   }
 }
 
+// Bytes from a row to what is read ahead while it is multiplied: `far`, and over the end of the last rows to
+// those after them.
+class ReadAhead {
+ public:
+  ReadAhead(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t far, const RowsAfter& after)
+      : last_(std::max<int64_t>(0, n - (far + row_bytes - 1) / row_bytes)),
+        last_row_(raw + last_ * row_bytes),
+        bytes_(far),
+        after_(after) {}
+
+  // Of each row in turn.
+  int64_t of(int64_t row) {
+    if (row == last_) {
+      if (const uint8_t* next = after_()) bytes_ = next - last_row_;
+    }
+    return bytes_;
+  }
+
+ private:
+  const int64_t last_;
+  const uint8_t* const last_row_;
+  int64_t bytes_;
+  const RowsAfter& after_;
+};
+
 template <class S, class T>
 struct QuantDot {
   using Any = AnyDot<S, typename Format<S, T>::Like>;
@@ -115,15 +140,16 @@ struct QuantDot {
   }
 
   static void dot(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* prepared,
-                  int64_t count, float* y, int64_t ldy) {
+                  int64_t count, float* y, int64_t ldy, const RowsAfter& after) {
     with_count<MatrixKernels::kMaxDotRows>(count, [&](auto constant) {
       constexpr int rows = decltype(constant)::value;
       DotRow x[rows];
       for (int r = 0; r < rows; r++) x[r] = Any::view(prepared + r * Any::bytes(k), k);
+      [[maybe_unused]] ReadAhead ahead(raw, row_bytes, n, S::kAhead, after);
       for (int64_t i = 0; i < n; i++) {
         float dots[rows];
         if constexpr (Fast<S, T>::kDot) {
-          Fast<S, T>::template dot<rows>(raw + i * row_bytes, k, x, dots);
+          Fast<S, T>::template dot<rows>(raw + i * row_bytes, k, x, dots, ahead.of(i));
         } else {
           const typename Any::Blocks type{best_take_apart<S, T>(), T::elements, sizeof(T),
                                           Format<S, T>::kZero};

@@ -67,9 +67,9 @@ struct Prepared {
   }
 
   // y[i * step + j] of prepared rows [first, first + rows) of a network's `all`, as many as a tile holds, and
-  // the weight rows j < step.
-  void multiply(const PanelRows& w, int64_t step, int64_t all, const uint8_t* x, int64_t first, int64_t rows,
-                float* y, uint8_t* panel) const {
+  // the weight rows j < step. By dots `after` are the rows of w that follow, by tiles w says so.
+  void multiply(const PanelRows& w, const RowsAfter& after, int64_t step, int64_t all, const uint8_t* x,
+                int64_t first, int64_t rows, float* y, uint8_t* panel) const {
     if (!by_dots(all)) {
       const uint8_t* groups = x + first / kernels.tile_cols * kernels.tile_bytes(k);
       return multiply_panels(kernels, w, k, groups, rows, y, step, panel, y);
@@ -77,7 +77,7 @@ struct Prepared {
     const int64_t most = rows_of_dot(form);
     for (int64_t r = 0; r < rows; r += most) {
       kernels.dot(w.raw, w.row_bytes, w.n, k, x + (first + r) * kernels.dot_bytes(k),
-                  std::min(most, rows - r), y + r * step, step);
+                  std::min(most, rows - r), y + r * step, step, r + most >= rows ? after : RowsAfter());
     }
   }
 };
@@ -202,7 +202,11 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
     };
     const Queue gate_up(queue, groups.size(),
                         [&](int64_t g) { return pieces(groups[g].inner, gate_up_step(groups[g])); });
-    machine.team.for_each(gate_up.num_units(), [&](int64_t unit, int member) {
+    const auto gate_of = [&](int64_t unit) {
+      const auto [g, piece] = gate_up[unit];
+      return raw_rows(groups[g].matrices.gate, groups[g].gate_row + piece * gate_up_step(groups[g]));
+    };
+    machine.team.for_each_with_next(gate_up.num_units(), [&](int64_t unit, int member, NextUnit& next_unit) {
       const auto [g, piece] = gate_up[unit];
       const RowGroup group = groups[g];
       const Prepared& in = in_of(group);
@@ -210,6 +214,11 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
                     m = group.num_rows, bytes = row_bytes(group.matrices.gate);
       const uint8_t *gate = raw_rows(group.matrices.gate, group.gate_row + at),
                     *up = raw_rows(group.matrices.up, group.gate_row + at);
+      const auto after_gate = [&] { return up; };
+      const auto after_up = [&]() -> const uint8_t* {
+        const int64_t next = next_unit.take();
+        return next < 0 ? nullptr : gate_of(next);
+      };
       float *gate_tile = machine.of(member), *up_tile = gate_tile + in.tile_floats();
       auto* panel = reinterpret_cast<uint8_t*>(up_tile + in.tile_floats());
       // What this member is likely to unpack next: the same rows a few units on, if they are of this network.
@@ -217,11 +226,13 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
       const bool more = at + ahead + step <= group.inner;
       for (int64_t i = 0; i < m; i += in.row_tile(step)) {
         const int64_t tile = std::min(in.row_tile(step), m - i);
-        const int64_t next_bytes = more && i + tile == m ? count * bytes : 0;
-        in.multiply({gate, bytes, count, gate + ahead * bytes, next_bytes}, step, m, prepared + offsets[g], i,
-                    tile, gate_tile, panel);
-        in.multiply({up, bytes, count, up + ahead * bytes, next_bytes}, step, m, prepared + offsets[g], i,
-                    tile, up_tile, panel);
+        const bool is_last = i + tile == m;
+        const int64_t next_bytes = more && is_last ? count * bytes : 0;
+        in.multiply({gate, bytes, count, gate + ahead * bytes, next_bytes}, after_gate, step, m,
+                    prepared + offsets[g], i, tile, gate_tile, panel);
+        in.multiply({up, bytes, count, up + ahead * bytes, next_bytes},
+                    is_last ? RowsAfter(after_up) : RowsAfter(), step, m, prepared + offsets[g], i, tile,
+                    up_tile, panel);
         for (int64_t r = 0; r < tile; r++) {
           isa().swiglu(gate_tile + r * step, up_tile + r * step,
                        activations + group.inner_at + (i + r) * group.inner + at, count);
@@ -253,7 +264,8 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
           dot_rows(forms.routed.inside.kernels, hidden, row_bytes(experts.routed.down), members);
       unit_rows = pieces(wanted, unit_rows) * unit_rows;
     }
-    machine.team.for_each(pieces(hidden, unit_rows), [&](int64_t unit, int member) {
+    const int64_t num_units = pieces(hidden, unit_rows);
+    machine.team.for_each_with_next(num_units, [&](int64_t unit, int member, NextUnit& next_unit) {
       const int64_t unit_first = unit * unit_rows, unit_last = std::min(hidden, unit_first + unit_rows);
       float* tile = machine.of(member);
       for (int64_t i = 0; i < n; i++) {
@@ -273,12 +285,19 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
           const RowGroup next = groups[more_rows || !more ? g : g + 1];
           const int64_t next_at = more_rows ? at + step : more ? unit_first : at;
           const uint8_t* next_down = raw_rows(next.matrices.down, next.down_row + next_at);
+          const auto after_down = [&]() -> const uint8_t* {
+            if (more) return next_down;
+            const int64_t unit_after = next_unit.take();
+            if (unit_after < 0) return nullptr;
+            return raw_rows(groups[0].matrices.down, groups[0].down_row + unit_after * unit_rows);
+          };
           for (int64_t i = 0; i < m; i += inside.row_tile(step)) {
             const int64_t rows_of = std::min(inside.row_tile(step), m - i);
-            const bool is_last = more && i + rows_of == m;
+            const bool is_last = i + rows_of == m;
             const int64_t next_bytes =
-                is_last ? std::min(step, unit_last - next_at) * row_bytes(next.matrices.down) : 0;
-            inside.multiply({down, bytes, count, next_down, next_bytes}, step, m, prepared + offsets[g], i,
+                more && is_last ? std::min(step, unit_last - next_at) * row_bytes(next.matrices.down) : 0;
+            inside.multiply({down, bytes, count, next_down, next_bytes},
+                            is_last ? RowsAfter(after_down) : RowsAfter(), step, m, prepared + offsets[g], i,
                             rows_of, tile, panel);
             for (int64_t r = 0; r < rows_of; r++) {
               isa().add_scaled(tile + r * step, group.weight(i + r), out.row(first + group.row(i + r)) + at,

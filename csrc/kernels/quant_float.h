@@ -62,11 +62,13 @@ struct FloatMatrix {
 
   template <int rows>
   static void dots(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* x, float* y,
-                   int64_t ldy) {
+                   int64_t ldy, const RowsAfter& after) {
     constexpr int kChains = rows == 1 ? 4 : 2;  // independent sums of a row: an addition takes four cycles
     constexpr int kBytes = S::kLanes * kStep * T::kBytes;
     const int64_t stride = dot_bytes(k), whole = k / (S::kLanes * kStep);
+    ReadAhead read_ahead(raw, row_bytes, n, kPrefetch, after);
     for (int64_t i = 0; i < n; i++) {
+      const int64_t ahead = read_ahead.of(i);
       const uint8_t* w = raw + i * row_bytes;
       typename S::Floats sum[rows][kChains];
       for (auto& chains : sum) {
@@ -74,11 +76,11 @@ struct FloatMatrix {
       }
       int64_t at = 0;
       for (; at + kChains <= whole; at += kChains) {
-        S::prefetch(w + at * kBytes + kPrefetch);
-        if (kBytes * kChains > 64) S::prefetch(w + at * kBytes + kPrefetch + 64);
+        S::prefetch(w + at * kBytes + ahead);
+        if (kBytes * kChains > 64) S::prefetch(w + at * kBytes + ahead + 64);
         if (kBytes * kChains > 128) {
-          S::prefetch(w + at * kBytes + kPrefetch + 128);
-          S::prefetch(w + at * kBytes + kPrefetch + 192);
+          S::prefetch(w + at * kBytes + ahead + 128);
+          S::prefetch(w + at * kBytes + ahead + 192);
         }
         KVFOLD_UNROLLED for (int c = 0; c < kChains; c++) {
           KVFOLD_UNROLLED for (int r = 0; r < rows; r++) {
@@ -106,9 +108,9 @@ struct FloatMatrix {
   static constexpr int64_t kPrefetch = 8192;
 
   static void dot(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* x, int64_t rows,
-                  float* y, int64_t ldy) {
+                  float* y, int64_t ldy, const RowsAfter& after) {
     with_count<MatrixKernels::kMaxDotRows>(
-        rows, [&](auto count) { dots<decltype(count)::value>(raw, row_bytes, n, k, x, y, ldy); });
+        rows, [&](auto count) { dots<decltype(count)::value>(raw, row_bytes, n, k, x, y, ldy, after); });
   }
 
   // Panels [lanes of k][vectors][lanes], groups of x [lanes of k][columns].

@@ -33,9 +33,10 @@ struct Format {
 };
 
 // Vector code of an instruction set S for a type T; a specialization in simd/ replaces what it is faster at.
-//   kDot     has  template <int rows> static void dot(const uint8_t* row, int64_t k, const DotRow* x, float*
-//   y)
-//            for x whose 16-code pieces were moved to place(piece), piece counted within 128 codes
+//   kDot     has  template <int rows> static void dot(const uint8_t* row, int64_t k, const DotRow* x,
+//            float* y, int64_t ahead)
+//            for x whose 16-code pieces were moved to place(piece), piece counted within 128 codes; asks for
+//            the bytes of the row that are so far ahead of it
 //   kUnpack  has  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel)
 //            for whole panels
 //   kQuads   has  static Floats quads(const uint8_t* raw, int64_t row_bytes, Ints (&out)[8])

@@ -20,11 +20,17 @@ void product_by_dots(ThreadTeam& team, const BlockRows& w, const float* x, int64
   const int64_t bytes = w.kernels->dot_bytes(w.k);
   for (int64_t r = 0; r < rows; r++) w.kernels->prepare_dot(x + r * ldx, w.k, prepared + r * bytes);
   const int64_t step = dot_rows(*w.kernels, w.n, w.row_bytes, team.size());
-  team.for_each(pieces(w.n, step), [&](int64_t unit, int) {
+  team.for_each_with_next(pieces(w.n, step), [&](int64_t unit, int, NextUnit& next_unit) {
     const int64_t first = unit * step, n = std::min(step, w.n - first);
+    const auto rows_after = [&]() -> const uint8_t* {
+      const int64_t next = next_unit.take();
+      return next < 0 ? nullptr : w.raw + next * step * w.row_bytes;
+    };
     for (int64_t r = 0; r < rows; r += most) {
+      const bool is_last = r + most >= rows;  // of those that find the weights in cache but for the first
       w.kernels->dot(w.raw + first * w.row_bytes, w.row_bytes, n, w.k, prepared + r * bytes,
-                     std::min(most, rows - r), y + r * ldy + first, ldy);
+                     std::min(most, rows - r), y + r * ldy + first, ldy,
+                     is_last ? RowsAfter(rows_after) : RowsAfter());
     }
   });
 }

@@ -44,8 +44,8 @@ inline int64_t rows_of_dot(ProductForm form) {
 // Weight rows of a matrix of n that a member takes at a time by row dots: about 128 KiB, 4 us of reading at
 // 30 GB/s, in equal shares of which every member gets as many: 113 rows of V2-Lite's in IQ4_NL, fewer where
 // rows are wide (32 in F16, 16 of a router in float32), as it is the bytes that take time; 128 rows where
-// they lie mixed, as two groups of these are read at once. What is read ahead past a share's end is wasted, 8
-// KiB of it: shares of 32 rows of an expert, 36 KiB, were read at 14 GB/s where these are at 22.
+// they lie mixed, as two groups of these are read at once. When what was read ahead past a share's end was
+// wasted, 8 KiB of it, shares of 32 rows of an expert, 36 KiB, were read at 14 GB/s where these were at 22.
 inline int64_t dot_rows(const MatrixKernels& kernels, int64_t n, int64_t row_bytes, int members) {
   constexpr int64_t kUnit = 128 << 10;
   const int64_t units = (n * row_bytes + kUnit - 1) / kUnit, even = (units + members - 1) / members * members;

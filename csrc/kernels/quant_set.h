@@ -85,7 +85,7 @@ struct KernelTable {
 
 template <class S>
 const InstructionSet& make_set(const Tiles& tiles, const PairKernels& pairs, const LatentKernels& latent,
-                               const MatrixKernels* side_by_side = nullptr, int32_t num_side_by_side = 0) {
+                               const KernelTable* side_by_side = nullptr) {
   static constexpr KernelTable table = [] {
     KernelTable all;
     all.add(numbers<S, F32Weights>()), all.add(numbers<S, F16Weights>()), all.add(numbers<S, Bf16Weights>());
@@ -93,10 +93,16 @@ const InstructionSet& make_set(const Tiles& tiles, const PairKernels& pairs, con
         [&](auto type, int32_t id) { all.add(quantized<S, typename decltype(type)::type>(id)); });
     return all;
   }();
-  static const InstructionSet set = {
-      S::kName,     &tiles,           table.kernels,      table.count,
-      side_by_side, num_side_by_side, Rowwise<S>::swiglu, Rowwise<S>::add_scaled,
-      &pairs,       &latent};
+  static const InstructionSet set = {S::kName,
+                                     &tiles,
+                                     table.kernels,
+                                     table.count,
+                                     side_by_side == nullptr ? nullptr : side_by_side->kernels,
+                                     side_by_side == nullptr ? 0 : side_by_side->count,
+                                     Rowwise<S>::swiglu,
+                                     Rowwise<S>::add_scaled,
+                                     &pairs,
+                                     &latent};
   return set;
 }
 

@@ -232,8 +232,8 @@ struct Avx2 {
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   // Every line of the next `bytes` of a row dot, so far ahead.
   static constexpr int64_t kAhead = 4096;
-  template <int64_t bytes, int64_t ahead = kAhead>
-  static void prefetch_all(const uint8_t* p) {
+  template <int64_t bytes>
+  static void prefetch_all(const uint8_t* p, int64_t ahead) {
 #pragma GCC unroll 8
     for (int64_t line = 0; line < bytes; line += 64) prefetch(p + ahead + line);
   }
@@ -481,15 +481,15 @@ struct DotNibbles {
   }
 
   template <int rows>
-  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     DotSums<rows> sums;
     const int64_t num_blocks = k / 32;
     int64_t block = 0;
     for (; block + 8 <= num_blocks; block += 8, row += 8 * kBytes) {
-      Avx2::prefetch_all<8 * kBytes>(row);
+      Avx2::prefetch_all<8 * kBytes>(row, ahead);
       group<rows, 8>(row, x, block, sums);
     }
-    if (block < num_blocks) Avx2::prefetch_all<8 * kBytes>(row);
+    if (block < num_blocks) Avx2::prefetch_all<8 * kBytes>(row, ahead);
     if (block + 4 <= num_blocks) {
       group<rows, 4>(row, x, block, sums);
       block += 4, row += 4 * kBytes;
@@ -538,15 +538,15 @@ struct Dot34 {
   }
 
   template <int rows>
-  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     DotSums<rows> sums;
     const int64_t num_blocks = k / 32;
     int64_t block = 0;
     for (; block + 8 <= num_blocks; block += 8, row += 8 * kBytes) {
-      Avx2::prefetch_all<8 * kBytes>(row);
+      Avx2::prefetch_all<8 * kBytes>(row, ahead);
       group<rows, 8>(row, x, block, sums);
     }
-    if (block < num_blocks) Avx2::prefetch_all<8 * kBytes>(row);
+    if (block < num_blocks) Avx2::prefetch_all<8 * kBytes>(row, ahead);
     for (; block + 2 <= num_blocks; block += 2, row += 2 * kBytes) group<rows, 2>(row, x, block, sums);
     if (block < num_blocks) group<rows, 1>(row, x, block, sums);
 #pragma GCC unroll 4
@@ -621,10 +621,10 @@ struct Codes256<blocks::Q4_K> {
   }
 
   template <int rows>
-  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     DotSums<rows> sums;
     for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q4_K)) {
-      Avx2::prefetch_all<sizeof(blocks::Q4_K)>(row);
+      Avx2::prefetch_all<sizeof(blocks::Q4_K)>(row, ahead);
       __m256 d, minimum;
       scales(row, d, minimum);
       alignas(32) float scale[rows][8];
@@ -680,12 +680,12 @@ struct Codes256<blocks::Q6_K> {
   // A block of activations meets two runs, a lane each. Their scales are whole numbers, so the product that
   // widens the sums of a lane multiplies by them: 4 * 63 * 127 * 128 is far from 2^31.
   template <int rows>
-  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     __m256 sum[rows], minus[rows];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm256_setzero_ps();
     for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q6_K)) {
-      Avx2::prefetch_all<sizeof(blocks::Q6_K)>(row);
+      Avx2::prefetch_all<sizeof(blocks::Q6_K)>(row, ahead);
       const uint8_t* runs = row + 192;
       const __m256 d = _mm256_set1_ps(_cvtsh_ss(blocks::load16(row + 208)));
       // Scales of even runs in the lower lane, of odd ones in the upper, as words.
@@ -738,8 +738,8 @@ struct Fast256 {
   static constexpr int place(int piece) { return piece; }
 
   template <int rows>
-  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
-    Codes256<T>::template dot<rows>(row, k, x, y);
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
+    Codes256<T>::template dot<rows>(row, k, x, y, ahead);
   }
 
   static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float* minimums) {

@@ -1,21 +1,17 @@
-// Row dots and panels of rows side by side (kernels/side_by_side.h), in 256-bit vectors: the 16 rows of a
-// group are two vectors of eight lanes, one row a lane.
+// Row dots and panels of rows side by side (kernels/side_by_side_dot.h) in 256-bit vectors: the 16 rows of a
+// group are two vectors.
 //
-// A lane meets four codes of x at a time, the same ones for all rows, so x is broadcast from memory, which
-// takes no vector port. Against rows one by one (simd/avx2.h) nothing is summed across a vector and eight
-// scales are one load: 25 instead of 15 GB/s for IQ4_NL in the second-level cache, 38 instead of 20 for Q4_0,
-// 60 instead of 27 for Q8_0 (one thread of a Zen 3).
+// Against rows one by one (simd/avx2.h) nothing is summed across a vector and eight scales are one load: 25
+// instead of 15 GB/s for IQ4_NL in the second-level cache, 38 instead of 20 for Q4_0, 60 instead of 27 for
+// Q8_0 (one thread of a Zen 3).
 #pragma once
 
-#include "kernels/quant_dot.h"
-#include "kernels/quant_tile.h"
-#include "kernels/side_by_side.h"
+#include "kernels/side_by_side_dot.h"
 #include "simd/avx2.h"
 
 namespace kvfold {
 namespace {
 
-// 32 activations as a row dot of these reads them. `start` is what a sum in int32 begins with.
 struct WideLanes {  // weights that need all of int8: w x = m (w ^ s) - m s, as wide_pairs() has it
   uint8_t magnitudes[32], signs[32];
   float scale;
@@ -27,33 +23,21 @@ struct WideLanes {  // weights that need all of int8: w x = m (w ^ s) - m s, as 
     for (int i = 0; i < 32; i += 16) start -= Avx2::take_signs(codes + i, magnitudes + i, signs + i);
   }
 };
-template <int zero>
-struct ZeroLanes {
-  int8_t codes[32];
-  float scale;
-  int32_t start;
-
-  void set(const int8_t* of_x, const int32_t* halves, float x_scale) {
-    std::memcpy(codes, of_x, 32);
-    scale = x_scale;
-    start = -zero * (halves[0] + halves[1]);
-  }
-};
 
 template <class T>
-struct SideBySideProducts {
+struct Avx2SideBySide {
+  using Set = Avx2;
+  using Type = T;
   using Mixed = SideBySide<T>;
-  using Like = typename Format<Avx2, T>::Like;
-  static constexpr bool kWide = Like::kWide, kNibbles = sizeof(T::qs) == 16, kFifth = sizeof(T) == 22;
+  static constexpr bool kWide = Format<Avx2, T>::Like::kWide, kNibbles = sizeof(T::qs) == 16,
+                        kFifth = sizeof(T) == 22;
   // Words of nibbles, or of codes, and how many of fifth bits there are before them.
   static constexpr int kWords = sizeof(T::qs) / 4, kFirst = Mixed::num_words - kWords;
   static constexpr int kPairs = Format<Avx2, T>::kPairs;  // that add up in int16
   using X = std::conditional_t<kWide, WideLanes, ZeroLanes<Format<Avx2, T>::kZero>>;
-  using Dot = AnyDot<Avx2, Like>;
-  using Tile = typename QuantTile<Avx2, T>::Any;
-  static_assert(T::elements == kBlock && Tile::kRows % kRowsSideBySide == 0);
-  // Prepared rows take no more than where rows lie one by one, so that weights may move between the two.
-  static_assert(sizeof(X) <= Dot::kCodes * kBlock + 2 * sizeof(float));
+
+  // Two streams are read faster than one (docs/notes/cpu-kernels.md).
+  static constexpr int kMostRows = 2, kStreams = 2;
 
   // Bytes read ahead. Two threads from memory, two streams each, GB/s with none, 0.75, 1.5 and 3 KiB, medians
   // (Zen 3): IQ4_NL 29.9, 31.7, 30.7, 32.0, Q4_0 18.6, 20.0, 19.5, 18.3 beside busy neighbours, Q5_0 26.7,
@@ -63,8 +47,6 @@ struct SideBySideProducts {
   static __m256i load(const Mixed& w, int word, int v) {
     return Avx2::load_codes(w.words[kFirst + word][8 * v]);
   }
-  // A word of a group is as long as a line: what is read ahead is asked for between the products of a block.
-  static void prefetch(const uint8_t* p) { Avx2::prefetch(p + kAhead); }
   static __m256i low_codes(__m256i packed) {
     const __m256i nibbles = _mm256_and_si256(packed, _mm256_set1_epi8(15));
     if constexpr (kWide) return Codes32<T>::of(nibbles);
@@ -75,15 +57,6 @@ struct SideBySideProducts {
   static __m256i with_fifths(const Mixed& w, int quad, int v, __m256i codes) {
     if constexpr (kFifth) return with_fifths_of(quad, codes, Avx2::load_codes(w.words[0][8 * v]));
     return codes;
-  }
-
-  static void prepare(const float* x, int64_t k, uint8_t* prepared) {
-    for (int64_t at = 0; at < k; at += kBlock, prepared += sizeof(X)) {
-      alignas(32) int8_t codes[kBlock];
-      int32_t halves[2];
-      const float scale = Avx2::quantize(x + at, codes, halves);
-      reinterpret_cast<X*>(prepared)->set(codes, halves, scale);
-    }
   }
 
   // Four columns, `quad` of eight: sums of four products in int32, or of two in int16, of which kPairs fit.
@@ -124,11 +97,13 @@ struct SideBySideProducts {
   }
 
   template <int rows, int groups>
-  static void block(const Mixed* const (&w)[groups], const X* const (&x)[rows],
+  static void block(const Mixed* const (&w)[groups], const X* const (&x)[rows], int64_t ahead,
                     __m256 (&out)[rows][2 * groups]) {
     constexpr int vectors = 2 * groups;
     __m256i sum[rows][vectors], pairs[rows][vectors];
     auto& products = kWide ? sum : pairs;
+    // A word of a group is as long as a line: what is read ahead is asked for between the products.
+    const auto prefetch = [ahead](const uint8_t* p) { Avx2::prefetch(p + ahead); };
 #pragma GCC unroll 2
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
@@ -167,7 +142,7 @@ struct SideBySideProducts {
     }
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
-      const __m256 d = Avx2::load_half(w[v / 2]->scales[8 * (v % 2)]);
+      const __m256 d = scales(*w[v / 2], v % 2);
 #pragma GCC unroll 2
       for (int r = 0; r < rows; r++) {
         const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(x[r]->scale));
@@ -176,104 +151,18 @@ struct SideBySideProducts {
     }
   }
 
-  // y[r * ldy + 16 at[g] + i] of the groups number at[g] of raw.
-  template <int rows, int groups>
-  static void multiply(const uint8_t* raw, int64_t row_bytes, const int64_t (&at)[groups], int64_t k,
-                       const uint8_t* prepared, float* y, int64_t ldy) {
-    const X* x[rows];
-    const Mixed* w[groups];
-    __m256 out[rows][2 * groups];
-#pragma GCC unroll 2
-    for (int r = 0; r < rows; r++) x[r] = reinterpret_cast<const X*>(prepared + r * Dot::bytes(k));
-#pragma GCC unroll 2
-    for (int g = 0; g < groups; g++) {
-      w[g] = reinterpret_cast<const Mixed*>(raw + at[g] * kRowsSideBySide * row_bytes);
-    }
-    for (auto& of_row : out) {
-      for (auto& sum : of_row) sum = _mm256_setzero_ps();
-    }
-    for (int64_t block_number = 0; block_number < k / kBlock; block_number++) {
-      block<rows, groups>(w, x, out);
-#pragma GCC unroll 2
-      for (int r = 0; r < rows; r++) x[r]++;
-#pragma GCC unroll 2
-      for (int g = 0; g < groups; g++) w[g]++;
-    }
-#pragma GCC unroll 2
-    for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 2 * groups; v++) {
-        _mm256_storeu_ps(y + r * ldy + at[v / 2] * kRowsSideBySide + 8 * (v % 2), out[r][v]);
+  static void quads(const Mixed& w, int v, __m256i (&codes)[8]) {
+    for (int q = 0; q < kWords; q++) {
+      const __m256i packed = load(w, q, v);
+      if constexpr (kNibbles) {
+        codes[q] = with_fifths(w, q, v, low_codes(packed));
+        codes[4 + q] = with_fifths(w, 4 + q, v, high_codes(packed));
+      } else {
+        codes[q] = packed;
       }
     }
   }
-
-  // One row of x meets two groups at a time, half of the rows apart: they share what is read of x, and two
-  // streams are read faster than one (docs/notes/cpu-kernels.md). Two rows of x meet one group, as sums of
-  // more do not fit the registers; the next two find it in cache.
-  static void dot(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* prepared,
-                  int64_t count, float* y, int64_t ldy) {
-    const int64_t groups = n / kRowsSideBySide, half = (groups + 1) / 2;
-    for (int64_t at = 0; at < half; at++) {
-      const bool is_pair = half + at < groups;
-      for (int64_t r = 0; r < count; r += 2) {
-        const uint8_t* of_x = prepared + r * Dot::bytes(k);
-        float* to = y + r * ldy;
-        if (count - r > 1) {
-          multiply<2, 1>(raw, row_bytes, {at}, k, of_x, to, ldy);
-          if (is_pair) multiply<2, 1>(raw, row_bytes, {half + at}, k, of_x, to, ldy);
-        } else if (is_pair) {
-          multiply<1, 2>(raw, row_bytes, {at, half + at}, k, of_x, to, ldy);
-        } else {
-          multiply<1, 1>(raw, row_bytes, {at}, k, of_x, to, ldy);
-        }
-      }
-    }
-  }
-
-  static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel) {
-    constexpr int kGroupVectors = kRowsSideBySide / Avx2::kLanes;
-    Tile::unpack_quads(n, k, panel, [&](int64_t block, int vector, auto& codes) {
-      const int v = vector % kGroupVectors;
-      const uint8_t* group = raw + vector / kGroupVectors * kRowsSideBySide * row_bytes;
-      const Mixed& w = reinterpret_cast<const Mixed*>(group)[block];
-      for (int q = 0; q < kWords; q++) {
-        const __m256i packed = load(w, q, v);
-        if constexpr (kNibbles) {
-          codes[q] = with_fifths(w, q, v, low_codes(packed));
-          codes[4 + q] = with_fifths(w, 4 + q, v, high_codes(packed));
-        } else {
-          codes[q] = packed;
-        }
-      }
-      return Avx2::load_half(w.scales[8 * v]);
-    });
-  }
-
-  static constexpr MatrixKernels kernels(int32_t id) {
-    return {side_by_side_id(id),
-            Rounding::kInt8,
-            kRowsSideBySide,
-            Dot::bytes,
-            prepare,
-            dot,
-            Tile::kRows,
-            Tile::kCols,
-            Avx2::kNearPanels,
-            Tile::group_bytes,
-            QuantTile<Avx2, T>::prepare,
-            Tile::kPanelColumns,
-            Tile::panel_bytes,
-            unpack,
-            Tile::tile};
-  }
-};
-
-constexpr MatrixKernels kSideBySide[] = {
-    SideBySideProducts<blocks::Q4_0>::kernels(2),
-    SideBySideProducts<blocks::Q5_0>::kernels(6),
-    SideBySideProducts<blocks::Q8_0>::kernels(8),
-    SideBySideProducts<blocks::IQ4_NL>::kernels(20),
+  static __m256 scales(const Mixed& w, int v) { return Avx2::load_half(w.scales[8 * v]); }
 };
 
 }  // namespace

@@ -155,6 +155,11 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  // The same where it stands, after what is settled() before: GCC moves all of a loop's to its beginning.
+  static void prefetch_here(const void* p) {
+    __asm__ volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
+  }
+  static void settled(Ints& v) { __asm__ volatile("" : "+v"(v)); }
 
   // Attention over latents. Addresses of 8 keys are a base and multiples of four strides.
   static constexpr int kLatentKeys = 8, kLatentCodeKeys = 16, kLatentColumns = 16;
@@ -399,7 +404,7 @@ struct FastNibbles {
   }
 
   template <int rows>
-  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const __m512i steps[4] = {lanes, _mm512_add_epi32(lanes, _mm512_set1_epi32(4)),
                               _mm512_add_epi32(lanes, _mm512_set1_epi32(8)),
@@ -416,11 +421,10 @@ struct FastNibbles {
         minus[r] = _mm512_fmadd_ps(d.zero, _mm512_loadu_ps(x[r].sums + block), minus[r]);
       }
 #pragma GCC unroll 4
-      for (int64_t line = 4; 64 * line < 16 * kBytes; line++)
-        Avx512::prefetch(p + Avx512::kAhead + 64 * line);
+      for (int64_t line = 4; 64 * line < 16 * kBytes; line++) Avx512::prefetch(p + ahead + 64 * line);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        Avx512::prefetch(p + Avx512::kAhead + 64 * i);
+        Avx512::prefetch(p + ahead + 64 * i);
         add_four<rows>(side_by_side(p + 4 * i * kBytes), scale, steps[i], x, 32 * (block + 4 * i), sum);
       }
     }
@@ -433,8 +437,8 @@ struct FastNibbles {
         minus[r] = _mm512_fmadd_ps(d.zero, _mm512_loadu_ps(x[r].sums + block), minus[r]);
       }
       for (int64_t i = 0; i < count; i += 4) {
-        Avx512::prefetch(p + Avx512::kAhead + i * kBytes);
-        Avx512::prefetch(p + Avx512::kAhead + i * kBytes + 64);
+        Avx512::prefetch(p + ahead + i * kBytes);
+        Avx512::prefetch(p + ahead + i * kBytes + 64);
         const uint8_t* from = p + i * kBytes;
         const Four blocks = i + 4 <= count ? side_by_side(from) : side_by_side(from, count - i);
         add_four<rows>(blocks, scale, steps[i / 4], x, 32 * (block + i), sum);
@@ -514,7 +518,7 @@ struct Fast<Avx512, blocks::Q8_0> {
   }
 
   template <int rows>
-  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     __m512 sum[rows], minus[rows];
     for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm512_setzero_ps();
     const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
@@ -524,9 +528,9 @@ struct Fast<Avx512, blocks::Q8_0> {
     const uint8_t* p = row;
     for (; block + 4 <= num_blocks; block += 4, p += 4 * kBytes) {
       const __m512 d = _mm512_castps128_ps512(_mm_cvtph_ps(scales(p)));
-      Avx512::prefetch(p + Avx512::kAhead);
-      Avx512::prefetch(p + Avx512::kAhead + 64);
-      Avx512::prefetch(p + Avx512::kAhead + 128);
+      Avx512::prefetch(p + ahead);
+      Avx512::prefetch(p + ahead + 64);
+      Avx512::prefetch(p + ahead + 128);
       const __m512i first = two(p), second = two(p + 2 * kBytes);
       for (int r = 0; r < rows; r++) {
         const __m512 scale = _mm512_mul_ps(d, _mm512_castps128_ps512(_mm_loadu_ps(x[r].scales + block)));
@@ -621,16 +625,16 @@ struct Fast<Avx512, blocks::Q4_K> {
   }
 
   template <int rows>
-  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512 sum[rows];
     __m256 minus[rows];
     for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps(), minus[r] = _mm256_setzero_ps();
     for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q4_K)) {
-      Avx512::prefetch(row + Avx512::kAhead);
-      Avx512::prefetch(row + Avx512::kAhead + 64);
-      Avx512::prefetch(row + Avx512::kAhead + 128);
+      Avx512::prefetch(row + ahead);
+      Avx512::prefetch(row + ahead + 64);
+      Avx512::prefetch(row + ahead + 128);
       const __m512 both = scales(row);
       __m512 scale[rows];
       for (int r = 0; r < rows; r++) {
@@ -711,7 +715,7 @@ struct Fast<Avx512, blocks::Q6_K> {
   }
 
   template <int rows>
-  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y) {
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     const __m512i nibble = _mm512_set1_epi8(15);
     const __m512i up = _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2),
                   down = _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2);
@@ -719,7 +723,7 @@ struct Fast<Avx512, blocks::Q6_K> {
     __m512 sum[rows], minus[rows];
     for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm512_setzero_ps();
     for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q6_K)) {
-      for (int line = 0; line < 4; line++) Avx512::prefetch(row + Avx512::kAhead + 64 * line);
+      for (int line = 0; line < 4; line++) Avx512::prefetch(row + ahead + 64 * line);
       const __m512 d = scales(row);
       __m512 scale[rows];
       for (int r = 0; r < rows; r++) {

@@ -208,6 +208,7 @@ struct Generic {
     return make<Floats>([=](int i) { return blocks::half_at(p + 2 * i); });
   }
   static void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the second-level cache
+  static constexpr int64_t kAhead = 8192;  // bytes from what a row dot multiplies to what it asks for
 
   // Attention over latents: kernels/latent_tile.h.
   static constexpr int kLatentKeys = 2, kLatentCodeKeys = 2,

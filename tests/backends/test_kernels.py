@@ -187,7 +187,7 @@ def test_a_row_with_nan_stays_alone(name: str, isa: str) -> None:
 @every_isa
 @pytest.mark.parametrize("rows", [1, 50])
 def test_results_do_not_depend_on_threads(rows: int, isa: str) -> None:
-    weight, x = random_weight(by_name("IQ4_NL"), 300, 1408, seed=6), activations(rows, 1408)
+    weight, x = random_weight(by_name("IQ4_NL"), 1500, 1408, seed=6), activations(rows, 1408)
     one = native_product(x, weight, threads=1)
     for threads in (2, 3, 5):
         np.testing.assert_array_equal(native_product(x, weight, threads), one)
