@@ -637,11 +637,11 @@ def _experts(mixture: _Mixture, isa: str, threads: int, mixed: _Mixed) -> Findin
         _native.put_side_by_side(weight.type.id, raw)
         return replace(weight, type=SIDE_BY_SIDE[weight.type.name], raw=raw)
 
-    routed = [network_of(mixture.routed, moe.expert_intermediate_size, 10 + e) for e in range(moe.num_experts)]
+    networks = [network_of(mixture.routed, moe.expert_intermediate_size, 10 + e) for e in range(moe.num_experts)]
     shared = network_of(mixture.shared, moe.shared_intermediate_size, 41)
     names = ("gate", "up", "down")
     stacks: dict[str, Weight] = {
-        name: tuple(map(placed, parts)) for name, parts in zip(names, zip(*routed, strict=True), strict=True)
+        name: tuple(map(placed, parts)) for name, parts in zip(names, zip(*networks, strict=True), strict=True)
     }
     wide = {f"shared_{name}": placed(weight) for name, weight in zip(names, shared, strict=True)}
 
@@ -667,6 +667,6 @@ def _experts(mixture: _Mixture, isa: str, threads: int, mixed: _Mixed) -> Findin
         mixed[key] = gated(x, *shared)
         for e in range(moe.num_experts) if mixture.subset is None else mixture.subset:
             rows = (ids == e).any(-1)
-            mixed[key][rows] += gated(x[rows], *routed[e]) * (factors * (ids == e)).sum(-1, keepdims=True)[rows]
+            mixed[key][rows] += gated(x[rows], *networks[e]) * (factors * (ids == e)).sum(-1, keepdims=True)[rows]
     bound = PRODUCT_BOUND if mixture.type == "F32" else ROUNDED_BOUND
     return Finding(mixture.kernel, mixture.type, isa, _error(got["out"], mixed[key]), bound)
