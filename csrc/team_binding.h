@@ -14,7 +14,6 @@
 #include <chrono>
 #include <cstdint>
 #include <mutex>
-#include <thread>
 #include <utility>
 
 #include "cpus.h"
@@ -45,14 +44,11 @@ class Calm {
 
 class TeamBinding {
  public:
-  // Between two ops, on the caller's thread. It may call several teams, and a team may have several callers.
+  // Between two ops, on the caller's thread. A team may have several callers, in turn, each of which looks.
+  // One that calls several teams tells whichever it calls when it is time.
   void caller_looks() {
-    if (const auto id = std::this_thread::get_id(); id != caller_id_) {
-      caller_id_ = id;
-      caller_ = {now(), thread_times()};
-    } else {
-      looks(caller_);
-    }
+    thread_local Look me{now(), thread_times()};
+    looks(me);
   }
   // On that of another member.
   void member_looks() {
@@ -105,8 +101,6 @@ class TeamBinding {
   }
 
   Calm calm_{now()};
-  std::thread::id caller_id_;
-  Look caller_;
   std::mutex mutex_;
   CpuSet taken_;
 };

@@ -174,16 +174,16 @@ class Team:
     def free(self):
         return all(mask == cpus for mask in self.cpus())
 
-team = Team(2)
-assert team.free()
-"""
-
-TAKES_TURNS = """
 def burn(cpu):
     os.sched_setaffinity(0, [cpu])
     while True:
         pass
 
+team = Team(2)
+assert team.free()
+"""
+
+TAKES_TURNS = """
 team.work_until_bound()
 neighbours = [multiprocessing.get_context("fork").Process(target=burn, args=(cpu,), daemon=True) for cpu in cpus]
 for neighbour in neighbours:
@@ -205,6 +205,35 @@ thread.start()
 print("free:", team.work(10, lambda: team.free() and other.free()))
 done.set()
 thread.join()
+"""
+
+# Only who calls waits for a CPU, and neither of two calls twice in a row.
+CALLERS_TAKE_TURNS = """
+team.work_until_bound()
+member_cpu = team.cpus()[0][0]
+caller_cpu = next(cpu for cpu in cpus if cpu != member_cpu)
+turns = [threading.Semaphore(1), threading.Semaphore(0)]
+end = time.monotonic() + 10
+masks = []  # whether the member was free, call by call
+
+def call(turn):
+    os.sched_setaffinity(threading.get_native_id(), [caller_cpu])
+    while time.monotonic() < end:
+        turns[turn].acquire(timeout=1)
+        team.kernels.linear(0, team.raw, team.x, team.out)
+        masks.append(team.free())
+        turns[1 - turn].release()
+
+neighbour = multiprocessing.get_context("fork").Process(target=burn, args=(caller_cpu,), daemon=True)
+neighbour.start()
+callers = [threading.Thread(target=call, args=(turn,)) for turn in (0, 1)]
+for caller in callers:
+    caller.start()
+for caller in callers:
+    caller.join()
+neighbour.kill()
+first = masks.index(True) if True in masks else len(masks)
+print("free:", first < len(masks) / 2, "and not bound again:", all(masks[first:]))
 """
 
 # The filter of system calls holds for this thread and those that it starts (x86-64 and AArch64).
@@ -250,6 +279,11 @@ def test_members_are_bound_to_a_core_each_until_a_neighbour_wants_it() -> None:
 def test_two_teams_at_once_are_free() -> None:
     """Each bound while it works alone."""
     assert printed_by_team(TWO_TEAMS) == ["free: True"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
+def test_members_are_free_where_callers_wait_that_take_turns() -> None:
+    assert printed_by_team(CALLERS_TAKE_TURNS) == ["free: True and not bound again: True"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
