@@ -37,10 +37,10 @@ def activations(rows: int, cols: int, device: str, seed: int = 1) -> torch.Tenso
 @pytest.mark.parametrize("name", TYPES)
 def test_rows_are_rounded_as_the_definition_says(name: str, device: str) -> None:
     """Row counts that no program divides; widths of one pass, of several, and that no pass divides."""
-    for rows, cols in ((5, 1280),) if name in block_levels.TYPES else ((5, 256), (9, 2304)):
+    for num_rows, rows, cols in ((1, 5, 1280),) if name in block_levels.TYPES else ((2, 5, 256), (1, 9, 2304)):
         w, dense = matrix(name, rows, cols, device, seed=3, rounds=True)
-        x = activations(2, cols, device)
-        out = torch.full((2, rows + 2), torch.nan, device=device)
+        x = activations(num_rows, cols, device)
+        out = torch.full((num_rows, rows + 2), torch.nan, device=device)
         row_product.linear(x, w, out)
         same(out[:, :rows], rounded(x) @ dense[0].T.astype(np.float64), 1e-6)
         assert out[:, rows:].isnan().all()
