@@ -29,18 +29,20 @@ COMMON = {
 }
 
 
-def box(rows: int, columns: int, dtype: str = "bf16", swizzle_bytes: int = 128) -> str:
-    bits = {"u8": 8, "bf16": 16, "i32": 32, "fp32": 32}[dtype]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle_bytes, element_bitwidth=bits, rank=2)
-    return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
+def box(*shape: int, dtype: str = "bf16", swizzle_bytes: int = 128) -> str:
+    bits = {"u8": 8, "bf16": 16, "fp16": 16, "i32": 32, "fp32": 32}[dtype]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle_bytes, element_bitwidth=bits, rank=len(shape))
+    return f"tensordesc<{dtype}[{', '.join(map(str, shape))}],{layout!r}>"
 
 
 def experts(type: str, tokens: int, gated: bool) -> tuple[dict[str, str], dict[str, object], dict[str, int]]:
     """Types of the arguments, sizes and options of V2-Lite's experts: gate and up, or `down`, in tiles of `tokens` rows."""
     tile, options = tile_product_gluon.sizes(type, tokens)
     codes, more = tile_product_gluon.words_of_pass(type), tile_product_gluon.more_words(type)
-    boxes = {name: box(tile["STRIP"], codes, "i32", 4 * codes) for name in ("w0_desc", "w1_desc")}
-    other = box(tile["STRIP"], more, "i32", 4 * more // 32 * 32) if more else boxes["w0_desc"]
+    boxes = {
+        name: box(tile["STRIP"], codes, dtype="i32", swizzle_bytes=4 * codes) for name in ("w0_desc", "w1_desc")
+    }
+    other = box(tile["STRIP"], more, dtype="i32", swizzle_bytes=4 * more // 32 * 32) if more else boxes["w0_desc"]
     types = boxes | {"more0_desc": other, "more1_desc": other, "x_desc": box(tokens, 128), "out": "*bf16"}
     types |= {name: "*u8" for name in ("w0", "w1")} | {name: "*i32" for name in ("pairs", "starts", "tiles")}
     types |= {name: "i32" for name in ("num_experts", "rows", "row_bytes")}
@@ -65,7 +67,7 @@ def exponentials_beside_products(sass: str) -> int:
 
 def main(kind: str) -> None:
     sizes: dict[str, object] = {}
-    options = {"num_warps": 4}
+    options: dict[str, object] = {"num_warps": 4}
     types = dict(COMMON)
     if kind == "few":
         kernel = mla_decode_gluon._few_rows_kernel
@@ -75,8 +77,8 @@ def main(kind: str) -> None:
         kernel = mla_decode_fp8_gluon._fp8_kernel
         block_rows = int(kind.removeprefix("fp8_"))
         types |= {
-            "codes_desc": box(64, 512, "u8", mla_decode_fp8_gluon.CODES_SWIZZLE),
-            "scales_desc": box(64, 4, "fp32", 0),
+            "codes_desc": box(64, 512, dtype="u8", swizzle_bytes=mla_decode_fp8_gluon.CODES_SWIZZLE),
+            "scales_desc": box(64, 4, dtype="fp32", swizzle_bytes=0),
         }
         types |= {"rope_desc": box(64, 64), "nothing": "i32"}
         sizes = {"HEADS": 16, "BLOCK_ROWS": block_rows, "S_Q": block_rows // 16, "PDL": True}
@@ -87,7 +89,9 @@ def main(kind: str) -> None:
         types |= {"q_desc": box(64, 256), "k_desc": box(64, 256 // mla_decode_gluon.CHUNKS.value), "nothing": "i32"}
         types |= {f"{name}_desc": box(64, 64) for name in ("q_rope", "k_rope")}
         types |= {"partial_scale": "*fp32"} | ({"partial": "*fp16"} if kind == "many_halves" else {})
+        types |= {"out_desc": box(1, 64, 256), "partial_desc": box(1, 64, 256, dtype="fp16")}
         sizes = {"HEADS": 128, "S_Q": 1, "PDL": True, "WORKER_REGISTERS": 256}
+        options["ptx_options"] = mla_decode_gluon.PTXAS_OPTIONS
     elif kind.startswith("experts"):  # experts_TYPE_TOKENS_gated
         kernel = tile_product_gluon._experts_kernel
         *type, tokens, form = kind.removeprefix("experts_").split("_")
@@ -117,7 +121,8 @@ def main(kind: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
-        command = [knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", str(file), "-o", str(file.with_suffix(".cubin"))]
+        command = [knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", *str(options.get("ptx_options", "")).split()]
+        command += [str(file), "-o", str(file.with_suffix(".cubin"))]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         command = [knobs.nvidia.nvdisasm.path, "-c", str(file.with_suffix(".cubin"))]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
