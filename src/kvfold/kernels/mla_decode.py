@@ -37,6 +37,8 @@ from kvfold.kernels.online_softmax import LOG2_E, NO_SCORE
 Form = Literal["triton", "gluon"]
 
 COMBINE_PROGRAMS = 1056  # 8 on each of 132 multiprocessors: one wave
+MANY_COMBINED_ROWS = 256  # of a batch, from which on a row's partials are added one by one
+MOST_AT_ONCE = 24  # of a row's partials, 16 bytes a thread each: what its registers hold
 INTERPRETER_PARTS = 5  # parts without a GPU: few programs, and splits at odd places
 
 
@@ -220,13 +222,43 @@ def combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool, halves: bo
     """Merges the partials of the sequences that were cut, those of 16 bits if `halves`: some 4096 numbers are under way in
     each program at once.
 
-    Nothing here waits long but for memory, so a program loads several partials of few rows together: as many as an even
+    Many rows of not too many partials have a program each: it orders the partials that a sequence of an even batch has, then
+    adds them one by one, some 30 instructions a warp and partial. Partials side by side take four times as many: 14 us of 16
+    sequences of 128 heads, where this takes 4.
+
+    Of few rows nothing waits long but for memory, so a program loads several partials of them together: as many as an even
     batch has per sequence. A large batch has few or none, and programs that take several rows, since most end at once.
     Up to 16 partials, rows are whole: 128 heads at batch 4 take 4.7 us so, and 9.0 in four programs a row. So they are with more
     partials of 16 bits, 16 at a time, where that makes 128 programs: batch 1 to 3 of 128 heads, 5 us less than in narrower ones.
     """
     rows = workspace.rows_per_sequence * workspace.num_heads
     likely_splits = workspace.num_parts // workspace.batch
+    common = (
+        workspace.splits, workspace.half_partial if halves else workspace.partial, workspace.partial_lse,
+        workspace.partial_scale, out, rows, out.stride(0), out.stride(1),
+    )  # fmt: skip
+    sizes = {
+        "S_Q": workspace.rows_per_sequence,
+        "HEADS": workspace.num_heads,
+        "KV_LORA": workspace.kv_lora,
+        "PDL": pdl,
+    }
+    if pdl:
+        sizes["launch_pdl"] = True
+    if workspace.batch * rows >= MANY_COMBINED_ROWS and likely_splits <= MOST_AT_ONCE:
+        at_once = max(likely_splits, 1)
+        programs = COMBINE_PROGRAMS * (4 if likely_splits > 1 else 1)
+        turns = max(workspace.batch * rows // programs, 1)
+        _combine_rows_kernel[(workspace.batch, triton.cdiv(rows, turns), 1)](
+            *common,
+            turns,
+            BLOCK_COLUMNS=triton.next_power_of_2(workspace.kv_lora),
+            AT_ONCE=at_once,
+            LANES=triton.next_power_of_2(at_once),
+            num_warps=2,
+            **sizes,
+        )
+        return
     block_splits = min(max(triton.next_power_of_2(likely_splits), 4), MOST_SPLITS)
     block_columns = triton.next_power_of_2(workspace.kv_lora)
     if block_splits > 16 and halves:
@@ -239,20 +271,15 @@ def combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool, halves: bo
     column_blocks = triton.cdiv(workspace.kv_lora, block_columns)
     turns = max(workspace.batch * triton.cdiv(rows, block_rows) * column_blocks // COMBINE_PROGRAMS, 1)
     grid = (workspace.batch, triton.cdiv(rows, block_rows * turns), column_blocks)
-    options = {"launch_pdl": True} if pdl else {}
     _combine_kernel[grid](
-        workspace.splits, workspace.half_partial if halves else workspace.partial, workspace.partial_lse,
-        workspace.partial_scale, out, rows, out.stride(0), out.stride(1), turns,
-        S_Q=workspace.rows_per_sequence,
-        HEADS=workspace.num_heads,
-        KV_LORA=workspace.kv_lora,
+        *common,
+        turns,
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
         BLOCK_SPLITS=block_splits,
-        PDL=pdl,
         num_warps=4,
-        **options,
-    )  # fmt: skip
+        **sizes,
+    )
 
 
 @triton.jit
@@ -399,3 +426,73 @@ def _combine_kernel(
             row = sequence.to(tl.int64) * S_Q + r // HEADS
             out_row = out + row * out_stride + (r % HEADS) * out_head_stride
             tl.store(out_row + column, values.to(out.dtype.element_ty), mask=(r < rows) & (column < KV_LORA))
+
+
+@triton.jit
+def _joined(highest, weight, start, end, first_part, partial_lse, rows, r, SPLITS: tl.constexpr):
+    """The highest of a row's log-sum-exps and their sum relative to it, with those of the partials start .. end, SPLITS at most."""
+    split = start + tl.arange(0, SPLITS)
+    slot_row = (2 * (first_part + split) + (split == 0).to(tl.int32)) * rows + r
+    lse = tl.load(partial_lse + slot_row, mask=split < end, other=float("-inf"))
+    higher = tl.maximum(highest, tl.max(lse, 0))
+    return higher, weight * tl.exp2(highest - higher) + tl.sum(tl.exp2(lse - higher), 0)
+
+
+@triton.jit
+def _with_partials(
+    values, highest, split, first_part, num_splits, partial, partial_lse, partial_scale, rows, r, column,
+    KV_LORA: tl.constexpr,
+):  # fmt: skip
+    """values [1, columns] with the partial `split`, if there is one."""
+    split = split + tl.arange(0, 1)[:, None]
+    slot_row = (2 * (first_part + split) + (split == 0).to(tl.int32)) * rows + r
+    real = split < num_splits
+    at = slot_row.to(tl.int64) * KV_LORA + column
+    part = tl.load(partial + at, mask=real & (column < KV_LORA), other=0).to(tl.float32)
+    share = tl.exp2(tl.load(partial_lse + slot_row, mask=real, other=float("-inf")) - highest)
+    if partial.dtype.element_ty == tl.float16:
+        share *= tl.load(partial_scale + slot_row, mask=real, other=0.0)
+    return values + part * share
+
+
+@triton.jit
+def _combine_rows_kernel(
+    splits, partial, partial_lse, partial_scale, out, rows, out_stride, out_head_stride, turns,
+    S_Q: tl.constexpr, HEADS: tl.constexpr, KV_LORA: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # partials, ordered one behind the other without a wait
+    LANES: tl.constexpr,  # a power of two, for as many partials
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, `turns` rows, columns): merges the partial results of a sequence that was cut, one by one."""
+    sequence = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+    first_part = tl.load(splits + 2 * sequence)
+    num_splits = tl.load(splits + 2 * sequence + 1)
+    if PDL:
+        gdc_wait()
+    if num_splits > 1:
+        column = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        for r in range(tl.program_id(1) * turns, tl.minimum((tl.program_id(1) + 1) * turns, rows)):
+            end = tl.minimum(num_splits, AT_ONCE)
+            highest = tl.full([1], NO_SCORE, tl.float32)
+            weight = tl.zeros([1], tl.float32)
+            highest, weight = _joined(highest, weight, 0, end, first_part, partial_lse, rows, r, LANES)
+            values = tl.zeros([1, BLOCK_COLUMNS], tl.float32)
+            for split in tl.static_range(AT_ONCE):
+                values = _with_partials(
+                    values, highest, split, first_part, num_splits, partial, partial_lse, partial_scale,
+                    rows, r, column[None, :], KV_LORA,
+                )  # fmt: skip
+            for split in range(AT_ONCE, num_splits):  # of an uneven batch
+                higher, weight = _joined(highest, weight, split, num_splits, first_part, partial_lse, rows, r, 1)
+                values = _with_partials(
+                    values * tl.exp2(highest - higher), higher, split, first_part, num_splits, partial, partial_lse,
+                    partial_scale, rows, r, column[None, :], KV_LORA,
+                )  # fmt: skip
+                highest = higher
+            merged = tl.sum(values, 0) / tl.where(weight > 0, weight, 1.0)
+            row = sequence.to(tl.int64) * S_Q + r // HEADS
+            out_row = out + row * out_stride + (r % HEADS) * out_head_stride
+            tl.store(out_row + column, merged.to(out.dtype.element_ty), mask=column < KV_LORA)
