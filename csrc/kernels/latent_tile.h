@@ -63,6 +63,7 @@ struct LatentTile {
                        kColumns = S::kLatentColumns;  // of a register tile
   static_assert(kHeadLanes % S::kLanes == 0 && kValueColumns % kColumns == 0);
   static constexpr int64_t kPairStep = 4;  // pairs of keys that values are added up for at a time
+  static_assert(kPagePairs % kPairStep == 0);
   // Where there is no product of two signed codes, queries are magnitudes m and signs s, 0 or -1, and keys k
   // meet them as in quant_tile.h: k q = m (k ^ s) - m s, of which the last term is where sums start.
   static constexpr bool kTakesSigns = S::kPairSums;

@@ -259,6 +259,7 @@ struct Avx2 {
   static Ints multiply_shares(Ints a, Ints b) { return _mm256_mulhrs_epi16(a, b); }
   static Ints dot_shorts(Ints sum, Ints a, Ints b) { return add_ints(sum, _mm256_madd_epi16(a, b)); }
   // Words are interleaved within halves of 128 bits, so columns 4 to 7 and 8 to 11 change places.
+  static_assert(kLatentColumns == 4);
   static constexpr int pair_place(int column) { return column == 4 ? 8 : column == 8 ? 4 : column; }
   static void pair_bytes(const int8_t* low, const int8_t* high, uint32_t* to) {
     const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));

@@ -213,10 +213,10 @@ def test_generated_rows_lose_what_plain_int8_loses(tmp_path: Path) -> None:
     """Plain rounds at the up-projections too, which a GPU multiplies unrounded."""
     tiny = tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0)
     path = write_gguf(tiny, tmp_path / "m.gguf", ftype="Q8_0")
-    text = ids(2)
-    exact = Harness(path, mla="1").logits(text)
-    loss = rms(Harness(path, mla="1", dtype="int8").logits(text) - exact)
-    got = rms(cuda_harness(path, mla="1", rounds=True).logits(text, is_prompt=False) - exact)
+    text = ids(3)
+    exact = Harness(path, mla="1").logits(text, [2, 1])
+    loss = rms(Harness(path, mla="1", dtype="int8").logits(text, [2, 1]) - exact)
+    got = rms(cuda_harness(path, mla="1", rounds=True).logits(text, [2, 1], is_prompt=False) - exact)
     assert 0.3 * loss < got < 1.1 * loss, f"{got:.3g} of plain's {loss:.3g}"
 
 
