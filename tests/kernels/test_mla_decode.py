@@ -121,6 +121,12 @@ def test_any_head_count(heads: int, s_q: int) -> None:
     Case(heads, [65, 130] if heads < 128 else [130], s_q, seed=heads).check(2e-6)
 
 
+@pytest.mark.parametrize(("kv_lens", "num_parts"), [([700, 10], 8), ([10, 130, 700], 7), ([0, 520], 9)])
+def test_uneven_batches_of_many_rows_merge_in_turns(kv_lens: list[int], num_parts: int) -> None:
+    """A long sequence of a batch has more partials than an even batch would have, whose number is merged at once."""
+    Case(128, kv_lens, kv_lora=40, seed=num_parts).check(2e-6, num_parts)
+
+
 @pytest.mark.parametrize(
     ("kv_lens", "s_q", "num_parts", "kv_lora"),
     [([300, 0, 64], 1, 7, 32), ([200, 129], 2, 3, 40), ([4400], 1, 40, 32)],

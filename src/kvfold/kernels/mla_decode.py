@@ -38,7 +38,7 @@ Form = Literal["triton", "gluon"]
 
 COMBINE_PROGRAMS = 1056  # 8 on each of 132 multiprocessors: one wave
 MANY_COMBINED_ROWS = 256  # of a batch, from which on a row's partials are added one by one
-MOST_AT_ONCE = 24  # of a row's partials, 16 bytes a thread each: what its registers hold
+MOST_AT_ONCE = 24  # of a row's partials, 16 bytes a thread each
 INTERPRETER_PARTS = 5  # parts without a GPU: few programs, and splits at odd places
 
 
@@ -245,16 +245,14 @@ def combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool, halves: bo
     }
     if pdl:
         sizes["launch_pdl"] = True
-    if workspace.batch * rows >= MANY_COMBINED_ROWS and likely_splits <= MOST_AT_ONCE:
-        at_once = max(likely_splits, 1)
-        programs = COMBINE_PROGRAMS * (4 if likely_splits > 1 else 1)
-        turns = max(workspace.batch * rows // programs, 1)
+    if workspace.batch * rows >= MANY_COMBINED_ROWS and 1 < likely_splits <= MOST_AT_ONCE:
+        turns = max(workspace.batch * rows // (4 * COMBINE_PROGRAMS), 1)
         _combine_rows_kernel[(workspace.batch, triton.cdiv(rows, turns), 1)](
             *common,
             turns,
             BLOCK_COLUMNS=triton.next_power_of_2(workspace.kv_lora),
-            AT_ONCE=at_once,
-            LANES=triton.next_power_of_2(at_once),
+            AT_ONCE=likely_splits,
+            LANES=triton.next_power_of_2(likely_splits),
             num_warps=2,
             **sizes,
         )
