@@ -383,12 +383,9 @@ def _decode_kernel(
 
 
 @triton.jit
-def _combine_kernel(
-    splits, partial, partial_lse, partial_scale, out, rows, out_stride, out_head_stride, turns,
-    S_Q: tl.constexpr, HEADS: tl.constexpr, KV_LORA: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program (sequence, `turns` blocks of rows, columns): merges the partial results of a sequence that was cut."""
+def _partials_of_program(splits, PDL: tl.constexpr):
+    """The sequence of the program, its first part and how many it was cut into. The schedule is older than the launch before,
+    which has ended when this returns."""
     sequence = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
@@ -396,6 +393,17 @@ def _combine_kernel(
     num_splits = tl.load(splits + 2 * sequence + 1)
     if PDL:
         gdc_wait()
+    return sequence, first_part, num_splits
+
+
+@triton.jit
+def _combine_kernel(
+    splits, partial, partial_lse, partial_scale, out, rows, out_stride, out_head_stride, turns,
+    S_Q: tl.constexpr, HEADS: tl.constexpr, KV_LORA: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, `turns` blocks of rows, columns): merges the partial results of a sequence that was cut."""
+    sequence, first_part, num_splits = _partials_of_program(splits, PDL)
     if num_splits > 1:
         lane = tl.arange(0, BLOCK_SPLITS)[:, None, None]
         column = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, None, :]
@@ -463,13 +471,7 @@ def _combine_rows_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, `turns` rows, columns): merges the partial results of a sequence that was cut, one by one."""
-    sequence = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
-    first_part = tl.load(splits + 2 * sequence)
-    num_splits = tl.load(splits + 2 * sequence + 1)
-    if PDL:
-        gdc_wait()
+    sequence, first_part, num_splits = _partials_of_program(splits, PDL)
     if num_splits > 1:
         column = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         for r in range(tl.program_id(1) * turns, tl.minimum((tl.program_id(1) + 1) * turns, rows)):
