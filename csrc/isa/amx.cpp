@@ -13,38 +13,38 @@ namespace kvfold {
 extern const PairKernels amx_pairs;     // pairs_amx.cpp
 extern const LatentKernels amx_latent;  // latent_amx.cpp
 const InstructionSet& avx512_set();
+
+// `change` is called with each of the kernels, each quantized type and its id.
+template <class Types, class Change>
+static KernelTable changed(const MatrixKernels* from, int32_t count, Types for_each_type, Change change) {
+  KernelTable all;
+  for (int32_t i = 0; i < count; i++) {
+    MatrixKernels kernels = from[i];
+    for_each_type([&](auto type, int32_t id) { change(kernels, type, id); });
+    all.add(kernels);
+  }
+  return all;
+}
+
 const InstructionSet& amx_set() {
-  static const KernelTable table = [] {
-    const InstructionSet& like = avx512_set();
-    KernelTable all;
-    for (int32_t i = 0; i < like.num_kernels; i++) {
-      MatrixKernels kernels = like.kernels[i];
-      for_each_quantized([&](auto type, int32_t id) {
+  static const KernelTable table = changed(
+      avx512_set().kernels, avx512_set().num_kernels, [](auto each) { for_each_quantized(each); },
+      [](MatrixKernels& kernels, auto type, int32_t id) {
         using T = typename decltype(type)::type;
         if constexpr (Parts<T>::kRun == kBlock) {
           if (id == kernels.type) take_scaled_tiles<Amx, T>(kernels);
         }
       });
-      all.add(kernels);
-    }
-    return all;
-  }();
-  static const KernelTable side_by_side = [] {
-    const InstructionSet& like = avx512_set();
-    KernelTable all;
-    for (int32_t i = 0; i < like.num_side_by_side; i++) {
-      MatrixKernels kernels = like.side_by_side[i];
-      for_each_side_by_side([&](auto type, int32_t id) {
+  static const KernelTable side_by_side = changed(
+      avx512_set().side_by_side, avx512_set().num_side_by_side,
+      [](auto each) { for_each_side_by_side(each); },
+      [](MatrixKernels& kernels, auto type, int32_t id) {
         using T = typename decltype(type)::type;
         if (side_by_side_id(id) != kernels.type) return;
         take_scaled_tiles<Amx, T>(kernels);
         using Panels = typename ScaledTile<Amx, Parts<T>::kHasMin>::Panels;
         kernels.unpack = SideBySideProducts<LevelsSideBySide<T>>::template unpack<Panels>;
       });
-      all.add(kernels);
-    }
-    return all;
-  }();
   static const InstructionSet set = [] {
     InstructionSet like = avx512_set();
     like.name = Amx::kName;
