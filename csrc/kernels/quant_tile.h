@@ -121,21 +121,25 @@ struct CodePanel {
     }
   }
 
-  // The first n rows, whole vectors of them, from vectors: take(block, v, codes [8]) hands over 32 columns of
-  // the rows of a vector, four codes a lane, and returns their scales.
+  // The first n rows, whole vectors of them, from vectors: take(block, v, codes [8], scales) hands over 32
+  // columns of the rows of a vector, four codes a lane, and their scales, and minimums, negated.
   template <class Take>
   static void unpack_quads(int64_t n, int64_t k, uint8_t* panel, const Take& take) {
+    static_assert(F::kRuns == 1);
+    constexpr int fields = F::kHasMin ? 2 : 1;
     for (int64_t block = 0; block < k / kBlock; block++, panel += kRecord) {
       for (int v = 0; v < kVectors; v++) {
         typename S::Ints codes[8];
-        auto scales = S::zero();
+        typename S::Floats scales[fields];
         if (v * S::kLanes < n) {
-          scales = take(block, v, codes);
+          take(block, v, codes, scales);
         } else {
           for (auto& quad : codes) quad = S::zero_ints();
+          for (auto& field : scales) field = S::zero();
         }
         for (int q = 0; q < 8; q++) S::store_codes(panel + (q * kVectors + v) * S::kLanes * 4, codes[q]);
-        S::store(reinterpret_cast<float*>(panel + kCodeBytes) + v * S::kLanes, scales);
+        auto* to = reinterpret_cast<float*>(panel + kCodeBytes) + v * S::kLanes;
+        for (int field = 0; field < fields; field++) S::store(to + field * kRows, scales[field]);
       }
     }
   }
@@ -354,9 +358,9 @@ struct QuantTile {
     if constexpr (Fast<S, T>::kQuads) {
       using Of32 = Fast<S, T>;
       if (n % S::kLanes == 0) {
-        return Any::unpack_quads(n, k, panel, [&](int64_t block, int v, auto& codes) {
+        return Any::unpack_quads(n, k, panel, [&](int64_t block, int v, auto& codes, auto& scales) {
           const uint8_t* first = raw + v * S::kLanes * row_bytes + block * Of32::kBytes;
-          return Of32::quads(first, row_bytes, codes);
+          scales[0] = Of32::quads(first, row_bytes, codes);
         });
       }
     }

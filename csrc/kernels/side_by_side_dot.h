@@ -25,6 +25,18 @@ struct ZeroLanes {  // weights that are codes less `zero`
   }
 };
 
+// The same for weights with minimums.
+struct MinLanes {
+  int8_t codes[32];
+  float scale, sum;  // scale times the sum of the codes
+
+  void set(const int8_t* of_x, const int32_t* halves, float x_scale) {
+    std::memcpy(codes, of_x, 32);
+    scale = x_scale;
+    sum = x_scale * static_cast<float>(halves[0] + halves[1]);
+  }
+};
+
 // What a set has for a type, in simd/*_side_by_side.h:
 //   Set, Type, X     X: 32 activations as above
 //   kMostRows        rows of x that meet a group together
@@ -32,8 +44,8 @@ struct ZeroLanes {  // weights that are codes less `zero`
 //   kAhead           bytes read ahead of each stream
 //   block<rows, groups>(w, x, ahead, out)   adds the products of a mixed block of each group, and asks for
 //                    the bytes that are so far ahead of it
-//   quads(w, v, codes)   codes [8] of vector v of a group, as a panel of the set has them
-//   scales(w, v)         and their scales
+//   quads(w, run, v, codes)   codes [8] of 32 columns of vector v of a group, as a panel of the set has them
+//   scales(w, run, v, scales)   and their scales, and minimums, negated, where the type has them
 template <class Of>
 struct SideBySideProducts {
   using S = typename Of::Set;
@@ -43,7 +55,8 @@ struct SideBySideProducts {
   using Dot = AnyDot<S, typename Format<S, T>::Like>;
   using Tile = typename QuantTile<S, T>::Any;
   static constexpr int kGroupVectors = kRowsSideBySide / S::kLanes;
-  static_assert(T::elements == kBlock && Tile::kRows % kRowsSideBySide == 0);
+  static constexpr int kRuns = T::elements / kBlock;  // of x that a mixed block meets
+  static_assert(Parts<T>::kRun == kBlock && Tile::kRows % kRowsSideBySide == 0);
   // Prepared rows take no more than where rows lie one by one, so that weights may move between the two.
   static_assert(sizeof(X) <= Dot::kCodes * kBlock + 2 * sizeof(float));
 
@@ -79,9 +92,9 @@ struct SideBySideProducts {
     for (auto& of_row : out) {
       for (auto& sum : of_row) sum = S::zero();
     }
-    for (int64_t left = k / kBlock; left > 0; left--) {
+    for (int64_t left = k / T::elements; left > 0; left--) {
       Of::template block<rows, groups>(w, x, left > kLast ? ahead.first : ahead.last, out);
-      KVFOLD_UNROLLED for (int r = 0; r < rows; r++) x[r]++;
+      KVFOLD_UNROLLED for (int r = 0; r < rows; r++) x[r] += kRuns;
       KVFOLD_UNROLLED for (int g = 0; g < groups; g++) w[g]++;
     }
     KVFOLD_UNROLLED for (int r = 0; r < rows; r++) {
@@ -127,11 +140,12 @@ struct SideBySideProducts {
   // For the panels of a set P, of codes less kZero.
   template <class Panels>
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel) {
-    Panels::unpack_quads(n, k, panel, [&](int64_t block, int vector, auto& codes) {
+    Panels::unpack_quads(n, k, panel, [&](int64_t block, int vector, auto& codes, auto& scales) {
       const uint8_t* group = raw + vector / kGroupVectors * kRowsSideBySide * row_bytes;
-      const Mixed& w = reinterpret_cast<const Mixed*>(group)[block];
-      Of::quads(w, vector % kGroupVectors, codes);
-      return Of::scales(w, vector % kGroupVectors);
+      const Mixed& w = reinterpret_cast<const Mixed*>(group)[block / kRuns];
+      const int run = static_cast<int>(block % kRuns);
+      Of::quads(w, run, vector % kGroupVectors, codes);
+      Of::scales(w, run, vector % kGroupVectors, scales);
     });
   }
 
@@ -154,18 +168,19 @@ struct SideBySideProducts {
   }
 };
 
-// use(Type<T>, ggml's number) for every type that has this layout.
-template <class Use>
+// use(Type<T>, ggml's number) for every type that a set multiplies in this layout.
+template <class S, class Use>
 constexpr void for_each_side_by_side(const Use& use) {
   use(Type<blocks::Q4_0>(), 2), use(Type<blocks::Q5_0>(), 6);
   use(Type<blocks::Q8_0>(), 8), use(Type<blocks::IQ4_NL>(), 20);
+  if constexpr (S::kRunsSideBySide) use(Type<blocks::Q4_K>(), 12);
 }
 
 // A set's kernels of them.
-template <template <class> class Of>
+template <class S, template <class> class Of>
 constexpr KernelTable kSideBySide = [] {
   KernelTable all;
-  for_each_side_by_side([&](auto type, int32_t id) {
+  for_each_side_by_side<S>([&](auto type, int32_t id) {
     all.add(SideBySideProducts<Of<typename decltype(type)::type>>::kernels(id));
   });
   return all;

@@ -43,7 +43,7 @@ struct Avx2 {
   // 8 sums, magnitudes and signs of x, a product and ones: weights come from memory. 3 rows of x: the same
   // speed alone, less beside a busy neighbour.
   static constexpr int kSignVectors = 4, kSignCols = 2;
-  static constexpr bool kPairSums = true, kNearPanels = true;
+  static constexpr bool kPairSums = true, kNearPanels = true, kRunsSideBySide = true;
 
   using Floats = __m256;
   using Ints = __m256i;

@@ -25,7 +25,7 @@ struct Avx512 {
   // for 12.
   static constexpr int kTileVectors = 2, kTileCols = 6;
   static constexpr int kCodeVectors = 2, kCodeCols = 6;
-  static constexpr bool kPairSums = false, kNearPanels = false;
+  static constexpr bool kPairSums = false, kNearPanels = false, kRunsSideBySide = false;
 
   using Floats = __m512;
   using Ints = __m512i;

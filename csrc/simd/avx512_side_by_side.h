@@ -70,7 +70,7 @@ struct Avx512SideBySide {
       }
     }
     KVFOLD_UNROLLED for (int g = 0; g < groups; g++) {
-      const __m512 d = scales(*w[g], 0);
+      const __m512 d = scales(*w[g]);
       KVFOLD_UNROLLED for (int r = 0; r < rows; r++) {
         const __m512 scale = _mm512_mul_ps(d, _mm512_set1_ps(x[r]->scale));
         out[r][g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][g]), scale, out[r][g]);
@@ -82,15 +82,16 @@ struct Avx512SideBySide {
   static void quads_of(const Mixed& w, __m512i (&codes)[8]) {
     KVFOLD_UNROLLED for (int q = 0; q < 8; q++) codes[q] = quad<is_signed>(w, q);
   }
-  static void quads(const Mixed& w, int, __m512i (&codes)[8]) { quads_of<false>(w, codes); }
-  static __m512 scales(const Mixed& w, int) { return Avx512::load_half(w.scales[0]); }
+  static void quads(const Mixed& w, int, int, __m512i (&codes)[8]) { quads_of<false>(w, codes); }
+  static __m512 scales(const Mixed& w) { return Avx512::load_half(w.scales[0]); }
+  static void scales(const Mixed& w, int, int, __m512 (&of_block)[1]) { of_block[0] = scales(w); }
 };
 
 // For tiles in hardware, whose panels have signed levels.
 template <class T>
 struct LevelsSideBySide : Avx512SideBySide<T> {
   using Mixed = SideBySide<T>;
-  static void quads(const Mixed& w, int, __m512i (&codes)[8]) {
+  static void quads(const Mixed& w, int, int, __m512i (&codes)[8]) {
     Avx512SideBySide<T>::template quads_of<true>(w, codes);
   }
 };

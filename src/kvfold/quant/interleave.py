@@ -186,7 +186,11 @@ def _k_scales(m: Blocks) -> Bytes:
     """
     scale, minimum = np.moveaxis(_digits(m["scales_l"], 4).transpose(0, 2, 1, 3), 3, 0)
     upper = _digits(m["scales_h"], 4).swapaxes(1, 2).reshape(-1, 8, 4).swapaxes(1, 2)
-    scale, minimum = scale | (upper & 3) << 4, minimum | upper >> 2 << 4
+    return _packed_k_scales(scale | (upper & 3) << 4, minimum | upper >> 2 << 4)
+
+
+def _packed_k_scales(scale: Bytes, minimum: Bytes) -> Bytes:
+    """Scales and minimums of six bits, [g, k, 8 runs] -> the standard's 12 bytes."""
     first = scale[..., :4] | scale[..., 4:] >> 4 << 6
     second = minimum[..., :4] | minimum[..., 4:] >> 4 << 6
     return np.concatenate([first, second, (scale[..., 4:] & 15) | minimum[..., 4:] << 4], axis=2)
@@ -194,7 +198,7 @@ def _k_scales(m: Blocks) -> Bytes:
 
 def _nibble_planes(levels: Bytes) -> Bytes:
     """Levels below 16 [g, k, 8 runs, 32] -> the standard's bytes of Q4_K and Q5_K, two runs in nibble planes."""
-    return _pack(levels.reshape(-1, 4, 4, 2, 32).swapaxes(3, 4), 4)
+    return _pack(levels.reshape(len(levels), -1, 4, 2, 32).swapaxes(3, 4), 4)
 
 
 @_mixed(
@@ -326,7 +330,27 @@ def _enter_side_by_side(type: BlockType) -> None:
 
 
 for _type in SIDE_BY_SIDE.values():
-    _enter_side_by_side(_type)
+    if _type.block_elements == 32:
+        _enter_side_by_side(_type)
+
+
+@_mixed(
+    "Q4_K side by side",
+    ("d", "<u2", (2, 16)),
+    ("upper", "u1", (4, 16)),
+    ("lower", "u1", (8, 16)),
+    ("words", "u1", (8, 4, 16, 4)),
+)
+def _q4_k_side_by_side(m: Blocks) -> Bytes:
+    """words[run][q][k][i]: weights 4 q + i and 16 + 4 q + i in the nibbles. lower[run][k]: low nibbles of scale and minimum.
+
+    upper[r][k]: their upper 2 + 2 bits of run r, then of run 4 + r.
+    """
+    lower = np.moveaxis(_digits(m["lower"], 4), 3, 0)
+    upper = _digits(m["upper"], 2).reshape(-1, 4, 16, 2, 2).transpose(4, 0, 3, 1, 2).reshape(2, -1, 8, 16)
+    scale, minimum = (lower | upper << 4).swapaxes(2, 3)
+    levels = _digits(m["words"], 4).transpose(0, 3, 1, 5, 2, 4)
+    return _join(m["d"].swapaxes(1, 2), _packed_k_scales(scale, minimum), _nibble_planes(levels.reshape(-1, 16, 8, 32)))
 
 _MIXED_TYPES = [t for t in (*TYPES, *SIDE_BY_SIDE.values()) if t.standard]
 assert {t.name for t in _MIXED_TYPES} == _UNMIXERS.keys()
