@@ -153,13 +153,13 @@ def test_rows_of_products_lie_side_by_side_in_a_copy(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not _native.side_by_side_types("auto"), reason="this set multiplies rows as files have them")
 def test_down_lies_side_by_side_where_gate_and_up_have_no_such_layout(tmp_path: Path) -> None:
-    """V2-Lite in Q6_K: its experts' 1408 columns are no whole number of 256, so that down falls back to Q8_0."""
+    """V2-Lite in Q3_K: its experts' 1408 columns are no whole number of 256, so that down falls back to IQ4_NL."""
     sizes = {"hidden_size": 256, "moe_intermediate_size": 96, "intermediate_size": 256}
-    synthesize(ModelConfig.from_hf(tiny_model("v3", **sizes).config), tmp_path / "model.gguf", type="q6_k")
+    synthesize(ModelConfig.from_hf(tiny_model("v3", **sizes).config), tmp_path / "model.gguf", type="q3_k")
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
     types = side_by_side(program_of(checkpoint, Settings.parse(**SETTINGS)), checkpoint.tensors, "auto")
     of_experts = {name: type.standard for name, type in types.items() if "_exps" in name or "_shexp" in name}
-    assert of_experts and set(of_experts.values()) == {"Q8_0"}
+    assert of_experts and set(of_experts.values()) == {"IQ4_NL"}
     assert all("_down_" in name for name in of_experts)
 
 
@@ -348,8 +348,16 @@ def test_rows_are_put_side_by_side_as_they_are_read(
 ) -> None:
     """In groups whatever is cut: experts that lie together, another type between them, bytes before and behind."""
     monkeypatch.setattr(kvfold.weight_memory, "CHUNK_BYTES", chunk_bytes)
-    map = random_map(tmp_path / "file", 12 * PAGE_BYTES)
-    layouts = [("Q8_0", 32, 3), ("Q8_0", 32, 3), ("F32", 1, 40), ("Q4_0", 48, 5), ("IQ4_NL", 16, 64), ("Q4_K", 32, 3)]
+    map = random_map(tmp_path / "file", 14 * PAGE_BYTES)
+    layouts = [
+        ("Q8_0", 32, 3),
+        ("Q8_0", 32, 3),
+        ("F32", 1, 40),
+        ("Q4_0", 48, 5),
+        ("IQ4_NL", 16, 64),
+        ("Q4_K", 32, 3),
+        ("Q6_K", 16, 2),
+    ]
     weights, at = {}, 100
     for number, (name, rows, blocks) in enumerate(layouts):
         type = by_name(name)

@@ -40,10 +40,12 @@ const InstructionSet& amx_set() {
       [](auto each) { for_each_side_by_side<Avx512>(each); },
       [](MatrixKernels& kernels, auto type, int32_t id) {
         using T = typename decltype(type)::type;
-        if (side_by_side_id(id) != kernels.type) return;
-        take_scaled_tiles<Amx, T>(kernels);
-        using Panels = typename ScaledTile<Amx, Parts<T>::kHasMin>::Panels;
-        kernels.unpack = SideBySideProducts<LevelsSideBySide<T>>::template unpack<Panels>;
+        if constexpr (Parts<T>::kRun == kBlock) {
+          if (side_by_side_id(id) != kernels.type) return;
+          take_scaled_tiles<Amx, T>(kernels);
+          using Panels = typename ScaledTile<Amx, Parts<T>::kHasMin>::Panels;
+          kernels.unpack = SideBySideProducts<LevelsSideBySide<T>>::template unpack<Panels>;
+        }
       });
   static const InstructionSet set = [] {
     InstructionSet like = avx512_set();

@@ -47,6 +47,8 @@ inline FoldColumns fast_fold(int32_t type) {
       return FastFold<S, blocks::Q4_0>::rows;
     case 8:
       return FastFold<S, blocks::Q8_0>::rows;
+    case 12:
+      return FastFold<S, blocks::Q4_K>::rows;
     case 20:
       return FastFold<S, blocks::IQ4_NL>::rows;
     default:

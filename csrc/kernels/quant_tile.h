@@ -122,11 +122,10 @@ struct CodePanel {
   }
 
   // The first n rows, whole vectors of them, from vectors: take(block, v, codes [8], scales) hands over 32
-  // columns of the rows of a vector, four codes a lane, and their scales, and minimums, negated.
+  // columns of the rows of a vector, four codes a lane, the scales of their runs, and minimums, negated.
   template <class Take>
   static void unpack_quads(int64_t n, int64_t k, uint8_t* panel, const Take& take) {
-    static_assert(F::kRuns == 1);
-    constexpr int fields = F::kHasMin ? 2 : 1;
+    constexpr int fields = F::kRuns * (F::kHasMin ? 2 : 1);
     for (int64_t block = 0; block < k / kBlock; block++, panel += kRecord) {
       for (int v = 0; v < kVectors; v++) {
         typename S::Ints codes[8];

@@ -25,6 +25,8 @@ void put_side_by_side(int32_t type_id, const uint8_t* from, int64_t rows, int64_
       return put_groups<blocks::Q8_0>(from, rows, row_bytes, to);
     case 12:
       return put_groups<blocks::Q4_K>(from, rows, row_bytes, to);
+    case 14:
+      return put_groups<blocks::Q6_K>(from, rows, row_bytes, to);
     case 20:
       return put_groups<blocks::IQ4_NL>(from, rows, row_bytes, to);
   }

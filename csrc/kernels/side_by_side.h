@@ -4,8 +4,8 @@
 // block begins with the float16 fields of the block, in their order, each [16 rows]. The other bytes follow
 // in their order as words of four bytes, each [16 rows][4]. So a lane of 32 bits belongs to one row: a vector
 // meets the same four codes of x in all lanes, the sum of a row stays in its lane, and eight scales are one
-// load. Q4_K has scales of its runs in an order of their own between the two. Types in this layout have
-// numbers of their own, which no file has; src/kvfold/quant/types.py lists them.
+// load. Types of 256 columns have scales of their runs besides, and an order of their own. Types in this
+// layout have numbers of their own, which no file has; src/kvfold/quant/types.py lists them.
 #pragma once
 
 #include <cstdint>
@@ -91,6 +91,56 @@ struct SideBySide<blocks::Q4_K> {
 
  private:
   static constexpr uint32_t kLow = 0x0f0f0f0f;
+};
+
+// Codes of 8 times 32 columns, two runs of 16 with a scale each, in the order in which they are multiplied.
+template <>
+struct SideBySide<blocks::Q6_K> {
+  using Standard = blocks::Q6_K;
+  static constexpr int rows = kRowsSideBySide;
+
+  uint8_t d[rows][2];
+  int8_t scales[16][rows];
+  struct {
+    uint8_t high[2][rows][4];  // of run h: two bits of the codes i, 4 + i, 8 + i and 12 + i, lowest first
+    uint8_t low[4][rows]
+               [4];  // four bits of the codes 8 q + i in the low nibbles, 8 q + 4 + i in the high ones
+  } columns[8];
+
+  void take_row(int64_t k, Standard& out) const {
+    std::memset(&out, 0, sizeof out);
+    std::memcpy(out.d, d[k], 2);
+    for (int run = 0; run < 16; run++) out.scales[run] = scales[run][k];
+    for (int of = 0; of < 8; of++) {
+      uint8_t* nibbles = out.ql[of / 4] + of % 2 * 32;
+      for (int j = 0; j < 32; j++) {
+        const int low = columns[of].low[j / 8][k][j % 4] >> j / 4 % 2 * 4 & 15,
+                  high = columns[of].high[j / 16][k][j % 4] >> j / 4 % 4 * 2 & 3;
+        nibbles[j] |= static_cast<uint8_t>(low << of / 2 % 2 * 4);
+        out.qh[of / 4][j] |= static_cast<uint8_t>(high << of % 4 * 2);
+      }
+    }
+  }
+  void put_row(int64_t k, const uint8_t* block) {
+    Standard from;
+    std::memcpy(&from, block, sizeof from);
+    std::memcpy(d[k], from.d, 2);
+    for (int run = 0; run < 16; run++) scales[run][k] = from.scales[run];
+    for (int of = 0; of < 8; of++) {
+      const uint8_t* nibbles = from.ql[of / 4] + of % 2 * 32;
+      const auto low = [&](int at) { return blocks::load32(nibbles + at) >> of / 2 % 2 * 4 & 0x0f0f0f0f; };
+      const auto high = [&](int at) {
+        return blocks::load32(from.qh[of / 4] + at) >> of % 4 * 2 & 0x03030303;
+      };
+      for (int q = 0; q < 4; q++) {
+        blocks::store32(columns[of].low[q][k], low(8 * q) | low(8 * q + 4) << 4);
+      }
+      for (int h = 0; h < 2; h++) {
+        blocks::store32(columns[of].high[h][k], high(16 * h) | high(16 * h + 4) << 2 | high(16 * h + 8) << 4 |
+                                                    high(16 * h + 12) << 6);
+      }
+    }
+  }
 };
 
 // The number of a file's type side by side.

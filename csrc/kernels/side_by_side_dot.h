@@ -44,8 +44,8 @@ struct MinLanes {
 //   kAhead           bytes read ahead of each stream
 //   block<rows, groups>(w, x, ahead, out)   adds the products of a mixed block of each group, and asks for
 //                    the bytes that are so far ahead of it
-//   quads(w, run, v, codes)   codes [8] of 32 columns of vector v of a group, as a panel of the set has them
-//   scales(w, run, v, scales)   and their scales, and minimums, negated, where the type has them
+//   quads(w, part, v, codes)   codes [8] of 32 columns of vector v of a group, as a panel of the set has them
+//   scales(w, part, v, scales)   and scales of their runs, then minimums, negated, where the type has them
 template <class Of>
 struct SideBySideProducts {
   using S = typename Of::Set;
@@ -55,10 +55,11 @@ struct SideBySideProducts {
   using Dot = AnyDot<S, typename Format<S, T>::Like>;
   using Tile = typename QuantTile<S, T>::Any;
   static constexpr int kGroupVectors = kRowsSideBySide / S::kLanes;
-  static constexpr int kRuns = T::elements / kBlock;  // of x that a mixed block meets
-  static_assert(Parts<T>::kRun == kBlock && Tile::kRows % kRowsSideBySide == 0);
+  using Like = typename Format<S, T>::Like;
+  static constexpr int kParts = T::elements / kBlock;  // of x that a mixed block meets
+  static_assert(Tile::kRows % kRowsSideBySide == 0);
   // Prepared rows take no more than where rows lie one by one, so that weights may move between the two.
-  static_assert(sizeof(X) <= Dot::kCodes * kBlock + 2 * sizeof(float));
+  static_assert(sizeof(X) <= Dot::kCodes * kBlock + 2 * Like::kRuns * sizeof(float));
 
   static void prepare(const float* x, int64_t k, uint8_t* prepared) {
     for (int64_t at = 0; at < k; at += kBlock, prepared += sizeof(X)) {
@@ -94,7 +95,7 @@ struct SideBySideProducts {
     }
     for (int64_t left = k / T::elements; left > 0; left--) {
       Of::template block<rows, groups>(w, x, left > kLast ? ahead.first : ahead.last, out);
-      KVFOLD_UNROLLED for (int r = 0; r < rows; r++) x[r] += kRuns;
+      KVFOLD_UNROLLED for (int r = 0; r < rows; r++) x[r] += kParts;
       KVFOLD_UNROLLED for (int g = 0; g < groups; g++) w[g]++;
     }
     KVFOLD_UNROLLED for (int r = 0; r < rows; r++) {
@@ -142,10 +143,10 @@ struct SideBySideProducts {
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel) {
     Panels::unpack_quads(n, k, panel, [&](int64_t block, int vector, auto& codes, auto& scales) {
       const uint8_t* group = raw + vector / kGroupVectors * kRowsSideBySide * row_bytes;
-      const Mixed& w = reinterpret_cast<const Mixed*>(group)[block / kRuns];
-      const int run = static_cast<int>(block % kRuns);
-      Of::quads(w, run, vector % kGroupVectors, codes);
-      Of::scales(w, run, vector % kGroupVectors, scales);
+      const Mixed& w = reinterpret_cast<const Mixed*>(group)[block / kParts];
+      const int part = static_cast<int>(block % kParts);
+      Of::quads(w, part, vector % kGroupVectors, codes);
+      Of::scales(w, part, vector % kGroupVectors, scales);
     });
   }
 
@@ -171,9 +172,11 @@ struct SideBySideProducts {
 // use(Type<T>, ggml's number) for every type that a set multiplies in this layout.
 template <class S, class Use>
 constexpr void for_each_side_by_side(const Use& use) {
-  use(Type<blocks::Q4_0>(), 2), use(Type<blocks::Q5_0>(), 6);
-  use(Type<blocks::Q8_0>(), 8), use(Type<blocks::IQ4_NL>(), 20);
-  if constexpr (S::kRunsSideBySide) use(Type<blocks::Q4_K>(), 12);
+  const auto use_if = [&](auto type, int32_t id) {
+    if constexpr (S::template kHasSideBySide<typename decltype(type)::type>) use(type, id);
+  };
+  use_if(Type<blocks::Q4_0>(), 2), use_if(Type<blocks::Q5_0>(), 6), use_if(Type<blocks::Q8_0>(), 8);
+  use_if(Type<blocks::Q4_K>(), 12), use_if(Type<blocks::Q6_K>(), 14), use_if(Type<blocks::IQ4_NL>(), 20);
 }
 
 // A set's kernels of them.

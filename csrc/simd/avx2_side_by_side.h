@@ -24,6 +24,23 @@ struct WideLanes {  // weights that need all of int8: w x = m (w ^ s) - m s, as 
   }
 };
 
+inline __m256i low_nibbles(__m256i packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
+inline __m256i high_nibbles(__m256i packed) { return low_nibbles(_mm256_srli_epi16(packed, 4)); }
+// A byte of each of eight rows, in all of a lane, or in the lower or upper halves of both its words.
+inline __m256i bytes_of_rows(const void* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+}
+template <bool is_upper>
+inline __m256i halves_of_rows(const void* p) {
+  const auto lane = [](uint32_t row) {  // 0xff: a zero
+    return static_cast<int>(is_upper ? 0x00ff00ff + row * 0x01000100 : 0xff00ff00 + row * 0x00010001);
+  };
+  int64_t rows;
+  std::memcpy(&rows, p, 8);
+  return _mm256_shuffle_epi8(_mm256_set1_epi64x(rows), _mm256_setr_epi32(lane(0), lane(1), lane(2), lane(3),
+                                                                         lane(4), lane(5), lane(6), lane(7)));
+}
+
 template <class T>
 struct Avx2SideBySide {
   using Set = Avx2;
@@ -48,7 +65,7 @@ struct Avx2SideBySide {
     return Avx2::load_codes(w.words[kFirst + word][8 * v]);
   }
   static __m256i low_codes(__m256i packed) {
-    const __m256i nibbles = _mm256_and_si256(packed, _mm256_set1_epi8(15));
+    const __m256i nibbles = low_nibbles(packed);
     if constexpr (kWide) return Codes32<T>::of(nibbles);
     return nibbles;
   }
@@ -184,12 +201,6 @@ struct Avx2SideBySide<blocks::Q4_K> {
   static constexpr int kRuns = Type::elements / 32, kQuads = 8;
   static constexpr int64_t kLine = 64, kFirstCodes = offsetof(Mixed, words);
 
-  static __m256i low_codes(__m256i packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
-  static __m256i high_codes(__m256i packed) { return low_codes(_mm256_srli_epi16(packed, 4)); }
-  static __m256i bytes_of_rows(const uint8_t* p) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  }
-
   // Scales and minimums of all runs of a group, a byte each.
   struct OfRuns {
     alignas(32) uint8_t scales[kRuns][kRowsSideBySide], minimums[kRuns][kRowsSideBySide];
@@ -201,18 +212,10 @@ struct Avx2SideBySide<blocks::Q4_K> {
         const __m256i lower = Avx2::load_codes(w.lower[run]), upper = Avx2::load_codes(w.upper[run % 4]);
         const __m256i of_scale = run < 4 ? _mm256_slli_epi16(upper, 4) : upper,
                       of_minimum = run < 4 ? _mm256_slli_epi16(upper, 2) : _mm256_srli_epi16(upper, 2);
-        Avx2::store_codes(scales[run], _mm256_or_si256(low_codes(lower), _mm256_and_si256(of_scale, top)));
+        Avx2::store_codes(scales[run], _mm256_or_si256(low_nibbles(lower), _mm256_and_si256(of_scale, top)));
         Avx2::store_codes(minimums[run],
-                          _mm256_or_si256(high_codes(lower), _mm256_and_si256(of_minimum, top)));
+                          _mm256_or_si256(high_nibbles(lower), _mm256_and_si256(of_minimum, top)));
       }
-    }
-    __m256i scale_words(int run, int v) const {  // both words of a lane
-      const __m256i twice = _mm256_add_epi8(
-          _mm256_set1_epi32(static_cast<int>(0x80008000)),
-          _mm256_setr_epi32(0, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007));
-      int64_t rows;
-      std::memcpy(&rows, scales[run] + 8 * v, 8);
-      return _mm256_shuffle_epi8(_mm256_set1_epi64x(rows), twice);
     }
     __m256 minimum(int run, int v) const { return _mm256_cvtepi32_ps(bytes_of_rows(minimums[run] + 8 * v)); }
   };
@@ -261,16 +264,16 @@ struct Avx2SideBySide<blocks::Q4_K> {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
           packed[v] = Avx2::load_codes(w[v / 2]->words[run][q][8 * (v % 2)]);
-          codes[v] = low_codes(packed[v]);
+          codes[v] = low_nibbles(packed[v]);
         }
         add_quad<rows, vectors>(x, run, q, codes, pairs);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) codes[v] = high_codes(packed[v]);
+        for (int v = 0; v < vectors; v++) codes[v] = high_nibbles(packed[v]);
         add_quad<rows, vectors>(x, run, kQuads / 2 + q, codes, pairs);
       }
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) {
-        const __m256i scale = of_runs[v / 2].scale_words(run, v % 2);
+        const __m256i scale = halves_of_rows<false>(of_runs[v / 2].scales[run] + 8 * (v % 2));
         const __m256 minimum = of_runs[v / 2].minimum(run, v % 2);
 #pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
@@ -294,20 +297,165 @@ struct Avx2SideBySide<blocks::Q4_K> {
   static void quads(const Mixed& w, int run, int v, __m256i (&codes)[8]) {
     for (int q = 0; q < kQuads / 2; q++) {
       const __m256i packed = Avx2::load_codes(w.words[run][q][8 * v]);
-      codes[q] = low_codes(packed);
-      codes[kQuads / 2 + q] = high_codes(packed);
+      codes[q] = low_nibbles(packed);
+      codes[kQuads / 2 + q] = high_nibbles(packed);
     }
   }
   static void scales(const Mixed& w, int run, int v, __m256 (&of_run)[2]) {
     const __m256i lower = bytes_of_rows(w.lower[run] + 8 * v),
                   upper = _mm256_srli_epi32(bytes_of_rows(w.upper[run % 4] + 8 * v), run / 4 * 4);
     const __m256i scale = _mm256_or_si256(
-        low_codes(lower), _mm256_slli_epi32(_mm256_and_si256(upper, _mm256_set1_epi32(3)), 4));
+        low_nibbles(lower), _mm256_slli_epi32(_mm256_and_si256(upper, _mm256_set1_epi32(3)), 4));
     const __m256i minimum = _mm256_or_si256(
         _mm256_srli_epi32(lower, 4), _mm256_slli_epi32(_mm256_and_si256(upper, _mm256_set1_epi32(12)), 2));
     const __m256 d = Avx2::load_half(w.d[8 * v]), dmin = Avx2::load_half(w.dmin[8 * v]);
     of_run[0] = _mm256_mul_ps(d, _mm256_cvtepi32_ps(scale));
     of_run[1] = _mm256_mul_ps(_mm256_cvtepi32_ps(minimum), _mm256_xor_ps(dmin, _mm256_set1_ps(-0.0f)));
+  }
+};
+
+struct RunLanes {  // weights of runs of 16, codes less 32
+  int8_t codes[32];
+  int16_t starts[2][2];  // of the sums of two products of each run, in the words of a lane
+  float scale;
+
+  void set(const int8_t* of_x, const int32_t*, float x_scale) {
+    std::memcpy(codes, of_x, 32);
+    scale = x_scale;
+    for (int at = 0; at < 32; at += 2) {
+      int16_t& start = starts[at / 16][at / 2 % 2];
+      start = static_cast<int16_t>((at % 16 < 4 ? 0 : start) - 32 * (of_x[at] + of_x[at + 1]));
+    }
+  }
+};
+
+// A run's sums of eight products of levels fit int16 (8 * 32 * 127), whatever codes add up to on the way.
+template <>
+struct Avx2SideBySide<blocks::Q6_K> {
+  using Set = Avx2;
+  using Type = blocks::Q6_K;
+  using Mixed = SideBySide<Type>;
+  using X = RunLanes;
+  static_assert(Format<Avx2, Type>::kZero == 32);
+
+  // Two threads from memory, row by row 19.0 GB/s: one stream 19.8, two 22.3, 21.3 without reading
+  // ahead, 20.6 with 1.5 KiB (Zen 3 beside busy neighbours; Q4_K 23.2, reading 26.9).
+  static constexpr int kMostRows = 2, kStreams = 2;
+  static constexpr int64_t kAhead = 768;
+
+  static constexpr int kParts = Type::elements / 32;
+  static constexpr int64_t kLine = 64, kFirstCodes = offsetof(Mixed, columns);
+
+  // Two of the eight vectors of codes that 32 columns have, of one word of nibbles.
+  template <int word>
+  static void two_quads(__m256i low, __m256i high, __m256i (&codes)[2]) {
+    const __m256i top = _mm256_set1_epi8(0x30);
+    const __m256i even = word % 2 == 0 ? _mm256_slli_epi16(high, 4) : high,
+                  odd = word % 2 == 0 ? _mm256_slli_epi16(high, 2) : _mm256_srli_epi16(high, 2);
+    codes[0] = _mm256_or_si256(low_nibbles(low), _mm256_and_si256(even, top));
+    codes[1] = _mm256_or_si256(high_nibbles(low), _mm256_and_si256(odd, top));
+  }
+
+  template <int rows, int groups>
+  static void block(const Mixed* const (&w)[groups], const X* const (&x)[rows], int64_t ahead,
+                    __m256 (&out)[rows][2 * groups]) {
+    constexpr int vectors = 2 * groups;
+    const auto prefetch = [ahead](const void* p) { Avx2::prefetch(static_cast<const uint8_t*>(p) + ahead); };
+    __m256 sum[rows][vectors];
+#pragma GCC unroll 2
+    for (int g = 0; g < groups; g++) {
+#pragma GCC unroll 5
+      for (int64_t at = 0; at < kFirstCodes; at += kLine) prefetch(w[g]->d[0] + at);
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; v++) sum[r][v] = _mm256_setzero_ps();
+    }
+#pragma GCC unroll 1
+    for (int part = 0; part < kParts; part++) {
+      __m256i products[rows][vectors];
+      const auto add_run = [&](auto run) {
+        constexpr int of_part = decltype(run)::value;
+        __m256i high[vectors], pairs[rows][vectors];
+#pragma GCC unroll 2
+        for (int g = 0; g < groups; g++) prefetch(w[g]->columns[part].high[of_part]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+          high[v] = Avx2::load_codes(w[v / 2]->columns[part].high[of_part][8 * (v % 2)]);
+#pragma GCC unroll 2
+          for (int r = 0; r < rows; r++) pairs[r][v] = Avx2::four_codes(x[r][part].starts[of_part]);
+        }
+        const auto add_word = [&](auto word) {
+          constexpr int at = 2 * of_part + decltype(word)::value;
+#pragma GCC unroll 2
+          for (int g = 0; g < groups; g++) prefetch(w[g]->columns[part].low[at]);
+          __m256i codes[vectors][2];
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; v++) {
+            const __m256i low = Avx2::load_codes(w[v / 2]->columns[part].low[at][8 * (v % 2)]);
+            two_quads<at>(low, high[v], codes[v]);
+          }
+#pragma GCC unroll 2
+          for (int quad = 0; quad < 2; quad++) {
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; r++) {
+              const __m256i of_x = Avx2::four_codes(x[r][part].codes + 8 * at + 4 * quad);
+#pragma GCC unroll 4
+              for (int v = 0; v < vectors; v++) {
+                pairs[r][v] = Avx2::add_words(pairs[r][v], _mm256_maddubs_epi16(codes[v][quad], of_x));
+              }
+            }
+          }
+        };
+        add_word(std::integral_constant<int, 0>());
+        add_word(std::integral_constant<int, 1>());
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+          const __m256i scale =
+              _mm256_srai_epi16(halves_of_rows<true>(w[v / 2]->scales[2 * part + of_part] + 8 * (v % 2)), 8);
+#pragma GCC unroll 2
+          for (int r = 0; r < rows; r++) {
+            const __m256i of_run = _mm256_madd_epi16(pairs[r][v], scale);
+            products[r][v] = of_part == 0 ? Avx2::held(of_run) : Avx2::add_ints(products[r][v], of_run);
+          }
+        }
+      };
+      add_run(std::integral_constant<int, 0>());
+      add_run(std::integral_constant<int, 1>());
+#pragma GCC unroll 2
+      for (int r = 0; r < rows; r++) {
+        const __m256 scale = _mm256_set1_ps(x[r][part].scale);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+          sum[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[r][v]), scale, sum[r][v]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) {
+      const __m256 d = Avx2::load_half(w[v / 2]->d[8 * (v % 2)]);
+#pragma GCC unroll 2
+      for (int r = 0; r < rows; r++) out[r][v] = _mm256_fmadd_ps(d, sum[r][v], out[r][v]);
+    }
+  }
+
+  static void quads(const Mixed& w, int part, int v, __m256i (&codes)[8]) {
+    const auto take = [&](auto word) {
+      constexpr int at = decltype(word)::value;
+      __m256i two[2];
+      two_quads<at>(Avx2::load_codes(w.columns[part].low[at][8 * v]),
+                    Avx2::load_codes(w.columns[part].high[at / 2][8 * v]), two);
+      std::copy(two, two + 2, codes + 2 * at);
+    };
+    take(std::integral_constant<int, 0>()), take(std::integral_constant<int, 1>());
+    take(std::integral_constant<int, 2>()), take(std::integral_constant<int, 3>());
+  }
+  static void scales(const Mixed& w, int part, int v, __m256 (&of_runs)[2]) {
+    const __m256 d = Avx2::load_half(w.d[8 * v]);
+    for (int run = 0; run < 2; run++) {
+      of_runs[run] = _mm256_mul_ps(Avx2::load_bytes(w.scales[2 * part + run] + 8 * v), d);
+    }
   }
 };
 

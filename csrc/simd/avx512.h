@@ -25,7 +25,9 @@ struct Avx512 {
   // for 12.
   static constexpr int kTileVectors = 2, kTileCols = 6;
   static constexpr int kCodeVectors = 2, kCodeCols = 6;
-  static constexpr bool kPairSums = false, kNearPanels = false, kRunsSideBySide = false;
+  static constexpr bool kPairSums = false, kNearPanels = false;
+  template <class T>
+  static constexpr bool kHasSideBySide = T::elements == 32;
 
   using Floats = __m512;
   using Ints = __m512i;

@@ -350,7 +350,26 @@ def _q4_k_side_by_side(m: Blocks) -> Bytes:
     upper = _digits(m["upper"], 2).reshape(-1, 4, 16, 2, 2).transpose(4, 0, 3, 1, 2).reshape(2, -1, 8, 16)
     scale, minimum = (lower | upper << 4).swapaxes(2, 3)
     levels = _digits(m["words"], 4).transpose(0, 3, 1, 5, 2, 4)
-    return _join(m["d"].swapaxes(1, 2), _packed_k_scales(scale, minimum), _nibble_planes(levels.reshape(-1, 16, 8, 32)))
+    return _join(
+        m["d"].swapaxes(1, 2), _packed_k_scales(scale, minimum), _nibble_planes(levels.reshape(-1, 16, 8, 32))
+    )
+
+
+@_mixed(
+    "Q6_K side by side",
+    ("d", "<u2", 16),
+    ("scales", "u1", (16, 16)),
+    ("columns", [("high", "u1", (2, 16, 4)), ("low", "u1", (4, 16, 4))], 8),
+)
+def _q6_k_side_by_side(m: Blocks) -> Bytes:
+    """Of 32 columns: low[q][k][i] has weights 8 q + i and 8 q + 4 + i in the nibbles, high[h][k][i] two bits of 16 h + i, 4
+    further, 8 and 12.
+    """
+    low = _digits(m["columns"]["low"], 4).transpose(0, 3, 1, 2, 5, 4).reshape(-1, 16, 8, 32)
+    high = _digits(m["columns"]["high"], 2).transpose(0, 3, 1, 2, 5, 4).reshape(-1, 16, 2, 4, 32)
+    ql = _pack(low.reshape(-1, 16, 2, 2, 64).swapaxes(3, 4), 4)
+    return _join(ql, _pack_four_runs(high), m["scales"].swapaxes(1, 2), m["d"])
+
 
 _MIXED_TYPES = [t for t in (*TYPES, *SIDE_BY_SIDE.values()) if t.standard]
 assert {t.name for t in _MIXED_TYPES} == _UNMIXERS.keys()

@@ -257,7 +257,7 @@ def _side_by_side(name: str) -> BlockType:
     )
 
 
-SIDE_BY_SIDE = {t: _side_by_side(t) for t in ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "IQ4_NL")}
+SIDE_BY_SIDE = {t: _side_by_side(t) for t in ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL")}
 """Types that weights have in memory, never in a file: by the name of the type they had there. csrc/kernels/side_by_side.h
 explains them, quant/interleave.py puts them back in standard blocks."""
 
