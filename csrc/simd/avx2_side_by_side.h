@@ -198,7 +198,7 @@ struct Avx2SideBySide<blocks::Q4_K> {
   static constexpr int kMostRows = 2, kStreams = 2;
   static constexpr int64_t kAhead = 768;
 
-  static constexpr int kRuns = Type::elements / 32, kQuads = 8;
+  static constexpr int kRuns = Type::elements / 32, kWords = 4;
   static constexpr int64_t kLine = 64, kFirstCodes = offsetof(Mixed, words);
 
   // Scales and minimums of all runs of a group, a byte each.
@@ -219,21 +219,6 @@ struct Avx2SideBySide<blocks::Q4_K> {
     }
     __m256 minimum(int run, int v) const { return _mm256_cvtepi32_ps(bytes_of_rows(minimums[run] + 8 * v)); }
   };
-
-  // Four columns of a run, sums of two products.
-  template <int rows, int vectors>
-  static void add_quad(const X* const (&x)[rows], int run, int quad, const __m256i (&codes)[vectors],
-                       __m256i (&pairs)[rows][vectors]) {
-#pragma GCC unroll 2
-    for (int r = 0; r < rows; r++) {
-      const __m256i of_x = Avx2::four_codes(x[r][run].codes + 4 * quad);
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; v++) {
-        const __m256i two = _mm256_maddubs_epi16(codes[v], of_x);
-        pairs[r][v] = quad == 0 ? Avx2::held(two) : Avx2::add_words(pairs[r][v], two);
-      }
-    }
-  }
 
   template <int rows, int groups>
   static void block(const Mixed* const (&w)[groups], const X* const (&x)[rows], int64_t ahead,
@@ -257,19 +242,27 @@ struct Avx2SideBySide<blocks::Q4_K> {
     for (int run = 0; run < kRuns; run++) {
       __m256i pairs[rows][vectors];
 #pragma GCC unroll 4
-      for (int q = 0; q < kQuads / 2; q++) {
-        __m256i packed[vectors], codes[vectors];
+      for (int q = 0; q < kWords; q++) {
+        __m256i packed[vectors];
 #pragma GCC unroll 2
         for (int g = 0; g < groups; g++) prefetch(w[g]->words[run][q]);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+          __m256i of_x[rows];
+#pragma GCC unroll 2
+          for (int r = 0; r < rows; r++) of_x[r] = Avx2::four_codes(x[r][run].codes + 16 * half + 4 * q);
+          // A vector after the other: registers are few.
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-          packed[v] = Avx2::load_codes(w[v / 2]->words[run][q][8 * (v % 2)]);
-          codes[v] = low_nibbles(packed[v]);
+          for (int v = 0; v < vectors; v++) {
+            if (half == 0) packed[v] = Avx2::load_codes(w[v / 2]->words[run][q][8 * (v % 2)]);
+            const __m256i codes = half == 0 ? low_nibbles(packed[v]) : high_nibbles(packed[v]);
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; r++) {
+              const __m256i two = _mm256_maddubs_epi16(codes, of_x[r]);
+              pairs[r][v] = q + half == 0 ? Avx2::held(two) : Avx2::add_words(pairs[r][v], two);
+            }
+          }
         }
-        add_quad<rows, vectors>(x, run, q, codes, pairs);
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) codes[v] = high_nibbles(packed[v]);
-        add_quad<rows, vectors>(x, run, kQuads / 2 + q, codes, pairs);
       }
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) {
@@ -295,10 +288,10 @@ struct Avx2SideBySide<blocks::Q4_K> {
   }
 
   static void quads(const Mixed& w, int run, int v, __m256i (&codes)[8]) {
-    for (int q = 0; q < kQuads / 2; q++) {
+    for (int q = 0; q < kWords; q++) {
       const __m256i packed = Avx2::load_codes(w.words[run][q][8 * v]);
       codes[q] = low_nibbles(packed);
-      codes[kQuads / 2 + q] = high_nibbles(packed);
+      codes[kWords + q] = high_nibbles(packed);
     }
   }
   static void scales(const Mixed& w, int run, int v, __m256 (&of_run)[2]) {
@@ -346,14 +339,14 @@ struct Avx2SideBySide<blocks::Q6_K> {
   static constexpr int kParts = Type::elements / 32;
   static constexpr int64_t kLine = 64, kFirstCodes = offsetof(Mixed, columns);
 
-  // Two of the eight vectors of codes that 32 columns have, of one word of nibbles.
-  template <int word>
-  static void two_quads(__m256i low, __m256i high, __m256i (&codes)[2]) {
-    const __m256i top = _mm256_set1_epi8(0x30);
-    const __m256i even = word % 2 == 0 ? _mm256_slli_epi16(high, 4) : high,
-                  odd = word % 2 == 0 ? _mm256_slli_epi16(high, 2) : _mm256_srli_epi16(high, 2);
-    codes[0] = _mm256_or_si256(low_nibbles(low), _mm256_and_si256(even, top));
-    codes[1] = _mm256_or_si256(high_nibbles(low), _mm256_and_si256(odd, top));
+  // Of the eight vectors of codes that 32 columns have, one that lies in these words.
+  static __m256i quad_codes(__m256i low, __m256i high, int quad) {
+    const __m256i nibbles = quad % 2 == 0 ? low_nibbles(low) : high_nibbles(low);
+    const __m256i two = quad % 4 == 0   ? _mm256_slli_epi16(high, 4)
+                        : quad % 4 == 1 ? _mm256_slli_epi16(high, 2)
+                        : quad % 4 == 2 ? high
+                                        : _mm256_srli_epi16(high, 2);
+    return _mm256_or_si256(nibbles, _mm256_and_si256(two, _mm256_set1_epi8(0x30)));
   }
 
   template <int rows, int groups>
@@ -375,54 +368,48 @@ struct Avx2SideBySide<blocks::Q6_K> {
 #pragma GCC unroll 1
     for (int part = 0; part < kParts; part++) {
       __m256i products[rows][vectors];
-      const auto add_run = [&](auto run) {
-        constexpr int of_part = decltype(run)::value;
-        __m256i high[vectors], pairs[rows][vectors];
 #pragma GCC unroll 2
-        for (int g = 0; g < groups; g++) prefetch(w[g]->columns[part].high[of_part]);
+      for (int run = 0; run < 2; run++) {
+        __m256i low[vectors], high[vectors], pairs[rows][vectors];
+#pragma GCC unroll 2
+        for (int g = 0; g < groups; g++) prefetch(w[g]->columns[part].high[run]);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
-          high[v] = Avx2::load_codes(w[v / 2]->columns[part].high[of_part][8 * (v % 2)]);
+          high[v] = Avx2::load_codes(w[v / 2]->columns[part].high[run][8 * (v % 2)]);
 #pragma GCC unroll 2
-          for (int r = 0; r < rows; r++) pairs[r][v] = Avx2::four_codes(x[r][part].starts[of_part]);
+          for (int r = 0; r < rows; r++) pairs[r][v] = Avx2::four_codes(x[r][part].starts[run]);
         }
-        const auto add_word = [&](auto word) {
-          constexpr int at = 2 * of_part + decltype(word)::value;
+#pragma GCC unroll 4
+        for (int quad = 4 * run; quad < 4 * run + 4; quad++) {
+          if (quad % 2 == 0) {
 #pragma GCC unroll 2
-          for (int g = 0; g < groups; g++) prefetch(w[g]->columns[part].low[at]);
-          __m256i codes[vectors][2];
+            for (int g = 0; g < groups; g++) prefetch(w[g]->columns[part].low[quad / 2]);
+          }
+          __m256i of_x[rows];
+#pragma GCC unroll 2
+          for (int r = 0; r < rows; r++) of_x[r] = Avx2::four_codes(x[r][part].codes + 4 * quad);
+          // A vector after the other: registers are few.
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; v++) {
-            const __m256i low = Avx2::load_codes(w[v / 2]->columns[part].low[at][8 * (v % 2)]);
-            two_quads<at>(low, high[v], codes[v]);
-          }
-#pragma GCC unroll 2
-          for (int quad = 0; quad < 2; quad++) {
+            if (quad % 2 == 0) low[v] = Avx2::load_codes(w[v / 2]->columns[part].low[quad / 2][8 * (v % 2)]);
+            const __m256i codes = quad_codes(low[v], high[v], quad);
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++) {
-              const __m256i of_x = Avx2::four_codes(x[r][part].codes + 8 * at + 4 * quad);
-#pragma GCC unroll 4
-              for (int v = 0; v < vectors; v++) {
-                pairs[r][v] = Avx2::add_words(pairs[r][v], _mm256_maddubs_epi16(codes[v][quad], of_x));
-              }
+              pairs[r][v] = Avx2::add_words(pairs[r][v], _mm256_maddubs_epi16(codes, of_x[r]));
             }
           }
-        };
-        add_word(std::integral_constant<int, 0>());
-        add_word(std::integral_constant<int, 1>());
+        }
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
           const __m256i scale =
-              _mm256_srai_epi16(halves_of_rows<true>(w[v / 2]->scales[2 * part + of_part] + 8 * (v % 2)), 8);
+              _mm256_srai_epi16(halves_of_rows<true>(w[v / 2]->scales[2 * part + run] + 8 * (v % 2)), 8);
 #pragma GCC unroll 2
           for (int r = 0; r < rows; r++) {
             const __m256i of_run = _mm256_madd_epi16(pairs[r][v], scale);
-            products[r][v] = of_part == 0 ? Avx2::held(of_run) : Avx2::add_ints(products[r][v], of_run);
+            products[r][v] = run == 0 ? Avx2::held(of_run) : Avx2::add_ints(products[r][v], of_run);
           }
         }
-      };
-      add_run(std::integral_constant<int, 0>());
-      add_run(std::integral_constant<int, 1>());
+      }
 #pragma GCC unroll 2
       for (int r = 0; r < rows; r++) {
         const __m256 scale = _mm256_set1_ps(x[r][part].scale);
@@ -441,15 +428,10 @@ struct Avx2SideBySide<blocks::Q6_K> {
   }
 
   static void quads(const Mixed& w, int part, int v, __m256i (&codes)[8]) {
-    const auto take = [&](auto word) {
-      constexpr int at = decltype(word)::value;
-      __m256i two[2];
-      two_quads<at>(Avx2::load_codes(w.columns[part].low[at][8 * v]),
-                    Avx2::load_codes(w.columns[part].high[at / 2][8 * v]), two);
-      std::copy(two, two + 2, codes + 2 * at);
-    };
-    take(std::integral_constant<int, 0>()), take(std::integral_constant<int, 1>());
-    take(std::integral_constant<int, 2>()), take(std::integral_constant<int, 3>());
+    for (int quad = 0; quad < 8; quad++) {
+      codes[quad] = quad_codes(Avx2::load_codes(w.columns[part].low[quad / 2][8 * v]),
+                               Avx2::load_codes(w.columns[part].high[quad / 4][8 * v]), quad);
+    }
   }
   static void scales(const Mixed& w, int part, int v, __m256 (&of_runs)[2]) {
     const __m256 d = Avx2::load_half(w.d[8 * v]);
