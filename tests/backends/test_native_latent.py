@@ -173,13 +173,15 @@ def test_runs_of_several_pages(length: int, fused: bool, isa: str) -> None:
 
 
 @every_isa
+@pytest.mark.parametrize("lengths", [(1, 2), (2, 25)], ids=["few rows", "many"])
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL", "Q5_K", "Q4_1"])
-def test_folding_weights_of_every_kind(type: str, isa: str) -> None:
-    """By columns and by rows, in vector code and in the common one, a head in one piece and in two of 256 columns."""
-    layer = Layer(MlaConfig(3, 32, 32, 32, 512, None, 0.3), "kv_b", type, lengths=(2, 25))
+def test_folding_weights_of_every_kind(type: str, lengths: tuple[int, int], isa: str) -> None:
+    """By columns and by rows, few of them without a panel, in vector code and in the common one, a head in one piece and in
+    two of 256 columns."""
+    layer = Layer(MlaConfig(3, 32, 32, 32, 512, None, 0.3), "kv_b", type, lengths=lengths)
     want = layer.definition()
     for threads in (1, 2):
-        assert_follows(layer.run(threads=threads), want, f"{type} {threads} {isa}")
+        assert_follows(layer.run(threads=threads), want, f"{type} {lengths} {threads} {isa}")
 
 
 @pytest.mark.parametrize("type", ["Q8_0", "IQ4_NL"])
