@@ -423,12 +423,8 @@ constexpr TypeLayout side_by_side(int32_t id) {
 }
 
 constexpr TypeLayout in_memory[] = {
-    side_by_side<Q4_0>(2),
-    side_by_side<Q5_0>(6),
-    side_by_side<Q8_0>(8),
-    side_by_side<Q4_K>(12),
-    side_by_side<Q6_K>(14),
-    side_by_side<IQ4_NL>(20),
+    side_by_side<Q4_0>(2),  side_by_side<Q5_0>(6),  side_by_side<Q8_0>(8),
+    side_by_side<Q4_K>(12), side_by_side<Q6_K>(14), side_by_side<IQ4_NL>(20),
 };
 
 }  // namespace

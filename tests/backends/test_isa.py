@@ -43,10 +43,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_head_has_the_bits_of_the_forced_kernels(isa: str, path: Path) -> None:
     """Sums of products are added in another order by each set, so most of the bits are its own, of row dots (3 rows)
-    and tiles (20 rows). For Q6_K, which the head is, AMX has AVX-512's kernels for both."""
+    and tiles (20 rows). For Q6_K, which the head is, AMX has AVX-512's kernels for both. Rows stay in the file's order,
+    which every set multiplies."""
     same = {other: True for other in ISAS}
     for num_rows in (3, 20):
-        harness = Harness(path, backend="native", dtype="int8", isa=isa)
+        harness = Harness(path, backend="native", dtype="int8", isa=isa, mmap="on")
         assert harness.loaded.backend.isa == _native.isa() == isa  # type: ignore[attr-defined]
         weight = harness.loaded.checkpoint.tensors["output.weight"]
         assert isinstance(weight, QuantTensor)

@@ -359,14 +359,14 @@ def _q4_k_side_by_side(m: Blocks) -> Bytes:
     "Q6_K side by side",
     ("d", "<u2", 16),
     ("scales", "u1", (16, 16)),
-    ("columns", [("high", "u1", (2, 16, 4)), ("low", "u1", (4, 16, 4))], 8),
+    ("columns", "u1", (8, 6, 16, 4)),
 )
 def _q6_k_side_by_side(m: Blocks) -> Bytes:
-    """Of 32 columns: low[q][k][i] has weights 8 q + i and 8 q + 4 + i in the nibbles, high[h][k][i] two bits of 16 h + i, 4
-    further, 8 and 12.
+    """Of 32 columns two words `high`, then four `low`: low[q][k][i] has weights 8 q + i and 8 q + 4 + i in the nibbles,
+    high[h][k][i] two bits of 16 h + i, of 4 further, of 8 and of 12.
     """
-    low = _digits(m["columns"]["low"], 4).transpose(0, 3, 1, 2, 5, 4).reshape(-1, 16, 8, 32)
-    high = _digits(m["columns"]["high"], 2).transpose(0, 3, 1, 2, 5, 4).reshape(-1, 16, 2, 4, 32)
+    low = _digits(m["columns"][:, :, 2:], 4).transpose(0, 3, 1, 2, 5, 4).reshape(-1, 16, 8, 32)
+    high = _digits(m["columns"][:, :, :2], 2).transpose(0, 3, 1, 2, 5, 4).reshape(-1, 16, 2, 4, 32)
     ql = _pack(low.reshape(-1, 16, 2, 2, 64).swapaxes(3, 4), 4)
     return _join(ql, _pack_four_runs(high), m["scales"].swapaxes(1, 2), m["d"])
 
