@@ -102,9 +102,10 @@ struct SideBySide<blocks::Q6_K> {
   uint8_t d[rows][2];
   int8_t scales[16][rows];
   struct {
-    uint8_t high[2][rows][4];  // of run h: two bits of the codes i, 4 + i, 8 + i and 12 + i, lowest first
-    uint8_t low[4][rows]
-               [4];  // four bits of the codes 8 q + i in the low nibbles, 8 q + 4 + i in the high ones
+    // Of run h two bits of the codes i, 4 + i, 8 + i and 12 + i, lowest first.
+    uint8_t high[2][rows][4];
+    // Four bits of the codes 8 q + i in the low nibbles, of 8 q + 4 + i in the high ones.
+    uint8_t low[4][rows][4];
   } columns[8];
 
   void take_row(int64_t k, Standard& out) const {

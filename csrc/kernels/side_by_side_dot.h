@@ -138,7 +138,7 @@ struct SideBySideProducts {
     }
   }
 
-  // For the panels of a set P, of codes less kZero.
+  // For the panels of a set, of codes less kZero.
   template <class Panels>
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, uint8_t* panel) {
     Panels::unpack_quads(n, k, panel, [&](int64_t block, int vector, auto& codes, auto& scales) {
