@@ -14,6 +14,7 @@
 #include <iterator>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "kernels/latent_kernels.h"
 #include "kernels/pair_kernels.h"

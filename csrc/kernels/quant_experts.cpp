@@ -67,17 +67,17 @@ struct Prepared {
   }
 
   // y[i * step + j] of prepared rows [first, first + rows) of a network's `all`, as many as a tile holds, and
-  // the weight rows j < step. By dots `after` are the rows of w that follow, by tiles w says so.
-  void multiply(const PanelRows& w, const RowsAfter& after, int64_t step, int64_t all, const uint8_t* x,
-                int64_t first, int64_t rows, float* y, uint8_t* panel) const {
+  // the n weight rows j of raw, at most `step`. `after` are those that follow.
+  void multiply(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t step, int64_t all, const uint8_t* x,
+                int64_t first, int64_t rows, float* y, uint8_t* panel, const RowsAfter& after) const {
     if (!by_dots(all)) {
       const uint8_t* groups = x + first / kernels.tile_cols * kernels.tile_bytes(k);
-      return multiply_panels(kernels, w, k, groups, rows, y, step, panel, y);
+      return multiply_panels(kernels, raw, row_bytes, n, k, groups, rows, y, step, panel, y, after);
     }
     const int64_t most = rows_of_dot(form);
     for (int64_t r = 0; r < rows; r += most) {
-      kernels.dot(w.raw, w.row_bytes, w.n, k, x + (first + r) * kernels.dot_bytes(k),
-                  std::min(most, rows - r), y + r * step, step, r + most >= rows ? after : RowsAfter());
+      kernels.dot(raw, row_bytes, n, k, x + (first + r) * kernels.dot_bytes(k), std::min(most, rows - r),
+                  y + r * step, step, r + most >= rows ? after : RowsAfter());
     }
   }
 };
@@ -221,18 +221,13 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
       };
       float *gate_tile = machine.of(member), *up_tile = gate_tile + in.tile_floats();
       auto* panel = reinterpret_cast<uint8_t*>(up_tile + in.tile_floats());
-      // What this member is likely to unpack next: the same rows a few units on, if they are of this network.
-      const int64_t ahead = members * step;
-      const bool more = at + ahead + step <= group.inner;
       for (int64_t i = 0; i < m; i += in.row_tile(step)) {
         const int64_t tile = std::min(in.row_tile(step), m - i);
         const bool is_last = i + tile == m;
-        const int64_t next_bytes = more && is_last ? count * bytes : 0;
-        in.multiply({gate, bytes, count, gate + ahead * bytes, next_bytes}, after_gate, step, m,
-                    prepared + offsets[g], i, tile, gate_tile, panel);
-        in.multiply({up, bytes, count, up + ahead * bytes, next_bytes},
-                    is_last ? RowsAfter(after_up) : RowsAfter(), step, m, prepared + offsets[g], i, tile,
-                    up_tile, panel);
+        in.multiply(gate, bytes, count, step, m, prepared + offsets[g], i, tile, gate_tile, panel,
+                    after_gate);
+        in.multiply(up, bytes, count, step, m, prepared + offsets[g], i, tile, up_tile, panel,
+                    is_last ? RowsAfter(after_up) : RowsAfter());
         for (int64_t r = 0; r < tile; r++) {
           isa().swiglu(gate_tile + r * step, up_tile + r * step,
                        activations + group.inner_at + (i + r) * group.inner + at, count);
@@ -280,25 +275,21 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
         for (int64_t at = unit_first; at < unit_last; at += step) {
           const int64_t count = std::min(step, unit_last - at);
           const uint8_t* down = raw_rows(group.matrices.down, group.down_row + at);
-          // What comes next: more rows of this network, or the next one's.
-          const bool more_rows = at + step < unit_last, more = more_rows || g + 1 < groups.size();
-          const RowGroup next = groups[more_rows || !more ? g : g + 1];
-          const int64_t next_at = more_rows ? at + step : more ? unit_first : at;
-          const uint8_t* next_down = raw_rows(next.matrices.down, next.down_row + next_at);
+          // More rows of this network, the next one's, or the first one's of another unit.
           const auto after_down = [&]() -> const uint8_t* {
-            if (more) return next_down;
-            const int64_t unit_after = next_unit.take();
-            if (unit_after < 0) return nullptr;
-            return raw_rows(groups[0].matrices.down, groups[0].down_row + unit_after * unit_rows);
+            const auto down_of = [&](int64_t network, int64_t row) {
+              return raw_rows(groups[network].matrices.down, groups[network].down_row + row);
+            };
+            if (at + step < unit_last) return down_of(g, at + step);
+            if (g + 1 < groups.size()) return down_of(g + 1, unit_first);
+            const int64_t next = next_unit.take();
+            return next < 0 ? nullptr : down_of(0, next * unit_rows);
           };
           for (int64_t i = 0; i < m; i += inside.row_tile(step)) {
             const int64_t rows_of = std::min(inside.row_tile(step), m - i);
             const bool is_last = i + rows_of == m;
-            const int64_t next_bytes =
-                more && is_last ? std::min(step, unit_last - next_at) * row_bytes(next.matrices.down) : 0;
-            inside.multiply({down, bytes, count, next_down, next_bytes},
-                            is_last ? RowsAfter(after_down) : RowsAfter(), step, m, prepared + offsets[g], i,
-                            rows_of, tile, panel);
+            inside.multiply(down, bytes, count, step, m, prepared + offsets[g], i, rows_of, tile, panel,
+                            is_last ? RowsAfter(after_down) : RowsAfter());
             for (int64_t r = 0; r < rows_of; r++) {
               isa().add_scaled(tile + r * step, group.weight(i + r), out.row(first + group.row(i + r)) + at,
                                count);

@@ -45,19 +45,19 @@ void product_by_tiles(ThreadTeam& team, const BlockRows& w, const float* x, int6
                             memory.shared + group * bytes);
   });
   const int64_t size = w.kernels->tile_rows, panels = pieces(w.n, size);
-  team.for_each(pieces(panels, kPanelsOfUnit), [&](int64_t unit, int member) {
+  team.for_each_with_next(pieces(panels, kPanelsOfUnit), [&](int64_t unit, int member, NextUnit& next_unit) {
     uint8_t* panel_memory = memory.of(member);
     auto* sums = reinterpret_cast<float*>(panel_memory + unpacked_bytes(*w.kernels, w.k));
     const int64_t end = std::min(panels, (unit + 1) * kPanelsOfUnit);
     for (int64_t panel = unit * kPanelsOfUnit; panel < end; panel++) {
-      // The panel this member is likely to unpack next.
-      const int64_t next = panel + 1 < end ? panel + 1 : panel + 1 + (team.size() - 1) * kPanelsOfUnit;
-      const int64_t next_rows = std::clamp<int64_t>(w.n - next * size, 0, size);
+      const auto panel_after = [&]() -> const uint8_t* {
+        if (panel + 1 < end) return w.raw + (panel + 1) * size * w.row_bytes;
+        const int64_t next = next_unit.take();
+        return next < 0 ? nullptr : w.raw + next * kPanelsOfUnit * size * w.row_bytes;
+      };
       const int64_t first = panel * size, n = std::min(size, w.n - first);
-      multiply_panels(*w.kernels,
-                      {w.raw + first * w.row_bytes, w.row_bytes, n, w.raw + next * size * w.row_bytes,
-                       next_rows * w.row_bytes},
-                      w.k, memory.shared, rows, y + first, ldy, panel_memory, sums);
+      multiply_panels(*w.kernels, w.raw + first * w.row_bytes, w.row_bytes, n, w.k, memory.shared, rows,
+                      y + first, ldy, panel_memory, sums, panel_after);
     }
   });
 }

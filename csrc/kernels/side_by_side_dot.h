@@ -5,6 +5,8 @@
 // takes no vector port; nothing is summed across a vector, and a vector of scales is one load.
 #pragma once
 
+#include <utility>
+
 #include "kernels/quant_set.h"
 #include "kernels/side_by_side.h"
 
@@ -70,16 +72,17 @@ struct SideBySideProducts {
     }
   }
 
-  // How far ahead the blocks of a group are read, and its last ones.
-  static constexpr int64_t kLast = (Of::kAhead + sizeof(Mixed) - 1) / sizeof(Mixed);
-  struct Ahead {
-    int64_t first = Of::kAhead, last = Of::kAhead;
-  };
+  // The last blocks of a group, from which what is read ahead lies behind its end.
+  static int64_t last_blocks(int64_t k) {
+    constexpr int64_t kMost = (Of::kAhead + sizeof(Mixed) - 1) / sizeof(Mixed);
+    return std::min(kMost, k / T::elements);
+  }
 
-  // y[r * ldy + 16 at[g] + i] of the groups number at[g] of raw.
-  template <int rows, int groups>
+  // y[r * ldy + 16 at[g] + i] of the groups number at[g] of raw. ahead_of_last() is called where the last
+  // blocks begin: how far ahead of them is read.
+  template <int rows, int groups, class AheadOfLast>
   static void multiply(const uint8_t* raw, int64_t row_bytes, const int64_t (&at)[groups], int64_t k,
-                       const uint8_t* prepared, float* y, int64_t ldy, Ahead ahead) {
+                       const uint8_t* prepared, float* y, int64_t ldy, const AheadOfLast& ahead_of_last) {
     constexpr int vectors = groups * kGroupVectors;
     const X* x[rows];
     const Mixed* w[groups];
@@ -93,10 +96,14 @@ struct SideBySideProducts {
     for (auto& of_row : out) {
       for (auto& sum : of_row) sum = S::zero();
     }
-    for (int64_t left = k / T::elements; left > 0; left--) {
-      Of::template block<rows, groups>(w, x, left > kLast ? ahead.first : ahead.last, out);
-      KVFOLD_UNROLLED for (int r = 0; r < rows; r++) x[r] += kParts;
-      KVFOLD_UNROLLED for (int g = 0; g < groups; g++) w[g]++;
+    int64_t left = k / T::elements, ahead = Of::kAhead;
+    for (const int64_t until : {last_blocks(k), int64_t{0}}) {
+      if (until == 0) ahead = ahead_of_last();
+      for (; left > until; left--) {
+        Of::template block<rows, groups>(w, x, ahead, out);
+        KVFOLD_UNROLLED for (int r = 0; r < rows; r++) x[r] += kParts;
+        KVFOLD_UNROLLED for (int g = 0; g < groups; g++) w[g]++;
+      }
     }
     KVFOLD_UNROLLED for (int r = 0; r < rows; r++) {
       KVFOLD_UNROLLED for (int v = 0; v < vectors; v++) {
@@ -112,14 +119,16 @@ struct SideBySideProducts {
   static void dot(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t k, const uint8_t* prepared,
                   int64_t count, float* y, int64_t ldy, const RowsAfter& after) {
     const int64_t groups = n / kRowsSideBySide, share = (groups + Of::kStreams - 1) / Of::kStreams;
+    const uint8_t* last = raw + share * kRowsSideBySide * row_bytes - last_blocks(k) * sizeof(Mixed);
+    RowsAfter not_asked = after;
+    int64_t to_after = Of::kAhead;  // from the last blocks of a stream
     for (int64_t at = 0; at < share; at++) {
       const bool is_pair = Of::kStreams == 2 && share + at < groups;
-      Ahead ahead;
-      if (at + 1 == share) {
-        if (const uint8_t* next = after()) {
-          ahead.last = next - (raw + share * kRowsSideBySide * row_bytes) + kLast * int64_t{sizeof(Mixed)};
-        }
-      }
+      const auto ahead = [&] {
+        if (at + 1 < share) return Of::kAhead;
+        if (const uint8_t* next = std::exchange(not_asked, RowsAfter())()) to_after = next - last;
+        return to_after;
+      };
       for (int64_t r = 0; r < count; r += Of::kMostRows) {
         const uint8_t* of_x = prepared + r * Dot::bytes(k);
         float* to = y + r * ldy;

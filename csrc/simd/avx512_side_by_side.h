@@ -19,10 +19,11 @@ struct Avx512SideBySide {
   static constexpr int kWords = sizeof(T::qs) / 4, kFirst = Mixed::num_words - kWords;
   using X = ZeroLanes<kZero>;
 
-  // Two threads of an Emerald Rapids from memory, which read 25.6 GB/s, Q8_0 and IQ4_NL: one stream 2, 4 and
-  // 8 KiB ahead 22.9, 24.3, 24.0 and 18.4, 21.2, 20.9; two streams 25.1, 24.8, 24.5 and 21.8, 21.7, 21.1; two
-  // streams 4 KiB ahead that go on with the next unit 25.5 and 22.4, and with every line asked for between
-  // the products of a block 25.7 and 22.9. Row by row, 8 KiB ahead: 20.2 and 18.5.
+  // Two threads of an Emerald Rapids from memory, GB/s of Q8_0 and of IQ4_NL (docs/notes/cpu-kernels.md,
+  // "AVX-512: rows side by side", where one stream is read at 25.9): one stream 2, 4 and 8 KiB ahead 22.7,
+  // 24.3, 24.0 and 18.4, 21.2, 20.9; two streams 25.1, 24.8, 24.4 and 21.8, 21.7, 21.0; two streams 4 KiB
+  // ahead that go on with the next unit 25.5 and 22.5, and with every line asked for between the products of
+  // a block 25.6 and 22.9. Row by row, 8 KiB ahead: 20.2 and 18.5.
   static constexpr int kMostRows = 4, kStreams = 2;
   static constexpr int64_t kAhead = 4096;
 
