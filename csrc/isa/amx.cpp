@@ -37,7 +37,7 @@ const InstructionSet& amx_set() {
       });
   static const KernelTable side_by_side = changed(
       avx512_set().side_by_side, avx512_set().num_side_by_side,
-      [](auto each) { for_each_side_by_side<Avx512>(each); },
+      [](auto each) { for_each_side_by_side(each); },
       [](MatrixKernels& kernels, auto type, int32_t id) {
         using T = typename decltype(type)::type;
         if constexpr (Parts<T>::kRun == kBlock) {

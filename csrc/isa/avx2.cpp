@@ -17,7 +17,7 @@ constexpr int kWidth = 8;
 extern const PairKernels avx2_pairs;     // pairs_avx2.cpp
 extern const LatentKernels avx2_latent;  // latent_avx2.cpp
 const InstructionSet& avx2_set() {
-  return make_set<Avx2>(float_avx2::kTiles, avx2_pairs, avx2_latent, &kSideBySide<Avx2, Avx2SideBySide>);
+  return make_set<Avx2>(float_avx2::kTiles, avx2_pairs, avx2_latent, &kSideBySide<Avx2SideBySide>);
 }
 }  // namespace kvfold
 #pragma GCC pop_options

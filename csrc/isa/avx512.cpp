@@ -18,8 +18,7 @@ constexpr int kWidth = 16;
 extern const PairKernels avx512_pairs;     // pairs_avx512.cpp
 extern const LatentKernels avx512_latent;  // latent_avx512.cpp
 const InstructionSet& avx512_set() {
-  return make_set<Avx512>(float_avx512::kTiles, avx512_pairs, avx512_latent,
-                          &kSideBySide<Avx512, Avx512SideBySide>);
+  return make_set<Avx512>(float_avx512::kTiles, avx512_pairs, avx512_latent, &kSideBySide<Avx512SideBySide>);
 }
 }  // namespace kvfold
 #pragma GCC pop_options

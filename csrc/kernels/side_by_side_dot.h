@@ -178,21 +178,18 @@ struct SideBySideProducts {
   }
 };
 
-// use(Type<T>, ggml's number) for every type that a set multiplies in this layout.
-template <class S, class Use>
+// use(Type<T>, ggml's number) for every type that has this layout.
+template <class Use>
 constexpr void for_each_side_by_side(const Use& use) {
-  const auto use_if = [&](auto type, int32_t id) {
-    if constexpr (S::template kHasSideBySide<typename decltype(type)::type>) use(type, id);
-  };
-  use_if(Type<blocks::Q4_0>(), 2), use_if(Type<blocks::Q5_0>(), 6), use_if(Type<blocks::Q8_0>(), 8);
-  use_if(Type<blocks::Q4_K>(), 12), use_if(Type<blocks::Q6_K>(), 14), use_if(Type<blocks::IQ4_NL>(), 20);
+  use(Type<blocks::Q4_0>(), 2), use(Type<blocks::Q5_0>(), 6), use(Type<blocks::Q8_0>(), 8);
+  use(Type<blocks::Q4_K>(), 12), use(Type<blocks::Q6_K>(), 14), use(Type<blocks::IQ4_NL>(), 20);
 }
 
 // A set's kernels of them.
-template <class S, template <class> class Of>
+template <template <class> class Of>
 constexpr KernelTable kSideBySide = [] {
   KernelTable all;
-  for_each_side_by_side<S>([&](auto type, int32_t id) {
+  for_each_side_by_side([&](auto type, int32_t id) {
     all.add(SideBySideProducts<Of<typename decltype(type)::type>>::kernels(id));
   });
   return all;

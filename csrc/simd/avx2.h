@@ -44,8 +44,6 @@ struct Avx2 {
   // speed alone, less beside a busy neighbour.
   static constexpr int kSignVectors = 4, kSignCols = 2;
   static constexpr bool kPairSums = true, kNearPanels = true;
-  template <class T>
-  static constexpr bool kHasSideBySide = true;
 
   using Floats = __m256;
   using Ints = __m256i;

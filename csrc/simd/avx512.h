@@ -26,8 +26,6 @@ struct Avx512 {
   static constexpr int kTileVectors = 2, kTileCols = 6;
   static constexpr int kCodeVectors = 2, kCodeCols = 6;
   static constexpr bool kPairSums = false, kNearPanels = false;
-  template <class T>
-  static constexpr bool kHasSideBySide = T::elements == 32;
 
   using Floats = __m512;
   using Ints = __m512i;
