@@ -929,6 +929,64 @@ struct FastDecode<Avx512, blocks::Q4_K> {
   }
 };
 
+// The minimums of a run, times x, are one number for its 32 columns.
+template <>
+struct FastFold<Avx512, blocks::Q4_K> {
+  static constexpr int64_t kBytes = sizeof(blocks::Q4_K), kRows = 16;
+
+  static void rows(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
+                   const uint8_t* next) {
+    const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    constexpr int64_t kQuarter = kRows * kBytes / 4;  // of 16 blocks: nine lines, for two runs
+    for (const float* end = out + k; out < end; rows += kBytes) {
+      alignas(64) float scaled[kRows][16], totals[16];  // of 8 scales and 8 minimums
+      __m512 total = _mm512_setzero_ps();
+      for (int64_t j = 0; j < kRows; j++) {
+        const __m512 both =
+            _mm512_mul_ps(Fast<Avx512, blocks::Q4_K>::scales(rows + j * row_bytes), _mm512_set1_ps(x[j]));
+        _mm512_store_ps(scaled[j], both);
+        total = _mm512_add_ps(total, both);
+      }
+      _mm512_store_ps(totals, total);
+      for (int pair = 0; pair < 4; pair++, out += 64, next += kQuarter) {
+        for (int64_t at = 0; at < kQuarter; at += 64) Avx512::prefetch(next + at);
+        __m512 sum[2][2][2];
+#pragma GCC unroll 2
+        for (int run = 0; run < 2; run++) {
+          const __m512 least = _mm512_set1_ps(totals[8 + 2 * pair + run]);
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; half++) {
+            sum[0][run][half] = _mm512_sub_ps(_mm512_loadu_ps(out + 32 * run + 16 * half), least);
+            sum[1][run][half] = _mm512_setzero_ps();
+          }
+        }
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < kRows; j++) {
+          const uint8_t* codes = rows + j * row_bytes + 16 + 32 * pair;
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; half++) {
+            const __m512i packed = _mm512_cvtepu8_epi32(Avx512::load16(codes + 16 * half));
+#pragma GCC unroll 2
+            for (int run = 0; run < 2; run++) {
+              const __m512i nibbles = run == 0 ? packed : _mm512_srli_epi32(packed, 4);
+              sum[j % 2][run][half] =
+                  _mm512_fmadd_ps(_mm512_set1_ps(scaled[j][2 * pair + run]),
+                                  _mm512_permutexvar_ps(nibbles, levels), sum[j % 2][run][half]);
+            }
+          }
+        }
+#pragma GCC unroll 2
+        for (int run = 0; run < 2; run++) {
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; half++) {
+            _mm512_storeu_ps(out + 32 * run + 16 * half, _mm512_add_ps(sum[0][run][half], sum[1][run][half]));
+          }
+        }
+      }
+    }
+  }
+};
+
 template <>
 struct FastDecode<Avx512, blocks::Q6_K> {
   static void row(const uint8_t* p, int64_t k, float* out) {
