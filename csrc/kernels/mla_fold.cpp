@@ -95,7 +95,7 @@ void multiply_by_rows(const Machine& machine, const Weight& weight, int64_t head
     auto* sums = reinterpret_cast<float*>(panel + unpacked_bytes(kernels, k));
     for (int64_t first = 0; first < count; first += kernels.tile_rows) {
       const int64_t panel_rows = std::min<int64_t>(kernels.tile_rows, count - first);
-      multiply_panels(kernels, raw + first * row_bytes, row_bytes, panel_rows, k, prepared, num_rows,
+      multiply_panels(kernels, {raw + first * row_bytes, row_bytes, panel_rows}, k, prepared, num_rows,
                       out + first, ldy, panel, sums, RowsAfter());
     }
   });

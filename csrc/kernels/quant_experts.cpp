@@ -67,17 +67,17 @@ struct Prepared {
   }
 
   // y[i * step + j] of prepared rows [first, first + rows) of a network's `all`, as many as a tile holds, and
-  // the n weight rows j of raw, at most `step`. `after` are those that follow.
-  void multiply(const uint8_t* raw, int64_t row_bytes, int64_t n, int64_t step, int64_t all, const uint8_t* x,
-                int64_t first, int64_t rows, float* y, uint8_t* panel, const RowsAfter& after) const {
+  // the weight rows j of w, at most `step`. `after` are those that follow.
+  void multiply(const PanelRows& w, int64_t step, int64_t all, const uint8_t* x, int64_t first, int64_t rows,
+                float* y, uint8_t* panel, const RowsAfter& after) const {
     if (!by_dots(all)) {
       const uint8_t* groups = x + first / kernels.tile_cols * kernels.tile_bytes(k);
-      return multiply_panels(kernels, raw, row_bytes, n, k, groups, rows, y, step, panel, y, after);
+      return multiply_panels(kernels, w, k, groups, rows, y, step, panel, y, after);
     }
     const int64_t most = rows_of_dot(form);
     for (int64_t r = 0; r < rows; r += most) {
-      kernels.dot(raw, row_bytes, n, k, x + (first + r) * kernels.dot_bytes(k), std::min(most, rows - r),
-                  y + r * step, step, r + most >= rows ? after : RowsAfter());
+      kernels.dot(w.raw, w.row_bytes, w.n, k, x + (first + r) * kernels.dot_bytes(k),
+                  std::min(most, rows - r), y + r * step, step, r + most >= rows ? after : RowsAfter());
     }
   }
 };
@@ -224,9 +224,9 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
       for (int64_t i = 0; i < m; i += in.row_tile(step)) {
         const int64_t tile = std::min(in.row_tile(step), m - i);
         const bool is_last = i + tile == m;
-        in.multiply(gate, bytes, count, step, m, prepared + offsets[g], i, tile, gate_tile, panel,
+        in.multiply({gate, bytes, count}, step, m, prepared + offsets[g], i, tile, gate_tile, panel,
                     after_gate);
-        in.multiply(up, bytes, count, step, m, prepared + offsets[g], i, tile, up_tile, panel,
+        in.multiply({up, bytes, count}, step, m, prepared + offsets[g], i, tile, up_tile, panel,
                     is_last ? RowsAfter(after_up) : RowsAfter());
         for (int64_t r = 0; r < tile; r++) {
           isa().swiglu(gate_tile + r * step, up_tile + r * step,
@@ -288,7 +288,7 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
           for (int64_t i = 0; i < m; i += inside.row_tile(step)) {
             const int64_t rows_of = std::min(inside.row_tile(step), m - i);
             const bool is_last = i + rows_of == m;
-            inside.multiply(down, bytes, count, step, m, prepared + offsets[g], i, rows_of, tile, panel,
+            inside.multiply({down, bytes, count}, step, m, prepared + offsets[g], i, rows_of, tile, panel,
                             is_last ? RowsAfter(after_down) : RowsAfter());
             for (int64_t r = 0; r < rows_of; r++) {
               isa().add_scaled(tile + r * step, group.weight(i + r), out.row(first + group.row(i + r)) + at,

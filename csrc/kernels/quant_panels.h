@@ -23,30 +23,37 @@ inline int64_t unpacked_bytes(const MatrixKernels& kernels, int64_t k) {
 }
 inline int64_t sums_bytes(const MatrixKernels& kernels) { return kFewRows * kernels.tile_rows * 4; }
 
-// y[i * ldy + j] of rows i of x, prepared for tiles, and the n rows j of raw, no more than a panel has.
-// Meanwhile as many rows `after` come near: they are asked for at the beginning.
+// n rows of weights in the blocks of a file.
+struct PanelRows {
+  const uint8_t* raw;
+  int64_t row_bytes, n;
+};
+
+// y[i * ldy + j] of rows i of x, prepared for tiles, and the rows j of w, no more than a panel has. Meanwhile
+// as many bytes of the rows `after` come near: they are asked for at the beginning.
 // panel: unpacked_bytes(). sums: sums_bytes(), or y itself where ldy is tile_rows.
-inline void multiply_panels(const MatrixKernels& kernels, const uint8_t* raw, int64_t row_bytes, int64_t n,
-                            int64_t k, const uint8_t* x, int64_t rows, float* y, int64_t ldy, uint8_t* panel,
-                            float* sums, const RowsAfter& after) {
+inline void multiply_panels(const MatrixKernels& kernels, const PanelRows& w, int64_t k, const uint8_t* x,
+                            int64_t rows, float* y, int64_t ldy, uint8_t* panel, float* sums,
+                            const RowsAfter& after) {
   const bool few = rows <= kFewRows, near = few || kernels.near_panels;
   const int64_t step = near ? kernels.panel_columns : k, window = near ? kFewRows : rows;
   const int64_t group = kernels.tile_bytes(k), ld_sums = kernels.tile_rows;
   const uint8_t* next = after();
-  const int64_t next_bytes = next ? n * row_bytes : 0;
-  if (!few) kernels.unpack(raw, row_bytes, n, k, panel);
+  const int64_t next_bytes = next ? w.n * w.row_bytes : 0;
+  if (!few) kernels.unpack(w.raw, w.row_bytes, w.n, k, panel);
   for (int64_t first = 0; first < rows; first += window) {
     const int64_t count = std::min(window, rows - first);
     const uint8_t* x_window = x + first / kernels.tile_cols * group;
     float *y_window = y + first * ldy, *between = sums == y ? y_window : sums;
     for (int64_t at = 0; at < k; at += step) {
       const int64_t columns = std::min(step, k - at);
-      if (few) kernels.unpack(raw + kernels.row_group * row_bytes * at / k, row_bytes, n, columns, panel);
+      if (few)
+        kernels.unpack(w.raw + kernels.row_group * w.row_bytes * at / k, w.row_bytes, w.n, columns, panel);
       // What is next comes near in equal shares.
       const int64_t done = first * k + count * at, from = next_bytes * done / (rows * k),
                     to = next_bytes * (done + count * columns) / (rows * k);
       const bool last = at + columns == k;
-      kernels.tile(few ? panel : panel + kernels.panel_bytes(at), n, columns,
+      kernels.tile(few ? panel : panel + kernels.panel_bytes(at), w.n, columns,
                    x_window + kernels.tile_bytes(at), group, count, at == 0 ? nullptr : between, ld_sums,
                    last ? y_window : between, last ? ldy : ld_sums, next + from, to - from);
     }

@@ -56,7 +56,7 @@ void product_by_tiles(ThreadTeam& team, const BlockRows& w, const float* x, int6
         return next < 0 ? nullptr : w.raw + next * kPanelsOfUnit * size * w.row_bytes;
       };
       const int64_t first = panel * size, n = std::min(size, w.n - first);
-      multiply_panels(*w.kernels, w.raw + first * w.row_bytes, w.row_bytes, n, w.k, memory.shared, rows,
+      multiply_panels(*w.kernels, {w.raw + first * w.row_bytes, w.row_bytes, n}, w.k, memory.shared, rows,
                       y + first, ldy, panel_memory, sums, panel_after);
     }
   });
