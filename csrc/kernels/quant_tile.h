@@ -360,7 +360,6 @@ struct QuantTile {
         static_assert(Like::kRuns == 1 && !Like::kHasMin);  // so that scales are all that is to be set
         return Any::unpack_quads(n, k, panel, [&](int64_t block, int v, auto& codes, auto& scales) {
           const uint8_t* first = raw + v * S::kLanes * row_bytes + block * Of32::kBytes;
-          static_assert(sizeof scales == sizeof scales[0]);
           scales[0] = Of32::quads(first, row_bytes, codes);
         });
       }
