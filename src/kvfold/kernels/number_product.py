@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.kernels.matrix import Matrix
+from kvfold.kernels.memory_split import prefers_shared
 from kvfold.kernels.overlap import let_next_start, overlaps, wait_for_inputs
-from kvfold.kernels.rounding import RoundedRows, code, mixed_place, scale_of
+from kvfold.kernels.rounding import SHARED_PERCENT, RoundedRows, code, mixed_place, scale_of
 from kvfold.kernels.rows import RoutingRule, choose_experts, silu
 
 MOST_ROWS = 4
@@ -190,6 +191,9 @@ def _route(
                 tl.store(scales + t * (COLS // 32) + block, scale, mask=block < COLS // 32)
             else:
                 tl.store(normed + t * COLS + col, v, mask=col < COLS)
+
+
+_rounding_route = prefers_shared(SHARED_PERCENT)(_route)
 
 
 @triton.jit
@@ -369,7 +373,7 @@ def route(
     )
     logits = torch.empty(num_rows, router.rows, device=device)
     early = overlaps(x)
-    _route[(router.rows + 1,)](
+    (_rounding_route if rounded else _route)[(router.rows + 1,)](
         x, x.stride(0), norm.weight, norm.eps, router.plain(), logits, x if bias is None else bias, out.ids, out.weights,
         arrived, rounded.codes if rounded else out.normed, rounded.scales if rounded else out.normed,
         *rule.arguments(router.rows),

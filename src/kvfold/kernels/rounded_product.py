@@ -18,9 +18,10 @@ from kvfold.kernels import block_levels
 from kvfold.kernels.block_levels import run_levels, run_words
 from kvfold.kernels.block_weights import COMPILED, e2m1, load4, load_f16, load_word, mxfp4_scale
 from kvfold.kernels.matrix import Matrix
+from kvfold.kernels.memory_split import prefers_shared
 from kvfold.kernels.number_product import Norm, Routed, one_over_rms
 from kvfold.kernels.overlap import let_next_start, overlaps, wait_for_inputs
-from kvfold.kernels.rounding import RoundedRows, code, codes4, mixed_place, scale_of
+from kvfold.kernels.rounding import SHARED_PERCENT, RoundedRows, code, codes4, mixed_place, scale_of
 from kvfold.kernels.rows import silu
 
 GATE_UP = (16, 4)
@@ -542,6 +543,7 @@ def _part(first, NUM: tl.constexpr, PARTS: tl.constexpr):
         return b, tl.minimum(b, NUM - 1)
 
 
+@prefers_shared(SHARED_PERCENT)
 @triton.jit
 def _linear(
     x, norm, eps, add, raw, codebook, out, rows, x_stride, out_stride,
@@ -629,6 +631,7 @@ def _gate_up_features(
             tl.store(out + pair * rows + first + i, y)
 
 
+@prefers_shared(SHARED_PERCENT)
 @triton.jit
 def _gate_up(
     x, gate, up, codebook, ids, out, scales, rows, x_stride,
@@ -653,6 +656,7 @@ def _gate_up(
                       ROUNDS, MIXED, APART, TURNS, EARLY and PER_ROW == 0)  # fmt: skip
 
 
+@prefers_shared(SHARED_PERCENT)
 @triton.jit
 def _gate_up_of_all(
     x, x_scales, gate, up, codebook, ids, out, scales, rows, shared_gate, shared_up, shared_codebook, shared_out, shared_scales,
@@ -704,6 +708,7 @@ def _chosen_weights(
     return passes
 
 
+@prefers_shared(SHARED_PERCENT)
 @triton.jit
 def _down(
     hidden, scales, raw, codebook, ids, weights, shared_hidden, shared_scales, shared, shared_codebook, add, out, rows,
