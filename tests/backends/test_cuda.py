@@ -14,17 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kit.cuda_harness import cuda_harness
+from kit.cuda_harness import cuda_harness, deepseeks_attention
 from kit.harness import Harness, close
 from kit.interpreter import torch  # before any kernel
 from kit.poison import poisoned_memory  # noqa: F401
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold import LLM, SamplingParams
 from kvfold.backends import cuda_layers
+from kvfold.backends.cuda import _Graphs
+from kvfold.backends.cuda_step import expanded_bytes
+from kvfold.cache.latent import CacheType, encode
 from kvfold.engine.batch import Work, build_batch
 from kvfold.engine.runner import Runner
 from kvfold.engine.sampler import Sampler
 from kvfold.load import embedded_model
+from kvfold.mla.plan import Path as AttentionPath
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -168,6 +172,74 @@ def test_padding_of_layers_changes_nothing(mla: str, tmp_path: Path) -> None:
     assert layers.buffers.queries[:7].isfinite().all()  # the first layer ran so
     for got, expected in zip(*logits, strict=True):
         close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cache_type", "mla"),
+    [("f32", "1"), BLOCKS[2], *(pytest.param(*kind, marks=pytest.mark.full) for kind in (("f32", "2"), BLOCKS[0]))],
+)
+def test_a_prompt_at_fixed_places_is_plains(cache_type: str, mla: str, tmp_path: Path) -> None:
+    """Prompts of a bucket of rows with padding in front, as a graph would run them, over pages of which the list behind them
+    says nothing; one without an output."""
+    path = write_gguf(blocks_model(num_hidden_layers=1, first_k_dense_replace=0), tmp_path / "m.gguf")
+    settings: dict[str, Any] = {"mla": mla, "cache_type": cache_type}
+    harness, plain = cuda_harness(path, **settings), Harness(path, **settings)
+    backend: Any = harness.loaded.backend
+    backend._graphs = graphs = _Graphs(backend)
+    graphs._buffers._device.fill_(1 << 30)
+    latents = np.random.default_rng(3).standard_normal((1, 64, backend.row_dims[0])).astype(np.float32)
+    latents[:, 62:] = np.nan
+    stored = encode(latents, CacheType(cache_type))
+    logits: list[list[np.ndarray]] = []
+    for each in (harness, plain):
+        sequence = each.sequence()
+        sequence.reserve(62)
+        sequence.length = 62
+        each.loaded.cache.arrays[0][0][sequence.pages] = stored
+        if each is harness:
+            backend.write_pages(0, 0, sequence.pages, stored)
+        logits.append([])
+        for rows, outputs in ((5, 1), (7, 0), (3, 1)):
+            logits[-1] += each.step([Work(sequence, ids(rows, seed=rows), is_prompt=True, outputs=outputs)])
+            if each is harness:
+                forms = {(form.num_rows, form.num_keys) for form in graphs._steps}
+                assert forms == ({(3, None)} if rows == 3 else {(16, 512 if mla == "2" else None)})
+                graphs._steps.clear()  # which would capture the next of a form
+    pool = backend.pools[0][0].flatten(0, 1)
+    written = ~pool.isnan().any(1) if pool.is_floating_point() else (pool != 0xFF).any(1)
+    assert written.sum() == 62 + 5 + 7 + 3  # padding has no slot
+    for got, expected in zip(*logits, strict=True):
+        assert got.shape == expected.shape
+        if len(got):
+            close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "outputs", "settings", "expected"),
+    [
+        ([5], 1, {"mla": "1"}, (AttentionPath.ABSORBED, True, 4, 4, None, None)),
+        ([512], 0, {"mla": "1"}, (AttentionPath.ABSORBED, True, 128, 4, None, None)),
+        ([257], 1, {"mla": "2"}, (AttentionPath.DECOMPRESSED, True, 1, 384, None, 512)),
+        ([4], 4, {"mla": "2"}, (AttentionPath.DECOMPRESSED, False, 1, 4, None, None)),
+        ([513], 1, {"mla": "1"}, None),
+        ([64], 2, {"mla": "2"}, None),
+        ([64, 5], 1, {"mla": "2"}, None),
+        ([64], 1, {"mla": "0"}, None),
+        ([64], 1, {"mla": "1", "fa": "0"}, None),
+    ],
+)
+def test_what_one_graph_can_hold(
+    sizes: list[int], outputs: int, settings: dict[str, Any], expected: Any, tmp_path: Path
+) -> None:
+    tiny = tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0)
+    harness = cuda_harness(write_gguf(tiny, tmp_path / "m.gguf"), **settings)
+    backend: Any = harness.loaded.backend
+    works = [Work(harness.sequence(), ids(n), is_prompt=True, outputs=outputs) for n in sizes]
+    step = build_batch(works, harness.loaded.plan).step
+    assert _Graphs(backend)._buffers.form(step) == expected
+    if expected and expected[-1]:
+        backend.workspace_bytes = expected[-1] * expanded_bytes(harness.loaded.model.config.mla, backend.dtype) - 1
+        assert _Graphs(backend)._buffers.form(step) is None
 
 
 def test_a_step_without_outputs_never_reads_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,10 +408,72 @@ def test_replayed_steps_are_launched_ones_bit_for_bit(mla: str, cache_type: str,
         harness = cuda_harness(path, dtype=torch.bfloat16, mla=mla, cache_type=cache_type, captures=captures)
         said.append(harness.logits(text, [64, *[1] * 12, *[2] * 10], is_prompt=False))
         if captures:
-            assert {(path.value, rows) for path, _, rows, _ in harness.loaded.backend._graphs._captured} == {
+            assert {(form.path.value, form.rows) for form in harness.loaded.backend._graphs._captured} == {
                 (1 if mla == "3" else int(mla), rows) for rows in (1, 2)
             }
     np.testing.assert_array_equal(*said)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("cache_type", ["bf16", "q8_0", "fp8"])
+@pytest.mark.parametrize("mla", ["1", "2"])
+@pytest.mark.parametrize("model", ["tiny", "deepseeks attention"])
+def test_replayed_prompts_are_launched_ones_bit_for_bit(
+    model: str, mla: str, cache_type: str, tmp_path: Path
+) -> None:
+    """Prompts in slices that fill buckets of rows and of keys: launched, captured and replayed, with a generated row between."""
+    path = tmp_path / "m.gguf"
+    if model == "tiny":
+        write_gguf(blocks_model(), path)
+    else:
+        deepseeks_attention(path, "BF16")
+    said = []
+    for captures in (True, False):
+        harness = cuda_harness(path, dtype=torch.bfloat16, mla=mla, cache_type=cache_type, captures=captures)
+        got = []
+        for turn in range(4):
+            sequence = harness.sequence()
+            for rows in (512, 512, 1):
+                got += harness.step([Work(sequence, ids(rows, seed=turn), is_prompt=rows > 1)])
+            sequence.release()
+        said.append(got)
+        if captures:
+            forms = harness.loaded.backend._graphs._captured
+            assert {form.num_rows for form in forms} == {1, 512}
+    np.testing.assert_array_equal(*said)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("cache_type", ["f32", "f16", "q8_0", "fp8"])
+@pytest.mark.parametrize("mla", ["1", "2", "auto"])
+def test_replayed_prompts_are_plain_float32(mla: str, cache_type: str, tmp_path: Path) -> None:
+    """Slices that fill no bucket, of two sequences in turn, so that a replay finds another's pages and lengths."""
+    path = write_gguf(blocks_model(), tmp_path / "m.gguf")
+    settings: dict[str, Any] = {"mla": mla, "cache_type": cache_type}
+    harness, plain = cuda_harness(path, **settings), Harness(path, **settings)
+    slices = (5, 17, 63, 1, 65, 1, 6, 100, 33, 21)
+    said: list[list[np.ndarray]] = []
+    for each in (harness, plain):
+        logits: list[np.ndarray] = []
+        for turn in range(2 if each is plain else 3):
+            pair = each.sequence(), each.sequence()
+            for seed, rows in enumerate(slices):
+                for sequence in pair:
+                    tokens = ids(rows + turn % 2, seed=10 * seed + (sequence is pair[0]))
+                    logits += each.step([Work(sequence, tokens, is_prompt=rows > 1)])
+            for sequence in pair:
+                sequence.release()
+        said.append(logits)
+    assert any(form.is_prompt for form in harness.loaded.backend._graphs._captured)  # type: ignore[attr-defined]
+    said[1] += said[1][: 2 * len(slices)]  # the third turn is the first again
+    got, expected = (np.concatenate(logits) for logits in said)
+    assert np.isfinite(got).all()
+    error = np.sqrt(np.mean((got - expected) ** 2, 1) / np.mean(expected**2, 1))
+    # as test_float32_is_plain_float32 and test_every_cache_type_is_plains_in_float32
+    bound = {"f32": 5e-5, "fp8": 8e-3}.get(cache_type, 1e-3)
+    assert np.sqrt(np.mean(error**2)) < bound, f"{error.max():.2g} of the logits of step {error.argmax()}"
 
 
 @pytest.mark.gpu
@@ -372,13 +506,13 @@ def test_layers_go_on_where_another_step_came_between(tmp_path: Path) -> None:
     path = write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf")
     harness = cuda_harness(path, mla="3")
     text, other = ids(100), ids(120, seed=9)
-    expected = Harness(path, mla="3").logits(text, [100])[-1:]
+    expected = Harness(path, mla="3").logits(text, [100])[-2:]
     loaded = harness.loaded
     generating = harness.sequence()
     harness.step([Work(generating, ids(30, seed=3), is_prompt=True)])
     for _ in range(3):
         prompted = harness.sequence()
-        batch = build_batch([Work(prompted, text, is_prompt=True)], loaded.plan)
+        batch = build_batch([Work(prompted, text, is_prompt=True, outputs=2)], loaded.plan)  # no graph has two
         run = loaded.backend.start(batch.step)
         while run.run(run.position + 1) < loaded.model.num_segments:
             between = harness.sequence()
@@ -439,6 +573,9 @@ def test_others_may_take_memory_while_a_step_is_captured(tmp_path: Path) -> None
         for size in (16, 32, 64):
             for _ in range(3):  # launched, captured, replayed
                 harness.logits(ids(size), [size])
+                sequence = harness.sequence()
+                harness.step([Work(sequence, ids(size), is_prompt=True)])
+                sequence.release()
             harness.logits(ids(size), [size - 1, 1], is_prompt=False)
     finally:
         is_over.set()
@@ -451,12 +588,18 @@ def test_others_may_take_memory_while_a_step_is_captured(tmp_path: Path) -> None
 def test_a_graph_writes_only_what_it_keeps(tmp_path: Path) -> None:
     """Whatever was freed once a step was captured belongs to others: a replay leaves it as they filled it."""
     harness = cuda_harness(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"), mla="3")
-    sequence = harness.sequence()
-    harness.step([Work(sequence, ids(90), is_prompt=True)])
-    harness.step([Work(sequence, [7], is_prompt=False)])
+
+    def prompt_and_token() -> None:
+        sequence = harness.sequence()
+        harness.step([Work(sequence, ids(90), is_prompt=True)])
+        harness.step([Work(sequence, [7], is_prompt=False)])
+        sequence.release()
+
+    for _ in range(2):  # launched, captured
+        prompt_and_token()
     torch.cuda.synchronize()
     taken = [torch.full((size // 4,), 7.0, device="cuda") for size in [512] * 600 + [2**16] * 100 + [2**20] * 60]
-    harness.step([Work(sequence, [9], is_prompt=False)])
+    prompt_and_token()
     assert all(bool((x == 7.0).all()) for x in taken)
 
 

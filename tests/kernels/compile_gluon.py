@@ -98,14 +98,15 @@ def main(kind: str) -> None:
         types, sizes, options = experts("_".join(type), int(tokens), form == "gated")
     else:
         kernel = mla_prefill_gluon._prefill_kernel
-        types |= {"q_desc": box(64, 128), "q_rope_desc": box(64, 64), "k_rope_desc": box(128, 64), "lse": "*fp32"}
+        types |= {"q_desc": box(64, 128), "q_rope_desc": box(64, 64), "k_rope_desc": box(128, 64)}
+        types |= {"lse": "*fp32", "kv_len": "*i32"}
         types |= {"out_desc": box(64, 128)} | {f"{name}_desc": box(128, 128) for name in ("k", "v")}
         types |= {
             name: "i32"
             for name in kernel.arg_names
             if name.endswith("stride") or name.startswith("num_") or name == "ahead"
         }
-        sizes = {what: kind == f"prefill_{what.lower()}" for what in ("PARTED", "BOXED", "MERGE")}
+        sizes = {what: what.lower() in kind.split("_") for what in ("PARTED", "BOXED", "MERGE", "COUNTED")}
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {

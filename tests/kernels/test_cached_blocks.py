@@ -7,7 +7,7 @@ import pytest
 
 from kit.interpreter import torch  # before any kernel
 from kvfold.cache.latent import CacheType, decode, encode
-from kvfold.kernels.cached_blocks import Blocks, append_blocks, gather_blocks
+from kvfold.kernels.cached_blocks import Blocks, append_blocks, gather_rows
 
 KINDS = [("q8_0", 576), ("q8_0", 96), ("q8_0", 1536), ("fp8", 576), ("fp8", 128), ("fp8", 256 + 12)]
 
@@ -59,5 +59,26 @@ def test_what_is_gathered_is_the_definition(blocks: Blocks, width: int, count: i
         pool[page] = torch.from_numpy(part)
     pool[5, 2:] = 0xFF  # behind row 130
     out = torch.full((count, width), torch.nan, device=device)
-    gather_blocks(pool, torch.tensor(pages, dtype=torch.int32, device=device), out, blocks)
+    gather_rows(pool, torch.tensor(pages, dtype=torch.int32, device=device), out, blocks)
     np.testing.assert_array_equal(out.cpu().numpy(), decode(encode(x[:count], kind), kind))
+
+
+@pytest.mark.parametrize(("blocks", "width"), [*KINDS[:1], KINDS[-1], (None, 72)])
+@pytest.mark.parametrize("held", [0, 3, 64, 130])
+def test_behind_what_is_held_are_zeros(blocks: Blocks | None, width: int, held: int, device: str) -> None:
+    """Whatever lies in the page that is held in part, and whatever the list says behind it."""
+    x = np.random.default_rng(2).standard_normal((192, width)).astype(np.float32)
+    kind = CacheType(blocks) if blocks else CacheType.F16
+    stored = torch.from_numpy(encode(x, kind)).to(device)
+    nothing = 0xFF if blocks else torch.nan
+    pool = torch.full((9, 64, kind.columns(width)), nothing, dtype=stored.dtype, device=device)
+    for page, part in zip([7, 2, 5], stored.unflatten(0, (3, 64)), strict=True):
+        pool[page] = part
+    pool[[7, 2, 5][held // 64], held % 64 :] = nothing
+    pages = [7, 2, 5][: -(-held // 64)] + [1 << 30] * 4
+    out = torch.full((256, width), torch.nan, device=device)
+    count = torch.tensor([held], dtype=torch.int32, device=device)
+    gather_rows(pool, torch.tensor(pages, dtype=torch.int32, device=device), out, blocks, count)
+    expected = np.zeros((256, width), np.float32)
+    expected[:held] = decode(encode(x[:held], kind), kind)
+    np.testing.assert_array_equal(out.cpu().numpy(), expected)

@@ -10,7 +10,7 @@ import pytest
 from kernels.test_mla_decode import Case
 from kit.interpreter import torch  # before any kernel
 from kvfold.cache.latent import CacheType, decode, encode
-from kvfold.kernels.cached_blocks import Blocks, append_blocks, gather_blocks
+from kvfold.kernels.cached_blocks import Blocks, append_blocks, gather_rows
 from kvfold.kernels.mla_decode import Form
 from kvfold.kernels.rows import LatentRow, fold_append, rope_append
 
@@ -66,7 +66,7 @@ def test_blocks_are_appended_and_gathered_at_its_end(blocks: Blocks) -> None:
     slots = (num_pages - 1) * 64 + torch.arange(64, device="cuda")
     append_blocks(x, slots, pool.flatten(0, 1), blocks)
     out = torch.empty(64, LATENT, device="cuda")
-    gather_blocks(pool, torch.tensor([num_pages - 1], dtype=torch.int32, device="cuda"), out, blocks)
+    gather_rows(pool, torch.tensor([num_pages - 1], dtype=torch.int32, device="cuda"), out, blocks)
     expected = decode(encode(x.cpu().numpy(), kind), kind)
     np.testing.assert_array_equal(out.cpu().numpy(), expected)
     assert (pool[:-1] == 0xFF).all()

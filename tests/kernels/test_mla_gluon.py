@@ -28,7 +28,9 @@ def test_the_kernel_for_fp8_spills_nothing_of_its_loops(kind: str, spill_bytes: 
     assert found["spill_bytes"] <= spill_bytes and not found["serialized"], found
 
 
-@pytest.mark.parametrize("kind", ["prefill_parted", "prefill_boxed", "prefill_merge"])
+@pytest.mark.parametrize(
+    "kind", ["prefill_parted", "prefill_boxed", "prefill_merge", "prefill_parted_counted", "prefill_boxed_counted"]
+)
 def test_the_prefill_kernel_spills_nothing(kind: str) -> None:
     found = compiled(kind)
     assert found["shared_bytes"] <= HOPPER_SHARED_BYTES

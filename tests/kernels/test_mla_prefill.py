@@ -92,6 +92,42 @@ def test_half_precision_odd_dimensions_and_a_rope_part_per_head() -> None:
     check(out, expected(q, k_nope, k_rope, v, 0.2, 30)[0], 1e-3)
 
 
+def counted(rows: int, kv_len: int, keys: int, heads: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """The last of `rows` rows are a sequence's last, of kv_len keys in a run of `keys`; those before its first see none."""
+    q, k_nope, k_rope, v = inputs(rows, keys, heads, *sizes, dtype)
+    for array in (k_nope, k_rope, v):
+        array[kv_len:] = 0
+    scale = (sizes[0] + sizes[1]) ** -0.5
+    out = torch.full((rows, heads, sizes[2]), float("nan"), dtype=dtype, device=DEVICE)
+    lse = torch.full((heads, rows), float("nan"), device=DEVICE)
+    length = torch.tensor([kv_len], dtype=torch.int32, device=DEVICE)
+    mla_prefill(q, k_nope, k_rope, v, out, lse, scale=scale, first_row=0, first_key=0, merge=False, kv_len=length)
+    none = max(rows - kv_len, 0)
+    assert (out[:none] == 0).all() and (lse[:, :none] == float("-inf")).all()
+    keys_seen = (array[:kv_len] for array in (k_nope, k_rope, v))
+    want, want_lse = expected(q[none:], *keys_seen, scale, kv_len - (rows - none))
+    check(out[none:], want, 2e-6 if dtype == torch.float32 else 5e-3)
+    check(lse[:, none:], want_lse, 1e-5)
+
+
+@pytest.mark.parametrize(("rows", "kv_len", "keys"), [(16, 5, 64), (64, 64, 64), (40, 1, 64), (70, 129, 192)])
+def test_keys_are_counted_on_the_device(rows: int, kv_len: int, keys: int) -> None:
+    counted(rows, kv_len, keys, 2, (32, 16, 32), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize(
+    ("rows", "kv_len", "keys"),
+    [(16, 5, 64), (64, 64, 64), (64, 33, 64), (512, 400, 512), (256, 700, 768), (16, 4000, 4096), (64, 2050, 3072)],
+)
+def test_keys_are_counted_on_the_device_on_hopper(rows: int, kv_len: int, keys: int) -> None:
+    """With parts of the keys side by side, of which the last may be empty, and without."""
+    counted(rows, kv_len, keys, 16, (128, 64, 128), torch.bfloat16)
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_parts_of_the_keys_side_by_side_make_the_whole(merge: bool) -> None:
     rows, cached, bounds = 37, 50, [0, 33, 60, 87]

@@ -16,7 +16,7 @@ from kit.interpreter import torch  # before any kernel
 from kvfold.cache.latent import CacheType, decode, encode
 from kvfold.config import MlaConfig
 from kvfold.kernels import mla_prefill, rows
-from kvfold.kernels.cached_blocks import append_blocks, gather_blocks
+from kvfold.kernels.cached_blocks import append_blocks, gather_rows
 from kvfold.kernels.mla_decode import DecodeWorkspace, Form, mla_decode, schedule_decode
 from kvfold.mla.reference import attend
 
@@ -106,7 +106,7 @@ class Sequence:
             cached = self.pool[self.pages.long()].flatten(0, 1)[:num_keys].to(self.dtype)
         else:
             cached = torch.full((num_keys, mla.latent_dim), torch.nan, dtype=self.dtype, device=self.device)
-            gather_blocks(self.pool, self.pages, cached, self.blocks)
+            gather_rows(self.pool, self.pages, cached, self.blocks)
         out = torch.full((self.num_rows, heads, mla.v_head_dim), torch.nan, device=self.device)
         lse = torch.full((heads, self.num_rows), torch.nan, device=self.device)
         for first in range(0, num_keys, tile):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kit.harness import Harness
+from kit.tiny_models import tiny_model, write_gguf
 
 
 def cuda_harness(
@@ -34,3 +35,17 @@ def cuda_harness(
         pool.fill_(torch.nan if pool.is_floating_point() else 0xFF)  # of bytes, every scale is NaN
     harness.loaded = dataclasses.replace(loaded, backend=backend)
     return harness
+
+
+def deepseeks_attention(path: Path, ftype: str, num_layers: int = 2) -> Path:
+    """A small model whose attention has DeepSeek's sizes, so that it takes the kernels made for them."""
+    sizes = {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    }
+    tiny = tiny_model("v2-lite", num_hidden_layers=num_layers, first_k_dense_replace=1, **sizes)
+    return write_gguf(tiny, path, ftype=ftype)

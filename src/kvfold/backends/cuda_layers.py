@@ -3,7 +3,8 @@
 A prompt of 512 rows took 23 ms on an H200 and 60 to 85 on the clock: some 60 launches a layer, and Python between them. All but
 attention depends on the number of rows alone, so it is captured once per (bucket of rows, layer) as two graphs, before and
 behind attention, which reads the step's lengths and pages on the host and is launched op by op. Any step whose rows fit a
-bucket is served, whatever it mixes, and it may stop at any cut: between layers its rows lie in memory of its own.
+bucket is served, whatever it mixes, and it may stop at any cut: between layers its rows lie in memory of its own. What has a form of its
+own (cuda_captured.py: above all a single short prompt) is replayed whole instead.
 
 Rows up to the bucket are padding: no slot, nobody attends to them, and every row is computed apart from the others.
 """

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep
+from kvfold.backends.cuda_step import MOST_ROWS, DecodeLaunch, DeviceStep, PromptKeys, expanded_bytes
 from kvfold.backends.cuda_weights import Rows
 from kvfold.cache.latent import PAGE_TOKENS
 from kvfold.config import GroupScore, MlaConfig, MoeConfig, Pairing, RopeConfig, Scoring
@@ -32,7 +32,7 @@ from kvfold.kernels import (
     rows,
     tile_product,
 )
-from kvfold.kernels.cached_blocks import append_blocks, gather_blocks
+from kvfold.kernels.cached_blocks import append_blocks, gather_rows
 from kvfold.kernels.choose import take_chosen
 from kvfold.kernels.head_decode import attend_cached, attend_expanding
 from kvfold.kernels.matrix import SCALE_ROWS, Matrix
@@ -656,7 +656,11 @@ class CudaOps:
         return Value(make)
 
     def attend_expanded(self, name: str, layer: int, q: Value, kv_up: KvUp, mla: MlaConfig, into: Value) -> Value:
-        per_key = mla.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim) * self._dtype.itemsize
+        prompt = self.step.prompt
+        if prompt is not None:
+            self._attend_prompt(layer, q, kv_up, mla, prompt, into)
+            return into
+        per_key = expanded_bytes(mla, self._dtype)
         size = max(1, self._backend.workspace_bytes // per_key // PAGE_TOKENS) * PAGE_TOKENS
 
         def tiles(sequence: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -681,6 +685,29 @@ class CudaOps:
 
         self._attend(Path.DECOMPRESSED, q, tiles, decode, mla, into)
         return into
+
+    def _attend_prompt(
+        self, layer: int, q: Value, kv_up: KvUp, mla: MlaConfig, prompt: PromptKeys, into: Value
+    ) -> None:
+        """All rows over all keys of their sequence, which stand in one list of pages; rows before the first see none."""
+        pool = self._backend.pools[0][layer]
+        latents = torch.empty(prompt.num_keys, mla.latent_dim, dtype=self._dtype, device=pool.device)
+        gather_rows(pool, self.step.pages, latents, self._backend.blocks, prompt.kv_len)
+        k_nope, v = self._expand(latents, kv_up, mla)
+        queries = q.tensor.unflatten(1, (mla.num_heads, mla.qk_head_dim))
+        mla_prefill(
+            queries,
+            k_nope,
+            latents[:, None, mla.kv_lora_rank :],
+            v,
+            into.tensor.unflatten(1, (mla.num_heads, mla.v_head_dim)),
+            torch.empty(mla.num_heads, len(queries), dtype=torch.float32, device=pool.device),
+            scale=mla.softmax_scale,
+            first_row=0,
+            first_key=0,
+            merge=False,
+            kv_len=prompt.kv_len,
+        )
 
     def attend_full(self, name: str, layer: int, q: Value, mla: MlaConfig) -> Value:
         def tiles(sequence: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -802,7 +829,7 @@ class CudaOps:
         pages = self.step.pages[listed]
         width = self._backend.row_dims[array]
         picked = torch.empty(stop - start, width, dtype=self._dtype, device=pool.device)
-        gather_blocks(pool, pages, picked, self._backend.blocks)
+        gather_rows(pool, pages, picked, self._backend.blocks)
         return picked
 
 

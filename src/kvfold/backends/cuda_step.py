@@ -41,6 +41,14 @@ class DecodeLaunch:
 
 
 @dataclass(frozen=True, eq=False)
+class PromptKeys:
+    """Keys of a decompressed prompt, whose rows are the last of them, where their number is known on the device alone."""
+
+    kv_len: Tensor  # int32 [1]
+    num_keys: int  # that are expanded: whole pages, as many keys or more
+
+
+@dataclass(frozen=True, eq=False)
 class DeviceStep:
     """num_rows, and arrays of model/step.py on the device.
 
@@ -52,6 +60,7 @@ class DeviceStep:
                   of head_decode; empty where it is not fused. A model has one of the two segments
     output_rows:  int64, or None for all rows
     most_tokens:  of MOST_TOKENS, the first that no context is longer than; None where one is longer than all
+    prompt:       of a captured graph whose rows are a decompressed prompt
     """
 
     host: Step | None
@@ -65,10 +74,16 @@ class DeviceStep:
     head_launches: tuple[DecodeLaunch, ...]
     output_rows: Tensor | None
     most_tokens: int | None
+    prompt: PromptKeys | None = None
 
 
 def most_tokens(kv_lens: NDArray[np.int32]) -> int | None:
     return next((most for most in MOST_TOKENS if kv_lens.max(initial=0) <= most), None)
+
+
+def expanded_bytes(mla: MlaConfig, dtype: torch.dtype) -> int:
+    """Of one key expanded for all heads, its value with it; the rope part stays where it is."""
+    return mla.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim) * dtype.itemsize
 
 
 def path_rows(step: Step, path: Path) -> slice:

@@ -28,7 +28,7 @@ sizes; `form="triton"` or `"gluon"` forces one, for tests and benchmarks.
             Queries, and weights of values, are rounded to the type of `out`; cached rows are converted to it.
 
     mla_prefill.py
-        mla_prefill(q, k_nope, k_rope, v, out, lse, *, scale, first_row, first_key, merge)
+        mla_prefill(q, k_nope, k_rope, v, out, lse, *, scale, first_row, first_key, merge, kv_len=None)
             q      [R, H, nope + rope]   rows first_row .. first_row + R of one sequence
             k_nope [K, H, nope]          keys first_key .. first_key + K; any strides but the last, which is 1
             k_rope [K, H or 1, rope]     shared by the heads where there is 1
@@ -37,4 +37,5 @@ sizes; `form="triton"` or `"gluon"` forces one, for tests and benchmarks.
             lse    float32 [H, R]        log of the sum of exp(scale * score), natural; -inf where no key was seen
             Row i sees key j iff first_key + j <= first_row + i. merge: `out` and `lse` hold the attention over other keys
             and get that over both; else they are written. A row that sees no key is zero (merge: stays as it was).
+            kv_len int32 [1]: the first so many keys are there, and the rows are the last of them; zeros are behind.
 """

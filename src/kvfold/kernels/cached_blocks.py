@@ -5,8 +5,8 @@ cache/latent.py defines both formats, and what is written here is equal to it bi
     q8_0  [n / 32][float16 scale, 32 signed codes]                    any whole blocks of 32 numbers
     fp8   [codes of 128 g numbers | g float32 scales | bfloat16 ..]    whole groups of 128, and what is left over
 
-Owns three ways to read and write them: append_blocks (float rows to slots), gather_blocks (pages to rows of the compute
-type) and, for kernels that attend over a tile, load_coded and load_bfloat16. Codes of e4m3 are decoded by shifts, since
+Owns three ways to read and write them: append_blocks (float rows to slots), gather_rows (pages, of numbers too, to rows of the
+compute type) and, for kernels that attend over a tile, load_coded and load_bfloat16. Codes of e4m3 are decoded by shifts, since
 GPUs before sm_89 and Triton's interpreter know no such type.
 """
 
@@ -158,32 +158,41 @@ def _append_fp8(x, x_stride, slots, pool, row_bytes, coded, left, LEFT: tl.const
 
 @triton.jit
 def _gather(
-    pool, row_bytes, pages, out, num_rows, width, coded, PAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FP8: tl.constexpr, EARLY: tl.constexpr,
+    pool, row_size, pages, num_held, out, num_rows, width, coded, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, COUNTED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, columns). width: numbers of a row; coded: those that lie in blocks."""
+    """Program (rows, columns). row_size: bytes or numbers; width: numbers of a row; coded: those that lie in blocks."""
     if EARLY:
         wait_for_inputs()
     start = tl.program_id(0) * ROWS  # ROWS divides a page
     i = tl.arange(0, ROWS)
     t = start + i
     real = t < num_rows
-    row = pool + (tl.load(pages + start // PAGE).to(tl.int64) * PAGE + start % PAGE + i) * row_bytes
+    held = real
+    count = num_rows
+    if COUNTED:
+        count = tl.load(num_held)
+        held = t < count
+    page = tl.load(pages + start // PAGE, mask=start < count, other=0).to(tl.int64)
+    row = pool + (page * PAGE + start % PAGE + i) * row_size
     first = tl.program_id(1) * COLUMNS
     column = first + tl.arange(0, COLUMNS)
     at = t.to(tl.int64)[:, None] * width + column[None, :]
-    if FP8:
+    inside = column < width
+    if BLOCKS == "fp8":
         if first >= coded:
             left = column - coded
-            mask = real[:, None] & (column < width)[None, :]
-            x = load_bfloat16(row[:, None] + coded + coded // 32 + 2 * left[None, :], mask)
-            tl.store(out + at, x, mask=mask)
+            x = load_bfloat16(
+                row[:, None] + coded + coded // 32 + 2 * left[None, :], held[:, None] & inside[None, :]
+            )
         else:
-            x = load_coded(row, real, first, coded, COLUMNS, tl.float32, True)
-            tl.store(out + at, x, mask=real[:, None] & (column < coded)[None, :])
+            x = load_coded(row, held, first, coded, COLUMNS, tl.float32, True)
+            inside = column < coded
+    elif BLOCKS == "q8_0":
+        x = load_coded(row, held, first, coded, COLUMNS, tl.float32, False)
     else:
-        x = load_coded(row, real, first, coded, COLUMNS, tl.float32, False)
-        tl.store(out + at, x, mask=real[:, None] & (column < width)[None, :])
+        x = tl.load(row[:, None] + column[None, :], mask=held[:, None] & inside[None, :], other=0).to(tl.float32)
+    tl.store(out + at, x, mask=real[:, None] & inside[None, :])
 
 
 def coded_numbers(width: int, blocks: Blocks) -> int:
@@ -209,11 +218,15 @@ def append_blocks(x: Tensor, slots: Tensor, pool: Tensor, blocks: Blocks) -> Non
     )  # fmt: skip
 
 
-def gather_blocks(pool: Tensor, pages: Tensor, out: Tensor, blocks: Blocks) -> None:
-    """The first len(out) rows of pages int32 of pool uint8 [P, 64, row_bytes] into out [rows, n], of any float type."""
+def gather_rows(
+    pool: Tensor, pages: Tensor, out: Tensor, blocks: Blocks | None, num_held: Tensor | None = None
+) -> None:
+    """The first len(out) rows of pages int32 of pool [P, 64, columns], numbers or bytes of `blocks`, into out [rows, n] of any float
+    type; zeros from num_held int32 [1] on, whose pages need not be listed."""
     num_rows, width = out.shape
     early = overlaps(out)
     _gather[(triton.cdiv(num_rows, 16), triton.cdiv(width, 128))](
-        pool, pool.shape[2], pages, out, num_rows, width, coded_numbers(width, blocks),
-        PAGE=PAGE_TOKENS, ROWS=16, COLUMNS=128, FP8=blocks == "fp8", num_warps=4, EARLY=early, launch_pdl=early,
+        pool, pool.shape[2], pages, pages if num_held is None else num_held, out, num_rows, width,
+        width if blocks is None else coded_numbers(width, blocks), PAGE=PAGE_TOKENS, ROWS=16, COLUMNS=128, BLOCKS=blocks,
+        COUNTED=num_held is not None, num_warps=4, EARLY=early, launch_pdl=early,
     )  # fmt: skip

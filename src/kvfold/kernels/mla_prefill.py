@@ -39,13 +39,20 @@ def mla_prefill(
     first_row: int,
     first_key: int,
     merge: bool,
+    kv_len: torch.Tensor | None = None,  # int32 [1]
     form: Form | None = None,
 ) -> None:
     """Row i attends to key j iff first_key + j <= first_row + i. With `merge`, `out` and `lse` hold the attention over
-    other keys and get that over both; a row that sees no key is zero with lse -inf, or stays as it was. `form` forces a kernel."""
+    other keys and get that over both; a row that sees no key is zero with lse -inf, or stays as it was. With `kv_len`, read on the
+    device, the first kv_len <= K keys are those of the sequence whose last rows these are, rows before its first among them;
+    keys and values behind are zeros. `form` forces a kernel."""
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
     if form is None:
         form = "gluon" if hopper and _gluon_serves(q, k_nope, k_rope, v, out) else "triton"
+    if kv_len is not None and (first_row, first_key) != (0, 0):
+        raise ValueError(
+            f"first_row={first_row}, first_key={first_key}: expected 0 of rows that are counted by kv_len."
+        )
     if form == "gluon":
         from kvfold.kernels.mla_prefill_gluon import launch  # names of Triton's experimental room, which move
 
@@ -57,7 +64,7 @@ def mla_prefill(
             parts_lse = torch.empty(num_parts, *lse.shape, dtype=torch.float32, device=lse.device)
         launch(
             q, k_nope, k_rope, v, parts, parts_lse, scale * LOG2_E, first_row - first_key, _heads_together(k_nope, v),
-            merge and num_parts == 1,
+            merge and num_parts == 1, kv_len,
         )  # fmt: skip
         if num_parts > 1:
             merge_parts(parts, parts_lse, out, lse, merge)
@@ -73,14 +80,14 @@ def mla_prefill(
     else:
         block_rows, block_keys, warps, stages = 64, 32, 4, 2
     _prefill_kernel[(triton.cdiv(num_rows, block_rows) * num_heads,)](
-        q, k_nope, k_rope, v, out, lse, scale * LOG2_E, num_rows, num_keys, first_row - first_key,
+        q, k_nope, k_rope, v, out, lse, lse if kv_len is None else kv_len, scale * LOG2_E, num_rows, num_keys, first_row - first_key,
         q.stride(0), q.stride(1), k_nope.stride(0), k_nope.stride(1),
         k_rope.stride(0), k_rope.stride(1) if k_rope.shape[1] > 1 else 0, v.stride(0), v.stride(1),
         out.stride(0), out.stride(1), lse.stride(0),
         HEADS_TOGETHER=_heads_together(k_nope, v), NOPE=nope, ROPE=rope, V=v_dim,
         BLOCK_NOPE=max(triton.next_power_of_2(nope), 16), BLOCK_ROPE=max(triton.next_power_of_2(rope), 16),
         BLOCK_V=max(triton.next_power_of_2(v_dim), 16), BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys, MERGE=merge,
-        num_warps=warps, num_stages=stages,
+        COUNTED=kv_len is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -163,15 +170,18 @@ def _fold_keys(
 
 @triton.jit
 def _prefill_kernel(
-    q, k_nope, k_rope, v, out, lse, scale_log2, num_rows, num_keys, ahead,
+    q, k_nope, k_rope, v, out, lse, kv_len, scale_log2, num_rows, num_keys, ahead,
     q_stride, q_head_stride, k_stride, k_head_stride, k_rope_stride, k_rope_head_stride, v_stride, v_head_stride,
     out_stride, out_head_stride, lse_stride,
     HEADS_TOGETHER: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
     BLOCK_NOPE: tl.constexpr, BLOCK_ROPE: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, MERGE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, MERGE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """Program: HEADS_TOGETHER heads at a time, of them the longest row blocks first. `ahead`: keys of this run before
     the first row's own."""
+    if COUNTED:
+        num_keys = tl.load(kv_len)
+        ahead = num_keys - num_rows
     num_blocks = (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
     place = tl.program_id(0) % (num_blocks * HEADS_TOGETHER)
     head = tl.program_id(0) // (num_blocks * HEADS_TOGETHER) * HEADS_TOGETHER + place % HEADS_TOGETHER

@@ -214,13 +214,16 @@ def _prefill_kernel(
     q_desc, q_rope_desc,  # boxes [64, 128] and [64, 64] over [R, all heads]
     k_desc, k_rope_desc, v_desc,  # boxes [128, 128], [128, 64] and [128, 128] over [K, all heads]; zeros past the end
     out_desc,  # if BOXED: boxes [64, 128] over [R, all heads]
-    out, lse, scale_log2, num_rows, num_keys, ahead, num_parts,
+    out, lse, kv_len, scale_log2, num_rows, num_keys, ahead, num_parts,
     q_head_stride, k_head_stride, k_rope_head_stride, v_head_stride,
     out_stride, out_head_stride, out_part_stride, lse_head_stride, lse_part_stride,
-    PARTED: gl.constexpr, BOXED: gl.constexpr, MERGE: gl.constexpr,
+    PARTED: gl.constexpr, BOXED: gl.constexpr, MERGE: gl.constexpr, COUNTED: gl.constexpr,
 ):  # fmt: skip
     """Program: 128 rows and a head, if PARTED a part of their keys. Launched as (heads that run together, times parts;
     row blocks, the longest first; the rest of the heads). `ahead`: keys of this run before the first row's own."""
+    if COUNTED:
+        num_keys = gl.load(kv_len)
+        ahead = num_keys - num_rows
     head = gl.program_id(0)
     heads_together = gl.num_programs(0)
     row0 = (gl.num_programs(1) - 1 - gl.program_id(1)) * 128
@@ -299,7 +302,7 @@ def launch(
     q: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor, v: torch.Tensor,
     out: torch.Tensor,  # [parts, R, H, 128]
     lse: torch.Tensor,  # [parts, H, R]
-    scale_log2: float, ahead: int, heads_together: int, merge: bool,
+    scale_log2: float, ahead: int, heads_together: int, merge: bool, kv_len: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """The contract of `mla_prefill`, the keys in as many parts as `out` has; `merge` with one part."""
     num_rows, num_heads, _ = q.shape
@@ -320,8 +323,8 @@ def launch(
         q_desc, _flat(q, [64, 64], layout),
         _flat(k_nope, [128, 128], layout), _flat(k_rope, [128, 64], layout), _flat(v, [128, 128], layout),
         _flat(out[0], [64, 128], layout) if boxed else q_desc,
-        out, lse, scale_log2, num_rows, k_nope.shape[0], ahead, num_parts,
+        out, lse, lse if kv_len is None else kv_len, scale_log2, num_rows, k_nope.shape[0], ahead, num_parts,
         q.stride(1), k_nope.stride(1), k_rope.stride(1) if k_rope.shape[1] > 1 else 0, v.stride(1),
         out.stride(1), out.stride(2), out.stride(0), lse.stride(1), lse.stride(0),
-        PARTED=num_parts > 1, BOXED=boxed, MERGE=merge, num_warps=4,
+        PARTED=num_parts > 1, BOXED=boxed, MERGE=merge, COUNTED=kv_len is not None, num_warps=4,
     )  # fmt: skip

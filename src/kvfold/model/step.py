@@ -105,7 +105,8 @@ class StepRun(Protocol):
         """After the head: "hidden" [R, hidden] and "logits" [R, vocab]. Nothing of a step whose tokens the backend chose."""
 
     def run(self, last: int | None = None) -> int:
-        """Runs segments up to cut `last` (None: to the end) and returns the cut reached.
+        """Runs segments up to cut `last` (None: to the end) and returns the cut reached: the end, where a backend launches the
+        whole step at once.
 
         Raises Cancelled at the next cut after `cancel`; the run may go on afterwards.
         """
