@@ -267,6 +267,20 @@ class Device:
         return {"bf16": 350e12, "f32": 25e12}
 
 
+def test_a_device_warms_up_twice(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it captures, it captures the second time: no sample holds a capture."""
+    case = Case(40, 0, 0)
+    runs: list[str] = []
+    for name in ("native", "cuda"):
+        settings = Settings.parse(threads=1, n_ctx=context_for([case]), backend="native", cache_type="bf16")
+        loaded = load(checkpoint, settings)
+        backend = Device(loaded) if name == "cuda" else loaded.backend
+        rig = Rig(replace(loaded, backend=backend), [case], batch_rows=64)  # type: ignore[arg-type]
+        monkeypatch.setattr(rig, "run", lambda case, name=name: runs.append(name))
+        rig.warm_up(case)
+    assert runs == ["native", "cuda", "cuda"]
+
+
 def test_a_device_is_given_its_cached_rows_and_measured_by_its_own_ceilings(checkpoint: Checkpoint) -> None:
     cases = [Case(40, 0, 0), Case(0, 2, 100)]
     settings = Settings.parse(threads=1, n_ctx=context_for(cases), backend="native", cache_type="bf16")

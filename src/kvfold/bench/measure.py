@@ -272,8 +272,9 @@ class Rig:
         self._fill(self._deep)
 
     def warm_up(self, case: Case) -> None:
-        """A whole prompt, so that its buffers exist; one token of generation."""
-        self.run(Case(case.n_prompt, min(case.n_gen, 1), case.n_depth))
+        """A whole prompt, so that its buffers exist; one token of generation. Twice on a GPU, which captures a step the second time."""
+        for _ in range(2 if isinstance(self.loaded.backend, OnDevice) else 1):
+            self.run(Case(case.n_prompt, min(case.n_gen, 1), case.n_depth))
         self._profile()
 
     def sample(self, case: Case) -> tuple[Sample, tuple[Discarded, ...]]:
