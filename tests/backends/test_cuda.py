@@ -198,7 +198,9 @@ def test_a_prompt_at_fixed_places_is_plains(cache_type: str, mla: str, tmp_path:
         each.loaded.cache.arrays[0][0][sequence.pages] = stored
         if each is harness:
             backend.write_pages(0, 0, sequence.pages, stored)
-        logits.append([])
+        # Rows of padding see no key here; below they see those that are cached.
+        logits.append(each.step([Work(each.sequence(), ids(6), is_prompt=True)]))
+        graphs._steps.clear()
         for rows, outputs in ((5, 1), (7, 0), (3, 1)):
             logits[-1] += each.step([Work(sequence, ids(rows, seed=rows), is_prompt=True, outputs=outputs)])
             if each is harness:
@@ -207,11 +209,31 @@ def test_a_prompt_at_fixed_places_is_plains(cache_type: str, mla: str, tmp_path:
                 graphs._steps.clear()  # which would capture the next of a form
     pool = backend.pools[0][0].flatten(0, 1)
     written = ~pool.isnan().any(1) if pool.is_floating_point() else (pool != 0xFF).any(1)
-    assert written.sum() == 62 + 5 + 7 + 3  # padding has no slot
+    assert written.sum() == 6 + 62 + 5 + 7 + 3  # padding has no slot
     for got, expected in zip(*logits, strict=True):
         assert got.shape == expected.shape
         if len(got):
             close(got, expected, 1e-5)
+
+
+def test_a_form_is_launched_where_no_memory_is_left_to_capture_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0), tmp_path / "m.gguf")
+    harness = cuda_harness(path, mla="1")
+    backend: Any = harness.loaded.backend
+    backend._graphs = graphs = _Graphs(backend)
+    tried = []
+
+    def capture(step: Any, form: Any) -> Any:
+        tried.append(form)
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    logits = [harness.step([Work(harness.sequence(), ids(3), is_prompt=True)])[0] for _ in range(3)]
+    assert len(tried) == 1
+    np.testing.assert_array_equal(logits[0], logits[1])
+    np.testing.assert_array_equal(logits[0], logits[2])
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ class Device:
 
 
 def test_a_device_warms_up_twice(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it captures, it captures the second time: no sample holds a capture."""
+    """What it captures, it captures the second time: no sample of a prompt holds a capture."""
     case = Case(40, 0, 0)
     runs: list[str] = []
     for name in ("native", "cuda"):

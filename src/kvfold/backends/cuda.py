@@ -230,6 +230,10 @@ class _Outputs(Mapping[str, "NDArray[np.float32]"]):
         return len(self._tensors)
 
 
+_CapturedStep = tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]
+"""(graph, its outputs)"""
+
+
 class _Graphs:
     """Steps of one form: the first is launched op by op, which compiles the kernels, the second captured, all others replayed. So
     a form that comes once costs no capture, which takes as long as launching it."""
@@ -246,7 +250,7 @@ class _Graphs:
         )
         # Their launches' workspaces are where graphs write besides the graphs' memory, so they live as long.
         self._steps: dict[StepForm, DeviceStep] = {}
-        self._captured: dict[StepForm, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
+        self._captured: dict[StepForm, _CapturedStep | None] = {}
         self._memory: _POOL_HANDLE | None = None
         self._last: weakref.ref[_Outputs] | None = None
 
@@ -273,8 +277,11 @@ class _Graphs:
             self._steps[form] = step
             return outputs
         if form not in self._captured:
-            self._captured[form] = self._capture(self._steps[form], form)
-        graph, outputs = self._captured[form]
+            self._captured[form] = self._captured_or_none(form)
+        captured = self._captured[form]
+        if captured is None:
+            return self._launch(self._steps[form], form)
+        graph, outputs = captured
         graph.replay()
         return outputs
 
@@ -298,7 +305,8 @@ class _Graphs:
     def graph(self, step: Step) -> torch.cuda.CUDAGraph | None:
         """That which serves the step; None where none has been captured."""
         form = self._buffers.form(step)
-        return None if form not in self._captured else self._captured[form][0]
+        captured = None if form is None else self._captured.get(form)
+        return None if captured is None else captured[0]
 
     def _launch(self, step: DeviceStep, form: StepForm) -> dict[str, Tensor]:
         backend = self._backend
@@ -312,7 +320,14 @@ class _Graphs:
             choose(ops.outputs["logits"], self._buffers.choices(form), MOST_TOP_K, backend.chosen)
         return ops.outputs
 
-    def _capture(self, step: DeviceStep, form: StepForm) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+    def _captured_or_none(self, form: StepForm) -> _CapturedStep | None:
+        """None where there is no memory for it, beside what launching takes: the form is then launched every time."""
+        try:
+            return self._capture(self._steps[form], form)
+        except torch.cuda.OutOfMemoryError:
+            return None
+
+    def _capture(self, step: DeviceStep, form: StepForm) -> _CapturedStep:
         self._memory = self._memory or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with uncollected, torch.cuda.graph(graph, pool=self._memory, capture_error_mode=CAPTURE_MODE):

@@ -27,6 +27,7 @@ from kvfold.backends.cuda_step import (
 )
 from kvfold.config import MlaConfig
 from kvfold.kernels import merged_unfold, row_attention
+from kvfold.kernels.mla_decode import DecodeWorkspace
 from kvfold.mla.plan import Path
 from kvfold.model.step import LIKELIEST, Choice, Step
 
@@ -62,7 +63,9 @@ class StepForm(NamedTuple):
 
 
 class StepBuffers:
-    """Arrays of one step in the memory of a GPU, always at the same places, as `form` says what lies there."""
+    """Arrays of one step in the memory of a GPU, always at the same places, as `form` says what lies there.
+
+    A prompt without an output has its last row's logits computed all the same: reading the head is 90 us of V2-Lite's 5 ms in bf16."""
 
     def __init__(
         self,
@@ -97,6 +100,8 @@ class StepBuffers:
         self._host = torch.zeros(at, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros(at, dtype=torch.int32, device=device)
         self._parts = {name: self._host.numpy()[place] for name, place in self._places.items()}
+        # Of the first form of a path and rows a sequence. Partial results of all its forms lie there, up to 35 MB: steps follow one another.
+        self._workspaces: dict[tuple[Path, int], DecodeWorkspace] = {}
         self._copied = (
             torch.cuda.Event() if device.type == "cuda" else None
         )  # the last copy out of the pinned buffer
@@ -184,7 +189,11 @@ class StepBuffers:
         kv_lens = self._of("kv_lens", form.batch)
         launches: tuple[DecodeLaunch, ...] = ()
         if form.num_keys is None:
-            workspace = decode_workspace(form.path, form.batch, form.rows, self._mla, device)
+            kind = form.path, form.rows
+            workspace = decode_workspace(
+                form.path, form.batch, form.rows, self._mla, device, beside=self._workspaces.get(kind)
+            )
+            self._workspaces.setdefault(kind, workspace)
             page_starts = self._of("page_starts", form.batch + 1)
             launches = (DecodeLaunch(0, num_rows, page_starts, kv_lens, workspace),)
         return DeviceStep(

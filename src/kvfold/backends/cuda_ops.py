@@ -693,7 +693,14 @@ class CudaOps:
         pool = self._backend.pools[0][layer]
         latents = torch.empty(prompt.num_keys, mla.latent_dim, dtype=self._dtype, device=pool.device)
         gather_rows(pool, self.step.pages, latents, self._backend.blocks, prompt.kv_len)
-        k_nope, v = self._expand(latents, kv_up, mla)
+        # Keys and values where other ops have decoded weights: a graph takes no memory of its own for them.
+        room = self._backend.scratch.view(self._dtype)
+        expanded = []
+        for w in self._backend.weights.up[kv_up]:
+            part, room = room[: prompt.num_keys * w[..., 0].numel()], room[prompt.num_keys * w[..., 0].numel() :]
+            torch.mm(latents[:, : mla.kv_lora_rank], w.flatten(0, 1).T, out=part.view(prompt.num_keys, -1))
+            expanded.append(part.view(prompt.num_keys, mla.num_heads, -1))
+        k_nope, v = expanded
         queries = q.tensor.unflatten(1, (mla.num_heads, mla.qk_head_dim))
         mla_prefill(
             queries,

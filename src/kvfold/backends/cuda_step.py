@@ -134,12 +134,18 @@ def on_device(step: Step, mla: MlaConfig, device: torch.device, padded_rows: int
 
 
 def decode_workspace(
-    path: Path, batch: int, rows_per_sequence: int, mla: MlaConfig, device: torch.device
+    path: Path,
+    batch: int,
+    rows_per_sequence: int,
+    mla: MlaConfig,
+    device: torch.device,
+    beside: DecodeWorkspace | None = None,
 ) -> DecodeWorkspace:
-    """Of the launch that decodes so many sequences on this path."""
+    """Of the launch that decodes so many sequences on this path; beside: as DecodeWorkspace has it."""
+    sizes = batch, rows_per_sequence, mla.num_heads
     if path is Path.ABSORBED:
-        return DecodeWorkspace(batch, rows_per_sequence, mla.num_heads, mla.kv_lora_rank, device)
-    return head_workspace(batch, rows_per_sequence, mla.num_heads, mla.v_head_dim, device)
+        return DecodeWorkspace(*sizes, mla.kv_lora_rank, device, beside=beside)
+    return head_workspace(*sizes, mla.v_head_dim, device, beside=beside)
 
 
 _Dealt = tuple[int, int, NDArray[np.int32], NDArray[np.int32]]

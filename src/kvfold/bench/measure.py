@@ -272,7 +272,8 @@ class Rig:
         self._fill(self._deep)
 
     def warm_up(self, case: Case) -> None:
-        """A whole prompt, so that its buffers exist; one token of generation. Twice on a GPU, which captures a step the second time."""
+        """A whole prompt, so that its buffers exist; one token of generation. Twice on a GPU, which captures a
+        step the second time: of generation the first, so a sample holds a capture where contexts grow beyond 256 or 1024 keys."""
         for _ in range(2 if isinstance(self.loaded.backend, OnDevice) else 1):
             self.run(Case(case.n_prompt, min(case.n_gen, 1), case.n_depth))
         self._profile()

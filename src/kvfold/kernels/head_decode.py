@@ -42,15 +42,17 @@ def head_workspace(
     v_dim: int,
     device: torch.device | str,
     num_parts: int | None = None,
+    beside: DecodeWorkspace | None = None,
 ) -> DecodeWorkspace:
-    """Schedule and partial results of both launches below; lengths are free. num_parts: programs along the keys of a head."""
+    """Schedule and partial results of both launches below; lengths are free. num_parts: programs along the keys of a head.
+    beside: as DecodeWorkspace has it."""
     device = torch.device(device)
     if num_parts is None:
         num_parts = INTERPRETER_PARTS
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
             num_parts = triton.cdiv(PROGRAMS * multiprocessors, num_heads)
-    return DecodeWorkspace(batch, rows_per_sequence, num_heads, v_dim, device, num_parts)
+    return DecodeWorkspace(batch, rows_per_sequence, num_heads, v_dim, device, num_parts, beside)
 
 
 def attend_cached(

@@ -1,9 +1,8 @@
 """How much of a multiprocessor's memory a kernel wants as shared memory, and how much is left to it as L1 (256 KB are both).
 
-The driver makes room for the shared memory that a kernel asks for, and then leaves the split as it is: behind attention of a long
-context, which takes 168 KB, the kernels that stream weights find an L1 of 60 KB. What they read is used once and passes through L1
-all the same, so how many loads are under way depends on it. A preference is a property of the compiled function, and a
-captured launch keeps it.
+On an H200 (30 November 2026) kernels that stream weights are slower in steps whose attention takes 168 KB of shared memory, though they
+read no cache themselves, and not if they prefer L1. What they read is used once and passes through L1 all the same, so how many loads are
+under way may depend on its size. A preference is a hint to the driver and a property of the compiled function; a captured launch keeps it.
 """
 
 from __future__ import annotations

@@ -50,9 +50,10 @@ class DecodeWorkspace:
 
     def __init__(
         self, batch: int, rows_per_sequence: int, num_heads: int, kv_lora: int, device: torch.device | str,
-        num_parts: int | None = None,
+        num_parts: int | None = None, beside: DecodeWorkspace | None = None,
     ) -> None:  # fmt: skip
-        """`num_parts`: programs along the keys; None deals one to each multiprocessor and block of query rows."""
+        """`num_parts`: programs along the keys; None deals one to each multiprocessor and block of query rows. `beside`: of as many
+        rows a sequence, for another batch; partial results lie where it has them, so launches of the two follow one another."""
         device = torch.device(device)
         self.batch = batch
         self.rows_per_sequence = rows_per_sequence
@@ -69,8 +70,13 @@ class DecodeWorkspace:
         self.part_starts = torch.empty((num_parts + 1, 2), dtype=torch.int32, device=device)
         self.splits = torch.empty((batch, 2), dtype=torch.int32, device=device)
         # 132 parts * 2 slots * 16 rows * 512 * 4 B = 8.7 MB; at most 35 MB, when rows fill blocks of 64
-        self.partial = torch.empty((num_parts * 2, rows, kv_lora), dtype=torch.float32, device=device)
-        self.partial_lse = torch.empty((num_parts * 2, rows), dtype=torch.float32, device=device)
+        self.partial: torch.Tensor
+        self.partial_lse: torch.Tensor
+        if beside is None:
+            self.partial = torch.empty((num_parts * 2, rows, kv_lora), dtype=torch.float32, device=device)
+            self.partial_lse = torch.empty((num_parts * 2, rows), dtype=torch.float32, device=device)
+        else:
+            self.partial, self.partial_lse = beside.partial, beside.partial_lse
 
     @property
     def half_partial(self) -> torch.Tensor:
