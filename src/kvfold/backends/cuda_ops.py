@@ -694,7 +694,7 @@ class CudaOps:
         latents = torch.empty(prompt.num_keys, mla.latent_dim, dtype=self._dtype, device=pool.device)
         gather_rows(pool, self.step.pages, latents, self._backend.blocks, prompt.kv_len)
         # Keys and values where other ops have decoded weights: a graph takes no memory of its own for them.
-        room = self._backend.scratch.view(self._dtype)
+        room = self._backend.scratch[: prompt.num_keys * expanded_bytes(mla, self._dtype)].view(self._dtype)
         expanded = []
         for w in self._backend.weights.up[kv_up]:
             part, room = room[: prompt.num_keys * w[..., 0].numel()], room[prompt.num_keys * w[..., 0].numel() :]
