@@ -1,4 +1,4 @@
-"""Compiles a Hopper kernel for sm_90a where there is no GPU and prints what it needs, as JSON.
+"""Compiles Hopper kernels for sm_90a where there is no GPU: their names come by line, what each needs leaves as a line of JSON.
 
 A process of its own, because Triton decides between its interpreter and its compiler when it is first imported.
 """
@@ -65,7 +65,7 @@ def exponentials_beside_products(sass: str) -> int:
     return min(counts, default=0)
 
 
-def main(kind: str) -> None:
+def needs(kind: str) -> dict[str, object]:
     sizes: dict[str, object] = {}
     options: dict[str, object] = {"num_warps": 4}
     types = dict(COMMON)
@@ -126,8 +126,9 @@ def main(kind: str) -> None:
         command += [str(file), "-o", str(file.with_suffix(".cubin"))]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         command = [knobs.nvidia.nvdisasm.path, "-c", str(file.with_suffix(".cubin"))]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {
+        is_prefill = kernel is mla_prefill_gluon._prefill_kernel
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout if is_prefill else ""
+    return {
         "shared_bytes": compiled.metadata.shared,
         "registers": int(re.search(r"Used (\d+) registers", listing)[1]),
         "spill_bytes": int(re.search(r"(\d+) bytes spill stores", listing)[1]),
@@ -135,8 +136,8 @@ def main(kind: str) -> None:
         "serialized": "wgmma.mma_async instructions are serialized" in listing,
         "exponentials_beside_products": exponentials_beside_products(sass),
     }
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for line in sys.stdin:
+        print(json.dumps(needs(line.strip())), flush=True)

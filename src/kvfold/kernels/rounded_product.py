@@ -84,8 +84,10 @@ def _dot4(a, b, c):
             "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
-        c += _byte(a, 0) * _byte(b, 0) + _byte(a, 1) * _byte(b, 1)
-        return c + _byte(a, 2) * _byte(b, 2) + _byte(a, 3) * _byte(b, 3)
+        shift = 24 - 8 * tl.arange(0, 4)  # all four at once: operations are what the interpreter takes its time for
+        x = (tl.expand_dims(a, -1) << shift) >> 24
+        y = (tl.expand_dims(b, -1) << shift) >> 24
+        return c + tl.sum(x * y, -1)
 
 
 @triton.jit
