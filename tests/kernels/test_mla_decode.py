@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from kvfold.cache.latent import CacheType, decode, encode
+from kvfold.kernels import mla_decode
 from kvfold.kernels.cached_blocks import Blocks
 from kvfold.kernels.merged_unfold import merge_unfold
-from kvfold.kernels.mla_decode import DecodeWorkspace, Form, combine, mla_decode, schedule_decode
+from kvfold.kernels.mla_decode import DecodeWorkspace, Form, combine, schedule_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64
@@ -84,7 +85,7 @@ class Case:
             pool = whole
         pages = torch.tensor([before + page for page in self.pages], dtype=torch.int32, device=DEVICE)
         page_starts = torch.tensor(self.page_starts, dtype=torch.int32, device=DEVICE)
-        mla_decode(
+        mla_decode.mla_decode(
             q, pool, pages, page_starts, kv_lens, out, workspace, scale=self.scale, kv_lora=self.kv_lora,
             blocks=self.blocks, form=form, merges=merges,
         )  # fmt: skip
@@ -121,10 +122,22 @@ def test_any_head_count(heads: int, s_q: int) -> None:
     Case(heads, [65, 130] if heads < 128 else [130], s_q, seed=heads).check(2e-6)
 
 
-@pytest.mark.parametrize(("kv_lens", "num_parts"), [([700, 10], 8), ([10, 130, 700], 7), ([0, 520], 9)])
-def test_uneven_batches_of_many_rows_merge_in_turns(kv_lens: list[int], num_parts: int) -> None:
-    """A long sequence of a batch has more partials than an even batch would have, whose number is merged at once."""
-    Case(128, kv_lens, kv_lora=40, seed=num_parts).check(2e-6, num_parts)
+@pytest.mark.parametrize(
+    ("heads", "kv_lens", "num_parts"),
+    [
+        (128, [700, 10], 8),
+        (50, [10, 1000, 130], 14),
+        (64, [0, 520], 9),
+        (128, [1500], 12),
+        (33, [64, 700, 1, 65], 40),
+    ],
+)
+def test_partials_of_many_rows_merge_in_turns(
+    heads: int, kv_lens: list[int], num_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More partials than a program orders together, 4 or 11, and programs with rows of several sequences, cut and whole ones."""
+    monkeypatch.setattr(mla_decode, "ROW_PROGRAMS", 60)
+    Case(heads, kv_lens, kv_lora=40, seed=num_parts).check(2e-6, num_parts)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +157,12 @@ def test_parts_are_merged_where_they_are_unfolded(
     assert ((got - expected).norm(dim=1) <= 8e-6 * expected.norm()).all()
 
 
-@pytest.mark.parametrize(("magnitude", "num_parts"), [(1.0, 5), (2.0**40, 3), (2.0**-40, 3)])
-def test_partial_results_of_16_bits_merge_to_their_precision(magnitude: float, num_parts: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "magnitude", "num_parts"), [(3, 1.0, 5), (3, 2.0**40, 3), (3, 2.0**-40, 3), (22, 1.0, 5)]
+)
+def test_partial_results_of_16_bits_merge_to_their_precision(heads: int, magnitude: float, num_parts: int) -> None:
     """Rows relative to a power of two of their own, as the Hopper kernel for many rows leaves them: float16 holds any."""
-    case = Case(3, [1300, 0, 64], 2)
+    case = Case(heads, [1300, 0, 64], 2)
     case.pool *= magnitude
     case.scale /= magnitude
     workspace, out = case.launch(num_parts, merges=False)

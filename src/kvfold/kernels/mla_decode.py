@@ -37,8 +37,8 @@ from kvfold.kernels.online_softmax import LOG2_E, NO_SCORE
 Form = Literal["triton", "gluon"]
 
 COMBINE_PROGRAMS = 1056  # 8 on each of 132 multiprocessors: one wave
-MANY_COMBINED_ROWS = 256  # of a batch, from which on a row's partials are added one by one
-MOST_AT_ONCE = 24  # of a row's partials, 16 bytes a thread each
+MANY_COMBINED_ROWS = 128  # of a batch, from which on a row's partials are added one by one
+ROW_PROGRAMS = 2112  # that then share its rows: 16 on each of 132 multiprocessors, one wave
 INTERPRETER_PARTS = 5  # parts without a GPU: few programs, and splits at odd places
 
 
@@ -225,17 +225,16 @@ def _launch_triton(
 
 
 def combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool, halves: bool = False) -> None:
-    """Merges the partials of the sequences that were cut, those of 16 bits if `halves`: some 4096 numbers are under way in
-    each program at once.
+    """Merges the partials of the sequences that were cut, those of 16 bits if `halves`.
 
-    Many rows of not too many partials have a program each: it orders the partials that a sequence of an even batch has, then
-    adds them one by one, some 30 instructions a warp and partial. Partials side by side take four times as many: 14 us of 16
-    sequences of 128 heads, where this takes 4.
+    Many rows share one wave of programs, whatever sequence they belong to, so that those of the one long sequence of a batch are
+    not one program's. A program orders some partials of a row together and adds them one by one, some 30 instructions a warp and
+    partial: 11 where there are many, which is 6, 3 and 2 times for the 66, 33 and 22 of 128 heads at batch 1 to 3, else 4.
+    Partials side by side take four times the instructions.
 
     Of few rows nothing waits long but for memory, so a program loads several partials of them together: as many as an even
-    batch has per sequence. A large batch has few or none, and programs that take several rows, since most end at once.
-    Up to 16 partials, rows are whole: 128 heads at batch 4 take 4.7 us so, and 9.0 in four programs a row. So they are with more
-    partials of 16 bits, 16 at a time, where that makes 128 programs: batch 1 to 3 of 128 heads, 5 us less than in narrower ones.
+    batch has per sequence, some 4096 numbers. A large batch has few or none, and programs that take several rows, since most end
+    at once. Up to 16 partials, rows are whole, and so they are with more of 16 bits, 16 at a time, where that makes 128 programs.
     """
     rows = workspace.rows_per_sequence * workspace.num_heads
     likely_splits = workspace.num_parts // workspace.batch
@@ -251,14 +250,15 @@ def combine(out: torch.Tensor, workspace: DecodeWorkspace, pdl: bool, halves: bo
     }
     if pdl:
         sizes["launch_pdl"] = True
-    if workspace.batch * rows >= MANY_COMBINED_ROWS and 1 < likely_splits <= MOST_AT_ONCE:
-        turns = max(workspace.batch * rows // (4 * COMBINE_PROGRAMS), 1)
-        _combine_rows_kernel[(workspace.batch, triton.cdiv(rows, turns), 1)](
+    num_rows = workspace.batch * rows
+    if workspace.row_block > FEW_ROWS and num_rows >= MANY_COMBINED_ROWS:
+        programs = min(num_rows, ROW_PROGRAMS)
+        _combine_rows_kernel[(programs,)](
             *common,
-            turns,
+            num_rows,
             BLOCK_COLUMNS=triton.next_power_of_2(workspace.kv_lora),
-            AT_ONCE=likely_splits,
-            LANES=triton.next_power_of_2(likely_splits),
+            AT_ONCE=11 if likely_splits > 4 else 4,
+            TURNS=triton.next_power_of_2(triton.cdiv(num_rows, programs)),
             num_warps=2,
             **sizes,
         )
@@ -389,27 +389,19 @@ def _decode_kernel(
 
 
 @triton.jit
-def _partials_of_program(splits, PDL: tl.constexpr):
-    """The sequence of the program, its first part and how many it was cut into. The schedule is older than the launch before,
-    which has ended when this returns."""
-    sequence = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
-    first_part = tl.load(splits + 2 * sequence)
-    num_splits = tl.load(splits + 2 * sequence + 1)
-    if PDL:
-        gdc_wait()
-    return sequence, first_part, num_splits
-
-
-@triton.jit
 def _combine_kernel(
     splits, partial, partial_lse, partial_scale, out, rows, out_stride, out_head_stride, turns,
     S_Q: tl.constexpr, HEADS: tl.constexpr, KV_LORA: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, `turns` blocks of rows, columns): merges the partial results of a sequence that was cut."""
-    sequence, first_part, num_splits = _partials_of_program(splits, PDL)
+    sequence = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+    first_part = tl.load(splits + 2 * sequence)  # the schedule is older than the launch before
+    num_splits = tl.load(splits + 2 * sequence + 1)
+    if PDL:
+        gdc_wait()
     if num_splits > 1:
         lane = tl.arange(0, BLOCK_SPLITS)[:, None, None]
         column = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, None, :]
@@ -441,64 +433,71 @@ def _combine_kernel(
 
 
 @triton.jit
-def _joined(highest, weight, start, end, first_part, partial_lse, rows, r, SPLITS: tl.constexpr):
-    """The highest of a row's log-sum-exps and their sum relative to it, with those of the partials start .. end, SPLITS at most."""
-    split = start + tl.arange(0, SPLITS)
-    slot_row = (2 * (first_part + split) + (split == 0).to(tl.int32)) * rows + r
-    lse = tl.load(partial_lse + slot_row, mask=split < end, other=float("-inf"))
-    higher = tl.maximum(highest, tl.max(lse, 0))
-    return higher, weight * tl.exp2(highest - higher) + tl.sum(tl.exp2(lse - higher), 0)
-
-
-@triton.jit
 def _with_partials(
-    values, highest, split, first_part, num_splits, partial, partial_lse, partial_scale, rows, r, column,
-    KV_LORA: tl.constexpr,
+    highest, weight, values, start, num_splits, first_slot_row, rows, column, partial, partial_lse, partial_scale,
+    KV_LORA: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """values [1, columns] with the partial `split`, if there is one."""
-    split = split + tl.arange(0, 1)[:, None]
-    slot_row = (2 * (first_part + split) + (split == 0).to(tl.int32)) * rows + r
-    real = split < num_splits
-    at = slot_row.to(tl.int64) * KV_LORA + column
-    part = tl.load(partial + at, mask=real & (column < KV_LORA), other=0).to(tl.float32)
-    share = tl.exp2(tl.load(partial_lse + slot_row, mask=real, other=float("-inf")) - highest)
-    if partial.dtype.element_ty == tl.float16:
-        share *= tl.load(partial_scale + slot_row, mask=real, other=0.0)
-    return values + part * share
+    """A row's highest log-sum-exp, sum of weights and values [columns], relative to it, with its partials start .. start + AT_ONCE."""
+    parts, lses, scales = (), (), ()
+    for i in tl.static_range(AT_ONCE):
+        split = start + i
+        real = split < num_splits
+        slot_row = first_slot_row + (2 * split + (split == 0).to(tl.int32)) * rows
+        at = slot_row.to(tl.int64) * KV_LORA + column
+        parts += (tl.load(partial + at, mask=real & (column < KV_LORA), other=0),)  # type: ignore[assignment]
+        lses += (tl.load(partial_lse + slot_row, mask=real, other=float("-inf")),)  # type: ignore[assignment]
+        if partial.dtype.element_ty == tl.float16:
+            scales += (tl.load(partial_scale + slot_row, mask=real, other=0.0),)  # type: ignore[assignment]
+    higher = highest
+    for i in tl.static_range(AT_ONCE):
+        higher = tl.maximum(higher, lses[i])
+    shrink = tl.exp2(highest - higher)
+    weight *= shrink
+    values *= shrink
+    for i in tl.static_range(AT_ONCE):
+        share = tl.exp2(lses[i] - higher)
+        weight += share
+        if partial.dtype.element_ty == tl.float16:
+            share *= scales[i]
+        values += parts[i].to(tl.float32) * share
+    return higher, weight, values
 
 
 @triton.jit
 def _combine_rows_kernel(
-    splits, partial, partial_lse, partial_scale, out, rows, out_stride, out_head_stride, turns,
+    splits, partial, partial_lse, partial_scale, out, rows, out_stride, out_head_stride, num_rows,
     S_Q: tl.constexpr, HEADS: tl.constexpr, KV_LORA: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    AT_ONCE: tl.constexpr,  # partials, ordered one behind the other without a wait
-    LANES: tl.constexpr,  # a power of two, for as many partials
+    AT_ONCE: tl.constexpr,  # partials of a row, all ordered before the first one is waited for
+    TURNS: tl.constexpr,  # a power of two, rows of a program or more
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, `turns` rows, columns): merges the partial results of a sequence that was cut, one by one."""
-    sequence, first_part, num_splits = _partials_of_program(splits, PDL)
-    if num_splits > 1:
-        column = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        for r in range(tl.program_id(1) * turns, tl.minimum((tl.program_id(1) + 1) * turns, rows)):
-            end = tl.minimum(num_splits, AT_ONCE)
-            highest = tl.full([1], NO_SCORE, tl.float32)
-            weight = tl.zeros([1], tl.float32)
-            highest, weight = _joined(highest, weight, 0, end, first_part, partial_lse, rows, r, LANES)
-            values = tl.zeros([1, BLOCK_COLUMNS], tl.float32)
-            for split in tl.static_range(AT_ONCE):
-                values = _with_partials(
-                    values, highest, split, first_part, num_splits, partial, partial_lse, partial_scale,
-                    rows, r, column[None, :], KV_LORA,
-                )  # fmt: skip
-            for split in range(AT_ONCE, num_splits):  # of an uneven batch
-                higher, weight = _joined(highest, weight, split, num_splits, first_part, partial_lse, rows, r, 1)
-                values = _with_partials(
-                    values * tl.exp2(highest - higher), higher, split, first_part, num_splits, partial, partial_lse,
-                    partial_scale, rows, r, column[None, :], KV_LORA,
-                )  # fmt: skip
-                highest = higher
-            merged = tl.sum(values, 0) / tl.where(weight > 0, weight, 1.0)
-            row = sequence.to(tl.int64) * S_Q + r // HEADS
-            out_row = out + row * out_stride + (r % HEADS) * out_head_stride
-            tl.store(out_row + column, merged.to(out.dtype.element_ty), mask=column < KV_LORA)
+    """Program p of P: merges rows p, p + P, .. of all of the batch, where their sequence was cut."""
+    if PDL:
+        gdc_launch_dependents()
+    first_row = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    own = first_row + num_programs * tl.arange(0, TURNS)
+    most_splits = tl.max(tl.load(splits + 2 * (own // rows) + 1, mask=own < num_rows, other=1), 0)
+    if PDL:
+        gdc_wait()  # the schedule is older than the launch before
+    if most_splits > 1:
+        column = tl.arange(0, BLOCK_COLUMNS)
+        for row in range(first_row, num_rows, num_programs):
+            sequence = row // rows
+            first_part = tl.load(splits + 2 * sequence)
+            num_splits = tl.load(splits + 2 * sequence + 1)
+            if num_splits > 1:
+                r = row % rows
+                highest = tl.full([], NO_SCORE, tl.float32)
+                weight = tl.full([], 0, tl.float32)
+                values = tl.zeros([BLOCK_COLUMNS], tl.float32)
+                for start in range(0, num_splits, AT_ONCE):
+                    highest, weight, values = _with_partials(
+                        highest, weight, values, start, num_splits, 2 * first_part * rows + r, rows, column,
+                        partial, partial_lse, partial_scale, KV_LORA, AT_ONCE,
+                    )  # fmt: skip
+                merged = values / tl.where(weight > 0, weight, 1.0)
+                token = sequence.to(tl.int64) * S_Q + r // HEADS
+                out_row = out + token * out_stride + (r % HEADS) * out_head_stride
+                tl.store(out_row + column, merged.to(out.dtype.element_ty), mask=column < KV_LORA)
