@@ -46,16 +46,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvfold.kernels.mla_decode_hopper import (
-    cta_barrier,
-    fresh_zero,
-    hear,
-    meet,
-    num_stretches,
-    stretch,
-    tell,
-    tma_load,
-)
+from kvfold.kernels.gluon_names import cta_barrier, tma_load
+from kvfold.kernels.mla_decode_hopper import fresh_zero, hear, meet, num_stretches, stretch, tell
 from kvfold.kernels.online_softmax import NO_SCORE
 
 if TYPE_CHECKING:

@@ -47,17 +47,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvfold.kernels.mla_decode_hopper import (
-    cta_barrier,
-    fresh_zero,
-    hear,
-    meet,
-    num_stretches,
-    stretch,
-    tell,
-    tma_load,
-    tma_store,
-)
+from kvfold.kernels.gluon_names import cta_barrier, tma_load, tma_store
+from kvfold.kernels.mla_decode_hopper import fresh_zero, hear, meet, num_stretches, stretch, tell
 from kvfold.kernels.mla_schedule import FEW_ROWS
 from kvfold.kernels.online_softmax import NO_SCORE
 
@@ -133,6 +124,20 @@ def _store_boxed(values, staging, desc, first, row0, half):
 
 
 @gluon.jit
+def _store_runs(values, partial, slot, row0, rows, half):
+    """Writes [64, 256] float32 numbers of a partial: a row's four threads trade them first, so that each then stores 16 bytes, and
+    the four of them 64 in a run."""
+    PARTIAL: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
+        [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 256],
+    )  # fmt: skip
+    row = row0 + gl.arange(0, 64, gl.SliceLayout(1, PARTIAL))
+    column = half * 256 + gl.arange(0, 256, gl.SliceLayout(0, PARTIAL))
+    at = (slot.to(gl.int64) * rows + row)[:, None] * 512 + column[None, :]
+    gl.store(partial + at, gl.convert_layout(values, PARTIAL), mask=(row < rows)[:, None])
+
+
+@gluon.jit
 def _store_rows(
     values, m, weight, top, half, out_desc, partial_desc, partial, partial_lse, partial_scale, staging, part, sequence,
     row0, rows, whole, lo, M_LAYOUT: gl.constexpr, LAYOUT: gl.constexpr, OUT: gl.constexpr,
@@ -141,8 +146,7 @@ def _store_rows(
 
     Partials of 16 bits are relative to a power of two for each row, of which `top` is the largest number before it is
     normalized: then float16 holds whatever float32 does, to 11 bits of the row's largest.
-    Numbers of 16 bits leave by TMA from `staging` [64, 256], which is free again on return. For those of 32, a row's four
-    threads trade numbers first: each then stores 16 bytes, and the four of them 64 in a run.
+    Numbers of 16 bits leave by TMA from `staging` [64, 256], which is free again on return.
     """
     HALVES: gl.constexpr = partial.dtype.element_ty == gl.float16
     some = weight > 0
@@ -157,20 +161,14 @@ def _store_rows(
             values = values * gl.convert_layout(inverse, gl.SliceLayout(1, LAYOUT))[:, None]
             _store_boxed(values.to(gl.float16), staging, partial_desc, slot, row0, half)
         else:
-            PARTIAL: gl.constexpr = gl.DistributedLinearLayout(
-                [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
-                [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 256],
-            )  # fmt: skip
-            row = row0 + gl.arange(0, 64, gl.SliceLayout(1, PARTIAL))
-            column = half * 256 + gl.arange(0, 256, gl.SliceLayout(0, PARTIAL))
-            at = (slot.to(gl.int64) * rows + row)[:, None] * 512 + column[None, :]
-            gl.store(partial + at, gl.convert_layout(values, PARTIAL), mask=(row < rows)[:, None])
+            _store_runs(values, partial, slot, row0, rows, half)
         if half == 0:
             m_row = row0 + gl.arange(0, 64, M_LAYOUT)
+            at = slot.to(gl.int64) * rows + m_row
             lse = gl.where(some, m + gl.log2(gl.where(some, weight, 1.0)), float("-inf"))
-            gl.store(partial_lse + slot.to(gl.int64) * rows + m_row, lse, mask=m_row < rows)
+            gl.store(partial_lse + at, lse, mask=m_row < rows)
             if HALVES:
-                gl.store(partial_scale + slot.to(gl.int64) * rows + m_row, scale, mask=m_row < rows)
+                gl.store(partial_scale + at, scale, mask=m_row < rows)
     tma.store_wait(0)
 
 
@@ -623,6 +621,9 @@ def _right_warpgroup(
         )  # fmt: skip
         if ordered > 0:
             tma_load(q_desc, [(sequence + 1) * rows + row0, 256], qb.index(0), qR.index(0))
+    if PDL:
+        if count == 0:
+            gdc_wait()  # what follows waits for this launch alone
 
 
 @gluon.jit

@@ -23,13 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kvfold.kernels.gluon_names import tma_load, tma_store
 from kvfold.kernels.online_softmax import NO_SCORE
 
 STAGES = gl.constexpr(2)
-
-# Triton after 3.6 renamed them.
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit

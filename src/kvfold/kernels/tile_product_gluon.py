@@ -26,7 +26,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -34,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kvfold.kernels.block_ptx import ORDERS, decoder
+from kvfold.kernels.gluon_names import tma_load
 from kvfold.kernels.matrix import Matrix
 
 if TYPE_CHECKING:
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 128  # of a tile
 RING_BYTES = 214 << 10  # of 227 KB of shared memory: sums leave through the rest
-
-# Triton after 3.6 renamed it.
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 REGISTERS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 12))
 # A constexpr, so that a kernel's key has the text.
