@@ -227,7 +227,7 @@ def test_rows_side_by_side_beside_rows_that_are_not(
         if isinstance(parts, tuple)
     }
     assert sum(w.type.is_side_by_side for parts in in_memory.values() for w in parts) > 0
-    assert_close(run(in_file | in_memory), run(in_file), f"{rows} {threads}", tolerance=1e-5)
+    assert_experts_close(run(in_file | in_memory), run(in_file), f"{rows} {threads}")
 
 
 def wide_model() -> ModelConfig:
