@@ -19,8 +19,9 @@
 
 namespace kvfold {
 
-// Rows that are multiplied after some others: where they begin is asked for once, near the end of those, as a
-// unit of work that a member asks for is no other's any more. Refers to a function without arguments.
+// Rows that are multiplied after some others: where they begin is asked for once, when the last of those
+// begin, as a unit of work that a member asks for is no other's any more. Refers to a function without
+// arguments.
 class RowsAfter {
  public:
   RowsAfter() = default;

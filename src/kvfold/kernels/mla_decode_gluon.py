@@ -698,7 +698,8 @@ def _few_rows_loader(
     S_Q: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One warp: every tile of the part, in order, into a ring of STAGES. What earlier steps appended is there before the
-    kernel before this one has ended; it may be the one that appends this step's rows."""
+    kernel before this one has ended; it may be the one that appends this step's rows (a prompt decoded as pieces of four
+    rows has more of them: its folding has waited for what appends before it lets this kernel start)."""
     it = 0
     for step in range(0, num_stretches(part_starts, part)):
         sequence, kv_len, lo, hi, _ = stretch(part_starts, kv_lens, part, step)
