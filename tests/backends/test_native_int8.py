@@ -25,7 +25,7 @@ from kvfold.formats.synthetic import synthesize
 from kvfold.mla.plan import Path as MlaPath
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Domain, Recorder, Value
-from kvfold.quant.activations import product
+from kvfold.quant.activations import BLOCK, product
 from kvfold.quant.tensor import QuantTensor
 from kvfold.quant.types import SIDE_BY_SIDE, by_name
 
@@ -111,10 +111,21 @@ def add_shared(ops: Recorder, name: str, value: Value, routed: Value) -> Value:
     return ops.add(f"{name} add", routed, down)
 
 
-def gated(x: Array, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> NDArray[np.float64]:
+def inner(x: Array, gate: QuantTensor, up: QuantTensor) -> NDArray[np.float64]:
     of_gate = product(x, gate)
     with np.errstate(over="ignore"):
-        return product((of_gate / (1 + np.exp(-of_gate)) * product(x, up)).astype(np.float32), down)
+        return of_gate / (1 + np.exp(-of_gate)) * product(x, up)
+
+
+def gated(x: Array, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> NDArray[np.float64]:
+    return product(inner(x, gate, up).astype(np.float32), down)
+
+
+def from_a_middle(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each row the least distance of a value from the middle between two codes of its block, a code being 1."""
+    blocks = np.abs(values).reshape(len(values), -1, BLOCK)
+    codes = blocks / blocks.max(-1, keepdims=True) * 127
+    return np.abs(codes - np.floor(codes) - 0.5).min((1, 2))
 
 
 def routed_sum(
@@ -203,7 +214,11 @@ def test_shared_experts_in_the_op_of_routed_ones_follow_the_definition(
 def test_rows_side_by_side_beside_rows_that_are_not(
     routed: tuple[str, str], shared: tuple[str, str], rows: int, threads: int
 ) -> None:
-    """Rows of a network, of its down alone, or of its gate and up alone lie side by side, others as the file has them."""
+    """Rows of a network, of its down alone, or of its gate and up alone lie side by side, others as the file has them.
+
+    Both orders add differently, by 1e-7. Where an inner number lies that near to a middle its code may differ: one row of 25 did on AMX
+    (2.1e-4 of its size), that with a number 4.2e-5 of a code from a middle, three times nearer than any other row has.
+    """
 
     def network(ops: Recorder, value: Value) -> None:
         out = ops.experts("experts", value, *choose(ops, value), "gate", "up", "down")
@@ -213,13 +228,13 @@ def test_rows_side_by_side_beside_rows_that_are_not(
     x = inputs(rows)
     in_file = routed_weights(*routed) | {name: (weight,) for name, weight in shared_weights(*shared).items()}
 
-    def run(weights: dict[str, Any]) -> Array:
+    def run(weights: dict[str, Any]) -> Mapping[str, Array]:
         bench = Bench(
             x, network, weights, cache_rows=(6,), rounds_activations=True, workspace_bytes=8 << 20, threads=threads
         )
         outputs = bench.run()
         assert "linear" not in {op.kind for op in bench.recorded.segments[1].ops}
-        return outputs["sum"]
+        return outputs
 
     in_memory = {
         name: tuple(side_by_side(w) if w.type.name in SIDE_BY_SIDE else w for w in parts)
@@ -228,11 +243,16 @@ def test_rows_side_by_side_beside_rows_that_are_not(
     }
     assert sum(w.type.is_side_by_side for parts in in_memory.values() for w in parts) > 0
     got, want = run(in_file | in_memory), run(in_file)
-    size = np.sqrt((want**2).mean(1)) + 1e-30
-    error = np.abs(got - want).max(1) / size
-    # AVX-512 and AMX add both orders differently, by 1e-7: with 25 rows one inner number lay between two codes (2.1e-4)
-    assert np.count_nonzero(error > 1e-5) <= rows // 10, f"{rows} {threads}: {error}"
-    assert error.max() <= 1e-3, f"{rows} {threads}: {error}"
+    gate, up = (in_file[f"shared_{part}"][0] for part in ("gate", "up"))
+    distance = from_a_middle(inner(x, gate, up))
+    for e in range(NUM_EXPERTS):
+        of_expert = from_a_middle(inner(x, in_file["gate"][e], in_file["up"][e]))
+        chosen = (want["ids"].view(np.int32) == e).any(-1)
+        distance = np.where(chosen, np.minimum(distance, of_expert), distance)
+    is_clear = distance > 1e-4
+    assert_close(got["sum"][is_clear], want["sum"][is_clear], f"{rows} {threads}", tolerance=1e-5)
+    assert_close(got["sum"], want["sum"], f"{rows} {threads}", tolerance=1e-3)
+    assert is_clear.sum() >= 0.8 * rows
 
 
 def wide_model() -> ModelConfig:
