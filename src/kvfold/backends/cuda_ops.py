@@ -523,11 +523,21 @@ class CudaOps:
 
     # Attention
 
-    def _expand(self, latents: Tensor, kv_up: KvUp, mla: MlaConfig) -> tuple[Tensor, Tensor]:
-        """k_nope [K, H, nope] and v [K, H, v] of latents [K, latent_dim] of the compute type."""
-        c_kv = latents[:, : mla.kv_lora_rank]
-        w_uk, w_uv = self._backend.weights.up[kv_up]
-        k_nope, v = (torch.mm(c_kv, w.flatten(0, 1).T) for w in (w_uk, w_uv))
+    def _expand(
+        self, latents: Tensor, kv_up: KvUp, mla: MlaConfig, room: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """k_nope [K, H, nope] and v [K, H, v] of latents [K, latent_dim] of the compute type; room: where they are put, numbers of that
+        type, as many as they have, or more."""
+        weights = [w.flatten(0, 1) for w in self._backend.weights.up[kv_up]]
+        sizes = [len(latents) * len(w) for w in weights]
+        if room is None:
+            parts = [latents.new_empty(size) for size in sizes]
+        else:
+            parts = list(room[: sum(sizes)].split(sizes))
+        k_nope, v = (
+            torch.mm(latents[:, : mla.kv_lora_rank], w.T, out=part.view(len(latents), -1))
+            for w, part in zip(weights, parts, strict=True)
+        )
         return k_nope.view(len(latents), mla.num_heads, -1), v.view(len(latents), mla.num_heads, -1)
 
     def fold_q(self, name: str, q: Value, kv_up: KvUp, mla: MlaConfig) -> Value:
@@ -695,12 +705,7 @@ class CudaOps:
         gather_rows(pool, self.step.pages, latents, self._backend.blocks, prompt.kv_len)
         # Keys and values where other ops have decoded weights: a graph takes no memory of its own for them.
         room = self._backend.scratch[: prompt.num_keys * expanded_bytes(mla, self._dtype)].view(self._dtype)
-        expanded = []
-        for w in self._backend.weights.up[kv_up]:
-            part, room = room[: prompt.num_keys * w[..., 0].numel()], room[prompt.num_keys * w[..., 0].numel() :]
-            torch.mm(latents[:, : mla.kv_lora_rank], w.flatten(0, 1).T, out=part.view(prompt.num_keys, -1))
-            expanded.append(part.view(prompt.num_keys, mla.num_heads, -1))
-        k_nope, v = expanded
+        k_nope, v = self._expand(latents, kv_up, mla, room)
         queries = q.tensor.unflatten(1, (mla.num_heads, mla.qk_head_dim))
         mla_prefill(
             queries,
