@@ -1,6 +1,5 @@
 // The blocks of every standard type as structs of bytes, which any address may hold, and their decoders. A
-// format is explained at the decoder of the same name in src/kvfold/quant/decode.py. Included by decode.cpp
-// and decode_interleaved.cpp only.
+// format is explained at the decoder of the same name in src/kvfold/quant/decode.py.
 #pragma once
 
 #include <array>
@@ -539,3 +538,13 @@ struct IQ1_M {
 };
 
 }  // namespace kvfold::blocks
+
+namespace kvfold {
+
+// What stands for a block in a list of types.
+template <class T>
+struct Type {
+  using type = T;
+};
+
+}  // namespace kvfold

@@ -417,19 +417,24 @@ constexpr TypeLayout layouts[] = {
     interleaved<MXFP4_R8>(353),
 };
 
-template <class T>
-constexpr TypeLayout side_by_side(int32_t id) {
-  return interleaved<SideBySide<T>>(side_by_side_id(id));
-}
+constexpr int kTypesInMemory = [] {
+  int count = 0;
+  for_each_side_by_side([&](auto, int32_t) { count++; });
+  return count;
+}();
 
-constexpr TypeLayout in_memory[] = {
-    side_by_side<Q4_0>(2),  side_by_side<Q5_0>(6),  side_by_side<Q8_0>(8),
-    side_by_side<Q4_K>(12), side_by_side<Q6_K>(14), side_by_side<IQ4_NL>(20),
-};
+constexpr auto in_memory = [] {
+  std::array<TypeLayout, kTypesInMemory> all{};
+  int count = 0;
+  for_each_side_by_side([&](auto type, int32_t id) {
+    all[count++] = interleaved<SideBySide<typename decltype(type)::type>>(side_by_side_id(id));
+  });
+  return all;
+}();
 
 }  // namespace
 
 TypeLayouts interleaved_layouts() { return {std::begin(layouts), std::end(layouts)}; }
-TypeLayouts side_by_side_layouts() { return {std::begin(in_memory), std::end(in_memory)}; }
+TypeLayouts side_by_side_layouts() { return {in_memory.data(), in_memory.data() + in_memory.size()}; }
 
 }  // namespace kvfold

@@ -55,11 +55,6 @@ constexpr MatrixKernels numbers() {
           M::tile};
 }
 
-template <class T>
-struct Type {
-  using type = T;
-};
-
 // use(Type<T>, ggml's number) for every type whose weights are whole numbers times scales.
 template <class Use>
 constexpr void for_each_quantized(const Use& use) {

@@ -16,20 +16,9 @@ void put_groups(const uint8_t* from, int64_t rows, int64_t row_bytes, uint8_t* t
 }  // namespace
 
 void put_side_by_side(int32_t type_id, const uint8_t* from, int64_t rows, int64_t row_bytes, uint8_t* to) {
-  switch (type_id) {
-    case 2:
-      return put_groups<blocks::Q4_0>(from, rows, row_bytes, to);
-    case 6:
-      return put_groups<blocks::Q5_0>(from, rows, row_bytes, to);
-    case 8:
-      return put_groups<blocks::Q8_0>(from, rows, row_bytes, to);
-    case 12:
-      return put_groups<blocks::Q4_K>(from, rows, row_bytes, to);
-    case 14:
-      return put_groups<blocks::Q6_K>(from, rows, row_bytes, to);
-    case 20:
-      return put_groups<blocks::IQ4_NL>(from, rows, row_bytes, to);
-  }
+  for_each_side_by_side([&](auto type, int32_t id) {
+    if (id == type_id) put_groups<typename decltype(type)::type>(from, rows, row_bytes, to);
+  });
 }
 
 }  // namespace kvfold

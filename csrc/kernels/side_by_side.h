@@ -144,6 +144,13 @@ struct SideBySide<blocks::Q6_K> {
   }
 };
 
+// use(Type<T>, ggml's number) for every type that has this layout.
+template <class Use>
+constexpr void for_each_side_by_side(const Use& use) {
+  use(Type<blocks::Q4_0>(), 2), use(Type<blocks::Q5_0>(), 6), use(Type<blocks::Q8_0>(), 8);
+  use(Type<blocks::Q4_K>(), 12), use(Type<blocks::Q6_K>(), 14), use(Type<blocks::IQ4_NL>(), 20);
+}
+
 // The number of a file's type side by side.
 constexpr int32_t side_by_side_id(int32_t id) { return -100 - id; }
 

@@ -39,6 +39,21 @@ struct MinLanes {
   }
 };
 
+// prefetch(p) for every line of the first `bytes` of a mixed block: what it has before its codes.
+template <int64_t bytes, class Mixed, class Prefetch>
+inline void prefetch_first(const Mixed* block, const Prefetch& prefetch) {
+  const auto* first = reinterpret_cast<const uint8_t*>(block);
+  KVFOLD_UNROLLED for (int64_t at = 0; at < bytes; at += 64) prefetch(first + at);
+}
+
+// Zeros, for sums that begin.
+template <class S, int rows, int vectors>
+inline void clear(typename S::Floats (&sums)[rows][vectors]) {
+  for (auto& of_row : sums) {
+    for (auto& sum : of_row) sum = S::zero();
+  }
+}
+
 // What a set has for a type, in simd/*_side_by_side.h:
 //   Set, Type, X     X: 32 activations as above
 //   kMostRows        rows of x that meet a group together
@@ -93,9 +108,7 @@ struct SideBySideProducts {
     KVFOLD_UNROLLED for (int g = 0; g < groups; g++) {
       w[g] = reinterpret_cast<const Mixed*>(raw + at[g] * kRowsSideBySide * row_bytes);
     }
-    for (auto& of_row : out) {
-      for (auto& sum : of_row) sum = S::zero();
-    }
+    clear<S>(out);
     int64_t left = k / T::elements, ahead = Of::kAhead;
     for (const int64_t until : {last_blocks(k), int64_t{0}}) {
       if (until == 0) ahead = ahead_of_last();
@@ -177,13 +190,6 @@ struct SideBySideProducts {
             Tile::tile};
   }
 };
-
-// use(Type<T>, ggml's number) for every type that has this layout.
-template <class Use>
-constexpr void for_each_side_by_side(const Use& use) {
-  use(Type<blocks::Q4_0>(), 2), use(Type<blocks::Q5_0>(), 6), use(Type<blocks::Q8_0>(), 8);
-  use(Type<blocks::Q4_K>(), 12), use(Type<blocks::Q6_K>(), 14), use(Type<blocks::IQ4_NL>(), 20);
-}
 
 // A set's kernels of them.
 template <template <class> class Of>

@@ -199,7 +199,7 @@ struct Avx2SideBySide<blocks::Q4_K> {
   static constexpr int64_t kAhead = 768;
 
   static constexpr int kRuns = Type::elements / 32, kWords = 4;
-  static constexpr int64_t kLine = 64, kFirstCodes = offsetof(Mixed, words);
+  static constexpr int64_t kFirstCodes = offsetof(Mixed, words);
 
   // Scales and minimums of all runs of a group, a byte each.
   struct OfRuns {
@@ -229,15 +229,10 @@ struct Avx2SideBySide<blocks::Q4_K> {
     __m256 sum[rows][vectors], least[rows][vectors];
 #pragma GCC unroll 2
     for (int g = 0; g < groups; g++) {
-#pragma GCC unroll 4
-      for (int64_t at = 0; at < kFirstCodes; at += kLine) prefetch(w[g]->d[0] + at);
+      prefetch_first<kFirstCodes>(w[g], prefetch);
       of_runs[g].set(*w[g]);
     }
-#pragma GCC unroll 2
-    for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; v++) sum[r][v] = least[r][v] = _mm256_setzero_ps();
-    }
+    clear<Avx2>(sum), clear<Avx2>(least);
 #pragma GCC unroll 1
     for (int run = 0; run < kRuns; run++) {
       __m256i pairs[rows][vectors];
@@ -337,7 +332,7 @@ struct Avx2SideBySide<blocks::Q6_K> {
   static constexpr int64_t kAhead = 768;
 
   static constexpr int kParts = Type::elements / 32;
-  static constexpr int64_t kLine = 64, kFirstCodes = offsetof(Mixed, columns);
+  static constexpr int64_t kFirstCodes = offsetof(Mixed, columns);
 
   // Of the eight vectors of codes that 32 columns have, one that lies in these words.
   static __m256i quad_codes(__m256i low, __m256i high, int quad) {
@@ -356,15 +351,8 @@ struct Avx2SideBySide<blocks::Q6_K> {
     const auto prefetch = [ahead](const void* p) { Avx2::prefetch(static_cast<const uint8_t*>(p) + ahead); };
     __m256 sum[rows][vectors];
 #pragma GCC unroll 2
-    for (int g = 0; g < groups; g++) {
-#pragma GCC unroll 5
-      for (int64_t at = 0; at < kFirstCodes; at += kLine) prefetch(w[g]->d[0] + at);
-    }
-#pragma GCC unroll 2
-    for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; v++) sum[r][v] = _mm256_setzero_ps();
-    }
+    for (int g = 0; g < groups; g++) prefetch_first<kFirstCodes>(w[g], prefetch);
+    clear<Avx2>(sum);
 #pragma GCC unroll 1
     for (int part = 0; part < kParts; part++) {
       __m256i products[rows][vectors];

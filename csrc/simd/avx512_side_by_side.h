@@ -100,7 +100,7 @@ struct Avx512SideBySide<blocks::Q4_K> {
   static constexpr int64_t kAhead = 4096;
 
   static constexpr int kRuns = 8;
-  static constexpr int64_t kLine = 64, kFirstCodes = offsetof(Mixed, words);
+  static constexpr int64_t kFirstCodes = offsetof(Mixed, words);
 
   // Scales of all runs, or minimums, as bytes [run][row].
   struct OfRuns {
@@ -132,9 +132,9 @@ struct Avx512SideBySide<blocks::Q4_K> {
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512 sum[rows][groups], least[rows][groups];
     OfRuns of_runs[groups];
+    clear<Avx512>(sum), clear<Avx512>(least);
     KVFOLD_UNROLLED for (int g = 0; g < groups; g++) {
-      KVFOLD_UNROLLED for (int64_t at = 0; at < kFirstCodes; at += kLine) prefetch(w[g]->d[0] + at);
-      KVFOLD_UNROLLED for (int r = 0; r < rows; r++) sum[r][g] = least[r][g] = _mm512_setzero_ps();
+      prefetch_first<kFirstCodes>(w[g], prefetch);
       of_runs[g].take(*w[g]);
     }
 #pragma GCC unroll 1
@@ -230,7 +230,7 @@ struct Avx512SideBySide<blocks::Q6_K> {
   static constexpr int64_t kAhead = 2048;
 
   static constexpr int kParts = Type::elements / 32;
-  static constexpr int64_t kLine = 64, kFirstCodes = offsetof(Mixed, columns);
+  static constexpr int64_t kFirstCodes = offsetof(Mixed, columns);
 
   // Four columns, `quad` of the four that a run has, of their word of nibbles.
   static __m512i quad_codes(int quad, __m512i low, __m512i high) {
@@ -254,10 +254,8 @@ struct Avx512SideBySide<blocks::Q6_K> {
       Avx512::prefetch_here(static_cast<const uint8_t*>(p) + ahead);
     };
     __m512 sum[rows][groups];
-    KVFOLD_UNROLLED for (int g = 0; g < groups; g++) {
-      KVFOLD_UNROLLED for (int64_t at = 0; at < kFirstCodes; at += kLine) prefetch(w[g]->d[0] + at);
-      KVFOLD_UNROLLED for (int r = 0; r < rows; r++) sum[r][g] = _mm512_setzero_ps();
-    }
+    clear<Avx512>(sum);
+    KVFOLD_UNROLLED for (int g = 0; g < groups; g++) prefetch_first<kFirstCodes>(w[g], prefetch);
 #pragma GCC unroll 1
     for (int part = 0; part < kParts; part++) {
       __m512 products[rows][groups];
