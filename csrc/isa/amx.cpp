@@ -4,7 +4,7 @@
 #ifdef KVFOLD_AMX_SET
 #include "isa/begin_avx512.h"
 
-#include "simd/amx.h"
+#include "simd/amx_panels.h"
 #include "simd/avx512_side_by_side.h"
 
 #include "kernels/quant_tile_amx.h"

@@ -4,7 +4,7 @@
 #ifdef KVFOLD_X86_SETS
 #include "isa/begin_avx2.h"
 
-#include "simd/avx2.h"
+#include "simd/avx2_dots.h"
 
 #include "simd/avx2_side_by_side.h"
 

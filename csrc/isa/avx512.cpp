@@ -5,7 +5,7 @@
 #ifdef KVFOLD_X86_SETS
 #include "isa/begin_avx512.h"
 
-#include "simd/avx512.h"
+#include "simd/avx512_dots.h"
 
 #include "simd/avx512_side_by_side.h"
 

@@ -6,6 +6,7 @@
 #include "isa/begin_avx512.h"
 
 #include "simd/amx.h"
+#include "simd/avx512_decode.h"
 
 #include "kernels/latent_tile_amx.h"
 

@@ -4,7 +4,7 @@
 #ifdef KVFOLD_X86_SETS
 #include "isa/begin_avx2.h"
 
-#include "simd/avx2.h"
+#include "simd/avx2_decode.h"
 
 #include "kernels/latent_tile.h"
 

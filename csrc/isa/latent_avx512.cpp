@@ -5,7 +5,7 @@
 #ifdef KVFOLD_X86_SETS
 #include "isa/begin_avx512.h"
 
-#include "simd/avx512.h"
+#include "simd/avx512_decode.h"
 
 #include "kernels/latent_tile.h"
 

@@ -32,7 +32,8 @@ struct Format {
                                                                          : 1;
 };
 
-// Vector code of an instruction set S for a type T; a specialization in simd/ replaces what it is faster at.
+// Vector code of an instruction set S for a type T; a specialization in simd/*_dots.h replaces what it is
+// faster at.
 //   kDot     has  template <int rows> static void dot(const uint8_t* row, int64_t k, const DotRow* x,
 //            float* y, int64_t ahead)
 //            for x whose 16-code pieces were moved to place(piece), piece counted within 128 codes; asks for
@@ -49,7 +50,7 @@ struct Fast {
   static constexpr int place(int piece) { return piece; }
 };
 
-// Vector code from a row to float32; row is null where a set has none.
+// Vector code from a row to float32 and for folding rows, in simd/*_decode.h; null where a set has none.
 struct F16Numbers;
 struct Bf16Numbers;
 template <class S, class T>

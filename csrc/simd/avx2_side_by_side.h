@@ -1,13 +1,13 @@
 // Row dots and panels of rows side by side (kernels/side_by_side_dot.h) in 256-bit vectors: the 16 rows of a
 // group are two vectors.
 //
-// Against rows one by one (simd/avx2.h) nothing is summed across a vector and eight scales are one load: 25
-// instead of 15 GB/s for IQ4_NL in the second-level cache, 38 instead of 20 for Q4_0, 60 instead of 27 for
+// Against rows one by one (simd/avx2_dots.h) nothing is summed across a vector and eight scales are one load:
+// 25 instead of 15 GB/s for IQ4_NL in the second-level cache, 38 instead of 20 for Q4_0, 60 instead of 27 for
 // Q8_0 (one thread of a Zen 3).
 #pragma once
 
 #include "kernels/side_by_side_dot.h"
-#include "simd/avx2.h"
+#include "simd/avx2_codes.h"
 
 namespace kvfold {
 namespace {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels/side_by_side_dot.h"
-#include "simd/avx512.h"
+#include "simd/avx512_dots.h"
 
 namespace kvfold {
 namespace {

@@ -1,0 +1,148 @@
+// Codes and scales of a block as 256-bit vectors: what row dots and panels (avx2_dots.h), rows to float32
+// (avx2_decode.h) and rows side by side begin with.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "simd/avx2.h"
+
+namespace kvfold {
+namespace {
+
+// Types of one float16 and 32 weights: codes() of a block.
+template <class T>
+struct Codes32;
+
+inline __m256i nibbles(const uint8_t* p) {  // of 16 bytes, low ones first
+  const __m256i both = _mm256_broadcastsi128_si256(Avx2::load16(p));
+  return _mm256_and_si256(_mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)),
+                          _mm256_set1_epi8(15));
+}
+
+template <>
+struct Codes32<blocks::Q4_0> {
+  static __m256i codes(const uint8_t* p) { return nibbles(p + 2); }
+};
+
+// Nibbles, and 16 where a byte of `bits` has the bit that `which` has there.
+inline __m256i with_fifth(__m256i nibbles, __m256i bits, __m256i which) {
+  const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bits, which), which);
+  return _mm256_or_si256(nibbles, _mm256_and_si256(is_set, _mm256_set1_epi8(16)));
+}
+// The same for bits in order: those of the lower lane's codes in the bytes `low` and `low` + 1 of the lower
+// lane of `bits`, those of the upper lane's in `high` and `high` + 1 of the upper one.
+template <int low, int high>
+inline __m256i with_fifths(__m256i nibbles, __m256i bits) {
+  constexpr int64_t kEach = 0x0101010101010101;
+  const __m256i bytes = _mm256_setr_epi64x(low * kEach, (low + 1) * kEach, high * kEach, (high + 1) * kEach);
+  return with_fifth(nibbles, _mm256_shuffle_epi8(bits, bytes),
+                    _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201)));
+}
+// The same for the codes 4 quad to 4 quad + 3 of eight rows, whose 32 bits are the lanes of `bits`.
+inline __m256i with_fifths_of(int quad, __m256i nibbles, __m256i bits) {
+  const __m256i byte =
+      _mm256_add_epi8(_mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c)),
+                      _mm256_set1_epi8(static_cast<char>(quad / 2)));
+  return with_fifth(nibbles, _mm256_shuffle_epi8(bits, byte),
+                    _mm256_set1_epi32(static_cast<int>(0x08040201u << quad % 2 * 4)));
+}
+
+template <>
+struct Codes32<blocks::Q4_1> {
+  static __m256i codes(const uint8_t* p) { return nibbles(p + 4); }
+};
+template <int fifths>
+struct FiveBits {
+  static __m256i codes(const uint8_t* p) {
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(blocks::load32(p + fifths)));
+    return with_fifths<0, 2>(nibbles(p + fifths + 4), bits);
+  }
+};
+template <>
+struct Codes32<blocks::Q5_0> : FiveBits<2> {};
+template <>
+struct Codes32<blocks::Q5_1> : FiveBits<4> {};
+template <>
+struct Codes32<blocks::IQ4_NL> {
+  static __m256i of(__m256i nibbles) {
+    const __m128i levels =
+        _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles);
+  }
+  static __m256i codes(const uint8_t* p) { return of(nibbles(p + 2)); }
+};
+template <>
+struct Codes32<blocks::Q8_0> {
+  static __m256i codes(const uint8_t* p) { return Avx2::load_codes(p + 2); }
+};
+
+// Types of 256 weights: eight vectors of codes(), and scales.
+template <class T>
+struct Codes256;
+
+template <>
+struct Codes256<blocks::Q4_K> {
+  static void codes(const uint8_t* p, __m256i* out) {
+    for (int pair = 0; pair < 4; pair++) {
+      const __m256i packed = Avx2::load_codes(p + 16 + 32 * pair);
+      out[2 * pair] = _mm256_and_si256(packed, _mm256_set1_epi8(15));
+      out[2 * pair + 1] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), _mm256_set1_epi8(15));
+    }
+  }
+
+  // Eight bytes of scales or minimums times the float16 at `half`.
+  static __m256 times_half(uint64_t bytes, const uint8_t* half) {
+    const __m256i codes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(_cvtsh_ss(blocks::load16(half))));
+  }
+  // Eight of six bits each out of twelve bytes (decode_blocks.h, k_scale), four to a word.
+  static void scales(const uint8_t* p, __m256& scale, __m256& minimum) {
+    const uint32_t first = blocks::load32(p + 4), second = blocks::load32(p + 8),
+                   third = blocks::load32(p + 12);
+    const uint64_t last_scales = (third & 0x0f0f0f0f) | (first >> 2 & 0x30303030),
+                   last_minimums = (third >> 4 & 0x0f0f0f0f) | (second >> 2 & 0x30303030);
+    scale = times_half((first & 0x3f3f3f3f) | last_scales << 32, p);
+    minimum = times_half((second & 0x3f3f3f3f) | last_minimums << 32, p + 2);
+  }
+
+  static void take_scales(const uint8_t* p, float* scale, float* minimum) {
+    __m256 d, m;
+    scales(p, d, m);
+    _mm256_storeu_ps(scale, d);
+    _mm256_storeu_ps(minimum, m);
+  }
+};
+
+template <>
+struct Codes256<blocks::Q6_K> {
+  static void half_codes(const uint8_t* p, int half, __m256i (&out)[4]) {
+    const __m256i nibble = _mm256_set1_epi8(15), top = _mm256_set1_epi8(0x30);
+    const __m256i a = Avx2::load_codes(p + 64 * half), b = Avx2::load_codes(p + 64 * half + 32);
+    const __m256i high = Avx2::load_codes(p + 128 + 32 * half);
+    out[0] = _mm256_or_si256(_mm256_and_si256(a, nibble), _mm256_and_si256(_mm256_slli_epi16(high, 4), top));
+    out[1] = _mm256_or_si256(_mm256_and_si256(b, nibble), _mm256_and_si256(_mm256_slli_epi16(high, 2), top));
+    out[2] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(a, 4), nibble), _mm256_and_si256(high, top));
+    out[3] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(b, 4), nibble),
+                             _mm256_and_si256(_mm256_srli_epi16(high, 2), top));
+  }
+  static void codes(const uint8_t* p, __m256i* out) {
+    for (int half = 0; half < 2; half++) {
+      __m256i of_half[4];
+      half_codes(p, half, of_half);
+      std::copy(of_half, of_half + 4, out + 4 * half);
+    }
+  }
+
+  static void take_scales(const uint8_t* p, float* scale, float*) {
+    const __m256 d = _mm256_set1_ps(_cvtsh_ss(blocks::load16(p + 208)));
+    for (int i = 0; i < 16; i += 8)
+      _mm256_storeu_ps(scale + i,
+                       _mm256_mul_ps(Avx2::load_bytes(reinterpret_cast<const int8_t*>(p + 192 + i)), d));
+  }
+};
+
+}  // namespace
+}  // namespace kvfold

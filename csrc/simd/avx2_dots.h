@@ -1,0 +1,361 @@
+// Row dots of types in 256-bit vectors, and their blocks taken apart for panels.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/quant_formats.h"
+#include "simd/avx2_codes.h"
+
+namespace kvfold {
+namespace {
+
+// Row dots are bound by the four vector ports of Zen 3 and by what waits in their schedulers: work goes in
+// stages, each for all blocks of a group, so that little of what was issued waits for what was issued just
+// before it. (A block at a time, the same instructions took a fifth longer.)
+
+// Sums of a row that do not wait for each other: a multiply-add takes 4 cycles.
+constexpr int dot_chains(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+
+template <int rows>
+struct DotSums {
+  static constexpr int kChains = dot_chains(rows);
+  __m256 sum[rows][kChains], minus[rows];
+
+  DotSums() {
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      minus[r] = _mm256_setzero_ps();
+      for (auto& s : sum[r]) s = _mm256_setzero_ps();
+    }
+  }
+  void add(int r, int i, __m256i products, __m256 scale) {
+    sum[r][i % kChains] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, sum[r][i % kChains]);
+  }
+  float total(int r) const {
+    __m256 all = sum[r][0];
+    for (int i = 1; i < kChains; i++) all = _mm256_add_ps(all, sum[r][i]);
+    return Avx2::sum(all);
+  }
+};
+
+// Weights that need all of int8, times x as magnitudes m and signs s, 0 or -1: w x = m (w ^ s) - m s, of
+// which the second part is known beforehand. An exclusive or may take any port, a sign has two.
+inline __m256i wide_pairs(__m256i w, const DotRow& x, int64_t at) {
+  return _mm256_maddubs_epi16(Avx2::load_codes(x.magnitudes + at),
+                              _mm256_xor_si256(w, Avx2::load_codes(x.signs + at)));
+}
+
+// 32 nibbles under one float16, or two, the second the minimum, with fifth bits before them in Q5_0 and Q5_1.
+// Two blocks a vector: a lane has 16 weights of one.
+template <class T>
+struct DotNibbles {
+  static constexpr bool kHasMin = Parts<T>::kHasMin;
+  static constexpr int64_t kBytes = sizeof(T), kNibbles = kBytes - 16,
+                           kFifths = kHasMin ? 4 : 2;  // where they begin
+  static constexpr bool kHasFifth = kNibbles > kFifths;
+  static constexpr bool kWide = Format<Avx2, T>::Like::kWide;
+  // Of 128 codes: the low nibbles of two blocks side by side, then the high ones.
+  static constexpr int place(int piece) { return piece / 4 * 4 + piece % 2 * 2 + piece % 4 / 2; }
+
+  static void quad_codes(const uint8_t* raw, int64_t row_bytes, __m256i (&out)[8]) {
+    __m256i packed[4];
+    Avx2::transpose(raw + kNibbles, row_bytes, packed);
+    [[maybe_unused]] __m256i bits;
+    if constexpr (kHasFifth) bits = words(raw + kFifths, row_bytes);
+    for (int j = 0; j < 4; j++) {
+      out[j] = _mm256_and_si256(packed[j], _mm256_set1_epi8(15));
+      out[4 + j] = _mm256_and_si256(_mm256_srli_epi16(packed[j], 4), _mm256_set1_epi8(15));
+      if constexpr (kWide) out[j] = Codes32<T>::of(out[j]), out[4 + j] = Codes32<T>::of(out[4 + j]);
+      if constexpr (kHasFifth) {
+        out[j] = with_fifths_of(j, out[j], bits);
+        out[4 + j] = with_fifths_of(4 + j, out[4 + j], bits);
+      }
+    }
+  }
+
+  static __m256i words(const uint8_t* p, int64_t row_bytes) {  // of four bytes, one of each row
+    const auto at = [&](int64_t i) { return static_cast<int>(blocks::load32(p + i * row_bytes)); };
+    return _mm256_setr_epi32(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
+  }
+
+  // Products of both vectors of two blocks with 64 codes of x: sums of four in int32.
+  static __m256i products(__m256i low, __m256i high, const DotRow& x, int64_t at) {
+    if constexpr (kWide) {
+      return _mm256_add_epi32(fours(wide_pairs(low, x, at)), fours(wide_pairs(high, x, at + 32)));
+    } else {  // 4 * 31 * 127 fits int16
+      return fours(_mm256_add_epi16(_mm256_maddubs_epi16(low, Avx2::load_codes(x.codes + at)),
+                                    _mm256_maddubs_epi16(high, Avx2::load_codes(x.codes + at + 32))));
+    }
+  }
+
+  // 16 bytes from there, and from the same place in the next block.
+  static __m256i two_blocks(const uint8_t* p) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(Avx2::load16(p)), Avx2::load16(p + kBytes), 1);
+  }
+
+  template <int rows, int blocks>
+  static void group(const uint8_t* p, const DotRow* x, int64_t block, DotSums<rows>& sums) {
+    constexpr int kPairs = blocks / 2;
+    const __m256 d = block_scales<kBytes, blocks>(p);
+    const __m256 zero = kHasMin ? block_scales<kBytes, blocks>(p + 2) : d;
+    __m256 scale[rows];  // a lane: of one block of each pair
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      scale[r] = _mm256_permutevar8x32_ps(_mm256_mul_ps(d, _mm256_loadu_ps(x[r].scales + block)),
+                                          _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+      sums.minus[r] = _mm256_fmadd_ps(zero, _mm256_loadu_ps(x[r].sums + block), sums.minus[r]);
+    }
+    __m256i low[kPairs], high[kPairs];
+    const __m256i nibble = _mm256_set1_epi8(15);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; i++) low[i] = two_blocks(p + 2 * i * kBytes + kNibbles);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; i++) high[i] = _mm256_and_si256(_mm256_srli_epi16(low[i], 4), nibble);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; i++) low[i] = _mm256_and_si256(low[i], nibble);
+    if constexpr (kWide) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; i++) low[i] = Codes32<T>::of(low[i]), high[i] = Codes32<T>::of(high[i]);
+    }
+    if constexpr (kHasFifth) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; i++) {
+        const __m256i bits = two_blocks(p + 2 * i * kBytes + kFifths);
+        low[i] = with_fifths<0, 0>(low[i], bits);
+        high[i] = with_fifths<2, 2>(high[i], bits);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      __m256i sum[kPairs];
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; i++) sum[i] = products(low[i], high[i], x[r], 32 * (block + 2 * i));
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; i++) {
+        const __m256 d_x = i == 0   ? _mm256_permute_ps(scale[r], 0x00)
+                           : i == 1 ? _mm256_permute_ps(scale[r], 0x55)
+                           : i == 2 ? _mm256_permute_ps(scale[r], 0xaa)
+                                    : _mm256_permute_ps(scale[r], 0xff);
+        sums.add(r, i, sum[i], d_x);
+      }
+    }
+  }
+
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
+    DotSums<rows> sums;
+    const int64_t num_blocks = k / 32;
+    int64_t block = 0;
+    for (; block + 8 <= num_blocks; block += 8, row += 8 * kBytes) {
+      Avx2::prefetch_all<8 * kBytes>(row, ahead);
+      group<rows, 8>(row, x, block, sums);
+    }
+    if (block < num_blocks) Avx2::prefetch_all<8 * kBytes>(row, ahead);
+    if (block + 4 <= num_blocks) {
+      group<rows, 4>(row, x, block, sums);
+      block += 4, row += 4 * kBytes;
+    }
+    if (block < num_blocks) {  // up to three; x has zeros after them
+      uint8_t last[4 * kBytes] = {};
+      std::memcpy(last, row, (num_blocks - block) * kBytes);
+      group<rows, 4>(last, x, block, sums);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      const float zero = kHasMin ? -1.0f : kWide ? 1.0f : static_cast<float>(Format<Avx2, T>::kZero);
+      y[r] = sums.total(r) - zero * Avx2::sum(sums.minus[r]);
+    }
+  }
+};
+
+// 32 signed bytes under one float16: 34 bytes a block.
+struct Dot34 {
+  static constexpr int64_t kBytes = 34;
+  static constexpr int place(int piece) { return piece; }
+
+  static void quad_codes(const uint8_t* raw, int64_t row_bytes, __m256i (&out)[8]) {
+    Avx2::transpose(raw + 2, row_bytes, out);
+    Avx2::transpose(raw + 18, row_bytes, out + 4);
+  }
+
+  template <int rows, int blocks>
+  static void group(const uint8_t* p, const DotRow* x, int64_t block, DotSums<rows>& sums) {
+    const __m256 d = block_scales<kBytes, blocks>(p);
+    alignas(32) float scale[rows][8];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      _mm256_store_ps(scale[r], _mm256_mul_ps(d, _mm256_loadu_ps(x[r].scales + block)));
+      sums.minus[r] = _mm256_fmadd_ps(d, _mm256_loadu_ps(x[r].sums + block), sums.minus[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      __m256i sum[blocks];
+#pragma GCC unroll 8
+      for (int i = 0; i < blocks; i++)
+        sum[i] = fours(wide_pairs(Avx2::load_codes(p + i * kBytes + 2), x[r], 32 * (block + i)));
+#pragma GCC unroll 8
+      for (int i = 0; i < blocks; i++) sums.add(r, i, sum[i], _mm256_broadcast_ss(scale[r] + i));
+    }
+  }
+
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
+    DotSums<rows> sums;
+    const int64_t num_blocks = k / 32;
+    int64_t block = 0;
+    for (; block + 8 <= num_blocks; block += 8, row += 8 * kBytes) {
+      Avx2::prefetch_all<8 * kBytes>(row, ahead);
+      group<rows, 8>(row, x, block, sums);
+    }
+    if (block < num_blocks) Avx2::prefetch_all<8 * kBytes>(row, ahead);
+    for (; block + 2 <= num_blocks; block += 2, row += 2 * kBytes) group<rows, 2>(row, x, block, sums);
+    if (block < num_blocks) group<rows, 1>(row, x, block, sums);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) y[r] = sums.total(r) - Avx2::sum(sums.minus[r]);
+  }
+};
+
+template <class T, class Dot>
+struct Fast32 : Dot {
+  static constexpr bool kDot = true, kUnpack = false, kQuads = !Parts<T>::kHasMin, kTakeApart = true;
+
+  static __m256 quads(const uint8_t* raw, int64_t row_bytes, __m256i (&out)[8]) {
+    Dot::quad_codes(raw, row_bytes, out);
+    const auto at = [&](int64_t i) { return static_cast<int16_t>(blocks::load16(raw + i * row_bytes)); };
+    return _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
+  }
+
+  static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float* minimums) {
+    Avx2::store_codes(codes, Codes32<T>::codes(block));
+    scales[0] = block_scale(block);
+    if constexpr (Parts<T>::kHasMin) minimums[0] = -block_scale(block + 2);
+  }
+};
+template <>
+struct Fast<Avx2, blocks::Q4_0> : Fast32<blocks::Q4_0, DotNibbles<blocks::Q4_0>> {};
+template <>
+struct Fast<Avx2, blocks::Q4_1> : Fast32<blocks::Q4_1, DotNibbles<blocks::Q4_1>> {};
+template <>
+struct Fast<Avx2, blocks::Q5_1> : Fast32<blocks::Q5_1, DotNibbles<blocks::Q5_1>> {};
+template <>
+struct Fast<Avx2, blocks::Q5_0> : Fast32<blocks::Q5_0, DotNibbles<blocks::Q5_0>> {};
+template <>
+struct Fast<Avx2, blocks::IQ4_NL> : Fast32<blocks::IQ4_NL, DotNibbles<blocks::IQ4_NL>> {};
+template <>
+struct Fast<Avx2, blocks::Q8_0> : Fast32<blocks::Q8_0, Dot34> {};
+
+// Types of 256 weights.
+template <class T>
+struct Dot256;
+
+template <>
+struct Dot256<blocks::Q4_K> : Codes256<blocks::Q4_K> {
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
+    DotSums<rows> sums;
+    for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q4_K)) {
+      Avx2::prefetch_all<sizeof(blocks::Q4_K)>(row, ahead);
+      __m256 d, minimum;
+      scales(row, d, minimum);
+      alignas(32) float scale[rows][8];
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; r++) {
+        _mm256_store_ps(scale[r], _mm256_mul_ps(d, _mm256_loadu_ps(x[r].scales + at / 32)));
+        sums.minus[r] = _mm256_fmadd_ps(minimum, _mm256_loadu_ps(x[r].sums + at / 32), sums.minus[r]);
+      }
+      __m256i vectors[8];
+      codes(row, vectors);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; r++) {
+        __m256i sum[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+          sum[i] = fours(_mm256_maddubs_epi16(vectors[i], Avx2::load_codes(x[r].codes + at + 32 * i)));
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) sums.add(r, i, sum[i], _mm256_broadcast_ss(scale[r] + i));
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) y[r] = sums.total(r) - Avx2::sum(sums.minus[r]);
+  }
+};
+
+template <>
+struct Dot256<blocks::Q6_K> : Codes256<blocks::Q6_K> {
+  // A block of activations meets two runs, a lane each. Their scales are whole numbers, so the product that
+  // widens the sums of a lane multiplies by them: 4 * 63 * 127 * 128 is far from 2^31.
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
+    __m256 sum[rows], minus[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm256_setzero_ps();
+    for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q6_K)) {
+      Avx2::prefetch_all<sizeof(blocks::Q6_K)>(row, ahead);
+      const uint8_t* runs = row + 192;
+      const __m256 d = _mm256_set1_ps(_cvtsh_ss(blocks::load16(row + 208)));
+      // Scales of even runs in the lower lane, of odd ones in the upper, as words.
+      const __m256i bytes = _mm256_broadcastsi128_si256(Avx2::load16(runs));
+      const __m256i words =
+          _mm256_srai_epi16(_mm256_blend_epi32(_mm256_slli_epi16(bytes, 8), bytes, 0xf0), 8);
+      const __m256 first = Avx2::load_bytes(reinterpret_cast<const int8_t*>(runs)),
+                   second = Avx2::load_bytes(reinterpret_cast<const int8_t*>(runs + 8));
+      __m256 part[rows][2];
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; r++) {
+        const float* x_sums = x[r].sums + at / 16;
+        const __m256 zeros = _mm256_fmadd_ps(second, _mm256_loadu_ps(x_sums + 8),
+                                             _mm256_mul_ps(first, _mm256_loadu_ps(x_sums)));
+        minus[r] = _mm256_fmadd_ps(d, zeros, minus[r]);
+        part[r][0] = part[r][1] = _mm256_setzero_ps();
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        __m256i vectors[4];
+        half_codes(row, half, vectors);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+          const int run = 2 * (4 * half + i);  // and the next one
+          const __m256i scale =
+              _mm256_shuffle_epi8(words, _mm256_set1_epi16(static_cast<int16_t>((run + 1) << 8 | run)));
+#pragma GCC unroll 4
+          for (int r = 0; r < rows; r++) {
+            const __m256i pairs =
+                _mm256_maddubs_epi16(vectors[i], Avx2::load_codes(x[r].codes + at + 16 * run));
+            part[r][i % 2] =
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, scale)),
+                                _mm256_broadcast_ss(x[r].scales + at / 16 + run), part[r][i % 2]);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; r++) {
+        sum[r] = _mm256_fmadd_ps(d, _mm256_add_ps(part[r][0], part[r][1]), sum[r]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) y[r] = Avx2::sum(_mm256_fnmadd_ps(_mm256_set1_ps(32), minus[r], sum[r]));
+  }
+};
+
+template <class T>
+struct Fast256 : Dot256<T> {
+  static constexpr bool kDot = true, kUnpack = false, kQuads = false, kTakeApart = true;
+  static constexpr int place(int piece) { return piece; }
+
+  static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float* minimums) {
+    Codes256<T>::take_scales(block, scales, minimums);
+    __m256i vectors[8];
+    Codes256<T>::codes(block, vectors);
+    for (int i = 0; i < 8; i++) Avx2::store_codes(codes + 32 * i, vectors[i]);
+  }
+};
+template <>
+struct Fast<Avx2, blocks::Q4_K> : Fast256<blocks::Q4_K> {};
+template <>
+struct Fast<Avx2, blocks::Q6_K> : Fast256<blocks::Q6_K> {};
+
+}  // namespace
+}  // namespace kvfold
