@@ -25,10 +25,18 @@ inline DecodeWeights fast_decode(int32_t type) {
       return FastDecode<S, F16Numbers>::row;
     case 2:
       return FastDecode<S, blocks::Q4_0>::row;
+    case 3:
+      return FastDecode<S, blocks::Q4_1>::row;
+    case 6:
+      return FastDecode<S, blocks::Q5_0>::row;
+    case 7:
+      return FastDecode<S, blocks::Q5_1>::row;
     case 8:
       return FastDecode<S, blocks::Q8_0>::row;
     case 12:
       return FastDecode<S, blocks::Q4_K>::row;
+    case 13:
+      return FastDecode<S, blocks::Q5_K>::row;
     case 14:
       return FastDecode<S, blocks::Q6_K>::row;
     case 20:
@@ -45,10 +53,20 @@ inline FoldColumns fast_fold(int32_t type) {
   switch (type) {
     case 2:
       return FastFold<S, blocks::Q4_0>::rows;
+    case 3:
+      return FastFold<S, blocks::Q4_1>::rows;
+    case 6:
+      return FastFold<S, blocks::Q5_0>::rows;
+    case 7:
+      return FastFold<S, blocks::Q5_1>::rows;
     case 8:
       return FastFold<S, blocks::Q8_0>::rows;
     case 12:
       return FastFold<S, blocks::Q4_K>::rows;
+    case 13:
+      return FastFold<S, blocks::Q5_K>::rows;
+    case 14:
+      return FastFold<S, blocks::Q6_K>::rows;
     case 20:
       return FastFold<S, blocks::IQ4_NL>::rows;
     default:

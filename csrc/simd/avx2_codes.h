@@ -83,13 +83,26 @@ struct Codes32<blocks::Q8_0> {
 template <class T>
 struct Codes256;
 
-template <>
-struct Codes256<blocks::Q4_K> {
+// Runs of 32 nibbles with 6-bit scales and minimums, in Q5_K with fifth bits, bit i of a byte for run i.
+template <class T>
+struct NibbleRuns {
+  static constexpr int64_t kNibbles = sizeof(T) - 128, kFifths = 16;  // where they begin
+  static constexpr bool kHasFifth = kNibbles > kFifths;
+
   static void codes(const uint8_t* p, __m256i* out) {
+#pragma GCC unroll 4
     for (int pair = 0; pair < 4; pair++) {
-      const __m256i packed = Avx2::load_codes(p + 16 + 32 * pair);
+      const __m256i packed = Avx2::load_codes(p + kNibbles + 32 * pair);
       out[2 * pair] = _mm256_and_si256(packed, _mm256_set1_epi8(15));
       out[2 * pair + 1] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), _mm256_set1_epi8(15));
+    }
+    if constexpr (kHasFifth) {
+      const __m256i bits = Avx2::load_codes(p + kFifths);
+#pragma GCC unroll 8
+      for (int run = 0; run < 8; run++) {
+        const __m256i fifth = run < 4 ? _mm256_slli_epi16(bits, 4 - run) : _mm256_srli_epi16(bits, run - 4);
+        out[run] = _mm256_or_si256(out[run], _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
+      }
     }
   }
 
@@ -115,6 +128,10 @@ struct Codes256<blocks::Q4_K> {
     _mm256_storeu_ps(minimum, m);
   }
 };
+template <>
+struct Codes256<blocks::Q4_K> : NibbleRuns<blocks::Q4_K> {};
+template <>
+struct Codes256<blocks::Q5_K> : NibbleRuns<blocks::Q5_K> {};
 
 template <>
 struct Codes256<blocks::Q6_K> {

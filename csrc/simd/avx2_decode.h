@@ -11,15 +11,31 @@
 namespace kvfold {
 namespace {
 
+// Codes less what they have on top of levels, as signed bytes.
+template <class T>
+inline __m256i levels(__m256i codes) {
+  if constexpr (Parts<T>::kWide || Parts<T>::kZero == 0) {
+    return codes;
+  } else {
+    return _mm256_sub_epi8(codes, _mm256_set1_epi8(Parts<T>::kZero));
+  }
+}
+
+// A scale times a level is exact, so a weight with a minimum is rounded once, as in decode_blocks.h.
 template <class T>
 struct Decode32 {
   static void row(const uint8_t* p, int64_t k, float* out) {
     for (const float* end = out + k; out < end; out += 32, p += sizeof(T)) {
-      alignas(32) int8_t codes[32];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(codes), Codes32<T>::codes(p));
-      const __m256 scale = _mm256_set1_ps(block_scale(p)), zero = _mm256_set1_ps(Parts<T>::kWide ? 0 : 8);
+      alignas(32) int8_t block[32];
+      Avx2::store_codes(block, levels<T>(Codes32<T>::codes(p)));
+      const __m256 scale = _mm256_set1_ps(block_scale(p));
       for (int i = 0; i < 32; i += 8) {
-        _mm256_storeu_ps(out + i, _mm256_mul_ps(scale, _mm256_sub_ps(Avx2::load_bytes(codes + i), zero)));
+        const __m256 level = Avx2::load_bytes(block + i);
+        if constexpr (Parts<T>::kHasMin) {
+          Avx2::store(out + i, _mm256_fmadd_ps(scale, level, _mm256_set1_ps(block_scale(p + 2))));
+        } else {
+          Avx2::store(out + i, _mm256_mul_ps(scale, level));
+        }
       }
     }
   }
@@ -27,133 +43,169 @@ struct Decode32 {
 template <>
 struct FastDecode<Avx2, blocks::Q4_0> : Decode32<blocks::Q4_0> {};
 template <>
+struct FastDecode<Avx2, blocks::Q4_1> : Decode32<blocks::Q4_1> {};
+template <>
+struct FastDecode<Avx2, blocks::Q5_0> : Decode32<blocks::Q5_0> {};
+template <>
+struct FastDecode<Avx2, blocks::Q5_1> : Decode32<blocks::Q5_1> {};
+template <>
 struct FastDecode<Avx2, blocks::IQ4_NL> : Decode32<blocks::IQ4_NL> {};
 template <>
 struct FastDecode<Avx2, blocks::Q8_0> : Decode32<blocks::Q8_0> {};
 
-template <>
-struct FastDecode<Avx2, blocks::Q4_K> {
+template <class T>
+struct Decode256 {
   static void row(const uint8_t* p, int64_t k, float* out) {
-    using Of = Codes256<blocks::Q4_K>;
-    for (const float* end = out + k; out < end; p += sizeof(blocks::Q4_K)) {
-      alignas(32) float scales[8], minimums[8];
-      alignas(32) int8_t codes[8][32];
-      Of::take_scales(p, scales, minimums);
+    constexpr int kRun = Parts<T>::kRun, kRuns = 256 / kRun;
+    for (const float* end = out + k; out < end; p += sizeof(T)) {
+      alignas(32) float scales[kRuns], minimums[kRuns];
+      alignas(32) int8_t block[kRuns][kRun];
+      Codes256<T>::take_scales(p, scales, minimums);
       __m256i vectors[8];
-      Of::codes(p, vectors);
-      for (int run = 0; run < 8; run++) Avx2::store_codes(codes[run], vectors[run]);
-      for (int run = 0; run < 8; run++) {
-        const __m256 scale = _mm256_set1_ps(scales[run]), minimum = _mm256_set1_ps(minimums[run]);
-        for (int i = 0; i < 32; i += 8, out += 8) {  // scale * code is exact
-          Avx2::store(out, _mm256_fmsub_ps(scale, Avx2::load_bytes(codes[run] + i), minimum));
+      Codes256<T>::codes(p, vectors);
+      for (int i = 0; i < 8; i++) Avx2::store_codes(block[0] + 32 * i, levels<T>(vectors[i]));
+      for (int run = 0; run < kRuns; run++) {
+        const __m256 scale = _mm256_set1_ps(scales[run]);
+        for (int i = 0; i < kRun; i += 8, out += 8) {
+          const __m256 level = Avx2::load_bytes(block[run] + i);
+          if constexpr (Parts<T>::kHasMin) {
+            Avx2::store(out, _mm256_fmsub_ps(scale, level, _mm256_set1_ps(minimums[run])));
+          } else {
+            Avx2::store(out, _mm256_mul_ps(scale, level));
+          }
         }
       }
     }
   }
 };
+template <>
+struct FastDecode<Avx2, blocks::Q4_K> : Decode256<blocks::Q4_K> {};
+template <>
+struct FastDecode<Avx2, blocks::Q5_K> : Decode256<blocks::Q5_K> {};
+template <>
+struct FastDecode<Avx2, blocks::Q6_K> : Decode256<blocks::Q6_K> {};
 
-// Levels of a block as signed bytes.
-template <class T>
-inline __m256i levels32(const uint8_t* block) {
-  const __m256i codes = Codes32<T>::codes(block);
-  if constexpr (Parts<T>::kWide) {
-    return codes;
-  } else {
-    return _mm256_sub_epi8(codes, _mm256_set1_epi8(Parts<T>::kZero));
+template <>
+struct FastDecode<Avx2, F16Numbers> {
+  static void row(const uint8_t* p, int64_t k, float* out) {
+    int64_t i = 0;
+    for (; i + 8 <= k; i += 8) Avx2::store(out + i, Avx2::load_half(p + 2 * i));
+    for (; i < k; i++) out[i] = blocks::half_at(p + 2 * i);
   }
+};
+
+// Folding goes in stages: bytes of all rows, then their products, 32 columns at a time.
+constexpr int kFoldedRows = 16;
+
+// out[c] += start + sum over rows j of level c of row j times the factor of its run: factors + j * stride has
+// those of the 32 columns.
+template <int run>
+inline void fold_levels(const int8_t (*rows)[32], const float* factors, int stride, __m256 start,
+                        float* out) {
+  __m256 sum[2][4];
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; v++) sum[0][v] = Avx2::load(out + 8 * v), sum[1][v] = start;
+#pragma GCC unroll 16
+  for (int j = 0; j < kFoldedRows; j++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+      const __m256 factor = _mm256_broadcast_ss(factors + j * stride + 8 * v / run);
+      sum[j % 2][v] = _mm256_fmadd_ps(factor, Avx2::load_bytes(rows[j] + 8 * v), sum[j % 2][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; v++) Avx2::store(out + 8 * v, _mm256_add_ps(sum[0][v], sum[1][v]));
 }
 
 template <class T>
 struct Fold32 {
-  static constexpr int64_t kBytes = sizeof(T), kRows = 16;
+  static constexpr int64_t kBytes = sizeof(T);
 
-  // 32 columns at a time, in stages: bytes of all rows, then their products.
   static void rows(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
                    const uint8_t* next) {
-    constexpr int64_t kLines = (kRows * kBytes + 63) / 64;  // of 16 blocks
+    constexpr int64_t kLines = (kFoldedRows * kBytes + 63) / 64;  // of 16 blocks
     for (const float* end = out + k; out < end; out += 32, rows += kBytes) {
       for (int64_t line = 0; line < kLines; line++, next += 64) Avx2::prefetch(next);
-      alignas(32) uint16_t halves[kRows];
-      alignas(32) int8_t levels[kRows][32];
+      alignas(32) uint16_t halves[2][kFoldedRows];
+      alignas(32) int8_t block[kFoldedRows][32];
 #pragma GCC unroll 16
-      for (int64_t j = 0; j < kRows; j++) {
-        halves[j] = blocks::load16(rows + j * row_bytes);
-        Avx2::store_codes(levels[j], levels32<T>(rows + j * row_bytes));
+      for (int j = 0; j < kFoldedRows; j++) {
+        const uint8_t* from = rows + j * row_bytes;
+        halves[0][j] = blocks::load16(from);
+        if constexpr (Parts<T>::kHasMin) halves[1][j] = blocks::load16(from + 2);
+        Avx2::store_codes(block[j], levels<T>(Codes32<T>::codes(from)));
       }
-      alignas(32) float scaled[kRows];
-      for (int64_t j = 0; j < kRows; j += 8) {
-        const __m256 scales = Avx2::load_half(reinterpret_cast<const uint8_t*>(halves + j));
-        Avx2::store(scaled + j, _mm256_mul_ps(scales, Avx2::load(x + j)));
+      alignas(32) float scaled[kFoldedRows];
+      __m256 minimums = Avx2::zero();
+      for (int j = 0; j < kFoldedRows; j += 8) {
+        const auto times_x = [&](const uint16_t* of) {
+          return _mm256_mul_ps(Avx2::load_half(reinterpret_cast<const uint8_t*>(of + j)), Avx2::load(x + j));
+        };
+        Avx2::store(scaled + j, times_x(halves[0]));
+        if constexpr (Parts<T>::kHasMin) minimums = _mm256_add_ps(minimums, times_x(halves[1]));
       }
-      __m256 sum[2][4];
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) sum[0][v] = Avx2::load(out + 8 * v), sum[1][v] = Avx2::zero();
-#pragma GCC unroll 16
-      for (int64_t j = 0; j < kRows; j++) {
-        const __m256 factor = _mm256_broadcast_ss(scaled + j);
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++)
-          sum[j % 2][v] = _mm256_fmadd_ps(factor, Avx2::load_bytes(levels[j] + 8 * v), sum[j % 2][v]);
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) Avx2::store(out + 8 * v, _mm256_add_ps(sum[0][v], sum[1][v]));
-    }
-  }
-};
-template <>
-struct FastFold<Avx2, blocks::Q4_K> {
-  using Of = Codes256<blocks::Q4_K>;
-  static constexpr int64_t kBytes = sizeof(blocks::Q4_K), kRows = 16;
-
-  // The minimums of a run, times x, are one number for its 32 columns.
-  static void rows(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
-                   const uint8_t* next) {
-    constexpr int64_t kQuarter = kRows * kBytes / 4;  // of 16 blocks: nine lines, for two runs
-    for (const float* end = out + k; out < end; rows += kBytes) {
-      alignas(32) float scaled[kRows][8], least[8];
-      alignas(32) int8_t codes[8][kRows][32];
-      __m256 sum_of_least = Avx2::zero();
-      for (int64_t j = 0; j < kRows; j++) {
-        const __m256 factor = _mm256_set1_ps(x[j]);
-        __m256 scale, minimum;
-        Of::scales(rows + j * row_bytes, scale, minimum);
-        Avx2::store(scaled[j], _mm256_mul_ps(scale, factor));
-        sum_of_least = _mm256_fmadd_ps(minimum, factor, sum_of_least);
-        __m256i vectors[8];
-        Of::codes(rows + j * row_bytes, vectors);
-        for (int run = 0; run < 8; run++) Avx2::store_codes(codes[run][j], vectors[run]);
-      }
-      Avx2::store(least, sum_of_least);
-      for (int run = 0; run < 8; run++, out += 32) {
-        if (run % 2 == 0) {
-          Avx2::prefetch_all<kQuarter>(next, 0);
-          next += kQuarter;
-        }
-        __m256 sum[2][4];
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) {
-          sum[0][v] = _mm256_sub_ps(Avx2::load(out + 8 * v), _mm256_set1_ps(least[run]));
-          sum[1][v] = Avx2::zero();
-        }
-#pragma GCC unroll 16
-        for (int64_t j = 0; j < kRows; j++) {
-          const __m256 factor = _mm256_broadcast_ss(scaled[j] + run);
-#pragma GCC unroll 4
-          for (int v = 0; v < 4; v++)
-            sum[j % 2][v] = _mm256_fmadd_ps(factor, Avx2::load_bytes(codes[run][j] + 8 * v), sum[j % 2][v]);
-        }
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) Avx2::store(out + 8 * v, _mm256_add_ps(sum[0][v], sum[1][v]));
-      }
+      if constexpr (Parts<T>::kHasMin) minimums = _mm256_set1_ps(Avx2::sum(minimums));
+      fold_levels<32>(block, scaled, 1, minimums, out);
     }
   }
 };
 template <>
 struct FastFold<Avx2, blocks::Q4_0> : Fold32<blocks::Q4_0> {};
 template <>
+struct FastFold<Avx2, blocks::Q4_1> : Fold32<blocks::Q4_1> {};
+template <>
+struct FastFold<Avx2, blocks::Q5_0> : Fold32<blocks::Q5_0> {};
+template <>
+struct FastFold<Avx2, blocks::Q5_1> : Fold32<blocks::Q5_1> {};
+template <>
 struct FastFold<Avx2, blocks::IQ4_NL> : Fold32<blocks::IQ4_NL> {};
 template <>
 struct FastFold<Avx2, blocks::Q8_0> : Fold32<blocks::Q8_0> {};
+
+template <class T>
+struct Fold256 {
+  static constexpr int64_t kBytes = sizeof(T);
+  static constexpr int kRun = Parts<T>::kRun, kRuns = 256 / kRun;
+
+  // The minimums of a run, times x, are one number for its columns.
+  static void rows(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
+                   const uint8_t* next) {
+    constexpr int64_t kQuarter = kFoldedRows * kBytes / 4;  // of 16 blocks, for 64 columns
+    for (const float* end = out + k; out < end; rows += kBytes) {
+      alignas(32) float scaled[kFoldedRows][kRuns], least[8];
+      alignas(32) int8_t block[8][kFoldedRows][32];
+      __m256 sum_of_least = Avx2::zero();
+      for (int j = 0; j < kFoldedRows; j++) {
+        const __m256 factor = _mm256_set1_ps(x[j]);
+        alignas(32) float minimums[kRuns];
+        Codes256<T>::take_scales(rows + j * row_bytes, scaled[j], minimums);
+        for (int run = 0; run < kRuns; run += 8) {
+          Avx2::store(scaled[j] + run, _mm256_mul_ps(Avx2::load(scaled[j] + run), factor));
+        }
+        if constexpr (Parts<T>::kHasMin) {
+          sum_of_least = _mm256_fnmadd_ps(Avx2::load(minimums), factor, sum_of_least);
+        }
+        __m256i vectors[8];
+        Codes256<T>::codes(rows + j * row_bytes, vectors);
+        for (int i = 0; i < 8; i++) Avx2::store_codes(block[i][j], levels<T>(vectors[i]));
+      }
+      Avx2::store(least, sum_of_least);
+      for (int i = 0; i < 8; i++, out += 32) {
+        if (i % 2 == 0) {
+          Avx2::prefetch_all<kQuarter>(next, 0);
+          next += kQuarter;
+        }
+        fold_levels<kRun>(block[i], scaled[0] + 32 / kRun * i, kRuns, _mm256_set1_ps(least[i]), out);
+      }
+    }
+  }
+};
+template <>
+struct FastFold<Avx2, blocks::Q4_K> : Fold256<blocks::Q4_K> {};
+template <>
+struct FastFold<Avx2, blocks::Q5_K> : Fold256<blocks::Q5_K> {};
+template <>
+struct FastFold<Avx2, blocks::Q6_K> : Fold256<blocks::Q6_K> {};
 
 }  // namespace
 }  // namespace kvfold

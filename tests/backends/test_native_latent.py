@@ -156,6 +156,13 @@ def test_odd_dimensions(cache: CacheType, isa: str) -> None:
 
 
 @every_isa
+@pytest.mark.parametrize("type", ["F16", "BF16"])
+def test_an_odd_number_of_columns_is_folded(type: str, isa: str) -> None:
+    layer = Layer(ODD, "kv_b", type, lengths=(3, 7))
+    assert_follows(layer.run(), layer.definition(), f"{type} {isa}")
+
+
+@every_isa
 @pytest.mark.parametrize("cache", [CacheType.F16, CacheType.Q8_0])
 @pytest.mark.parametrize("mla", [MANY_HEADS, RELEASED], ids=["70 heads", "released"])
 def test_head_counts(mla: MlaConfig, cache: CacheType, isa: str) -> None:
@@ -174,7 +181,10 @@ def test_runs_of_several_pages(length: int, fused: bool, isa: str) -> None:
 
 @every_isa
 @pytest.mark.parametrize("lengths", [(1, 2), (2, 25)], ids=["few rows", "many"])
-@pytest.mark.parametrize("type", ["F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL", "Q5_K", "Q4_1"])
+@pytest.mark.parametrize(
+    "type",
+    ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q3_K", "Q4_K", "Q5_K", "Q6_K"],
+)
 def test_folding_weights_of_every_kind(type: str, lengths: tuple[int, int], isa: str) -> None:
     """By columns and by rows, few of them without a panel, in vector code and in the common one, a head in one piece and in
     two of 256 columns."""
