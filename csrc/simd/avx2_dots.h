@@ -247,19 +247,16 @@ struct Fast<Avx2, blocks::IQ4_NL> : Fast32<blocks::IQ4_NL, DotNibbles<blocks::IQ
 template <>
 struct Fast<Avx2, blocks::Q8_0> : Fast32<blocks::Q8_0, Dot34> {};
 
-// Types of 256 weights.
+// Types of 256 weights: in runs of 32 with minimums.
 template <class T>
-struct Dot256;
-
-template <>
-struct Dot256<blocks::Q4_K> : Codes256<blocks::Q4_K> {
+struct Dot256 : Codes256<T> {
   template <int rows>
   static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     DotSums<rows> sums;
-    for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q4_K)) {
-      Avx2::prefetch_all<sizeof(blocks::Q4_K)>(row, ahead);
+    for (int64_t at = 0; at < k; at += 256, row += sizeof(T)) {
+      Avx2::prefetch_all<sizeof(T)>(row, ahead);
       __m256 d, minimum;
-      scales(row, d, minimum);
+      Codes256<T>::scales(row, d, minimum);
       alignas(32) float scale[rows][8];
 #pragma GCC unroll 4
       for (int r = 0; r < rows; r++) {
@@ -267,7 +264,7 @@ struct Dot256<blocks::Q4_K> : Codes256<blocks::Q4_K> {
         sums.minus[r] = _mm256_fmadd_ps(minimum, _mm256_loadu_ps(x[r].sums + at / 32), sums.minus[r]);
       }
       __m256i vectors[8];
-      codes(row, vectors);
+      Codes256<T>::codes(row, vectors);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; r++) {
         __m256i sum[8];
@@ -354,6 +351,8 @@ struct Fast256 : Dot256<T> {
 };
 template <>
 struct Fast<Avx2, blocks::Q4_K> : Fast256<blocks::Q4_K> {};
+template <>
+struct Fast<Avx2, blocks::Q5_K> : Fast256<blocks::Q5_K> {};
 template <>
 struct Fast<Avx2, blocks::Q6_K> : Fast256<blocks::Q6_K> {};
 
