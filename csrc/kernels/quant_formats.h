@@ -1,6 +1,7 @@
 // How a type is cut into runs on one instruction set: what the row dot and the tile are compiled for.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/quant_types.h"
@@ -24,12 +25,16 @@ struct Format {
   static constexpr int kZero =
       Parts<T>::kWide ? S::kWideZero : Parts<T>::kZero;  // what codes have on top of levels
   using Like = Shape<Parts<T>::kRun, kZero != 0, Parts<T>::kHasMin, Parts<T>::kWide && S::kWideZero == 0>;
-  // Sums of two products that add up in int16, where the set has them: of 8, of 4, of 2 or of none.
-  static constexpr int kPairs = !S::kPairSums || Like::kWide             ? 1
-                                : 8 * 2 * 127 * Parts<T>::kMost <= 32767 ? 8
-                                : 4 * 2 * 127 * Parts<T>::kMost <= 32767 ? 4
-                                : 2 * 2 * 127 * Parts<T>::kMost <= 32767 ? 2
-                                                                         : 1;
+  // Sums of two products of a run that add up in int16, where the set has them: of 8, of 4, of 2 or of none.
+  // Sums that begin at minus the zero point times the codes of x hold levels at the end, whatever codes add
+  // up to before.
+  static constexpr int kMost = Like::kHasZero ? std::max(kZero, Parts<T>::kMost - kZero) : Parts<T>::kMost;
+  static constexpr int kFit = 8 * 2 * 127 * kMost <= 32767   ? 8
+                              : 4 * 2 * 127 * kMost <= 32767 ? 4
+                              : 2 * 2 * 127 * kMost <= 32767 ? 2
+                                                             : 1;
+  static constexpr int kPairs = !S::kPairSums || Like::kWide ? 1 : std::min(kFit, 8 / Like::kRuns);
+  static_assert(kPairs == 1 || 2 * 127 * Parts<T>::kMost <= 32767);
 };
 
 // Vector code of an instruction set S for a type T; a specialization in simd/*_dots.h replaces what it is

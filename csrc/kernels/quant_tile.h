@@ -5,7 +5,9 @@
 // in groups of kTileCols rows with a record for each 32 columns as well: codes [8 quads][rows][4], scales
 // [rows], and where the type needs them the start of each sum [runs][rows] (minus the zero point times the
 // sum of codes) and the sums for minimums [runs][rows]. So both are read front to back, every operand of a
-// dot is one load (of a vector, or of four codes into every lane), and nothing is shuffled.
+// dot is one load (of a vector, or of four codes into every lane), and nothing is shuffled. Where products of
+// two are added in int16 before they are widened, so are the starts: two of each sum, of even and of odd
+// pairs.
 #pragma once
 
 #include <algorithm>
@@ -144,15 +146,33 @@ struct CodePanel {
   }
 };
 
-// Where `pairs` of two products fit int16 they are added there, and widened together.
+// What a lane begins with that adds sums of two products in int16: in either word minus the zero point times
+// those of `count` codes that the word adds up.
+template <int count>
+inline int32_t start_in_pairs(const int8_t* codes, int zero) {
+  int16_t words[2] = {};
+  for (int i = 0; i < count; i++) {
+    int16_t& word = words[i / 2 % 2];
+    word = static_cast<int16_t>(word - zero * codes[i]);
+  }
+  int32_t both;
+  std::memcpy(&both, words, sizeof both);
+  return both;
+}
+
+// Where `pairs` sums of two products fit int16 they are added there, and widened together.
 template <class S, class F, int pairs>
 struct AnyTile : CodePanel<S, F, S::kCodeVectors> {
   using Panel = CodePanel<S, F, S::kCodeVectors>;
   using Panel::kCodeBytes, Panel::kRecord, Panel::kVectors;
   static constexpr int kCols = S::kCodeCols;
+  static constexpr int kQuads = 8 / F::kRuns;  // of a run
+  // Of products that are widened together, or one by one in a sum of a run: each begins with a start.
+  static constexpr int kTogether = pairs == 1 ? kQuads : pairs;
+  static constexpr int kNumStarts = F::kHasZero ? 8 / kTogether : 0;
 
   // A record of a group, in words of 4 bytes.
-  static constexpr int64_t kStarts = 9 * kCols, kSums = kStarts + (F::kHasZero ? F::kRuns * kCols : 0);
+  static constexpr int64_t kStarts = 9 * kCols, kSums = kStarts + kNumStarts * kCols;
   static constexpr int64_t kGroup = kSums + (F::kHasMin ? F::kRuns * kCols : 0);
 
   static int64_t group_bytes(int64_t k) { return k / kBlock * kGroup * 4; }
@@ -173,9 +193,14 @@ struct AnyTile : CodePanel<S, F, S::kCodeVectors> {
           std::memcpy(quads, codes, sizeof quads);
           for (int q = 0; q < 8; q++) record[q * kCols] = quads[q];
           std::memcpy(record + 8 * kCols, &scale, 4);
+          if constexpr (pairs > 1) {
+            for (int i = 0; i < kNumStarts; i++) {
+              record[kStarts + i * kCols] = start_in_pairs<4 * kTogether>(codes + i * kTogether * 4, zero);
+            }
+          }
           for (int run = 0; run < F::kRuns; run++) {
             const int32_t sum = F::kRuns == 2 ? halves[run] : halves[0] + halves[1];
-            if (F::kHasZero) record[kStarts + run * kCols] = -zero * sum;
+            if (F::kHasZero && pairs == 1) record[kStarts + run * kCols] = -zero * sum;
             const float scaled = scale * static_cast<float>(sum);
             if (F::kHasMin) std::memcpy(record + kSums + run * kCols, &scaled, 4);
           }
@@ -196,14 +221,10 @@ struct AnyTile : CodePanel<S, F, S::kCodeVectors> {
       const auto* x_scales = reinterpret_cast<const float*>(words + 8 * kCols);
       KVFOLD_UNROLLED for (int run = 0; run < F::kRuns; run++) {
         typename S::Ints sum[kVectors][cols];
-        KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
-          const auto start = F::kHasZero ? S::set_ints(words[kStarts + run * kCols + c]) : S::zero_ints();
-          KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) sum[v][c] = start;
-        }
-        constexpr int kQuads = 8 / F::kRuns, kTogether = std::min(pairs, kQuads);
         [[maybe_unused]] typename S::Ints together[kVectors][cols];
         KVFOLD_UNROLLED for (int i = 0; i < kQuads; i++) {
           const int q = run * kQuads + i;
+          const bool is_first = i % kTogether == 0;
           typename S::Ints w[kVectors];
           KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
             w[v] = S::load_codes(panel + (q * kVectors + v) * S::kLanes * 4);
@@ -211,14 +232,23 @@ struct AnyTile : CodePanel<S, F, S::kCodeVectors> {
           }
           KVFOLD_UNROLLED for (int c = 0; c < cols; c++) {
             const auto four = S::four_codes(words + q * kCols + c);
+            [[maybe_unused]] const auto begin = F::kHasZero && is_first
+                                                    ? S::set_ints(words[kStarts + q / kTogether * kCols + c])
+                                                    : S::zero_ints();
             KVFOLD_UNROLLED for (int v = 0; v < kVectors; v++) {
               if constexpr (pairs == 1) {
+                if (is_first) sum[v][c] = begin;
                 sum[v][c] = S::template dot<F::kWide>(sum[v][c], w[v], four);
               } else {
                 const auto two = S::pairs(w[v], four);
-                together[v][c] = i % kTogether == 0 ? two : S::add_words(together[v][c], two);
+                if (is_first) {
+                  together[v][c] = F::kHasZero ? S::add_words(begin, two) : two;
+                } else {
+                  together[v][c] = S::add_words(together[v][c], two);
+                }
                 if (i % kTogether == kTogether - 1) {
-                  sum[v][c] = S::add_ints(sum[v][c], S::widened(together[v][c]));
+                  const auto widened = S::widened(together[v][c]);
+                  sum[v][c] = i < kTogether ? widened : S::add_ints(sum[v][c], widened);
                 }
               }
             }

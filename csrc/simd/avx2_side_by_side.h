@@ -24,6 +24,19 @@ struct WideLanes {  // weights that need all of int8: w x = m (w ^ s) - m s, as 
   }
 };
 
+template <int zero>
+struct PairLanes {  // weights that are codes less `zero`, of which all of a block add up in int16
+  int8_t codes[32];
+  float scale;
+  int32_t start;
+
+  void set(const int8_t* of_x, const int32_t*, float x_scale) {
+    std::memcpy(codes, of_x, 32);
+    scale = x_scale;
+    start = start_in_pairs<32>(of_x, zero);
+  }
+};
+
 inline __m256i low_nibbles(__m256i packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
 inline __m256i high_nibbles(__m256i packed) { return low_nibbles(_mm256_srli_epi16(packed, 4)); }
 // A byte of each of eight rows, in all of a lane, or in the lower or upper halves of both its words.
@@ -50,8 +63,8 @@ struct Avx2SideBySide {
                         kFifth = sizeof(T) == 22;
   // Words of nibbles, or of codes, and how many of fifth bits there are before them.
   static constexpr int kWords = sizeof(T::qs) / 4, kFirst = Mixed::num_words - kWords;
-  static constexpr int kPairs = Format<Avx2, T>::kPairs;  // that add up in int16
-  using X = std::conditional_t<kWide, WideLanes, ZeroLanes<Format<Avx2, T>::kZero>>;
+  static_assert(kWide || Format<Avx2, T>::kPairs == 8);  // all of a block add up in int16
+  using X = std::conditional_t<kWide, WideLanes, PairLanes<Format<Avx2, T>::kZero>>;
 
   // Two streams are read faster than one (docs/notes/cpu-kernels.md).
   static constexpr int kMostRows = 2, kStreams = 2;
@@ -76,7 +89,7 @@ struct Avx2SideBySide {
     return codes;
   }
 
-  // Four columns, `quad` of eight: sums of four products in int32, or of two in int16, of which kPairs fit.
+  // Four columns, `quad` of eight: sums of four products in int32, or of two in int16.
   template <int rows, int vectors>
   static void add_quad(const X* const (&x)[rows], int quad, const __m256i (&w)[vectors],
                        __m256i (&sum)[rows][vectors]) {
@@ -100,25 +113,11 @@ struct Avx2SideBySide {
     }
   }
 
-  // Adds sums of two in int16 to sums in int32, and begins anew.
-  template <int rows, int vectors>
-  static void widen(__m256i (&pairs)[rows][vectors], __m256i (&sum)[rows][vectors]) {
-#pragma GCC unroll 2
-    for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; v++) {
-        sum[r][v] = _mm256_add_epi32(sum[r][v], fours(pairs[r][v]));
-        pairs[r][v] = _mm256_setzero_si256();
-      }
-    }
-  }
-
   template <int rows, int groups>
   static void block(const Mixed* const (&w)[groups], const X* const (&x)[rows], int64_t ahead,
                     __m256 (&out)[rows][2 * groups]) {
     constexpr int vectors = 2 * groups;
-    __m256i sum[rows][vectors], pairs[rows][vectors];
-    auto& products = kWide ? sum : pairs;
+    __m256i sum[rows][vectors];
     // A word of a group is as long as a line: what is read ahead is asked for between the products.
     const auto prefetch = [ahead](const uint8_t* p) { Avx2::prefetch(p + ahead); };
 #pragma GCC unroll 2
@@ -126,7 +125,6 @@ struct Avx2SideBySide {
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) {
         sum[r][v] = _mm256_set1_epi32(x[r]->start);
-        pairs[r][v] = _mm256_setzero_si256();
       }
     }
 #pragma GCC unroll 2
@@ -145,16 +143,13 @@ struct Avx2SideBySide {
       if constexpr (kNibbles) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) codes[v] = with_fifths(*w[v / 2], q, v % 2, low_codes(packed[v]));
-        add_quad<rows, vectors>(x, q, codes, products);
+        add_quad<rows, vectors>(x, q, codes, sum);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
           codes[v] = with_fifths(*w[v / 2], 4 + q, v % 2, high_codes(packed[v]));
-        add_quad<rows, vectors>(x, 4 + q, codes, products);
+        add_quad<rows, vectors>(x, 4 + q, codes, sum);
       } else {
-        add_quad<rows, vectors>(x, q, packed, products);
-      }
-      if constexpr (!kWide) {
-        if ((2 * q + 2) % kPairs == 0) widen<rows, vectors>(pairs, sum);
+        add_quad<rows, vectors>(x, q, packed, sum);
       }
     }
 #pragma GCC unroll 4
@@ -163,7 +158,8 @@ struct Avx2SideBySide {
 #pragma GCC unroll 2
       for (int r = 0; r < rows; r++) {
         const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(x[r]->scale));
-        out[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][v]), scale, out[r][v]);
+        const __m256i whole = kWide ? sum[r][v] : fours(sum[r][v]);
+        out[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), scale, out[r][v]);
       }
     }
   }
@@ -304,16 +300,13 @@ struct Avx2SideBySide<blocks::Q4_K> {
 
 struct RunLanes {  // weights of runs of 16, codes less 32
   int8_t codes[32];
-  int16_t starts[2][2];  // of the sums of two products of each run, in the words of a lane
+  int32_t starts[2];
   float scale;
 
   void set(const int8_t* of_x, const int32_t*, float x_scale) {
     std::memcpy(codes, of_x, 32);
     scale = x_scale;
-    for (int at = 0; at < 32; at += 2) {
-      int16_t& start = starts[at / 16][at / 2 % 2];
-      start = static_cast<int16_t>((at % 16 < 4 ? 0 : start) - 32 * (of_x[at] + of_x[at + 1]));
-    }
+    for (int run = 0; run < 2; run++) starts[run] = start_in_pairs<16>(of_x + 16 * run, 32);
   }
 };
 
@@ -365,7 +358,7 @@ struct Avx2SideBySide<blocks::Q6_K> {
         for (int v = 0; v < vectors; v++) {
           high[v] = Avx2::load_codes(w[v / 2]->columns[part].high[run][8 * (v % 2)]);
 #pragma GCC unroll 2
-          for (int r = 0; r < rows; r++) pairs[r][v] = Avx2::four_codes(x[r][part].starts[run]);
+          for (int r = 0; r < rows; r++) pairs[r][v] = _mm256_set1_epi32(x[r][part].starts[run]);
         }
 #pragma GCC unroll 4
         for (int quad = 4 * run; quad < 4 * run + 4; quad++) {
