@@ -39,14 +39,13 @@ struct PairLanes {  // weights that are codes less `zero`, of which all of a blo
 
 inline __m256i low_nibbles(__m256i packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
 inline __m256i high_nibbles(__m256i packed) { return low_nibbles(_mm256_srli_epi16(packed, 4)); }
-// A byte of each of eight rows, in all of a lane, or in the lower or upper halves of both its words.
+// A byte of each of eight rows, in all of a lane, or in both its words.
 inline __m256i bytes_of_rows(const void* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
 }
-template <bool is_upper>
-inline __m256i halves_of_rows(const void* p) {
+inline __m256i words_of_rows(const void* p) {
   const auto lane = [](uint32_t row) {  // 0xff: a zero
-    return static_cast<int>(is_upper ? 0x00ff00ff + row * 0x01000100 : 0xff00ff00 + row * 0x00010001);
+    return static_cast<int>(0xff00ff00 + row * 0x00010001);
   };
   int64_t rows;
   std::memcpy(&rows, p, 8);
@@ -257,7 +256,7 @@ struct Avx2SideBySide<blocks::Q4_K> {
       }
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) {
-        const __m256i scale = halves_of_rows<false>(of_runs[v / 2].scales[run] + 8 * (v % 2));
+        const __m256i scale = words_of_rows(of_runs[v / 2].scales[run] + 8 * (v % 2));
         const __m256 minimum = of_runs[v / 2].minimum(run, v % 2);
 #pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
@@ -325,16 +324,30 @@ struct Avx2SideBySide<blocks::Q6_K> {
   static constexpr int64_t kAhead = 768;
 
   static constexpr int kParts = Type::elements / 32;
-  static constexpr int64_t kFirstCodes = offsetof(Mixed, columns);
+  static constexpr int64_t kFirstCodes = offsetof(Mixed, words);
 
-  // Of the eight vectors of codes that 32 columns have, one that lies in these words.
-  static __m256i quad_codes(__m256i low, __m256i high, int quad) {
-    const __m256i nibbles = quad % 2 == 0 ? low_nibbles(low) : high_nibbles(low);
-    const __m256i two = quad % 4 == 0   ? _mm256_slli_epi16(high, 4)
-                        : quad % 4 == 1 ? _mm256_slli_epi16(high, 2)
-                        : quad % 4 == 2 ? high
-                                        : _mm256_srli_epi16(high, 2);
-    return _mm256_or_si256(nibbles, _mm256_and_si256(two, _mm256_set1_epi8(0x30)));
+  // The codes of a run, four columns each.
+  static void run_codes(const Mixed& w, int run, int v, __m256i (&codes)[4]) {
+    const __m256i six = _mm256_set1_epi8(63);
+    __m256i words[3];
+#pragma GCC unroll 3
+    for (int q = 0; q < 3; q++) {
+      words[q] = Avx2::load_codes(w.words[run][q][8 * v]);
+      codes[q] = _mm256_and_si256(words[q], six);
+    }
+    const __m256i fourth =
+        _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi32(words[0], 2), _mm256_srli_epi32(words[1], 4)),
+                         _mm256_srli_epi32(words[2], 6));
+    codes[3] = _mm256_and_si256(fourth, six);
+  }
+
+  // The scales of a run, each in both words of a lane.
+  static void run_scales(const Mixed& w, int run, __m256i (&of_rows)[2]) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales[run]));
+    // Rows 0 to 3 and 8 to 11 first: unpacking takes the lower half of either lane.
+    const __m256i words = _mm256_cvtepi8_epi16(_mm_shuffle_epi32(bytes, 0xd8));
+    of_rows[0] = _mm256_unpacklo_epi16(words, words);
+    of_rows[1] = _mm256_unpackhi_epi16(words, words);
   }
 
   template <int rows, int groups>
@@ -350,44 +363,31 @@ struct Avx2SideBySide<blocks::Q6_K> {
     for (int part = 0; part < kParts; part++) {
       __m256i products[rows][vectors];
 #pragma GCC unroll 2
-      for (int run = 0; run < 2; run++) {
-        __m256i low[vectors], high[vectors], pairs[rows][vectors];
+      for (int half = 0; half < 2; half++) {
+        const int run = 2 * part + half;
 #pragma GCC unroll 2
-        for (int g = 0; g < groups; g++) prefetch(w[g]->columns[part].high[run]);
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-          high[v] = Avx2::load_codes(w[v / 2]->columns[part].high[run][8 * (v % 2)]);
-#pragma GCC unroll 2
-          for (int r = 0; r < rows; r++) pairs[r][v] = _mm256_set1_epi32(x[r][part].starts[run]);
-        }
-#pragma GCC unroll 4
-        for (int quad = 4 * run; quad < 4 * run + 4; quad++) {
-          if (quad % 2 == 0) {
-#pragma GCC unroll 2
-            for (int g = 0; g < groups; g++) prefetch(w[g]->columns[part].low[quad / 2]);
-          }
-          __m256i of_x[rows];
-#pragma GCC unroll 2
-          for (int r = 0; r < rows; r++) of_x[r] = Avx2::four_codes(x[r][part].codes + 4 * quad);
+        for (int g = 0; g < groups; g++) {
+#pragma GCC unroll 3
+          for (int q = 0; q < 3; q++) prefetch(w[g]->words[run][q]);
+          __m256i scales[2];
+          run_scales(*w[g], run, scales);
           // A vector after the other: registers are few.
-#pragma GCC unroll 4
-          for (int v = 0; v < vectors; v++) {
-            if (quad % 2 == 0) low[v] = Avx2::load_codes(w[v / 2]->columns[part].low[quad / 2][8 * (v % 2)]);
-            const __m256i codes = quad_codes(low[v], high[v], quad);
+#pragma GCC unroll 2
+          for (int of = 0; of < 2; of++) {
+            const int v = 2 * g + of;
+            __m256i codes[4];
+            run_codes(*w[g], run, of, codes);
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++) {
-              pairs[r][v] = Avx2::add_words(pairs[r][v], _mm256_maddubs_epi16(codes, of_x[r]));
-            }
-          }
-        }
+              __m256i pairs = _mm256_set1_epi32(x[r][part].starts[half]);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-          const __m256i scale =
-              _mm256_srai_epi16(halves_of_rows<true>(w[v / 2]->scales[2 * part + run] + 8 * (v % 2)), 8);
-#pragma GCC unroll 2
-          for (int r = 0; r < rows; r++) {
-            const __m256i of_run = _mm256_madd_epi16(pairs[r][v], scale);
-            products[r][v] = run == 0 ? Avx2::held(of_run) : Avx2::add_ints(products[r][v], of_run);
+              for (int q = 0; q < 4; q++) {
+                const __m256i of_x = Avx2::four_codes(x[r][part].codes + 16 * half + 4 * q);
+                pairs = Avx2::add_words(pairs, _mm256_maddubs_epi16(codes[q], of_x));
+              }
+              const __m256i of_run = _mm256_madd_epi16(pairs, scales[of]);
+              products[r][v] = half == 0 ? Avx2::held(of_run) : Avx2::add_ints(products[r][v], of_run);
+            }
           }
         }
       }
@@ -409,9 +409,10 @@ struct Avx2SideBySide<blocks::Q6_K> {
   }
 
   static void quads(const Mixed& w, int part, int v, __m256i (&codes)[8]) {
-    for (int quad = 0; quad < 8; quad++) {
-      codes[quad] = quad_codes(Avx2::load_codes(w.columns[part].low[quad / 2][8 * v]),
-                               Avx2::load_codes(w.columns[part].high[quad / 4][8 * v]), quad);
+    for (int half = 0; half < 2; half++) {
+      __m256i of_run[4];
+      run_codes(w, 2 * part + half, v, of_run);
+      std::copy(of_run, of_run + 4, codes + 4 * half);
     }
   }
   static void scales(const Mixed& w, int part, int v, __m256 (&of_runs)[2]) {

@@ -230,17 +230,20 @@ struct Avx512SideBySide<blocks::Q6_K> {
   static constexpr int64_t kAhead = 2048;
 
   static constexpr int kParts = Type::elements / 32;
-  static constexpr int64_t kFirstCodes = offsetof(Mixed, columns);
+  static constexpr int64_t kFirstCodes = offsetof(Mixed, words);
 
-  // Four columns, `quad` of the four that a run has, of their word of nibbles.
-  static __m512i quad_codes(int quad, __m512i low, __m512i high) {
-    const __m512i nibbles = quad % 2 == 0 ? low : _mm512_srli_epi16(low, 4);
-    const __m512i above = quad == 0   ? _mm512_slli_epi16(high, 4)
-                          : quad == 1 ? _mm512_slli_epi16(high, 2)
-                          : quad == 2 ? high
-                                      : _mm512_srli_epi16(high, 2);
-    return _mm512_ternarylogic_epi32(_mm512_and_si512(nibbles, _mm512_set1_epi8(15)), above,
-                                     _mm512_set1_epi8(0x30), 0xf8);
+  // The codes of a run, four columns each.
+  static void run_codes(const Mixed& w, int run, __m512i (&codes)[4]) {
+    const __m512i six = _mm512_set1_epi8(63);
+    __m512i words[3];
+    KVFOLD_UNROLLED for (int q = 0; q < 3; q++) {
+      words[q] = Avx512::load_codes(w.words[run][q]);
+      codes[q] = _mm512_and_si512(words[q], six);
+    }
+    const __m512i fourth =
+        _mm512_ternarylogic_epi32(_mm512_srli_epi32(words[0], 2), _mm512_srli_epi32(words[1], 4),
+                                  _mm512_srli_epi32(words[2], 6), 0x96);  // a ^ b ^ c
+    codes[3] = _mm512_and_si512(fourth, six);
   }
   static __m512 numbers(const int8_t* scales) {
     return _mm512_cvtepi32_ps(
@@ -259,37 +262,31 @@ struct Avx512SideBySide<blocks::Q6_K> {
 #pragma GCC unroll 1
     for (int part = 0; part < kParts; part++) {
       __m512 products[rows][groups];
-      KVFOLD_UNROLLED for (int run = 0; run < 2; run++) {
-        __m512i of_run[rows][groups];
+      KVFOLD_UNROLLED for (int half = 0; half < 2; half++) {
+        const int run = 2 * part + half;
+        __m512i of_run[rows][groups], codes[groups][4];
+        KVFOLD_UNROLLED for (int g = 0; g < groups; g++) {
+          KVFOLD_UNROLLED for (int q = 0; q < 3; q++) prefetch(w[g]->words[run][q]);
+          run_codes(*w[g], run, codes[g]);
+        }
         KVFOLD_UNROLLED for (int r = 0; r < rows; r++) {
           KVFOLD_UNROLLED for (int g = 0; g < groups; g++) {
-            of_run[r][g] = _mm512_set1_epi32(x[r][part].starts[run]);
+            of_run[r][g] = _mm512_set1_epi32(x[r][part].starts[half]);
           }
-        }
-        KVFOLD_UNROLLED for (int g = 0; g < groups; g++) prefetch(w[g]->columns[part].high[run]);
-        KVFOLD_UNROLLED for (int quad = 0; quad < 4; quad++) {
-          const int word = 2 * run + quad / 2;
-          __m512i codes[groups];
-          KVFOLD_UNROLLED for (int g = 0; g < groups; g++) {
-            const auto& columns = w[g]->columns[part];
-            if (quad % 2 == 0) prefetch(columns.low[word]);
-            codes[g] = quad_codes(quad, Avx512::load_codes(columns.low[word]),
-                                  Avx512::load_codes(columns.high[run]));
-          }
-          KVFOLD_UNROLLED for (int r = 0; r < rows; r++) {
-            const __m512i of_x = Avx512::four_codes(x[r][part].codes + 16 * run + 4 * quad);
+          KVFOLD_UNROLLED for (int q = 0; q < 4; q++) {
+            const __m512i of_x = Avx512::four_codes(x[r][part].codes + 16 * half + 4 * q);
             KVFOLD_UNROLLED for (int g = 0; g < groups; g++) {
-              of_run[r][g] = _mm512_dpbusd_epi32(of_run[r][g], codes[g], of_x);
+              of_run[r][g] = _mm512_dpbusd_epi32(of_run[r][g], codes[g][q], of_x);
               Avx512::settled(of_run[r][g]);
             }
           }
         }
         KVFOLD_UNROLLED for (int g = 0; g < groups; g++) {
-          const __m512 scale = numbers(w[g]->scales[2 * part + run]);
+          const __m512 scale = numbers(w[g]->scales[run]);
           KVFOLD_UNROLLED for (int r = 0; r < rows; r++) {
             const __m512 whole = _mm512_cvtepi32_ps(of_run[r][g]);
             products[r][g] =
-                run == 0 ? _mm512_mul_ps(whole, scale) : _mm512_fmadd_ps(whole, scale, products[r][g]);
+                half == 0 ? _mm512_mul_ps(whole, scale) : _mm512_fmadd_ps(whole, scale, products[r][g]);
           }
         }
       }
@@ -307,9 +304,10 @@ struct Avx512SideBySide<blocks::Q6_K> {
   }
 
   static void quads(const Mixed& w, int part, int, __m512i (&codes)[8]) {
-    KVFOLD_UNROLLED for (int q = 0; q < 8; q++) {
-      codes[q] = quad_codes(q % 4, Avx512::load_codes(w.columns[part].low[q / 2]),
-                            Avx512::load_codes(w.columns[part].high[q / 4]));
+    KVFOLD_UNROLLED for (int half = 0; half < 2; half++) {
+      __m512i of_run[4];
+      run_codes(w, 2 * part + half, of_run);
+      KVFOLD_UNROLLED for (int q = 0; q < 4; q++) codes[4 * half + q] = of_run[q];
     }
   }
   static void scales(const Mixed& w, int part, int, __m512 (&of_runs)[2]) {

@@ -359,16 +359,18 @@ def _q4_k_side_by_side(m: Blocks) -> Bytes:
     "Q6_K side by side",
     ("d", "<u2", 16),
     ("scales", "u1", (16, 16)),
-    ("columns", "u1", (8, 6, 16, 4)),
+    ("words", "<u4", (16, 3, 16)),
 )
 def _q6_k_side_by_side(m: Blocks) -> Bytes:
-    """Of 32 columns two words `high`, then four `low`: low[q][k][i] has weights 8 q + i and 8 q + 4 + i in the nibbles,
-    high[h][k][i] two bits of 16 h + i, of 4 further, of 8 and of 12.
+    """words[run][q][k]: weights 4 q to 4 q + 3 of a run in the lower six bits of its bytes. The upper two are such that
+    12 to 15 are in those of words[0] >> 2 ^ words[1] >> 4 ^ words[2] >> 6.
     """
-    low = _digits(m["columns"][:, :, 2:], 4).transpose(0, 3, 1, 2, 5, 4).reshape(-1, 16, 8, 32)
-    high = _digits(m["columns"][:, :, :2], 2).transpose(0, 3, 1, 2, 5, 4).reshape(-1, 16, 2, 4, 32)
-    ql = _pack(low.reshape(-1, 16, 2, 2, 64).swapaxes(3, 4), 4)
-    return _join(ql, _pack_four_runs(high), m["scales"].swapaxes(1, 2), m["d"])
+    three = m["words"]
+    fourth = three[:, :, 0] >> 2 ^ three[:, :, 1] >> 4 ^ three[:, :, 2] >> 6
+    words = np.concatenate([three, fourth[:, :, None]], axis=2) & 0x3F3F3F3F
+    codes = words.transpose(0, 3, 1, 2).copy().view(np.uint8)  # [block, row, run, weight]
+    ql = _pack((codes & 15).reshape(-1, 16, 2, 2, 64).swapaxes(3, 4), 4)
+    return _join(ql, _pack_four_runs((codes >> 4).reshape(-1, 16, 2, 4, 32)), m["scales"].swapaxes(1, 2), m["d"])
 
 
 _MIXED_TYPES = [t for t in (*TYPES, *SIDE_BY_SIDE.values()) if t.standard]
