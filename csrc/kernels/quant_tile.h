@@ -53,6 +53,11 @@ inline void load_tile(const float* start, int64_t ld, int64_t n, typename S::Flo
   }
 }
 
+// Bytes of the next group that are asked for before a group: with panels of few columns a group is a short
+// piece, at whose beginning nothing else reads ahead. Two threads of a Zen 3, IQ4_NL, GMAC/s with none, 1 KiB
+// and the whole piece: 2048 rows 74, 94, 94, 512 rows 88, 100, 91.
+constexpr int64_t kAheadOfGroup = 1024;
+
 // Calls group(columns as a constant, group of x, start, y) for the rows of x, kCols at a time.
 template <class S, int kCols, class Group>
 inline void for_groups(const uint8_t* x, int64_t group_bytes, int64_t rows, const float* start,
@@ -62,6 +67,9 @@ inline void for_groups(const uint8_t* x, int64_t group_bytes, int64_t rows, cons
   for (int64_t g = 0; g < groups; g++, x += group_bytes, y += kCols * ldy) {
     for (int64_t i = g * share; i < std::min(next_bytes, (g + 1) * share); i += 64) {
       S::prefetch(next + i);
+    }
+    if (g + 1 < groups) {
+      for (int64_t i = 0; i < kAheadOfGroup; i += 64) S::prefetch(x + group_bytes + i);
     }
     with_count<kCols>(rows - g * kCols, [&](auto cols) { group(cols, x, start, y); });
     if (start != nullptr) start += kCols * ld_start;
