@@ -41,6 +41,8 @@ inline DecodeWeights fast_decode(int32_t type) {
       return FastDecode<S, blocks::Q6_K>::row;
     case 20:
       return FastDecode<S, blocks::IQ4_NL>::row;
+    case 23:
+      return FastDecode<S, blocks::IQ4_XS>::row;
     case 30:
       return FastDecode<S, Bf16Numbers>::row;
     default:
@@ -69,6 +71,8 @@ inline FoldColumns fast_fold(int32_t type) {
       return FastFold<S, blocks::Q6_K>::rows;
     case 20:
       return FastFold<S, blocks::IQ4_NL>::rows;
+    case 23:
+      return FastFold<S, blocks::IQ4_XS>::rows;
     default:
       return nullptr;
   }

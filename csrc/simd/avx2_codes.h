@@ -79,9 +79,20 @@ struct Codes32<blocks::Q8_0> {
   static __m256i codes(const uint8_t* p) { return Avx2::load_codes(p + 2); }
 };
 
-// Types of 256 weights: eight vectors of codes(), and scales.
+// Types of 256 weights: eight vectors of codes(), and scales() and minimums of their runs, eight a vector.
 template <class T>
 struct Codes256;
+
+template <class T>
+inline void take_scales(const uint8_t* p, float* scale, float* minimum) {
+  constexpr int kVectors = 256 / Parts<T>::kRun / 8;
+  __m256 d[kVectors], m[kVectors];
+  Codes256<T>::scales(p, d, m);
+  for (int i = 0; i < kVectors; i++) {
+    Avx2::store(scale + 8 * i, d[i]);
+    if constexpr (Parts<T>::kHasMin) Avx2::store(minimum + 8 * i, m[i]);
+  }
+}
 
 // Runs of 32 nibbles with 6-bit scales and minimums, in Q5_K with fifth bits, bit i of a byte for run i.
 template <class T>
@@ -112,20 +123,13 @@ struct NibbleRuns {
     return _mm256_mul_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(_cvtsh_ss(blocks::load16(half))));
   }
   // Eight of six bits each out of twelve bytes (decode_blocks.h, k_scale), four to a word.
-  static void scales(const uint8_t* p, __m256& scale, __m256& minimum) {
+  static void scales(const uint8_t* p, __m256* scale, __m256* minimum) {
     const uint32_t first = blocks::load32(p + 4), second = blocks::load32(p + 8),
                    third = blocks::load32(p + 12);
     const uint64_t last_scales = (third & 0x0f0f0f0f) | (first >> 2 & 0x30303030),
                    last_minimums = (third >> 4 & 0x0f0f0f0f) | (second >> 2 & 0x30303030);
-    scale = times_half((first & 0x3f3f3f3f) | last_scales << 32, p);
-    minimum = times_half((second & 0x3f3f3f3f) | last_minimums << 32, p + 2);
-  }
-
-  static void take_scales(const uint8_t* p, float* scale, float* minimum) {
-    __m256 d, m;
-    scales(p, d, m);
-    _mm256_storeu_ps(scale, d);
-    _mm256_storeu_ps(minimum, m);
+    *scale = times_half((first & 0x3f3f3f3f) | last_scales << 32, p);
+    *minimum = times_half((second & 0x3f3f3f3f) | last_minimums << 32, p + 2);
   }
 };
 template <>
@@ -133,8 +137,27 @@ struct Codes256<blocks::Q4_K> : NibbleRuns<blocks::Q4_K> {};
 template <>
 struct Codes256<blocks::Q5_K> : NibbleRuns<blocks::Q5_K> {};
 
+// Sixteen runs, a half of them at a time: half_codes() has vectors of two runs each.
+template <class T>
+struct RunsOf16 {
+  static void codes(const uint8_t* p, __m256i* out) {
+    for (int half = 0; half < 2; half++) {
+      __m256i of_half[4];
+      Codes256<T>::half_codes(p, half, of_half);
+      std::copy(of_half, of_half + 4, out + 4 * half);
+    }
+  }
+};
+
+// Sixteen signed bytes times a float16.
+inline void runs_times(float half, __m128i bytes, __m256* out) {
+  const __m256 d = _mm256_set1_ps(half);
+  out[0] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), d);
+  out[1] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes))), d);
+}
+
 template <>
-struct Codes256<blocks::Q6_K> {
+struct Codes256<blocks::Q6_K> : RunsOf16<blocks::Q6_K> {
   static void half_codes(const uint8_t* p, int half, __m256i (&out)[4]) {
     const __m256i nibble = _mm256_set1_epi8(15), top = _mm256_set1_epi8(0x30);
     const __m256i a = Avx2::load_codes(p + 64 * half), b = Avx2::load_codes(p + 64 * half + 32);
@@ -145,19 +168,32 @@ struct Codes256<blocks::Q6_K> {
     out[3] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(b, 4), nibble),
                              _mm256_and_si256(_mm256_srli_epi16(high, 2), top));
   }
+  static void scales(const uint8_t* p, __m256* scale, __m256*) {
+    runs_times(block_scale(p + 208), Avx2::load16(p + 192), scale);
+  }
+};
+
+// Eight runs of IQ4_NL, behind a float16 and scales of six bits.
+template <>
+struct Codes256<blocks::IQ4_XS> {
+  static constexpr int64_t kNibbles = sizeof(blocks::IQ4_XS) - 128;  // where they begin
+
   static void codes(const uint8_t* p, __m256i* out) {
-    for (int half = 0; half < 2; half++) {
-      __m256i of_half[4];
-      half_codes(p, half, of_half);
-      std::copy(of_half, of_half + 4, out + 4 * half);
+#pragma GCC unroll 8
+    for (int run = 0; run < 8; run++) {
+      out[run] = Codes32<blocks::IQ4_NL>::of(nibbles(p + kNibbles + 16 * run));
     }
   }
 
-  static void take_scales(const uint8_t* p, float* scale, float*) {
-    const __m256 d = _mm256_set1_ps(_cvtsh_ss(blocks::load16(p + 208)));
-    for (int i = 0; i < 16; i += 8)
-      _mm256_storeu_ps(scale + i,
-                       _mm256_mul_ps(Avx2::load_bytes(reinterpret_cast<const int8_t*>(p + 192 + i)), d));
+  static void scales(const uint8_t* p, __m256* scale, __m256*) {
+    const __m256i lower = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(blocks::load32(p + 4))),
+                                            _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    const __m256i upper = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(blocks::load32(p))),
+                                            _mm256_setr_epi32(12, 14, 16, 18, 20, 22, 24, 26));
+    const __m256i codes = _mm256_or_si256(_mm256_and_si256(lower, _mm256_set1_epi32(15)),
+                                          _mm256_and_si256(upper, _mm256_set1_epi32(0x30)));
+    *scale = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(codes, _mm256_set1_epi32(32))),
+                           _mm256_set1_ps(block_scale(p)));
   }
 };
 

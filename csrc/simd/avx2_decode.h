@@ -60,7 +60,7 @@ struct Decode256 {
     for (const float* end = out + k; out < end; p += sizeof(T)) {
       alignas(32) float scales[kRuns], minimums[kRuns];
       alignas(32) int8_t block[kRuns][kRun];
-      Codes256<T>::take_scales(p, scales, minimums);
+      take_scales<T>(p, scales, minimums);
       __m256i vectors[8];
       Codes256<T>::codes(p, vectors);
       for (int i = 0; i < 8; i++) Avx2::store_codes(block[0] + 32 * i, levels<T>(vectors[i]));
@@ -84,6 +84,8 @@ template <>
 struct FastDecode<Avx2, blocks::Q5_K> : Decode256<blocks::Q5_K> {};
 template <>
 struct FastDecode<Avx2, blocks::Q6_K> : Decode256<blocks::Q6_K> {};
+template <>
+struct FastDecode<Avx2, blocks::IQ4_XS> : Decode256<blocks::IQ4_XS> {};
 
 template <>
 struct FastDecode<Avx2, F16Numbers> {
@@ -97,14 +99,14 @@ struct FastDecode<Avx2, F16Numbers> {
 // Folding goes in stages: bytes of all rows, then their products, 32 columns at a time.
 constexpr int kFoldedRows = 16;
 
-// out[c] += start + sum over rows j of level c of row j times the factor of its run: factors + j * stride has
-// those of the 32 columns.
+// out[c] += start of its run + sum over rows j of level c of row j times the factor of its run: factors + j *
+// stride has those of the 32 columns.
 template <int run>
-inline void fold_levels(const int8_t (*rows)[32], const float* factors, int stride, __m256 start,
-                        float* out) {
+inline void fold_levels(const int8_t (*rows)[32], const float* factors, int stride,
+                        const __m256 (&start)[32 / run], float* out) {
   __m256 sum[2][4];
 #pragma GCC unroll 4
-  for (int v = 0; v < 4; v++) sum[0][v] = Avx2::load(out + 8 * v), sum[1][v] = start;
+  for (int v = 0; v < 4; v++) sum[0][v] = Avx2::load(out + 8 * v), sum[1][v] = start[8 * v / run];
 #pragma GCC unroll 16
   for (int j = 0; j < kFoldedRows; j++) {
 #pragma GCC unroll 4
@@ -136,15 +138,15 @@ struct Fold32 {
         Avx2::store_codes(block[j], levels<T>(Codes32<T>::codes(from)));
       }
       alignas(32) float scaled[kFoldedRows];
-      __m256 minimums = Avx2::zero();
+      __m256 minimums[1] = {Avx2::zero()};
       for (int j = 0; j < kFoldedRows; j += 8) {
         const auto times_x = [&](const uint16_t* of) {
           return _mm256_mul_ps(Avx2::load_half(reinterpret_cast<const uint8_t*>(of + j)), Avx2::load(x + j));
         };
         Avx2::store(scaled + j, times_x(halves[0]));
-        if constexpr (Parts<T>::kHasMin) minimums = _mm256_add_ps(minimums, times_x(halves[1]));
+        if constexpr (Parts<T>::kHasMin) minimums[0] = _mm256_add_ps(minimums[0], times_x(halves[1]));
       }
-      if constexpr (Parts<T>::kHasMin) minimums = _mm256_set1_ps(Avx2::sum(minimums));
+      if constexpr (Parts<T>::kHasMin) minimums[0] = _mm256_set1_ps(Avx2::sum(minimums[0]));
       fold_levels<32>(block, scaled, 1, minimums, out);
     }
   }
@@ -172,30 +174,33 @@ struct Fold256 {
                    const uint8_t* next) {
     constexpr int64_t kQuarter = kFoldedRows * kBytes / 4;  // of 16 blocks, for 64 columns
     for (const float* end = out + k; out < end; rows += kBytes) {
-      alignas(32) float scaled[kFoldedRows][kRuns], least[8];
+      alignas(32) float scaled[kFoldedRows][kRuns], least[kRuns];
       alignas(32) int8_t block[8][kFoldedRows][32];
-      __m256 sum_of_least = Avx2::zero();
+      __m256 sum_of_least[kRuns / 8] = {};
       for (int j = 0; j < kFoldedRows; j++) {
         const __m256 factor = _mm256_set1_ps(x[j]);
         alignas(32) float minimums[kRuns];
-        Codes256<T>::take_scales(rows + j * row_bytes, scaled[j], minimums);
+        take_scales<T>(rows + j * row_bytes, scaled[j], minimums);
         for (int run = 0; run < kRuns; run += 8) {
           Avx2::store(scaled[j] + run, _mm256_mul_ps(Avx2::load(scaled[j] + run), factor));
-        }
-        if constexpr (Parts<T>::kHasMin) {
-          sum_of_least = _mm256_fnmadd_ps(Avx2::load(minimums), factor, sum_of_least);
+          if constexpr (Parts<T>::kHasMin) {
+            __m256& sum = sum_of_least[run / 8];
+            sum = _mm256_fnmadd_ps(Avx2::load(minimums + run), factor, sum);
+          }
         }
         __m256i vectors[8];
         Codes256<T>::codes(rows + j * row_bytes, vectors);
         for (int i = 0; i < 8; i++) Avx2::store_codes(block[i][j], levels<T>(vectors[i]));
       }
-      Avx2::store(least, sum_of_least);
+      for (int run = 0; run < kRuns; run += 8) Avx2::store(least + run, sum_of_least[run / 8]);
       for (int i = 0; i < 8; i++, out += 32) {
         if (i % 2 == 0) {
           Avx2::prefetch_all<kQuarter>(next, 0);
           next += kQuarter;
         }
-        fold_levels<kRun>(block[i], scaled[0] + 32 / kRun * i, kRuns, _mm256_set1_ps(least[i]), out);
+        __m256 start[32 / kRun];
+        for (int run = 0; run < 32 / kRun; run++) start[run] = _mm256_set1_ps(least[32 / kRun * i + run]);
+        fold_levels<kRun>(block[i], scaled[0] + 32 / kRun * i, kRuns, start, out);
       }
     }
   }
@@ -206,6 +211,8 @@ template <>
 struct FastFold<Avx2, blocks::Q5_K> : Fold256<blocks::Q5_K> {};
 template <>
 struct FastFold<Avx2, blocks::Q6_K> : Fold256<blocks::Q6_K> {};
+template <>
+struct FastFold<Avx2, blocks::IQ4_XS> : Fold256<blocks::IQ4_XS> {};
 
 }  // namespace
 }  // namespace kvfold

@@ -92,15 +92,23 @@ struct DotNibbles {
   }
 
   // 16 bytes from there, and from the same place in the next block.
+  template <int64_t bytes>
   static __m256i two_blocks(const uint8_t* p) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(Avx2::load16(p)), Avx2::load16(p + kBytes), 1);
+    if constexpr (bytes == 16) return Avx2::load_codes(p);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(Avx2::load16(p)), Avx2::load16(p + bytes), 1);
   }
 
   template <int rows, int blocks>
   static void group(const uint8_t* p, const DotRow* x, int64_t block, DotSums<rows>& sums) {
-    constexpr int kPairs = blocks / 2;
     const __m256 d = block_scales<kBytes, blocks>(p);
     const __m256 zero = kHasMin ? block_scales<kBytes, blocks>(p + 2) : d;
+    add<rows, blocks, kBytes>(p + kNibbles, d, zero, x, block, sums);
+  }
+  // Of blocks whose nibbles lie `bytes` apart.
+  template <int rows, int blocks, int64_t bytes>
+  static void add(const uint8_t* p, __m256 d, __m256 zero, const DotRow* x, int64_t block,
+                  DotSums<rows>& sums) {
+    constexpr int kPairs = blocks / 2;
     __m256 scale[rows];  // a lane: of one block of each pair
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
@@ -111,7 +119,7 @@ struct DotNibbles {
     __m256i low[kPairs], high[kPairs];
     const __m256i nibble = _mm256_set1_epi8(15);
 #pragma GCC unroll 4
-    for (int i = 0; i < kPairs; i++) low[i] = two_blocks(p + 2 * i * kBytes + kNibbles);
+    for (int i = 0; i < kPairs; i++) low[i] = two_blocks<bytes>(p + 2 * i * bytes);
 #pragma GCC unroll 4
     for (int i = 0; i < kPairs; i++) high[i] = _mm256_and_si256(_mm256_srli_epi16(low[i], 4), nibble);
 #pragma GCC unroll 4
@@ -123,7 +131,7 @@ struct DotNibbles {
     if constexpr (kHasFifth) {
 #pragma GCC unroll 4
       for (int i = 0; i < kPairs; i++) {
-        const __m256i bits = two_blocks(p + 2 * i * kBytes + kFifths);
+        const __m256i bits = two_blocks<bytes>(p + 2 * i * bytes + kFifths - kNibbles);
         low[i] = with_fifths<0, 0>(low[i], bits);
         high[i] = with_fifths<2, 2>(high[i], bits);
       }
@@ -249,14 +257,16 @@ struct Fast<Avx2, blocks::Q8_0> : Fast32<blocks::Q8_0, Dot34> {};
 
 // Types of 256 weights: in runs of 32 with minimums.
 template <class T>
-struct Dot256 : Codes256<T> {
+struct Dot256 {
+  static constexpr int place(int piece) { return piece; }
+
   template <int rows>
   static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     DotSums<rows> sums;
     for (int64_t at = 0; at < k; at += 256, row += sizeof(T)) {
       Avx2::prefetch_all<sizeof(T)>(row, ahead);
       __m256 d, minimum;
-      Codes256<T>::scales(row, d, minimum);
+      Codes256<T>::scales(row, &d, &minimum);
       alignas(32) float scale[rows][8];
 #pragma GCC unroll 4
       for (int r = 0; r < rows; r++) {
@@ -281,7 +291,29 @@ struct Dot256 : Codes256<T> {
 };
 
 template <>
-struct Dot256<blocks::Q6_K> : Codes256<blocks::Q6_K> {
+struct Dot256<blocks::IQ4_XS> {
+  using Runs = DotNibbles<blocks::IQ4_NL>;
+  static constexpr int place(int piece) { return Runs::place(piece); }
+
+  template <int rows>
+  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
+    using Codes = Codes256<blocks::IQ4_XS>;
+    DotSums<rows> sums;
+    for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::IQ4_XS)) {
+      Avx2::prefetch_all<sizeof(blocks::IQ4_XS)>(row, ahead);
+      __m256 d;
+      Codes::scales(row, &d, nullptr);
+      Runs::add<rows, 8, 16>(row + Codes::kNibbles, d, d, x, at / 32, sums);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) y[r] = sums.total(r) - Avx2::sum(sums.minus[r]);
+  }
+};
+
+template <>
+struct Dot256<blocks::Q6_K> {
+  static constexpr int place(int piece) { return piece; }
+
   // A block of activations meets two runs, a lane each. Their scales are whole numbers, so the product that
   // widens the sums of a lane multiplies by them: 4 * 63 * 127 * 128 is far from 2^31.
   template <int rows>
@@ -311,7 +343,7 @@ struct Dot256<blocks::Q6_K> : Codes256<blocks::Q6_K> {
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
         __m256i vectors[4];
-        half_codes(row, half, vectors);
+        Codes256<blocks::Q6_K>::half_codes(row, half, vectors);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
           const int run = 2 * (4 * half + i);  // and the next one
@@ -340,10 +372,9 @@ struct Dot256<blocks::Q6_K> : Codes256<blocks::Q6_K> {
 template <class T>
 struct Fast256 : Dot256<T> {
   static constexpr bool kDot = true, kUnpack = false, kQuads = false, kTakeApart = true;
-  static constexpr int place(int piece) { return piece; }
 
   static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float* minimums) {
-    Codes256<T>::take_scales(block, scales, minimums);
+    take_scales<T>(block, scales, minimums);
     __m256i vectors[8];
     Codes256<T>::codes(block, vectors);
     for (int i = 0; i < 8; i++) Avx2::store_codes(codes + 32 * i, vectors[i]);
@@ -355,6 +386,8 @@ template <>
 struct Fast<Avx2, blocks::Q5_K> : Fast256<blocks::Q5_K> {};
 template <>
 struct Fast<Avx2, blocks::Q6_K> : Fast256<blocks::Q6_K> {};
+template <>
+struct Fast<Avx2, blocks::IQ4_XS> : Fast256<blocks::IQ4_XS> {};
 
 }  // namespace
 }  // namespace kvfold

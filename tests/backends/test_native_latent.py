@@ -183,7 +183,23 @@ def test_runs_of_several_pages(length: int, fused: bool, isa: str) -> None:
 @pytest.mark.parametrize("lengths", [(1, 2), (2, 25)], ids=["few rows", "many"])
 @pytest.mark.parametrize(
     "type",
-    ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q3_K", "Q4_K", "Q5_K", "Q6_K"],
+    [
+        "F32",
+        "F16",
+        "BF16",
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "IQ4_NL",
+        "IQ4_XS",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+    ],
 )
 def test_folding_weights_of_every_kind(type: str, lengths: tuple[int, int], isa: str) -> None:
     """By columns and by rows, few of them without a panel, in vector code and in the common one, a head in one piece and in
