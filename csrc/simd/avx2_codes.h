@@ -173,6 +173,42 @@ struct Codes256<blocks::Q6_K> : RunsOf16<blocks::Q6_K> {
   }
 };
 
+// Three bits: two of planes, and one that eight planes have in the same bytes for both halves.
+template <>
+struct Codes256<blocks::Q3_K> : RunsOf16<blocks::Q3_K> {
+  static void half_codes(const uint8_t* p, int half, __m256i (&out)[4]) {
+    const __m256i nibble = _mm256_set1_epi8(15), lower = _mm256_set1_epi8(0x33);
+    const __m256i two = Avx2::load_codes(p + 32 + 32 * half), planes = Avx2::load_codes(p);
+    const __m256i third = _mm256_and_si256(half == 0 ? planes : _mm256_srli_epi16(planes, 4), nibble);
+    // Third bits of vectors 0 and 2, or 1 and 3, above their two bits in the nibbles of a byte.
+    const auto above = [&](int first) {
+      const auto at = [&](int bits) {
+        return static_cast<char>((bits >> first & 1) << 2 | (bits >> (first + 2) & 1) << 6);
+      };
+      const __m128i table = _mm_setr_epi8(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8),
+                                          at(9), at(10), at(11), at(12), at(13), at(14), at(15));
+      return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), third);
+    };
+    const __m256i even = _mm256_or_si256(_mm256_and_si256(two, lower), above(0));
+    const __m256i odd = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(two, 2), lower), above(1));
+    out[0] = _mm256_and_si256(even, nibble);
+    out[1] = _mm256_and_si256(odd, nibble);
+    out[2] = _mm256_and_si256(_mm256_srli_epi16(even, 4), nibble);
+    out[3] = _mm256_and_si256(_mm256_srli_epi16(odd, 4), nibble);
+  }
+
+  // Low nibbles of runs 0 to 7, and high ones of runs 8 to 15, in eight bytes; two bits more in four planes.
+  static void scales(const uint8_t* p, __m256* scale, __m256*) {
+    const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 96));
+    const __m128i lower = _mm_unpacklo_epi64(both, _mm_srli_epi16(both, 4));
+    const __m128i upper =
+        _mm_srlv_epi32(_mm_set1_epi32(static_cast<int>(blocks::load32(p + 104))), _mm_setr_epi32(0, 2, 4, 6));
+    const __m128i codes = _mm_or_si128(_mm_and_si128(lower, _mm_set1_epi8(15)),
+                                       _mm_slli_epi16(_mm_and_si128(upper, _mm_set1_epi8(3)), 4));
+    runs_times(block_scale(p + 108), _mm_sub_epi8(codes, _mm_set1_epi8(32)), scale);
+  }
+};
+
 // Eight runs of IQ4_NL, behind a float16 and scales of six bits.
 template <>
 struct Codes256<blocks::IQ4_XS> {
