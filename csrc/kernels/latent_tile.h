@@ -33,6 +33,8 @@ inline DecodeWeights fast_decode(int32_t type) {
       return FastDecode<S, blocks::Q5_1>::row;
     case 8:
       return FastDecode<S, blocks::Q8_0>::row;
+    case 10:
+      return FastDecode<S, blocks::Q2_K>::row;
     case 11:
       return FastDecode<S, blocks::Q3_K>::row;
     case 12:
@@ -65,6 +67,8 @@ inline FoldColumns fast_fold(int32_t type) {
       return FastFold<S, blocks::Q5_1>::rows;
     case 8:
       return FastFold<S, blocks::Q8_0>::rows;
+    case 10:
+      return FastFold<S, blocks::Q2_K>::rows;
     case 11:
       return FastFold<S, blocks::Q3_K>::rows;
     case 12:

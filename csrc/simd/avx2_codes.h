@@ -209,6 +209,23 @@ struct Codes256<blocks::Q3_K> : RunsOf16<blocks::Q3_K> {
   }
 };
 
+template <>
+struct Codes256<blocks::Q2_K> : RunsOf16<blocks::Q2_K> {
+  static void half_codes(const uint8_t* p, int half, __m256i (&out)[4]) {
+    const __m256i four = Avx2::load_codes(p + 16 + 32 * half), two = _mm256_set1_epi8(3);
+    out[0] = _mm256_and_si256(four, two);
+    out[1] = _mm256_and_si256(_mm256_srli_epi16(four, 2), two);
+    out[2] = _mm256_and_si256(_mm256_srli_epi16(four, 4), two);
+    out[3] = _mm256_and_si256(_mm256_srli_epi16(four, 6), two);
+  }
+
+  static void scales(const uint8_t* p, __m256* scale, __m256* minimum) {
+    const __m128i both = Avx2::load16(p), nibble = _mm_set1_epi8(15);
+    runs_times(block_scale(p + 80), _mm_and_si128(both, nibble), scale);
+    runs_times(block_scale(p + 82), _mm_and_si128(_mm_srli_epi16(both, 4), nibble), minimum);
+  }
+};
+
 // Eight runs of IQ4_NL, behind a float16 and scales of six bits.
 template <>
 struct Codes256<blocks::IQ4_XS> {

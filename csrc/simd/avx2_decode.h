@@ -79,6 +79,8 @@ struct Decode256 {
   }
 };
 template <>
+struct FastDecode<Avx2, blocks::Q2_K> : Decode256<blocks::Q2_K> {};
+template <>
 struct FastDecode<Avx2, blocks::Q3_K> : Decode256<blocks::Q3_K> {};
 template <>
 struct FastDecode<Avx2, blocks::Q4_K> : Decode256<blocks::Q4_K> {};
@@ -207,6 +209,8 @@ struct Fold256 {
     }
   }
 };
+template <>
+struct FastFold<Avx2, blocks::Q2_K> : Fold256<blocks::Q2_K> {};
 template <>
 struct FastFold<Avx2, blocks::Q3_K> : Fold256<blocks::Q3_K> {};
 template <>

@@ -363,6 +363,8 @@ struct DotRunsOf16 {
   }
 };
 template <>
+struct Dot256<blocks::Q2_K> : DotRunsOf16<blocks::Q2_K> {};
+template <>
 struct Dot256<blocks::Q3_K> : DotRunsOf16<blocks::Q3_K> {};
 
 template <>
@@ -435,6 +437,8 @@ struct Fast256 : Dot256<T> {
     for (int i = 0; i < 8; i++) Avx2::store_codes(codes + 32 * i, vectors[i]);
   }
 };
+template <>
+struct Fast<Avx2, blocks::Q2_K> : Fast256<blocks::Q2_K> {};
 template <>
 struct Fast<Avx2, blocks::Q3_K> : Fast256<blocks::Q3_K> {};
 template <>
