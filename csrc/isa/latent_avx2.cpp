@@ -9,6 +9,7 @@
 #include "kernels/latent_tile.h"
 
 namespace kvfold {
+static_assert(FastFold<Avx2, blocks::IQ4_NL>::rows != nullptr);  // simd/avx2_decode.h is there
 extern const LatentKernels avx2_latent = LatentTile<Avx2>::kernels();
 }  // namespace kvfold
 #pragma GCC pop_options

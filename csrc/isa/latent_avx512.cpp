@@ -10,6 +10,7 @@
 #include "kernels/latent_tile.h"
 
 namespace kvfold {
+static_assert(FastFold<Avx512, blocks::IQ4_NL>::rows != nullptr);  // simd/avx512_decode.h is there
 extern const LatentKernels avx512_latent = LatentTile<Avx512>::kernels();
 }  // namespace kvfold
 #pragma GCC pop_options

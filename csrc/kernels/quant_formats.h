@@ -27,12 +27,12 @@ struct Format {
   using Like = Shape<Parts<T>::kRun, kZero != 0, Parts<T>::kHasMin, Parts<T>::kWide && S::kWideZero == 0>;
   // Sums of two products of a run that add up in int16, where the set has them: of 8, of 4, of 2 or of none.
   // Sums that begin at minus the zero point times the codes of x hold levels at the end, whatever codes add
-  // up to before.
-  static constexpr int kMost = Like::kHasZero ? std::max(kZero, Parts<T>::kMost - kZero) : Parts<T>::kMost;
-  static constexpr int kFit = 8 * 2 * 127 * kMost <= 32767   ? 8
-                              : 4 * 2 * 127 * kMost <= 32767 ? 4
-                              : 2 * 2 * 127 * kMost <= 32767 ? 2
-                                                             : 1;
+  // up to before; two of these are as many instructions as one after the other.
+  static constexpr int kLargest = Like::kHasZero ? std::max(kZero, Parts<T>::kMost - kZero) : Parts<T>::kMost;
+  static constexpr int kFit = 8 * 2 * 127 * kLargest <= 32767                      ? 8
+                              : 4 * 2 * 127 * kLargest <= 32767                    ? 4
+                              : !Like::kHasZero && 2 * 2 * 127 * kLargest <= 32767 ? 2
+                                                                                   : 1;
   static constexpr int kPairs = !S::kPairSums || Like::kWide ? 1 : std::min(kFit, 8 / Like::kRuns);
   static_assert(kPairs == 1 || 2 * 127 * Parts<T>::kMost <= 32767);
 };

@@ -4,10 +4,9 @@
 // [runs][vectors][lanes]; and where the type has them minimums, negated, in the same shape. Activations come
 // in groups of kTileCols rows with a record for each 32 columns as well: codes [8 quads][rows][4], scales
 // [rows], and where the type needs them the start of each sum [runs][rows] (minus the zero point times the
-// sum of codes) and the sums for minimums [runs][rows]. So both are read front to back, every operand of a
-// dot is one load (of a vector, or of four codes into every lane), and nothing is shuffled. Where products of
-// two are added in int16 before they are widened, so are the starts: two of each sum, of even and of odd
-// pairs.
+// sum of codes; where products of two are added in int16 first, of each such sum, [sums][rows][2 words]) and
+// the sums for minimums [runs][rows]. So both are read front to back, every operand of a dot is one load (of
+// a vector, or of four codes into every lane), and nothing is shuffled.
 #pragma once
 
 #include <algorithm>

@@ -104,9 +104,8 @@ struct SideBySide<blocks::Q6_K> {
   int8_t scales[16][rows];
   uint8_t words[16][3][rows][4];  // of a run: codes 4 q + i in the lower six bits; fourth() has 12 + i
 
-  // What takes the fewest instructions to multiply: three shifts, two exclusive ors and one mask instead of
-  // one of each and one more or for each two bits. Lower bits of the three words and of their neighbouring
-  // bytes come along; the upper ones undo them.
+  // Its bits 4 and 5 are in the upper two of a, 2 and 3 in those of b, 0 and 1 in those of c, each exclusive
+  // or what else the shifts bring there: so nothing has to be masked but the sum.
   static constexpr uint32_t fourth(uint32_t a, uint32_t b, uint32_t c) {
     return (a >> 2 ^ b >> 4 ^ c >> 6) & kSixBits;
   }
@@ -140,7 +139,7 @@ struct SideBySide<blocks::Q6_K> {
         codes[q] = (low & 0x0f0f0f0f) | (high & 0x03030303) << 4;
       }
       const uint32_t upper = codes[3] ^ fourth(codes[0], codes[1], codes[2]);
-      for (int q = 0; q < 3; q++) {  // bits 4 and 5, 2 and 3, 0 and 1 of every byte
+      for (int q = 0; q < 3; q++) {
         blocks::store32(words[run][q][k], codes[q] | (upper << (2 + 2 * q) & 0xc0c0c0c0));
       }
     }

@@ -13,21 +13,7 @@
 namespace kvfold {
 namespace {
 
-// 32 activations as a row dot reads them. `start` is what a sum in int32 begins with.
-template <int zero>
-struct ZeroLanes {  // weights that are codes less `zero`
-  int8_t codes[32];
-  float scale;
-  int32_t start;
-
-  void set(const int8_t* of_x, const int32_t* halves, float x_scale) {
-    std::memcpy(codes, of_x, 32);
-    scale = x_scale;
-    start = -zero * (halves[0] + halves[1]);
-  }
-};
-
-// The same for weights with minimums.
+// 32 activations as a row dot reads them, for weights with minimums.
 struct MinLanes {
   int8_t codes[32];
   float scale, sum;  // scale times the sum of the codes

@@ -6,6 +6,8 @@
 // Q8_0 (one thread of a Zen 3).
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/side_by_side_dot.h"
 #include "simd/avx2_codes.h"
 
@@ -299,8 +301,8 @@ struct Avx2SideBySide<blocks::Q4_K> {
 
 struct RunLanes {  // weights of runs of 16, codes less 32
   int8_t codes[32];
-  int32_t starts[2];
   float scale;
+  int32_t starts[2];
 
   void set(const int8_t* of_x, const int32_t*, float x_scale) {
     std::memcpy(codes, of_x, 32);
@@ -318,8 +320,9 @@ struct Avx2SideBySide<blocks::Q6_K> {
   using X = RunLanes;
   static_assert(Format<Avx2, Type>::kZero == 32);
 
-  // Two threads from memory, row by row 19.0 GB/s: one stream 19.8, two 22.3, 21.3 without reading
-  // ahead, 20.6 with 1.5 KiB (Zen 3 beside busy neighbours; Q4_K 23.2, reading 26.9).
+  // Two threads from memory, GB/s, medians of two runs (Zen 3 beside busy neighbours; reading 22.6 and 19.2):
+  // one stream 18.9 and 16.6, two 20.2 and 16.9, 19.8 and 16.2 without reading ahead, 18.9 and 15.8 with 1.5
+  // KiB.
   static constexpr int kMostRows = 2, kStreams = 2;
   static constexpr int64_t kAhead = 768;
 

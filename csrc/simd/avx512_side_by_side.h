@@ -8,6 +8,19 @@
 namespace kvfold {
 namespace {
 
+template <int zero>
+struct ZeroLanes {  // weights that are codes less `zero`
+  int8_t codes[32];
+  float scale;
+  int32_t start;
+
+  void set(const int8_t* of_x, const int32_t* halves, float x_scale) {
+    std::memcpy(codes, of_x, 32);
+    scale = x_scale;
+    start = -zero * (halves[0] + halves[1]);
+  }
+};
+
 template <class T>
 struct Avx512SideBySide {
   using Set = Avx512;
@@ -224,8 +237,8 @@ struct Avx512SideBySide<blocks::Q6_K> {
   using X = SixteenLanes;
   static_assert(Format<Avx512, Type>::kZero == 32);
 
-  // Two threads of an Emerald Rapids from memory, which read 21.9 GB/s, row by row 17.9: two streams 2, 4 and
-  // 6.6 KiB ahead 19.8, 19.2, 19.8, one stream 4 KiB ahead 18.5.
+  // In the order before: two threads of an Emerald Rapids from memory, which read 21.9 GB/s, row by row 17.9:
+  // two streams 2, 4 and 6.6 KiB ahead 19.8, 19.2, 19.8, one stream 4 KiB ahead 18.5.
   static constexpr int kMostRows = 4, kStreams = 2;
   static constexpr int64_t kAhead = 2048;
 

@@ -119,7 +119,10 @@ def test_products_follow_the_definition(name: str, isa: str) -> None:
 @every_isa
 @pytest.mark.parametrize(
     "name",
-    ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"],
+    [
+        *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+        *("IQ1_S", "IQ2_XS", "IQ3_S", "IQ4_NL", "IQ4_XS", "MXFP4"),
+    ],
 )
 def test_sums_of_the_largest_codes_do_not_overflow(name: str, isa: str) -> None:
     """Products are added in 16 bits on AVX2: random codes average out, equal ones of one sign do not."""
@@ -138,7 +141,7 @@ def test_sums_of_the_largest_codes_do_not_overflow(name: str, isa: str) -> None:
 
 @every_isa
 @pytest.mark.parametrize(
-    "name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"]
+    "name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 )
 def test_a_row_ends_before_the_next_rows_numbers(name: str, isa: str) -> None:
     """Rows are prepared one behind another: vectors that reach past a row's end meet no codes of -1, which are NaN."""

@@ -362,15 +362,16 @@ def _q4_k_side_by_side(m: Blocks) -> Bytes:
     ("words", "<u4", (16, 3, 16)),
 )
 def _q6_k_side_by_side(m: Blocks) -> Bytes:
-    """words[run][q][k]: weights 4 q to 4 q + 3 of a run in the lower six bits of its bytes. The upper two are such that
-    12 to 15 are in those of words[0] >> 2 ^ words[1] >> 4 ^ words[2] >> 6.
+    """words[run][q][k]: weights 4 q to 4 q + 3 of a run in the lower six bits of its bytes. Weights 12 to 15 are in the lower
+    six bits of words[0] >> 2 ^ words[1] >> 4 ^ words[2] >> 6, which the upper two of the three are chosen for.
     """
     three = m["words"]
     fourth = three[:, :, 0] >> 2 ^ three[:, :, 1] >> 4 ^ three[:, :, 2] >> 6
     words = np.concatenate([three, fourth[:, :, None]], axis=2) & 0x3F3F3F3F
     codes = words.transpose(0, 3, 1, 2).copy().view(np.uint8)  # [block, row, run, weight]
-    ql = _pack((codes & 15).reshape(-1, 16, 2, 2, 64).swapaxes(3, 4), 4)
-    return _join(ql, _pack_four_runs((codes >> 4).reshape(-1, 16, 2, 4, 32)), m["scales"].swapaxes(1, 2), m["d"])
+    low = (codes & np.uint8(15)).reshape(-1, 16, 2, 2, 64)
+    high = (codes >> np.uint8(4)).reshape(-1, 16, 2, 4, 32)
+    return _join(_pack(low.swapaxes(3, 4), 4), _pack_four_runs(high), m["scales"].swapaxes(1, 2), m["d"])
 
 
 _MIXED_TYPES = [t for t in (*TYPES, *SIDE_BY_SIDE.values()) if t.standard]
