@@ -311,8 +311,7 @@ struct Dot256<blocks::IQ4_XS> {
 };
 
 // Runs of 16, two a vector, a lane each: four vectors at a time become one sum a run before anything is
-// scaled. Sums of four products fit int16: 4 * 7 * 127. (Q6_K's would as well, but this way takes 190 instead
-// of 137 instructions a block of it.)
+// scaled. Sums of four products fit int16: 4 * 7 * 127.
 template <class T>
 struct DotRunsOf16 {
   static constexpr int place(int piece) { return piece; }
