@@ -13,7 +13,28 @@
 namespace kvfold {
 namespace {
 
-// 32 activations as a row dot reads them, for weights with minimums.
+// 32 activations as a row dot reads them, for weights that are codes less `zero`: with what the sum of each
+// of `runs` runs begins with, in pairs where products of two are added in int16.
+template <int zero, int runs, bool in_pairs>
+struct ZeroLanes {
+  int8_t codes[32];
+  float scale;
+  int32_t starts[runs];
+
+  void set(const int8_t* of_x, const int32_t* halves, float x_scale) {
+    std::memcpy(codes, of_x, 32);
+    scale = x_scale;
+    for (int run = 0; run < runs; run++) {
+      if constexpr (in_pairs) {
+        starts[run] = start_in_pairs<32 / runs>(of_x + 32 / runs * run, zero);
+      } else {
+        starts[run] = -zero * (runs == 2 ? halves[run] : halves[0] + halves[1]);
+      }
+    }
+  }
+};
+
+// The same for weights with minimums.
 struct MinLanes {
   int8_t codes[32];
   float scale, sum;  // scale times the sum of the codes

@@ -17,25 +17,12 @@ namespace {
 struct WideLanes {  // weights that need all of int8: w x = m (w ^ s) - m s, as wide_pairs() has it
   uint8_t magnitudes[32], signs[32];
   float scale;
-  int32_t start;
+  int32_t starts[1];
 
   void set(const int8_t* codes, const int32_t*, float x_scale) {
     scale = x_scale;
-    start = 0;
-    for (int i = 0; i < 32; i += 16) start -= Avx2::take_signs(codes + i, magnitudes + i, signs + i);
-  }
-};
-
-template <int zero>
-struct PairLanes {  // weights that are codes less `zero`, of which all of a block add up in int16
-  int8_t codes[32];
-  float scale;
-  int32_t start;
-
-  void set(const int8_t* of_x, const int32_t*, float x_scale) {
-    std::memcpy(codes, of_x, 32);
-    scale = x_scale;
-    start = start_in_pairs<32>(of_x, zero);
+    starts[0] = 0;
+    for (int i = 0; i < 32; i += 16) starts[0] -= Avx2::take_signs(codes + i, magnitudes + i, signs + i);
   }
 };
 
@@ -65,7 +52,7 @@ struct Avx2SideBySide {
   // Words of nibbles, or of codes, and how many of fifth bits there are before them.
   static constexpr int kWords = sizeof(T::qs) / 4, kFirst = Mixed::num_words - kWords;
   static_assert(kWide || Format<Avx2, T>::kPairs == 8);  // all of a block add up in int16
-  using X = std::conditional_t<kWide, WideLanes, PairLanes<Format<Avx2, T>::kZero>>;
+  using X = std::conditional_t<kWide, WideLanes, ZeroLanes<Format<Avx2, T>::kZero, 1, true>>;
 
   // Two streams are read faster than one (docs/notes/cpu-kernels.md).
   static constexpr int kMostRows = 2, kStreams = 2;
@@ -125,7 +112,7 @@ struct Avx2SideBySide {
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; v++) {
-        sum[r][v] = _mm256_set1_epi32(x[r]->start);
+        sum[r][v] = _mm256_set1_epi32(x[r]->starts[0]);
       }
     }
 #pragma GCC unroll 2
@@ -299,25 +286,13 @@ struct Avx2SideBySide<blocks::Q4_K> {
   }
 };
 
-struct RunLanes {  // weights of runs of 16, codes less 32
-  int8_t codes[32];
-  float scale;
-  int32_t starts[2];
-
-  void set(const int8_t* of_x, const int32_t*, float x_scale) {
-    std::memcpy(codes, of_x, 32);
-    scale = x_scale;
-    for (int run = 0; run < 2; run++) starts[run] = start_in_pairs<16>(of_x + 16 * run, 32);
-  }
-};
-
 // A run's sums of eight products of levels fit int16 (8 * 32 * 127), whatever codes add up to on the way.
 template <>
 struct Avx2SideBySide<blocks::Q6_K> {
   using Set = Avx2;
   using Type = blocks::Q6_K;
   using Mixed = SideBySide<Type>;
-  using X = RunLanes;
+  using X = ZeroLanes<32, 2, true>;
   static_assert(Format<Avx2, Type>::kZero == 32);
 
   // Two threads from memory, GB/s, medians of two runs (Zen 3 beside busy neighbours; reading 22.6 and 19.2):

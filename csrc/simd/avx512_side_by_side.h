@@ -8,19 +8,6 @@
 namespace kvfold {
 namespace {
 
-template <int zero>
-struct ZeroLanes {  // weights that are codes less `zero`
-  int8_t codes[32];
-  float scale;
-  int32_t start;
-
-  void set(const int8_t* of_x, const int32_t* halves, float x_scale) {
-    std::memcpy(codes, of_x, 32);
-    scale = x_scale;
-    start = -zero * (halves[0] + halves[1]);
-  }
-};
-
 template <class T>
 struct Avx512SideBySide {
   using Set = Avx512;
@@ -30,7 +17,7 @@ struct Avx512SideBySide {
   static constexpr bool kNibbles = sizeof(T::qs) == 16, kFifth = sizeof(T) == 22;
   // Words of nibbles, or of codes, and how many of fifth bits there are before them.
   static constexpr int kWords = sizeof(T::qs) / 4, kFirst = Mixed::num_words - kWords;
-  using X = ZeroLanes<kZero>;
+  using X = ZeroLanes<kZero, 1, false>;
 
   // Two threads of an Emerald Rapids from memory, GB/s of Q8_0 and of IQ4_NL (docs/notes/cpu-kernels.md,
   // "AVX-512: rows side by side", where one stream is read at 25.9): one stream 2, 4 and 8 KiB ahead 22.7,
@@ -61,7 +48,7 @@ struct Avx512SideBySide {
     const auto prefetch = [ahead](const uint8_t* p) { Avx512::prefetch_here(p + ahead); };
     __m512i sum[rows][groups];
     KVFOLD_UNROLLED for (int r = 0; r < rows; r++) {
-      KVFOLD_UNROLLED for (int g = 0; g < groups; g++) sum[r][g] = _mm512_set1_epi32(x[r]->start);
+      KVFOLD_UNROLLED for (int g = 0; g < groups; g++) sum[r][g] = _mm512_set1_epi32(x[r]->starts[0]);
     }
     KVFOLD_UNROLLED for (int g = 0; g < groups; g++) {
       prefetch(w[g]->scales[0]);
@@ -217,24 +204,12 @@ struct Avx512SideBySide<blocks::Q4_K> {
   }
 };
 
-struct SixteenLanes {  // weights of runs of 16, codes less 32
-  int8_t codes[32];
-  float scale;
-  int32_t starts[2];
-
-  void set(const int8_t* of_x, const int32_t* halves, float x_scale) {
-    std::memcpy(codes, of_x, 32);
-    scale = x_scale;
-    for (int run = 0; run < 2; run++) starts[run] = -32 * halves[run];
-  }
-};
-
 template <>
 struct Avx512SideBySide<blocks::Q6_K> {
   using Set = Avx512;
   using Type = blocks::Q6_K;
   using Mixed = SideBySide<Type>;
-  using X = SixteenLanes;
+  using X = ZeroLanes<32, 2, false>;
   static_assert(Format<Avx512, Type>::kZero == 32);
 
   // In the order before: two threads of an Emerald Rapids from memory, which read 21.9 GB/s, row by row 17.9:
