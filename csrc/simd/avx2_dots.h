@@ -48,6 +48,21 @@ inline __m256i wide_pairs(__m256i w, const DotRow& x, int64_t at) {
                               _mm256_xor_si256(w, Avx2::load_codes(x.signs + at)));
 }
 
+// All whole groups of eight blocks of a row; the number of their blocks. What is left of the row is asked
+// for, too.
+template <class Dot, int rows>
+inline int64_t groups_of_eight(const uint8_t* row, int64_t num_blocks, const DotRow* x, int64_t ahead,
+                               DotSums<rows>& sums) {
+  constexpr int64_t kBytes = 8 * Dot::kBytes;
+  int64_t block = 0;
+  for (; block + 8 <= num_blocks; block += 8, row += kBytes) {
+    Avx2::prefetch_all<kBytes>(row, ahead);
+    Dot::template group<rows, 8>(row, x, block, sums);
+  }
+  if (block < num_blocks) Avx2::prefetch_all<kBytes>(row, ahead);
+  return block;
+}
+
 // 32 nibbles under one float16, or two, the second the minimum, with fifth bits before them in Q5_0 and Q5_1.
 // Two blocks a vector: a lane has 16 weights of one.
 template <class T>
@@ -156,12 +171,8 @@ struct DotNibbles {
   static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     DotSums<rows> sums;
     const int64_t num_blocks = k / 32;
-    int64_t block = 0;
-    for (; block + 8 <= num_blocks; block += 8, row += 8 * kBytes) {
-      Avx2::prefetch_all<8 * kBytes>(row, ahead);
-      group<rows, 8>(row, x, block, sums);
-    }
-    if (block < num_blocks) Avx2::prefetch_all<8 * kBytes>(row, ahead);
+    int64_t block = groups_of_eight<DotNibbles, rows>(row, num_blocks, x, ahead, sums);
+    row += block * kBytes;
     if (block + 4 <= num_blocks) {
       group<rows, 4>(row, x, block, sums);
       block += 4, row += 4 * kBytes;
@@ -213,12 +224,8 @@ struct Dot34 {
   static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
     DotSums<rows> sums;
     const int64_t num_blocks = k / 32;
-    int64_t block = 0;
-    for (; block + 8 <= num_blocks; block += 8, row += 8 * kBytes) {
-      Avx2::prefetch_all<8 * kBytes>(row, ahead);
-      group<rows, 8>(row, x, block, sums);
-    }
-    if (block < num_blocks) Avx2::prefetch_all<8 * kBytes>(row, ahead);
+    int64_t block = groups_of_eight<Dot34, rows>(row, num_blocks, x, ahead, sums);
+    row += block * kBytes;
     for (; block + 2 <= num_blocks; block += 2, row += 2 * kBytes) group<rows, 2>(row, x, block, sums);
     if (block < num_blocks) group<rows, 1>(row, x, block, sums);
 #pragma GCC unroll 4
@@ -311,7 +318,7 @@ struct Dot256<blocks::IQ4_XS> {
 };
 
 // Runs of 16, two a vector, a lane each: four vectors at a time become one sum a run before anything is
-// scaled. Sums of four products fit int16: 4 * 7 * 127.
+// scaled. Sums of four products fit int16: 4 * 63 * 127.
 template <class T>
 struct DotRunsOf16 {
   static constexpr int place(int piece) { return piece; }
@@ -367,63 +374,7 @@ template <>
 struct Dot256<blocks::Q3_K> : DotRunsOf16<blocks::Q3_K> {};
 
 template <>
-struct Dot256<blocks::Q6_K> {
-  static constexpr int place(int piece) { return piece; }
-
-  // A block of activations meets two runs, a lane each. Their scales are whole numbers, so the product that
-  // widens the sums of a lane multiplies by them: 4 * 63 * 127 * 128 is far from 2^31.
-  template <int rows>
-  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
-    __m256 sum[rows], minus[rows];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm256_setzero_ps();
-    for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q6_K)) {
-      Avx2::prefetch_all<sizeof(blocks::Q6_K)>(row, ahead);
-      const uint8_t* runs = row + 192;
-      const __m256 d = _mm256_set1_ps(_cvtsh_ss(blocks::load16(row + 208)));
-      // Scales of even runs in the lower lane, of odd ones in the upper, as words.
-      const __m256i bytes = _mm256_broadcastsi128_si256(Avx2::load16(runs));
-      const __m256i words =
-          _mm256_srai_epi16(_mm256_blend_epi32(_mm256_slli_epi16(bytes, 8), bytes, 0xf0), 8);
-      const __m256 first = Avx2::load_bytes(reinterpret_cast<const int8_t*>(runs)),
-                   second = Avx2::load_bytes(reinterpret_cast<const int8_t*>(runs + 8));
-      __m256 part[rows][2];
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; r++) {
-        const float* x_sums = x[r].sums + at / 16;
-        const __m256 zeros = _mm256_fmadd_ps(second, _mm256_loadu_ps(x_sums + 8),
-                                             _mm256_mul_ps(first, _mm256_loadu_ps(x_sums)));
-        minus[r] = _mm256_fmadd_ps(d, zeros, minus[r]);
-        part[r][0] = part[r][1] = _mm256_setzero_ps();
-      }
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++) {
-        __m256i vectors[4];
-        Codes256<blocks::Q6_K>::half_codes(row, half, vectors);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-          const int run = 2 * (4 * half + i);  // and the next one
-          const __m256i scale =
-              _mm256_shuffle_epi8(words, _mm256_set1_epi16(static_cast<int16_t>((run + 1) << 8 | run)));
-#pragma GCC unroll 4
-          for (int r = 0; r < rows; r++) {
-            const __m256i pairs =
-                _mm256_maddubs_epi16(vectors[i], Avx2::load_codes(x[r].codes + at + 16 * run));
-            part[r][i % 2] =
-                _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, scale)),
-                                _mm256_broadcast_ss(x[r].scales + at / 16 + run), part[r][i % 2]);
-          }
-        }
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; r++) {
-        sum[r] = _mm256_fmadd_ps(d, _mm256_add_ps(part[r][0], part[r][1]), sum[r]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) y[r] = Avx2::sum(_mm256_fnmadd_ps(_mm256_set1_ps(32), minus[r], sum[r]));
-  }
-};
+struct Dot256<blocks::Q6_K> : DotRunsOf16<blocks::Q6_K> {};
 
 template <class T>
 struct Fast256 : Dot256<T> {
