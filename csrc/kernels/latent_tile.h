@@ -20,70 +20,22 @@ namespace {
 
 template <class S>
 inline DecodeWeights fast_decode(int32_t type) {
-  switch (type) {
-    case 1:
-      return FastDecode<S, F16Numbers>::row;
-    case 2:
-      return FastDecode<S, blocks::Q4_0>::row;
-    case 3:
-      return FastDecode<S, blocks::Q4_1>::row;
-    case 6:
-      return FastDecode<S, blocks::Q5_0>::row;
-    case 7:
-      return FastDecode<S, blocks::Q5_1>::row;
-    case 8:
-      return FastDecode<S, blocks::Q8_0>::row;
-    case 10:
-      return FastDecode<S, blocks::Q2_K>::row;
-    case 11:
-      return FastDecode<S, blocks::Q3_K>::row;
-    case 12:
-      return FastDecode<S, blocks::Q4_K>::row;
-    case 13:
-      return FastDecode<S, blocks::Q5_K>::row;
-    case 14:
-      return FastDecode<S, blocks::Q6_K>::row;
-    case 20:
-      return FastDecode<S, blocks::IQ4_NL>::row;
-    case 23:
-      return FastDecode<S, blocks::IQ4_XS>::row;
-    case 30:
-      return FastDecode<S, Bf16Numbers>::row;
-    default:
-      return nullptr;
-  }
+  if (type == 1) return FastDecode<S, F16Numbers>::row;
+  if (type == 30) return FastDecode<S, Bf16Numbers>::row;
+  DecodeWeights found = nullptr;
+  for_each_quantized([&](auto of, int32_t id) {
+    if (id == type) found = FastDecode<S, typename decltype(of)::type>::row;
+  });
+  return found;
 }
 
 template <class S>
 inline FoldColumns fast_fold(int32_t type) {
-  switch (type) {
-    case 2:
-      return FastFold<S, blocks::Q4_0>::rows;
-    case 3:
-      return FastFold<S, blocks::Q4_1>::rows;
-    case 6:
-      return FastFold<S, blocks::Q5_0>::rows;
-    case 7:
-      return FastFold<S, blocks::Q5_1>::rows;
-    case 8:
-      return FastFold<S, blocks::Q8_0>::rows;
-    case 10:
-      return FastFold<S, blocks::Q2_K>::rows;
-    case 11:
-      return FastFold<S, blocks::Q3_K>::rows;
-    case 12:
-      return FastFold<S, blocks::Q4_K>::rows;
-    case 13:
-      return FastFold<S, blocks::Q5_K>::rows;
-    case 14:
-      return FastFold<S, blocks::Q6_K>::rows;
-    case 20:
-      return FastFold<S, blocks::IQ4_NL>::rows;
-    case 23:
-      return FastFold<S, blocks::IQ4_XS>::rows;
-    default:
-      return nullptr;
-  }
+  FoldColumns found = nullptr;
+  for_each_quantized([&](auto of, int32_t id) {
+    if (id == type) found = FastFold<S, typename decltype(of)::type>::rows;
+  });
+  return found;
 }
 
 template <class S>

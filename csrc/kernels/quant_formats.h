@@ -49,24 +49,27 @@ struct Format {
 //            for blocks of 32 weights, kBytes each, one of as many rows as a vector has lanes: four codes a
 //            lane and vector, in order, and their scales
 //   kTakeApart  has  take_apart, as quant_types.h
-template <class S, class T>
-struct Fast {
+struct NoFast {
   static constexpr bool kDot = false, kUnpack = false, kQuads = false, kTakeApart = false;
   static constexpr int place(int piece) { return piece; }
 };
+template <class S, class T>
+struct Fast : NoFast {};
 
 // Vector code from a row to float32 and for folding rows, in simd/*_decode.h; null where a set has none.
 struct F16Numbers;
 struct Bf16Numbers;
-template <class S, class T>
-struct FastFold {  // kernels/latent_kernels.h, FoldColumns
+struct NoFold {  // kernels/latent_kernels.h, FoldColumns
   static constexpr void (*rows)(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
                                 const uint8_t* next) = nullptr;
 };
 template <class S, class T>
-struct FastDecode {
+struct FastFold : NoFold {};
+struct NoDecode {
   static constexpr void (*row)(const uint8_t* row, int64_t k, float* out) = nullptr;
 };
+template <class S, class T>
+struct FastDecode : NoDecode {};
 
 template <class S, class T>
 inline TakeApart best_take_apart() {

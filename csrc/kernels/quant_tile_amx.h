@@ -175,7 +175,7 @@ void take_scaled_tiles(MatrixKernels& kernels) {
     if constexpr (Fast<S, T>::kUnpack) {
       if (n == Tile::kRows) return Fast<S, T>::unpack(raw, row_bytes, k, panel);
     }
-    Tile::Panels::unpack(take_apart<T>(), T::elements, sizeof(T), 0, raw, row_bytes, n, k, panel);
+    Tile::Panels::unpack(best_take_apart<S, T>(), T::elements, sizeof(T), 0, raw, row_bytes, n, k, panel);
   };
   kernels.tile = Tile::tile;
 }

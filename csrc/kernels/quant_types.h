@@ -316,6 +316,21 @@ struct Parts<blocks::IQ1_M> {
   }
 };
 
+// use(Type<T>, ggml's number) for every type whose weights are whole numbers times scales.
+template <class Use>
+constexpr void for_each_quantized(const Use& use) {
+  use(Type<blocks::Q4_0>(), 2), use(Type<blocks::Q4_1>(), 3), use(Type<blocks::Q5_0>(), 6);
+  use(Type<blocks::Q5_1>(), 7), use(Type<blocks::Q8_0>(), 8), use(Type<blocks::Q8_1>(), 9);
+  use(Type<blocks::Q2_K>(), 10), use(Type<blocks::Q3_K>(), 11), use(Type<blocks::Q4_K>(), 12);
+  use(Type<blocks::Q5_K>(), 13), use(Type<blocks::Q6_K>(), 14), use(Type<blocks::Q8_K>(), 15);
+  use(Type<blocks::IQ2_XXS>(), 16), use(Type<blocks::IQ2_XS>(), 17), use(Type<blocks::IQ3_XXS>(), 18);
+  use(Type<blocks::IQ1_S>(), 19), use(Type<blocks::IQ4_NL>(), 20), use(Type<blocks::IQ3_S>(), 21);
+  use(Type<blocks::IQ2_S>(), 22), use(Type<blocks::IQ4_XS>(), 23), use(Type<blocks::IQ1_M>(), 29);
+  use(Type<blocks::TQ1_0>(), 34), use(Type<blocks::TQ2_0>(), 35), use(Type<blocks::MXFP4>(), 39);
+  use(Type<blocks::NVFP4>(), 40), use(Type<blocks::Q1_0>(), 41), use(Type<blocks::Q2_0>(), 42);
+  use(Type<blocks::Q6_0>(), 133);
+}
+
 // Consecutive blocks to codes, levels + zero; zero is kZero, or 0 for signed codes. A function of its own for
 // every type, compiled once in quant_types.cpp.
 using TakeApart = void (*)(const uint8_t* block, int zero, uint8_t* codes, float* scales, float* minimums);

@@ -109,6 +109,11 @@ struct Avx2 {
     return v;
   }
   static Ints widened(Ints pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+  // Sums of four products of a row dot, of one pair of vectors or, of codes up to 31, of two.
+  static Ints fours(Ints w, Ints x) { return widened(pairs(w, x)); }
+  static Ints fours(Ints w, Ints x, Ints next_w, Ints next_x) {
+    return widened(_mm256_add_epi16(pairs(w, x), pairs(next_w, next_x)));
+  }
   static Ints exclusive_or(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
   // The vector at p, turned by signs. Loaded by itself it would take a register and an instruction more.
   static Ints xor_loaded(Ints signs, const uint8_t* p) {
@@ -279,9 +284,6 @@ struct Avx2 {
   }
   static __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 };
-
-// Sums of four products out of sums of two.
-inline __m256i fours(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
 }  // namespace
 }  // namespace kvfold

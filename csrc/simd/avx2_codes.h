@@ -6,15 +6,37 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
+#include "kernels/quant_types.h"
 #include "simd/avx2.h"
 
 namespace kvfold {
 namespace {
 
-// Types of one float16 and 32 weights: codes() of a block.
+// What has vector code here: types of one float16 and 32 weights, by codes() of a block, and types of 256, by
+// eight vectors of codes() and scales() and minimums of their runs, eight a vector. Codes that need all of
+// int8 are levels, others have Parts<T>::kZero on top.
+struct NoCodes {};
 template <class T>
-struct Codes32;
+struct Codes32 : NoCodes {};
+template <class T>
+struct Codes256 : NoCodes {};
+
+template <class T>
+constexpr bool kHas32 = !std::is_base_of_v<NoCodes, Codes32<T>>;
+template <class T>
+constexpr bool kHas256 = !std::is_base_of_v<NoCodes, Codes256<T>>;
+template <class T, class Of32, class Of256, class None>
+using ByCodes = std::conditional_t<kHas32<T>, Of32, std::conditional_t<kHas256<T>, Of256, None>>;
+
+// Codes as levels and `zero` on top.
+template <class T>
+inline __m256i on_top_of_levels(int zero, __m256i codes) {
+  if constexpr (Parts<T>::kZero == 0) return codes;
+  return _mm256_add_epi8(
+      codes, _mm256_set1_epi8(static_cast<char>(Parts<T>::kWide ? zero : zero - Parts<T>::kZero)));
+}
 
 inline __m256i nibbles(const uint8_t* p) {  // of 16 bytes, low ones first
   const __m256i both = _mm256_broadcastsi128_si256(Avx2::load16(p));
@@ -67,10 +89,15 @@ template <>
 struct Codes32<blocks::Q5_1> : FiveBits<4> {};
 template <>
 struct Codes32<blocks::IQ4_NL> {
-  static __m256i of(__m256i nibbles) {
+  template <int zero>  // levels and this on top
+  static __m128i table() {
     const __m128i levels =
         _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles);
+    return _mm_add_epi8(levels, _mm_set1_epi8(static_cast<char>(zero)));
+  }
+  template <int zero = 0>
+  static __m256i of(__m256i nibbles) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table<zero>()), nibbles);
   }
   static __m256i codes(const uint8_t* p) { return of(nibbles(p + 2)); }
 };
@@ -78,10 +105,6 @@ template <>
 struct Codes32<blocks::Q8_0> {
   static __m256i codes(const uint8_t* p) { return Avx2::load_codes(p + 2); }
 };
-
-// Types of 256 weights: eight vectors of codes(), and scales() and minimums of their runs, eight a vector.
-template <class T>
-struct Codes256;
 
 template <class T>
 inline void take_scales(const uint8_t* p, float* scale, float* minimum) {
@@ -93,6 +116,21 @@ inline void take_scales(const uint8_t* p, float* scale, float* minimum) {
     if constexpr (Parts<T>::kHasMin) Avx2::store(minimum + 8 * i, m[i]);
   }
 }
+
+// Eight scales and eight minimums of six bits each, a byte each, out of twelve bytes (decode_blocks.h,
+// k_scale), four to a word.
+struct SixBits {
+  uint64_t scales, minimums;
+
+  explicit SixBits(const uint8_t* packed) {
+    const uint32_t first = blocks::load32(packed), second = blocks::load32(packed + 4),
+                   third = blocks::load32(packed + 8);
+    const uint64_t last_scales = (third & 0x0f0f0f0f) | (first >> 2 & 0x30303030),
+                   last_minimums = (third >> 4 & 0x0f0f0f0f) | (second >> 2 & 0x30303030);
+    scales = (first & 0x3f3f3f3f) | last_scales << 32;
+    minimums = (second & 0x3f3f3f3f) | last_minimums << 32;
+  }
+};
 
 // Runs of 32 nibbles with 6-bit scales and minimums, in Q5_K with fifth bits, bit i of a byte for run i.
 template <class T>
@@ -122,14 +160,10 @@ struct NibbleRuns {
     const __m256i codes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
     return _mm256_mul_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(_cvtsh_ss(blocks::load16(half))));
   }
-  // Eight of six bits each out of twelve bytes (decode_blocks.h, k_scale), four to a word.
   static void scales(const uint8_t* p, __m256* scale, __m256* minimum) {
-    const uint32_t first = blocks::load32(p + 4), second = blocks::load32(p + 8),
-                   third = blocks::load32(p + 12);
-    const uint64_t last_scales = (third & 0x0f0f0f0f) | (first >> 2 & 0x30303030),
-                   last_minimums = (third >> 4 & 0x0f0f0f0f) | (second >> 2 & 0x30303030);
-    *scale = times_half((first & 0x3f3f3f3f) | last_scales << 32, p);
-    *minimum = times_half((second & 0x3f3f3f3f) | last_minimums << 32, p + 2);
+    const SixBits of_runs(p + 4);
+    *scale = times_half(of_runs.scales, p);
+    *minimum = times_half(of_runs.minimums, p + 2);
   }
 };
 template <>
@@ -247,6 +281,28 @@ struct Codes256<blocks::IQ4_XS> {
                                           _mm256_and_si256(upper, _mm256_set1_epi32(0x30)));
     *scale = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(codes, _mm256_set1_epi32(32))),
                            _mm256_set1_ps(block_scale(p)));
+  }
+};
+
+// take_apart() of kernels/quant_types.h.
+template <class T>
+struct TakesApart {
+  static constexpr bool kTakeApart = true;
+
+  static void take_apart(const uint8_t* block, int zero, uint8_t* codes, float* scales, float* minimums) {
+    if constexpr (kHas32<T>) {
+      Avx2::store_codes(codes, on_top_of_levels<T>(zero, Codes32<T>::codes(block)));
+      scales[0] = block_scale(block);
+      if constexpr (Parts<T>::kHasMin) minimums[0] = -block_scale(block + 2);
+    } else {
+      take_scales<T>(block, scales, minimums);
+      __m256i vectors[8];
+      Codes256<T>::codes(block, vectors);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) {
+        Avx2::store_codes(codes + 32 * i, on_top_of_levels<T>(zero, vectors[i]));
+      }
+    }
   }
 };
 

@@ -1,4 +1,5 @@
-// Rows to float32, and 16 rows folded by columns (kernels/latent_kernels.h), in 256-bit vectors.
+// Rows to float32, and 16 rows folded by columns (kernels/latent_kernels.h): levels in 256-bit vectors, their
+// arithmetic in those of a set S.
 #pragma once
 
 #include <immintrin.h>
@@ -11,49 +12,27 @@
 namespace kvfold {
 namespace {
 
-// Codes less what they have on top of levels, as signed bytes.
-template <class T>
-inline __m256i levels(__m256i codes) {
-  if constexpr (Parts<T>::kWide || Parts<T>::kZero == 0) {
-    return codes;
-  } else {
-    return _mm256_sub_epi8(codes, _mm256_set1_epi8(Parts<T>::kZero));
-  }
-}
-
 // A scale times a level is exact, so a weight with a minimum is rounded once, as in decode_blocks.h.
-template <class T>
+template <class S, class T>
 struct Decode32 {
   static void row(const uint8_t* p, int64_t k, float* out) {
     for (const float* end = out + k; out < end; out += 32, p += sizeof(T)) {
       alignas(32) int8_t block[32];
-      Avx2::store_codes(block, levels<T>(Codes32<T>::codes(p)));
-      const __m256 scale = _mm256_set1_ps(block_scale(p));
-      for (int i = 0; i < 32; i += 8) {
-        const __m256 level = Avx2::load_bytes(block + i);
+      Avx2::store_codes(block, on_top_of_levels<T>(0, Codes32<T>::codes(p)));
+      const auto scale = S::set(block_scale(p));
+      for (int i = 0; i < 32; i += S::kLanes) {
+        const auto level = S::load_bytes(block + i);
         if constexpr (Parts<T>::kHasMin) {
-          Avx2::store(out + i, _mm256_fmadd_ps(scale, level, _mm256_set1_ps(block_scale(p + 2))));
+          S::store(out + i, S::fma(scale, level, S::set(block_scale(p + 2))));
         } else {
-          Avx2::store(out + i, _mm256_mul_ps(scale, level));
+          S::store(out + i, S::mul(scale, level));
         }
       }
     }
   }
 };
-template <>
-struct FastDecode<Avx2, blocks::Q4_0> : Decode32<blocks::Q4_0> {};
-template <>
-struct FastDecode<Avx2, blocks::Q4_1> : Decode32<blocks::Q4_1> {};
-template <>
-struct FastDecode<Avx2, blocks::Q5_0> : Decode32<blocks::Q5_0> {};
-template <>
-struct FastDecode<Avx2, blocks::Q5_1> : Decode32<blocks::Q5_1> {};
-template <>
-struct FastDecode<Avx2, blocks::IQ4_NL> : Decode32<blocks::IQ4_NL> {};
-template <>
-struct FastDecode<Avx2, blocks::Q8_0> : Decode32<blocks::Q8_0> {};
 
-template <class T>
+template <class S, class T>
 struct Decode256 {
   static void row(const uint8_t* p, int64_t k, float* out) {
     constexpr int kRun = Parts<T>::kRun, kRuns = 256 / kRun;
@@ -63,33 +42,26 @@ struct Decode256 {
       take_scales<T>(p, scales, minimums);
       __m256i vectors[8];
       Codes256<T>::codes(p, vectors);
-      for (int i = 0; i < 8; i++) Avx2::store_codes(block[0] + 32 * i, levels<T>(vectors[i]));
+      for (int i = 0; i < 8; i++) {
+        Avx2::store_codes(block[0] + 32 * i, on_top_of_levels<T>(0, vectors[i]));
+      }
       for (int run = 0; run < kRuns; run++) {
-        const __m256 scale = _mm256_set1_ps(scales[run]);
-        for (int i = 0; i < kRun; i += 8, out += 8) {
-          const __m256 level = Avx2::load_bytes(block[run] + i);
+        const auto scale = S::set(scales[run]);
+        for (int i = 0; i < kRun; i += S::kLanes, out += S::kLanes) {
+          const auto level = S::load_bytes(block[run] + i);
           if constexpr (Parts<T>::kHasMin) {
-            Avx2::store(out, _mm256_fmsub_ps(scale, level, _mm256_set1_ps(minimums[run])));
+            S::store(out, S::fma(scale, level, S::set(-minimums[run])));
           } else {
-            Avx2::store(out, _mm256_mul_ps(scale, level));
+            S::store(out, S::mul(scale, level));
           }
         }
       }
     }
   }
 };
-template <>
-struct FastDecode<Avx2, blocks::Q2_K> : Decode256<blocks::Q2_K> {};
-template <>
-struct FastDecode<Avx2, blocks::Q3_K> : Decode256<blocks::Q3_K> {};
-template <>
-struct FastDecode<Avx2, blocks::Q4_K> : Decode256<blocks::Q4_K> {};
-template <>
-struct FastDecode<Avx2, blocks::Q5_K> : Decode256<blocks::Q5_K> {};
-template <>
-struct FastDecode<Avx2, blocks::Q6_K> : Decode256<blocks::Q6_K> {};
-template <>
-struct FastDecode<Avx2, blocks::IQ4_XS> : Decode256<blocks::IQ4_XS> {};
+
+template <class T>
+struct FastDecode<Avx2, T> : ByCodes<T, Decode32<Avx2, T>, Decode256<Avx2, T>, NoDecode> {};
 
 template <>
 struct FastDecode<Avx2, F16Numbers> {
@@ -105,25 +77,29 @@ constexpr int kFoldedRows = 16;
 
 // out[c] += start of its run + sum over rows j of level c of row j times the factor of its run: factors + j *
 // stride has those of the 32 columns.
-template <int run>
+template <class S, int run>
 inline void fold_levels(const int8_t (*rows)[32], const float* factors, int stride,
-                        const __m256 (&start)[32 / run], float* out) {
-  __m256 sum[2][4];
+                        const typename S::Floats (&start)[32 / run], float* out) {
+  constexpr int kLanes = S::kLanes, kVectors = 32 / kLanes;
+  static_assert(run % kLanes == 0);
+  typename S::Floats sum[2][kVectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < 4; v++) sum[0][v] = Avx2::load(out + 8 * v), sum[1][v] = start[8 * v / run];
+  for (int v = 0; v < kVectors; v++) {
+    sum[0][v] = S::load(out + kLanes * v), sum[1][v] = start[kLanes * v / run];
+  }
 #pragma GCC unroll 16
   for (int j = 0; j < kFoldedRows; j++) {
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-      const __m256 factor = _mm256_broadcast_ss(factors + j * stride + 8 * v / run);
-      sum[j % 2][v] = _mm256_fmadd_ps(factor, Avx2::load_bytes(rows[j] + 8 * v), sum[j % 2][v]);
+    for (int v = 0; v < kVectors; v++) {
+      const auto factor = S::set(factors[j * stride + kLanes * v / run]);
+      sum[j % 2][v] = S::fma(factor, S::load_bytes(rows[j] + kLanes * v), sum[j % 2][v]);
     }
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < 4; v++) Avx2::store(out + 8 * v, _mm256_add_ps(sum[0][v], sum[1][v]));
+  for (int v = 0; v < kVectors; v++) S::store(out + kLanes * v, S::add(sum[0][v], sum[1][v]));
 }
 
-template <class T>
+template <class S, class T>
 struct Fold32 {
   static constexpr int64_t kBytes = sizeof(T);
 
@@ -131,7 +107,7 @@ struct Fold32 {
                    const uint8_t* next) {
     constexpr int64_t kLines = (kFoldedRows * kBytes + 63) / 64;  // of 16 blocks
     for (const float* end = out + k; out < end; out += 32, rows += kBytes) {
-      for (int64_t line = 0; line < kLines; line++, next += 64) Avx2::prefetch(next);
+      for (int64_t line = 0; line < kLines; line++, next += 64) S::prefetch(next);
       alignas(32) uint16_t halves[2][kFoldedRows];
       alignas(32) int8_t block[kFoldedRows][32];
 #pragma GCC unroll 16
@@ -139,36 +115,24 @@ struct Fold32 {
         const uint8_t* from = rows + j * row_bytes;
         halves[0][j] = blocks::load16(from);
         if constexpr (Parts<T>::kHasMin) halves[1][j] = blocks::load16(from + 2);
-        Avx2::store_codes(block[j], levels<T>(Codes32<T>::codes(from)));
+        Avx2::store_codes(block[j], on_top_of_levels<T>(0, Codes32<T>::codes(from)));
       }
-      alignas(32) float scaled[kFoldedRows];
-      __m256 minimums[1] = {Avx2::zero()};
-      for (int j = 0; j < kFoldedRows; j += 8) {
+      alignas(64) float scaled[kFoldedRows];
+      typename S::Floats minimums[1] = {S::zero()};
+      for (int j = 0; j < kFoldedRows; j += S::kLanes) {
         const auto times_x = [&](const uint16_t* of) {
-          return _mm256_mul_ps(Avx2::load_half(reinterpret_cast<const uint8_t*>(of + j)), Avx2::load(x + j));
+          return S::mul(S::load_half(reinterpret_cast<const uint8_t*>(of + j)), S::load(x + j));
         };
-        Avx2::store(scaled + j, times_x(halves[0]));
-        if constexpr (Parts<T>::kHasMin) minimums[0] = _mm256_add_ps(minimums[0], times_x(halves[1]));
+        S::store(scaled + j, times_x(halves[0]));
+        if constexpr (Parts<T>::kHasMin) minimums[0] = S::add(minimums[0], times_x(halves[1]));
       }
-      if constexpr (Parts<T>::kHasMin) minimums[0] = _mm256_set1_ps(Avx2::sum(minimums[0]));
-      fold_levels<32>(block, scaled, 1, minimums, out);
+      if constexpr (Parts<T>::kHasMin) minimums[0] = S::set(S::sum(minimums[0]));
+      fold_levels<S, 32>(block, scaled, 1, minimums, out);
     }
   }
 };
-template <>
-struct FastFold<Avx2, blocks::Q4_0> : Fold32<blocks::Q4_0> {};
-template <>
-struct FastFold<Avx2, blocks::Q4_1> : Fold32<blocks::Q4_1> {};
-template <>
-struct FastFold<Avx2, blocks::Q5_0> : Fold32<blocks::Q5_0> {};
-template <>
-struct FastFold<Avx2, blocks::Q5_1> : Fold32<blocks::Q5_1> {};
-template <>
-struct FastFold<Avx2, blocks::IQ4_NL> : Fold32<blocks::IQ4_NL> {};
-template <>
-struct FastFold<Avx2, blocks::Q8_0> : Fold32<blocks::Q8_0> {};
 
-template <class T>
+template <class S, class T>
 struct Fold256 {
   static constexpr int64_t kBytes = sizeof(T);
   static constexpr int kRun = Parts<T>::kRun, kRuns = 256 / kRun;
@@ -194,7 +158,7 @@ struct Fold256 {
         }
         __m256i vectors[8];
         Codes256<T>::codes(rows + j * row_bytes, vectors);
-        for (int i = 0; i < 8; i++) Avx2::store_codes(block[i][j], levels<T>(vectors[i]));
+        for (int i = 0; i < 8; i++) Avx2::store_codes(block[i][j], on_top_of_levels<T>(0, vectors[i]));
       }
       for (int run = 0; run < kRuns; run += 8) Avx2::store(least + run, sum_of_least[run / 8]);
       for (int i = 0; i < 8; i++, out += 32) {
@@ -202,25 +166,16 @@ struct Fold256 {
           Avx2::prefetch_all<kQuarter>(next, 0);
           next += kQuarter;
         }
-        __m256 start[32 / kRun];
-        for (int run = 0; run < 32 / kRun; run++) start[run] = _mm256_set1_ps(least[32 / kRun * i + run]);
-        fold_levels<kRun>(block[i], scaled[0] + 32 / kRun * i, kRuns, start, out);
+        typename S::Floats start[32 / kRun];
+        for (int run = 0; run < 32 / kRun; run++) start[run] = S::set(least[32 / kRun * i + run]);
+        fold_levels<S, kRun>(block[i], scaled[0] + 32 / kRun * i, kRuns, start, out);
       }
     }
   }
 };
-template <>
-struct FastFold<Avx2, blocks::Q2_K> : Fold256<blocks::Q2_K> {};
-template <>
-struct FastFold<Avx2, blocks::Q3_K> : Fold256<blocks::Q3_K> {};
-template <>
-struct FastFold<Avx2, blocks::Q4_K> : Fold256<blocks::Q4_K> {};
-template <>
-struct FastFold<Avx2, blocks::Q5_K> : Fold256<blocks::Q5_K> {};
-template <>
-struct FastFold<Avx2, blocks::Q6_K> : Fold256<blocks::Q6_K> {};
-template <>
-struct FastFold<Avx2, blocks::IQ4_XS> : Fold256<blocks::IQ4_XS> {};
+
+template <class T>
+struct FastFold<Avx2, T> : ByCodes<T, Fold32<Avx2, T>, Fold256<Avx2, T>, NoFold> {};
 
 }  // namespace
 }  // namespace kvfold

@@ -1,4 +1,5 @@
-// Row dots of types in 256-bit vectors, and their blocks taken apart for panels.
+// Row dots of types in 256-bit vectors, and their blocks taken apart for panels. What a set S with wider
+// vectors has no code of its own for it has from here, with its own dots of bytes and zero points.
 #pragma once
 
 #include <immintrin.h>
@@ -65,13 +66,15 @@ inline int64_t groups_of_eight(const uint8_t* row, int64_t num_blocks, const Dot
 
 // 32 nibbles under one float16, or two, the second the minimum, with fifth bits before them in Q5_0 and Q5_1.
 // Two blocks a vector: a lane has 16 weights of one.
-template <class T>
+template <class S, class T>
 struct DotNibbles {
   static constexpr bool kHasMin = Parts<T>::kHasMin;
   static constexpr int64_t kBytes = sizeof(T), kNibbles = kBytes - 16,
                            kFifths = kHasMin ? 4 : 2;  // where they begin
   static constexpr bool kHasFifth = kNibbles > kFifths;
-  static constexpr bool kWide = Format<Avx2, T>::Like::kWide;
+  static constexpr bool kWide = Format<S, T>::Like::kWide;
+  // What is subtracted: this times the minimums, or scales where there are none, times the sums of x.
+  static constexpr float kZero = kHasMin ? -1.0f : kWide ? 1.0f : static_cast<float>(Format<S, T>::kZero);
   // Of 128 codes: the low nibbles of two blocks side by side, then the high ones.
   static constexpr int place(int piece) { return piece / 4 * 4 + piece % 2 * 2 + piece % 4 / 2; }
 
@@ -99,10 +102,10 @@ struct DotNibbles {
   // Products of both vectors of two blocks with 64 codes of x: sums of four in int32.
   static __m256i products(__m256i low, __m256i high, const DotRow& x, int64_t at) {
     if constexpr (kWide) {
-      return _mm256_add_epi32(fours(wide_pairs(low, x, at)), fours(wide_pairs(high, x, at + 32)));
-    } else {  // 4 * 31 * 127 fits int16
-      return fours(_mm256_add_epi16(_mm256_maddubs_epi16(low, Avx2::load_codes(x.codes + at)),
-                                    _mm256_maddubs_epi16(high, Avx2::load_codes(x.codes + at + 32))));
+      return _mm256_add_epi32(Avx2::widened(wide_pairs(low, x, at)),
+                              Avx2::widened(wide_pairs(high, x, at + 32)));
+    } else {
+      return S::fours(low, Avx2::load_codes(x.codes + at), high, Avx2::load_codes(x.codes + at + 32));
     }
   }
 
@@ -139,9 +142,12 @@ struct DotNibbles {
     for (int i = 0; i < kPairs; i++) high[i] = _mm256_and_si256(_mm256_srli_epi16(low[i], 4), nibble);
 #pragma GCC unroll 4
     for (int i = 0; i < kPairs; i++) low[i] = _mm256_and_si256(low[i], nibble);
-    if constexpr (kWide) {
+    if constexpr (Parts<T>::kWide) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kPairs; i++) low[i] = Codes32<T>::of(low[i]), high[i] = Codes32<T>::of(high[i]);
+      for (int i = 0; i < kPairs; i++) {
+        low[i] = Codes32<T>::template of<S::kWideZero>(low[i]);
+        high[i] = Codes32<T>::template of<S::kWideZero>(high[i]);
+      }
     }
     if constexpr (kHasFifth) {
 #pragma GCC unroll 4
@@ -183,10 +189,7 @@ struct DotNibbles {
       group<rows, 4>(last, x, block, sums);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-      const float zero = kHasMin ? -1.0f : kWide ? 1.0f : static_cast<float>(Format<Avx2, T>::kZero);
-      y[r] = sums.total(r) - zero * Avx2::sum(sums.minus[r]);
-    }
+    for (int r = 0; r < rows; r++) y[r] = sums.total(r) - kZero * Avx2::sum(sums.minus[r]);
   }
 };
 
@@ -214,7 +217,7 @@ struct Dot34 {
       __m256i sum[blocks];
 #pragma GCC unroll 8
       for (int i = 0; i < blocks; i++)
-        sum[i] = fours(wide_pairs(Avx2::load_codes(p + i * kBytes + 2), x[r], 32 * (block + i)));
+        sum[i] = Avx2::widened(wide_pairs(Avx2::load_codes(p + i * kBytes + 2), x[r], 32 * (block + i)));
 #pragma GCC unroll 8
       for (int i = 0; i < blocks; i++) sums.add(r, i, sum[i], _mm256_broadcast_ss(scale[r] + i));
     }
@@ -233,38 +236,21 @@ struct Dot34 {
   }
 };
 
-template <class T, class Dot>
-struct Fast32 : Dot {
-  static constexpr bool kDot = true, kUnpack = false, kQuads = !Parts<T>::kHasMin, kTakeApart = true;
+template <class T>
+struct Fast32 : std::conditional_t<std::is_same_v<T, blocks::Q8_0>, Dot34, DotNibbles<Avx2, T>>,
+                TakesApart<T> {
+  static constexpr bool kDot = true, kUnpack = false, kQuads = !Parts<T>::kHasMin;
 
   static __m256 quads(const uint8_t* raw, int64_t row_bytes, __m256i (&out)[8]) {
-    Dot::quad_codes(raw, row_bytes, out);
+    Fast32::quad_codes(raw, row_bytes, out);
     const auto at = [&](int64_t i) { return static_cast<int16_t>(blocks::load16(raw + i * row_bytes)); };
     return _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
   }
-
-  static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float* minimums) {
-    Avx2::store_codes(codes, Codes32<T>::codes(block));
-    scales[0] = block_scale(block);
-    if constexpr (Parts<T>::kHasMin) minimums[0] = -block_scale(block + 2);
-  }
 };
-template <>
-struct Fast<Avx2, blocks::Q4_0> : Fast32<blocks::Q4_0, DotNibbles<blocks::Q4_0>> {};
-template <>
-struct Fast<Avx2, blocks::Q4_1> : Fast32<blocks::Q4_1, DotNibbles<blocks::Q4_1>> {};
-template <>
-struct Fast<Avx2, blocks::Q5_1> : Fast32<blocks::Q5_1, DotNibbles<blocks::Q5_1>> {};
-template <>
-struct Fast<Avx2, blocks::Q5_0> : Fast32<blocks::Q5_0, DotNibbles<blocks::Q5_0>> {};
-template <>
-struct Fast<Avx2, blocks::IQ4_NL> : Fast32<blocks::IQ4_NL, DotNibbles<blocks::IQ4_NL>> {};
-template <>
-struct Fast<Avx2, blocks::Q8_0> : Fast32<blocks::Q8_0, Dot34> {};
 
-// Types of 256 weights: in runs of 32 with minimums.
-template <class T>
-struct Dot256 {
+// Types of 256 weights in runs of 32 with minimums.
+template <class S, class T>
+struct DotRunsOf32 {
   static constexpr int place(int piece) { return piece; }
 
   template <int rows>
@@ -286,8 +272,7 @@ struct Dot256 {
       for (int r = 0; r < rows; r++) {
         __m256i sum[8];
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++)
-          sum[i] = fours(_mm256_maddubs_epi16(vectors[i], Avx2::load_codes(x[r].codes + at + 32 * i)));
+        for (int i = 0; i < 8; i++) sum[i] = S::fours(vectors[i], Avx2::load_codes(x[r].codes + at + 32 * i));
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) sums.add(r, i, sum[i], _mm256_broadcast_ss(scale[r] + i));
       }
@@ -297,9 +282,9 @@ struct Dot256 {
   }
 };
 
-template <>
-struct Dot256<blocks::IQ4_XS> {
-  using Runs = DotNibbles<blocks::IQ4_NL>;
+template <class S>
+struct DotRunsOf32<S, blocks::IQ4_XS> {
+  using Runs = DotNibbles<S, blocks::IQ4_NL>;
   static constexpr int place(int piece) { return Runs::place(piece); }
 
   template <int rows>
@@ -310,16 +295,16 @@ struct Dot256<blocks::IQ4_XS> {
       Avx2::prefetch_all<sizeof(blocks::IQ4_XS)>(row, ahead);
       __m256 d;
       Codes::scales(row, &d, nullptr);
-      Runs::add<rows, 8, 16>(row + Codes::kNibbles, d, d, x, at / 32, sums);
+      Runs::template add<rows, 8, 16>(row + Codes::kNibbles, d, d, x, at / 32, sums);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) y[r] = sums.total(r) - Avx2::sum(sums.minus[r]);
+    for (int r = 0; r < rows; r++) y[r] = sums.total(r) - Runs::kZero * Avx2::sum(sums.minus[r]);
   }
 };
 
 // Runs of 16, two a vector, a lane each: four vectors at a time become one sum a run before anything is
 // scaled. Sums of four products fit int16: 4 * 63 * 127.
-template <class T>
+template <class S, class T>
 struct DotRunsOf16 {
   static constexpr int place(int piece) { return piece; }
 
@@ -328,11 +313,9 @@ struct DotRunsOf16 {
     static_assert(4 * 127 * Parts<T>::kMost <= 32767);
     __m256i sum[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      sum[i] = fours(_mm256_maddubs_epi16(codes[i], Avx2::load_codes(x + 32 * i)));
-    }
-    return _mm256_hadd_epi32(fours(_mm256_packs_epi32(sum[0], sum[1])),
-                             fours(_mm256_packs_epi32(sum[2], sum[3])));
+    for (int i = 0; i < 4; i++) sum[i] = S::fours(codes[i], Avx2::load_codes(x + 32 * i));
+    return _mm256_hadd_epi32(Avx2::widened(_mm256_packs_epi32(sum[0], sum[1])),
+                             Avx2::widened(_mm256_packs_epi32(sum[2], sum[3])));
   }
 
   template <int rows>
@@ -368,37 +351,15 @@ struct DotRunsOf16 {
     }
   }
 };
-template <>
-struct Dot256<blocks::Q2_K> : DotRunsOf16<blocks::Q2_K> {};
-template <>
-struct Dot256<blocks::Q3_K> : DotRunsOf16<blocks::Q3_K> {};
 
-template <>
-struct Dot256<blocks::Q6_K> : DotRunsOf16<blocks::Q6_K> {};
+template <class S, class T>
+struct Fast256 : std::conditional_t<Parts<T>::kRun == 16, DotRunsOf16<S, T>, DotRunsOf32<S, T>>,
+                 TakesApart<T> {
+  static constexpr bool kDot = true, kUnpack = false, kQuads = false;
+};
 
 template <class T>
-struct Fast256 : Dot256<T> {
-  static constexpr bool kDot = true, kUnpack = false, kQuads = false, kTakeApart = true;
-
-  static void take_apart(const uint8_t* block, int, uint8_t* codes, float* scales, float* minimums) {
-    take_scales<T>(block, scales, minimums);
-    __m256i vectors[8];
-    Codes256<T>::codes(block, vectors);
-    for (int i = 0; i < 8; i++) Avx2::store_codes(codes + 32 * i, vectors[i]);
-  }
-};
-template <>
-struct Fast<Avx2, blocks::Q2_K> : Fast256<blocks::Q2_K> {};
-template <>
-struct Fast<Avx2, blocks::Q3_K> : Fast256<blocks::Q3_K> {};
-template <>
-struct Fast<Avx2, blocks::Q4_K> : Fast256<blocks::Q4_K> {};
-template <>
-struct Fast<Avx2, blocks::Q5_K> : Fast256<blocks::Q5_K> {};
-template <>
-struct Fast<Avx2, blocks::Q6_K> : Fast256<blocks::Q6_K> {};
-template <>
-struct Fast<Avx2, blocks::IQ4_XS> : Fast256<blocks::IQ4_XS> {};
+struct Fast<Avx2, T> : ByCodes<T, Fast32<T>, Fast256<Avx2, T>, NoFast> {};
 
 }  // namespace
 }  // namespace kvfold

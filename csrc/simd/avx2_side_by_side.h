@@ -89,7 +89,7 @@ struct Avx2SideBySide {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
           const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_xor_si256(w[v], sign));
-          sum[r][v] = Avx2::add_ints(sum[r][v], fours(pairs));
+          sum[r][v] = Avx2::add_ints(sum[r][v], Avx2::widened(pairs));
         }
       } else {
         const __m256i codes = Avx2::four_codes(x[r]->codes + 4 * quad);
@@ -146,7 +146,7 @@ struct Avx2SideBySide {
 #pragma GCC unroll 2
       for (int r = 0; r < rows; r++) {
         const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(x[r]->scale));
-        const __m256i whole = kWide ? sum[r][v] : fours(sum[r][v]);
+        const __m256i whole = kWide ? sum[r][v] : Avx2::widened(sum[r][v]);
         out[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), scale, out[r][v]);
       }
     }

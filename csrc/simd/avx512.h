@@ -65,6 +65,11 @@ struct Avx512 {
     return _mm512_set1_epi32(x);
   }
   static Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+  // Sums of four products of a row dot in 256-bit vectors, of one pair of them or of two.
+  static __m256i fours(__m256i w, __m256i x) { return _mm256_dpbusd_epi32(_mm256_setzero_si256(), w, x); }
+  static __m256i fours(__m256i w, __m256i x, __m256i next_w, __m256i next_x) {
+    return _mm256_dpbusd_epi32(fours(w, x), next_w, next_x);
+  }
   template <bool wide>
   static Ints dot(Ints sum, Ints w, Ints x) {
     return _mm512_dpbusd_epi32(sum, w, x);

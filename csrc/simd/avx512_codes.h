@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "simd/avx2_codes.h"
 #include "simd/avx512.h"
 
 namespace kvfold {
@@ -23,11 +24,7 @@ struct Nibbles {
 // masking.
 template <>
 struct Nibbles<blocks::IQ4_NL> {
-  static __m512i table() {
-    const __m128i levels =
-        _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
-    return _mm512_broadcast_i32x4(_mm_xor_si128(levels, _mm_set1_epi8(-128)));
-  }
+  static __m512i table() { return _mm512_broadcast_i32x4(Codes32<blocks::IQ4_NL>::table<128>()); }
   static __m512i low(__m512i packed) { return _mm512_permutexvar_epi8(packed, table()); }
   static __m512i high(__m512i packed) { return low(_mm512_srli_epi16(packed, 4)); }
 };
@@ -45,7 +42,7 @@ inline __m512i SignedNibbles<blocks::Q4_0>::table() {
 }
 template <>
 inline __m512i SignedNibbles<blocks::IQ4_NL>::table() {
-  return _mm512_xor_si512(Nibbles<blocks::IQ4_NL>::table(), _mm512_set1_epi8(-128));
+  return _mm512_broadcast_i32x4(Codes32<blocks::IQ4_NL>::table<0>());
 }
 
 // Fifth bits of Q5_0 and Q5_1, one at any place of its 64-bit lane for each byte, onto nibbles: `place` is
@@ -62,17 +59,6 @@ struct Scales256;
 // Eight runs of 32 with 6-bit scales and minimums.
 template <>
 struct Scales256<blocks::Q4_K> {
-  // The eight 6-bit scales in the low, the minimums in the high half of a vector of bytes.
-  static __m128i small(const uint8_t* packed) {
-    uint32_t a, b, c;
-    std::memcpy(&a, packed, 4);
-    std::memcpy(&b, packed + 4, 4);
-    std::memcpy(&c, packed + 8, 4);
-    const uint32_t scales = (c & 0x0f0f0f0f) | (a >> 2 & 0x30303030);
-    const uint32_t minimums = (c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030);
-    return _mm_set_epi64x(static_cast<int64_t>(static_cast<uint64_t>(minimums) << 32 | (b & 0x3f3f3f3f)),
-                          static_cast<int64_t>(static_cast<uint64_t>(scales) << 32 | (a & 0x3f3f3f3f)));
-  }
   // d times the scales, then dmin times the minimums.
   static __m512 scales(const uint8_t* p) {
     uint32_t both;
@@ -80,7 +66,10 @@ struct Scales256<blocks::Q4_K> {
     const __m128 halves = _mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(both)));
     const __m512 d = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_broadcastss_ps(halves)),
                                         _mm256_broadcastss_ps(_mm_movehdup_ps(halves)), 1);
-    return _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(small(p + 4))));
+    const SixBits of_runs(p + 4);
+    const __m128i codes =
+        _mm_set_epi64x(static_cast<int64_t>(of_runs.minimums), static_cast<int64_t>(of_runs.scales));
+    return _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)));
   }
 };
 

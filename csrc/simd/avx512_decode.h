@@ -7,10 +7,17 @@
 #include <cstdint>
 
 #include "kernels/quant_formats.h"
+#include "simd/avx2_decode.h"
 #include "simd/avx512_codes.h"
 
 namespace kvfold {
 namespace {
+
+// Types without code of their own below have levels in 256-bit vectors.
+template <class T>
+struct FastDecode<Avx512, T> : ByCodes<T, Decode32<Avx512, T>, Decode256<Avx512, T>, NoDecode> {};
+template <class T>
+struct FastFold<Avx512, T> : ByCodes<T, Fold32<Avx512, T>, Fold256<Avx512, T>, NoFold> {};
 
 // Rows to float32. A permutation looks at the low four bits of an index, so nibbles need no masking.
 template <class T>
@@ -80,7 +87,7 @@ struct Levels32<blocks::Q8_0> {
 };
 
 template <class T>
-struct Fold32 {
+struct FoldOneScale {
   using Levels = Levels32<T>;
   static void rows(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
                    const uint8_t* next) {
@@ -120,11 +127,11 @@ struct Fold32 {
   }
 };
 template <>
-struct FastFold<Avx512, blocks::Q4_0> : Fold32<blocks::Q4_0> {};
+struct FastFold<Avx512, blocks::Q4_0> : FoldOneScale<blocks::Q4_0> {};
 template <>
-struct FastFold<Avx512, blocks::IQ4_NL> : Fold32<blocks::IQ4_NL> {};
+struct FastFold<Avx512, blocks::IQ4_NL> : FoldOneScale<blocks::IQ4_NL> {};
 template <>
-struct FastFold<Avx512, blocks::Q8_0> : Fold32<blocks::Q8_0> {};
+struct FastFold<Avx512, blocks::Q8_0> : FoldOneScale<blocks::Q8_0> {};
 
 template <>
 struct FastDecode<Avx512, blocks::Q4_K> {
@@ -201,28 +208,6 @@ struct FastFold<Avx512, blocks::Q4_K> {
             _mm512_storeu_ps(out + 32 * run + 16 * half, _mm512_add_ps(sum[0][run][half], sum[1][run][half]));
           }
         }
-      }
-    }
-  }
-};
-
-template <>
-struct FastDecode<Avx512, blocks::Q6_K> {
-  static void row(const uint8_t* p, int64_t k, float* out) {
-    const __m512i nibble = _mm512_set1_epi32(15), top = _mm512_set1_epi32(0x30);
-    for (const float* end = out + k; out < end; out += 256, p += sizeof(blocks::Q6_K)) {
-      alignas(64) float scales[16];
-      _mm512_store_ps(scales, Scales256<blocks::Q6_K>::scales(p));
-      for (int run = 0; run < 16; run++) {  // as blocks::Q6_K::decode
-        const __m512i low = _mm512_cvtepu8_epi32(Avx512::load16(p + run / 8 * 64 + run % 4 * 16));
-        const __m512i high = _mm512_cvtepu8_epi32(Avx512::load16(p + 128 + run / 8 * 32 + run % 2 * 16));
-        const __m512i four =
-            _mm512_and_si512(_mm512_srl_epi32(low, _mm_cvtsi32_si128(run % 8 / 4 * 4)), nibble);
-        const __m512i two = _mm512_and_si512(
-            _mm512_srl_epi32(_mm512_slli_epi32(high, 4), _mm_cvtsi32_si128(run % 8 / 2 * 2)), top);
-        const __m512i code = _mm512_sub_epi32(_mm512_or_si512(four, two), _mm512_set1_epi32(32));
-        _mm512_storeu_ps(out + 16 * run,
-                         _mm512_mul_ps(_mm512_set1_ps(scales[run]), _mm512_cvtepi32_ps(code)));
       }
     }
   }

@@ -9,15 +9,24 @@
 #include <type_traits>
 
 #include "kernels/quant_formats.h"
+#include "simd/avx2_dots.h"
 #include "simd/avx512_codes.h"
 
 namespace kvfold {
 namespace {
 
+// Types without code in 512-bit vectors have that of 256-bit ones, as all do for rows that fill no panel.
+template <class T>
+struct Fast<Avx512, T> : std::conditional_t<kHas256<T>, Fast256<Avx512, T>, NoFast> {};
+
+template <class T>
+struct OfPanels : TakesApart<T> {
+  static constexpr bool kDot = true, kUnpack = true, kQuads = false;
+};
+
 // 32 nibbles under one float16, or two, the second the minimum, with fifth bits before them in Q5_0 and Q5_1.
 template <class T>
-struct FastNibbles {
-  static constexpr bool kDot = true, kUnpack = true, kQuads = false, kTakeApart = false;
+struct FastNibbles : OfPanels<T> {
   static constexpr bool kHasMin = Parts<T>::kHasMin;
   static constexpr int64_t kBytes = sizeof(T), kNibbles = kBytes - 16,
                            kFifths = kHasMin ? 4 : 2;  // where they begin
@@ -230,8 +239,7 @@ struct Fast<Avx512, blocks::IQ4_NL> : FastNibbles<blocks::IQ4_NL> {};
 
 // 32 signed bytes under one float16: 34 bytes a block.
 template <>
-struct Fast<Avx512, blocks::Q8_0> {
-  static constexpr bool kDot = true, kUnpack = true, kQuads = false, kTakeApart = false;
+struct Fast<Avx512, blocks::Q8_0> : OfPanels<blocks::Q8_0> {
   static constexpr int64_t kBytes = 34;
   static constexpr int place(int piece) { return piece; }
 
@@ -331,8 +339,7 @@ inline void transpose_floats(const float* rows, int64_t stride, int64_t count, _
 
 // 256 nibbles, eight runs of 32 with 6-bit scales and minimums: 144 bytes.
 template <>
-struct Fast<Avx512, blocks::Q4_K> : Scales256<blocks::Q4_K> {
-  static constexpr bool kDot = true, kUnpack = true, kQuads = false, kTakeApart = false;
+struct Fast<Avx512, blocks::Q4_K> : OfPanels<blocks::Q4_K>, Scales256<blocks::Q4_K> {
   // The 64 bytes of two pairs of runs are the low nibbles of runs 0 and 2, and the high ones of 1 and 3.
   static constexpr int place(int piece) { return piece / 2 % 2 * 4 + piece / 4 * 2 + piece % 2; }
 
@@ -413,8 +420,7 @@ struct Fast<Avx512, blocks::Q4_K> : Scales256<blocks::Q4_K> {
 
 // 256 codes of 6 bits, sixteen runs of 16 with int8 scales: 210 bytes.
 template <>
-struct Fast<Avx512, blocks::Q6_K> : Scales256<blocks::Q6_K> {
-  static constexpr bool kDot = true, kUnpack = true, kQuads = false, kTakeApart = false;
+struct Fast<Avx512, blocks::Q6_K> : OfPanels<blocks::Q6_K>, Scales256<blocks::Q6_K> {
   static constexpr int place(int piece) { return piece; }
 
   // low | the bits of `high` that belong on top.
