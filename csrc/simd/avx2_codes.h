@@ -171,7 +171,15 @@ struct Codes256<blocks::Q4_K> : NibbleRuns<blocks::Q4_K> {};
 template <>
 struct Codes256<blocks::Q5_K> : NibbleRuns<blocks::Q5_K> {};
 
-// Sixteen runs, a half of them at a time: half_codes() has vectors of two runs each.
+// Sixteen signed bytes times a float16.
+inline void runs_times(float half, __m128i bytes, __m256* out) {
+  const __m256 d = _mm256_set1_ps(half);
+  out[0] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), d);
+  out[1] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes))), d);
+}
+
+// Sixteen runs, a half of them at a time: half_codes() has vectors of two runs each. scale_bytes() and
+// minimum_bytes() of all runs times the float16 at kScale and at kMinimum.
 template <class T>
 struct RunsOf16 {
   static void codes(const uint8_t* p, __m256i* out) {
@@ -181,17 +189,19 @@ struct RunsOf16 {
       std::copy(of_half, of_half + 4, out + 4 * half);
     }
   }
+  static void scales(const uint8_t* p, __m256* scale, __m256* minimum) {
+    using Of = Codes256<T>;
+    runs_times(block_scale(p + Of::kScale), Of::scale_bytes(p), scale);
+    if constexpr (Parts<T>::kHasMin) {
+      runs_times(block_scale(p + Of::kMinimum), Of::minimum_bytes(p), minimum);
+    }
+  }
 };
-
-// Sixteen signed bytes times a float16.
-inline void runs_times(float half, __m128i bytes, __m256* out) {
-  const __m256 d = _mm256_set1_ps(half);
-  out[0] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), d);
-  out[1] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes))), d);
-}
 
 template <>
 struct Codes256<blocks::Q6_K> : RunsOf16<blocks::Q6_K> {
+  static constexpr int64_t kScale = 208;
+  static __m128i scale_bytes(const uint8_t* p) { return Avx2::load16(p + 192); }
   static void half_codes(const uint8_t* p, int half, __m256i (&out)[4]) {
     const __m256i nibble = _mm256_set1_epi8(15), top = _mm256_set1_epi8(0x30);
     const __m256i a = Avx2::load_codes(p + 64 * half), b = Avx2::load_codes(p + 64 * half + 32);
@@ -201,9 +211,6 @@ struct Codes256<blocks::Q6_K> : RunsOf16<blocks::Q6_K> {
     out[2] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(a, 4), nibble), _mm256_and_si256(high, top));
     out[3] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(b, 4), nibble),
                              _mm256_and_si256(_mm256_srli_epi16(high, 2), top));
-  }
-  static void scales(const uint8_t* p, __m256* scale, __m256*) {
-    runs_times(block_scale(p + 208), Avx2::load16(p + 192), scale);
   }
 };
 
@@ -232,14 +239,15 @@ struct Codes256<blocks::Q3_K> : RunsOf16<blocks::Q3_K> {
   }
 
   // Low nibbles of runs 0 to 7, and high ones of runs 8 to 15, in eight bytes; two bits more in four planes.
-  static void scales(const uint8_t* p, __m256* scale, __m256*) {
+  static constexpr int64_t kScale = 108;
+  static __m128i scale_bytes(const uint8_t* p) {
     const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 96));
     const __m128i lower = _mm_unpacklo_epi64(both, _mm_srli_epi16(both, 4));
     const __m128i upper =
         _mm_srlv_epi32(_mm_set1_epi32(static_cast<int>(blocks::load32(p + 104))), _mm_setr_epi32(0, 2, 4, 6));
     const __m128i codes = _mm_or_si128(_mm_and_si128(lower, _mm_set1_epi8(15)),
                                        _mm_slli_epi16(_mm_and_si128(upper, _mm_set1_epi8(3)), 4));
-    runs_times(block_scale(p + 108), _mm_sub_epi8(codes, _mm_set1_epi8(32)), scale);
+    return _mm_sub_epi8(codes, _mm_set1_epi8(32));
   }
 };
 
@@ -253,10 +261,10 @@ struct Codes256<blocks::Q2_K> : RunsOf16<blocks::Q2_K> {
     out[3] = _mm256_and_si256(_mm256_srli_epi16(four, 6), two);
   }
 
-  static void scales(const uint8_t* p, __m256* scale, __m256* minimum) {
-    const __m128i both = Avx2::load16(p), nibble = _mm_set1_epi8(15);
-    runs_times(block_scale(p + 80), _mm_and_si128(both, nibble), scale);
-    runs_times(block_scale(p + 82), _mm_and_si128(_mm_srli_epi16(both, 4), nibble), minimum);
+  static constexpr int64_t kScale = 80, kMinimum = 82;
+  static __m128i scale_bytes(const uint8_t* p) { return _mm_and_si128(Avx2::load16(p), _mm_set1_epi8(15)); }
+  static __m128i minimum_bytes(const uint8_t* p) {
+    return _mm_and_si128(_mm_srli_epi16(Avx2::load16(p), 4), _mm_set1_epi8(15));
   }
 };
 

@@ -139,7 +139,7 @@ struct FastDecode<Avx512, blocks::Q4_K> {
     const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (const float* end = out + k; out < end; p += sizeof(blocks::Q4_K)) {
       alignas(64) float both[16];
-      _mm512_store_ps(both, Scales256<blocks::Q4_K>::scales(p));
+      _mm512_store_ps(both, Halves<blocks::Q4_K>::both(p));
       for (int pair = 0; pair < 4; pair++, out += 64) {
         for (int half = 0; half < 2; half++) {
           const __m512i packed = _mm512_cvtepu8_epi32(Avx512::load16(p + 16 + 32 * pair + 16 * half));
@@ -169,7 +169,7 @@ struct FastFold<Avx512, blocks::Q4_K> {
       __m512 total = _mm512_setzero_ps();
       for (int64_t j = 0; j < kRows; j++) {
         const __m512 both =
-            _mm512_mul_ps(Scales256<blocks::Q4_K>::scales(rows + j * row_bytes), _mm512_set1_ps(x[j]));
+            _mm512_mul_ps(Halves<blocks::Q4_K>::both(rows + j * row_bytes), _mm512_set1_ps(x[j]));
         _mm512_store_ps(scaled[j], both);
         total = _mm512_add_ps(total, both);
       }

@@ -328,60 +328,82 @@ struct Fast<Avx512, blocks::Q8_0> : OfPanels<blocks::Q8_0> {
   }
 };
 
-// 16 rows of `count` numbers, to[j] = number j of all rows.
-inline void transpose_floats(const float* rows, int64_t stride, int64_t count, __m512* to) {
-  for (int64_t j = 0; j < count; j += 4) {
-    __m512i columns[4];
-    Avx512::transpose(reinterpret_cast<const uint8_t*>(rows + j), stride * 4, columns);
-    for (int64_t c = 0; c < 4; c++) to[j + c] = _mm512_castsi512_ps(columns[c]);
+// Types of 256 weights.
+template <class T>
+struct DotHalves : TakesApart<T> {
+  static constexpr bool kDot = true, kUnpack = false, kQuads = false;
+  static constexpr int kRun = Parts<T>::kRun;
+  // Of 128 codes, as Halves has them.
+  static constexpr int place(int piece) {
+    return kRun == 16 ? piece : piece / 2 % 2 * 4 + piece / 4 * 2 + piece % 2;
   }
-}
 
-// 256 nibbles, eight runs of 32 with 6-bit scales and minimums: 144 bytes.
-template <>
-struct Fast<Avx512, blocks::Q4_K> : OfPanels<blocks::Q4_K>, Scales256<blocks::Q4_K> {
-  // The 64 bytes of two pairs of runs are the low nibbles of runs 0 and 2, and the high ones of 1 and 3.
-  static constexpr int place(int piece) { return piece / 2 % 2 * 4 + piece / 4 * 2 + piece % 2; }
+  // A number of each run of a block, zeros after eight.
+  static __m512 of_runs(const float* p) {
+    if constexpr (kRun == 16) return _mm512_loadu_ps(p);
+    return _mm512_zextps256_ps512(_mm256_loadu_ps(p));
+  }
 
   template <int rows>
   static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
-    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
-    const __m512i nibble = _mm512_set1_epi8(15);
-    __m512 sum[rows];
-    __m256 minus[rows];
-    for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps(), minus[r] = _mm256_setzero_ps();
-    for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q4_K)) {
-      Avx512::prefetch(row + ahead);
-      Avx512::prefetch(row + ahead + 64);
-      Avx512::prefetch(row + ahead + 128);
-      const __m512 both = scales(row);
-      __m512 scale[rows];
+    // Runs of the first vector of the first half, and from there to those of the second vector and half.
+    const __m512i lanes = kRun == 16 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
+                                     : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
+    constexpr int kNextVector = kRun == 16 ? 4 : 1, kNextHalf = 128 / kRun;
+    __m512 sum[rows], minus[rows];
+    for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm512_setzero_ps();
+    for (int64_t at = 0; at < k; at += 256, row += sizeof(T)) {
+#pragma GCC unroll 4
+      for (size_t line = 0; line < sizeof(T); line += 64) Avx512::prefetch(row + ahead + line);
+      __m512 d, subtracted, scale[rows];
+      Halves<T>::scales(row, d, subtracted);
       for (int r = 0; r < rows; r++) {
-        const __m256 x_scales = _mm256_loadu_ps(x[r].scales + at / 32);
-        scale[r] = _mm512_castps256_ps512(_mm256_mul_ps(_mm512_castps512_ps256(both), x_scales));
-        minus[r] =
-            _mm256_fmadd_ps(_mm512_extractf32x8_ps(both, 1), _mm256_loadu_ps(x[r].sums + at / 32), minus[r]);
+        scale[r] = _mm512_mul_ps(d, of_runs(x[r].scales + at / kRun));
+        minus[r] = _mm512_fmadd_ps(subtracted, of_runs(x[r].sums + at / kRun), minus[r]);
       }
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
-        const __m512i packed = _mm512_loadu_si512(row + 16 + 64 * half);
-        const __m512i low = _mm512_and_si512(packed, nibble);
-        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
-        const __m512i even = _mm512_add_epi32(lanes, _mm512_set1_epi32(4 * half));
-        const __m512i odd = _mm512_add_epi32(lanes, _mm512_set1_epi32(4 * half + 1));
-        for (int r = 0; r < rows; r++) {
-          const int8_t* codes = x[r].codes + at + 128 * half;
-          const __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, Avx512::load_codes(codes));
-          const __m512i b = _mm512_dpbusd_epi32(_mm512_setzero_si512(), high, Avx512::load_codes(codes + 64));
-          sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), _mm512_permutexvar_ps(even, scale[r]), sum[r]);
-          sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b), _mm512_permutexvar_ps(odd, scale[r]), sum[r]);
+        __m512i codes[2];
+        Halves<T>::codes(row, half, codes);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+          const __m512i runs = _mm512_add_epi32(lanes, _mm512_set1_epi32(kNextHalf * half + kNextVector * i));
+          for (int r = 0; r < rows; r++) {
+            const __m512i of_x = Avx512::load_codes(x[r].codes + at + 128 * half + 64 * i);
+            const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[i], of_x);
+            sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(runs, scale[r]), sum[r]);
+          }
         }
       }
     }
+    constexpr float kZero = Parts<T>::kHasMin ? 1.0f : Parts<T>::kZero;
     for (int r = 0; r < rows; r++) {
-      y[r] = _mm512_reduce_add_ps(_mm512_sub_ps(sum[r], _mm512_zextps256_ps512(minus[r])));
+      y[r] = _mm512_reduce_add_ps(_mm512_fnmadd_ps(minus[r], _mm512_set1_ps(kZero), sum[r]));
     }
   }
+};
+template <>
+struct Fast<Avx512, blocks::Q2_K> : DotHalves<blocks::Q2_K> {};
+template <>
+struct Fast<Avx512, blocks::Q3_K> : DotHalves<blocks::Q3_K> {};
+template <>
+struct Fast<Avx512, blocks::Q5_K> : DotHalves<blocks::Q5_K> {};
+
+// Sixteen numbers of each of 16 rows, number j of all of them to place(j).
+template <class OfRow, class Place>
+inline void put_transposed(const OfRow& of_row, const Place& place) {
+  alignas(64) float numbers[16][16];
+  for (int64_t i = 0; i < 16; i++) _mm512_store_ps(numbers[i], of_row(i));
+  for (int64_t j = 0; j < 16; j += 4) {
+    __m512i columns[4];
+    Avx512::transpose(reinterpret_cast<const uint8_t*>(numbers[0] + j), sizeof numbers[0], columns);
+    for (int64_t c = 0; c < 4; c++) _mm512_store_si512(place(j + c), columns[c]);
+  }
+}
+
+template <>
+struct Fast<Avx512, blocks::Q4_K> : DotHalves<blocks::Q4_K> {
+  static constexpr bool kUnpack = true;
 
   template <bool is_signed = false>  // the same: there are no negative codes
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
@@ -390,18 +412,13 @@ struct Fast<Avx512, blocks::Q4_K> : OfPanels<blocks::Q4_K>, Scales256<blocks::Q4
     for (int64_t at = 0; at < k; at += 256, raw += sizeof(blocks::Q4_K), panel += 8 * kRecord) {
       for (int v = 0; v < 2; v++) {
         const uint8_t* rows = raw + 16 * v * row_bytes;
-        alignas(64) float numbers[16][16];
         const __m512 negative =
             _mm512_insertf32x8(_mm512_setzero_ps(), _mm256_set1_ps(-0.0f), 1);  // the minimums
-        for (int64_t i = 0; i < 16; i++)
-          _mm512_store_ps(numbers[i], _mm512_xor_ps(scales(rows + i * row_bytes), negative));
-        __m512 columns[16];
-        transpose_floats(numbers[0], 16, 16, columns);
-        for (int run = 0; run < 8; run++) {
-          auto* to = reinterpret_cast<float*>(panel + run * kRecord + 32 * 32) + 16 * v;
-          _mm512_store_ps(to, columns[run]);
-          _mm512_store_ps(to + 32, columns[8 + run]);
-        }
+        put_transposed(
+            [&](int64_t i) {
+              return _mm512_xor_ps(Halves<blocks::Q4_K>::both(rows + i * row_bytes), negative);
+            },
+            [&](int64_t j) { return panel + j % 8 * kRecord + 32 * 32 + j / 8 * 128 + 64 * v; });
         for (int pair = 0; pair < 4; pair++) {
           for (int half = 0; half < 2; half++) {
             __m512i packed[4];
@@ -418,56 +435,9 @@ struct Fast<Avx512, blocks::Q4_K> : OfPanels<blocks::Q4_K>, Scales256<blocks::Q4
   }
 };
 
-// 256 codes of 6 bits, sixteen runs of 16 with int8 scales: 210 bytes.
 template <>
-struct Fast<Avx512, blocks::Q6_K> : OfPanels<blocks::Q6_K>, Scales256<blocks::Q6_K> {
-  static constexpr int place(int piece) { return piece; }
-
-  // low | the bits of `high` that belong on top.
-  static __m512i on_top(__m512i low, __m512i high) {
-    return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(0x30), 0xf8);  // low | (high & 0x30)
-  }
-
-  template <int rows>
-  static void dot(const uint8_t* row, int64_t k, const DotRow* x, float* y, int64_t ahead) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i up = _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2),
-                  down = _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2);
-    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    __m512 sum[rows], minus[rows];
-    for (int r = 0; r < rows; r++) sum[r] = minus[r] = _mm512_setzero_ps();
-    for (int64_t at = 0; at < k; at += 256, row += sizeof(blocks::Q6_K)) {
-      for (int line = 0; line < 4; line++) Avx512::prefetch(row + ahead + 64 * line);
-      const __m512 d = scales(row);
-      __m512 scale[rows];
-      for (int r = 0; r < rows; r++) {
-        scale[r] = _mm512_mul_ps(d, _mm512_loadu_ps(x[r].scales + at / 16));
-        minus[r] = _mm512_fmadd_ps(d, _mm512_loadu_ps(x[r].sums + at / 16), minus[r]);
-      }
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++) {
-        const __m512i packed = _mm512_loadu_si512(row + 64 * half);
-        const __m512i high = _mm512_broadcast_i64x4(
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 128 + 32 * half)));
-        const __m512i first = on_top(_mm512_and_si512(packed, nibble), _mm512_sllv_epi64(high, up));
-        const __m512i second =
-            on_top(_mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble), _mm512_srlv_epi64(high, down));
-        const __m512i a_lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(8 * half));
-        const __m512i b_lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(8 * half + 4));
-        for (int r = 0; r < rows; r++) {
-          const int8_t* codes = x[r].codes + at + 128 * half;
-          const __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, Avx512::load_codes(codes));
-          const __m512i b =
-              _mm512_dpbusd_epi32(_mm512_setzero_si512(), second, Avx512::load_codes(codes + 64));
-          sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), _mm512_permutexvar_ps(a_lanes, scale[r]), sum[r]);
-          sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b), _mm512_permutexvar_ps(b_lanes, scale[r]), sum[r]);
-        }
-      }
-    }
-    for (int r = 0; r < rows; r++) {
-      y[r] = _mm512_reduce_add_ps(_mm512_fnmadd_ps(minus[r], _mm512_set1_ps(32.0f), sum[r]));
-    }
-  }
+struct Fast<Avx512, blocks::Q6_K> : DotHalves<blocks::Q6_K> {
+  static constexpr bool kUnpack = true;
 
   static void unpack(const uint8_t* raw, int64_t row_bytes, int64_t k, uint8_t* panel) {
     constexpr int64_t kRecord = 32 * 32 + 2 * 128;
@@ -475,15 +445,8 @@ struct Fast<Avx512, blocks::Q6_K> : OfPanels<blocks::Q6_K>, Scales256<blocks::Q6
     for (int64_t at = 0; at < k; at += 256, raw += sizeof(blocks::Q6_K), panel += 8 * kRecord) {
       for (int v = 0; v < 2; v++) {
         const uint8_t* rows = raw + 16 * v * row_bytes;
-        alignas(64) float numbers[16][16];
-        for (int64_t i = 0; i < 16; i++) _mm512_store_ps(numbers[i], scales(rows + i * row_bytes));
-        __m512 columns[16];
-        transpose_floats(numbers[0], 16, 16, columns);
-        for (int run = 0; run < 16; run++) {
-          _mm512_store_ps(
-              reinterpret_cast<float*>(panel + run / 2 * kRecord + 32 * 32) + run % 2 * 32 + 16 * v,
-              columns[run]);
-        }
+        put_transposed([&](int64_t i) { return Halves<blocks::Q6_K>::scales(rows + i * row_bytes); },
+                       [&](int64_t j) { return panel + j / 2 * kRecord + 32 * 32 + j % 2 * 128 + 64 * v; });
         for (int half = 0; half < 2; half++) {
           for (int part = 0; part < 2; part++) {  // 16 of the 32 bytes of upper bits
             __m512i high[4];
@@ -495,9 +458,10 @@ struct Fast<Avx512, blocks::Q6_K> : OfPanels<blocks::Q6_K>, Scales256<blocks::Q6
                 uint8_t* to = panel + (4 * half + side) * kRecord + (2 * (4 * part + j) + v) * 64;
                 const __m512i top = side == 0 ? _mm512_slli_epi16(high[j], 4) : _mm512_slli_epi16(high[j], 2);
                 const __m512i bottom = side == 0 ? high[j] : _mm512_srli_epi16(high[j], 2);
-                _mm512_store_si512(to, on_top(_mm512_and_si512(packed[j], nibble), top));
-                _mm512_store_si512(to + 2 * kRecord,
-                                   on_top(_mm512_and_si512(_mm512_srli_epi16(packed[j], 4), nibble), bottom));
+                _mm512_store_si512(to, on_top(_mm512_and_si512(packed[j], nibble), top, 0x30));
+                _mm512_store_si512(
+                    to + 2 * kRecord,
+                    on_top(_mm512_and_si512(_mm512_srli_epi16(packed[j], 4), nibble), bottom, 0x30));
               }
             }
           }
