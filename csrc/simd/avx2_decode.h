@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/quant_formats.h"
@@ -99,6 +100,40 @@ inline void fold_levels(const int8_t (*rows)[32], const float* factors, int stri
   for (int v = 0; v < kVectors; v++) S::store(out + kLanes * v, S::add(sum[0][v], sum[1][v]));
 }
 
+// Scales of some blocks of 32 of all rows times x, and what their minimums add, before any block is folded: a
+// vector of what was just stored in pieces waits until it is in the cache, and where it is not stored, GCC
+// puts it together by two instructions a scale (a head of IQ4_NL 5.4 instead of 4.5 us on Zen 3).
+template <class S, class T>
+struct FoldedScales {
+  static constexpr int64_t kBlocks = 16;
+  static constexpr int kFields = Parts<T>::kHasMin ? 2 : 1;
+  alignas(64) float scales[kBlocks][kFoldedRows];
+  float least[kBlocks];
+
+  void take(const uint8_t* rows, int64_t row_bytes, int64_t num_blocks, const float* x) {
+    alignas(32) uint16_t halves[kFields][kBlocks][kFoldedRows];
+    const int64_t count = std::min(kBlocks, num_blocks);
+    for (int64_t j = 0; j < kFoldedRows; j++) {
+      for (int64_t b = 0; b < count; b++) {
+        for (int field = 0; field < kFields; field++) {
+          halves[field][b][j] = blocks::load16(rows + j * row_bytes + b * sizeof(T) + 2 * field);
+        }
+      }
+    }
+    for (int64_t b = 0; b < count; b++) {
+      auto sum = S::zero();
+      for (int j = 0; j < kFoldedRows; j += S::kLanes) {
+        const auto times_x = [&](const uint16_t* of) {
+          return S::mul(S::load_half(reinterpret_cast<const uint8_t*>(of + j)), S::load(x + j));
+        };
+        S::store(scales[b] + j, times_x(halves[0][b]));
+        if constexpr (kFields == 2) sum = S::add(sum, times_x(halves[1][b]));
+      }
+      least[b] = kFields == 2 ? S::sum(sum) : 0.0f;
+    }
+  }
+};
+
 template <class S, class T>
 struct Fold32 {
   static constexpr int64_t kBytes = sizeof(T);
@@ -106,28 +141,18 @@ struct Fold32 {
   static void rows(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
                    const uint8_t* next) {
     constexpr int64_t kLines = (kFoldedRows * kBytes + 63) / 64;  // of 16 blocks
-    for (const float* end = out + k; out < end; out += 32, rows += kBytes) {
+    FoldedScales<S, T> scaled;
+    for (int64_t at = 0; at < k / 32; at++, out += 32, rows += kBytes) {
+      const int64_t b = at % scaled.kBlocks;
+      if (b == 0) scaled.take(rows, row_bytes, k / 32 - at, x);
       for (int64_t line = 0; line < kLines; line++, next += 64) S::prefetch(next);
-      alignas(32) uint16_t halves[2][kFoldedRows];
       alignas(32) int8_t block[kFoldedRows][32];
 #pragma GCC unroll 16
       for (int j = 0; j < kFoldedRows; j++) {
-        const uint8_t* from = rows + j * row_bytes;
-        halves[0][j] = blocks::load16(from);
-        if constexpr (Parts<T>::kHasMin) halves[1][j] = blocks::load16(from + 2);
-        Avx2::store_codes(block[j], on_top_of_levels<T>(0, Codes32<T>::codes(from)));
+        Avx2::store_codes(block[j], on_top_of_levels<T>(0, Codes32<T>::codes(rows + j * row_bytes)));
       }
-      alignas(64) float scaled[kFoldedRows];
-      typename S::Floats minimums[1] = {S::zero()};
-      for (int j = 0; j < kFoldedRows; j += S::kLanes) {
-        const auto times_x = [&](const uint16_t* of) {
-          return S::mul(S::load_half(reinterpret_cast<const uint8_t*>(of + j)), S::load(x + j));
-        };
-        S::store(scaled + j, times_x(halves[0]));
-        if constexpr (Parts<T>::kHasMin) minimums[0] = S::add(minimums[0], times_x(halves[1]));
-      }
-      if constexpr (Parts<T>::kHasMin) minimums[0] = S::set(S::sum(minimums[0]));
-      fold_levels<S, 32>(block, scaled, 1, minimums, out);
+      const typename S::Floats start[1] = {S::set(scaled.least[b])};
+      fold_levels<S, 32>(block, scaled.scales[b], 1, start, out);
     }
   }
 };

@@ -92,25 +92,11 @@ struct FoldOneScale {
   static void rows(const uint8_t* rows, int64_t row_bytes, int64_t k, const float* x, float* out,
                    const uint8_t* next) {
     const int64_t lines = (16 * Levels::kBytes + 63) / 64;  // of 16 blocks
-    const __m512 table = Levels::table(), factors = _mm512_loadu_ps(x);
-    // Scales of some blocks first: a vector of what was just stored in pieces waits until it is in the cache.
-    constexpr int64_t kBlocks = 16;
-    alignas(32) uint16_t halves[kBlocks][16];
-    alignas(64) float scaled[kBlocks][16];
+    const __m512 table = Levels::table();
+    FoldedScales<Avx512, T> scaled;
     for (int64_t at = 0; at < k / 32; at++, out += 32, rows += Levels::kBytes) {
-      if (at % kBlocks == 0) {
-        const int64_t n = std::min(kBlocks, k / 32 - at);
-        for (int64_t j = 0; j < 16; j++) {
-          for (int64_t b = 0; b < n; b++) {
-            halves[b][j] = blocks::load16(rows + j * row_bytes + b * Levels::kBytes);
-          }
-        }
-        for (int64_t b = 0; b < n; b++) {
-          const __m512 scales =
-              _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves[b])));
-          _mm512_store_ps(scaled[b], _mm512_mul_ps(scales, factors));
-        }
-      }
+      const int64_t b = at % scaled.kBlocks;
+      if (b == 0) scaled.take(rows, row_bytes, k / 32 - at, x);
       for (int64_t line = 0; line < lines; line++, next += 64) Avx512::prefetch(next);
       __m512 sum[2][2] = {{_mm512_loadu_ps(out), _mm512_loadu_ps(out + 16)},
                           {_mm512_setzero_ps(), _mm512_setzero_ps()}};
@@ -119,7 +105,7 @@ struct FoldOneScale {
         const uint8_t* block = rows + j * row_bytes;
         __m512 levels[2];
         Levels::two(block, table, levels);
-        const __m512 factor = _mm512_set1_ps(scaled[at % kBlocks][j]);
+        const __m512 factor = _mm512_set1_ps(scaled.scales[b][j]);
         for (int v = 0; v < 2; v++) sum[j % 2][v] = _mm512_fmadd_ps(factor, levels[v], sum[j % 2][v]);
       }
       for (int v = 0; v < 2; v++) _mm512_storeu_ps(out + 16 * v, _mm512_add_ps(sum[0][v], sum[1][v]));
