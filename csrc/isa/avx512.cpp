@@ -15,7 +15,15 @@ constexpr int kWidth = 16;
 #include "kernels/tile_body.h"
 }  // namespace float_avx512
 
-static_assert(Fast<Avx512, blocks::IQ4_NL>::kDot);      // simd/avx512_dots.h is there
+// simd/avx512_dots.h is there, and no type has vector code on AVX2 alone.
+static_assert(Fast<Avx512, blocks::IQ4_NL>::kDot && [] {
+  bool keeps_up = true;
+  for_each_quantized([&](auto type, int32_t) {
+    using T = typename decltype(type)::type;
+    if (Fast<Avx2, T>::kDot && !Fast<Avx512, T>::kDot) keeps_up = false;
+  });
+  return keeps_up;
+}());
 extern const PairKernels avx512_pairs, avx512_numbers;  // pairs_avx512.cpp
 extern const LatentKernels avx512_latent;               // latent_avx512.cpp
 const InstructionSet& avx512_set() {
