@@ -26,7 +26,7 @@ from kvfold.mla.reference import attend
 from kvfold.mla.rope import cos_sin, rotate
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Recorder, Value
-from kvfold.model.step import Step
+from kvfold.model.step import Int32, Step
 from kvfold.quant.activations import Rounding, product, rounded, rounding_for
 from kvfold.quant.attention import attend as attend_rounded
 from kvfold.quant.attention import attend_codes, attend_latents
@@ -78,6 +78,7 @@ def check(isas: list[str], *, threads: int) -> Iterator[Finding]:
         for isa in isas:
             _native.force_isa(isa)
             yield from _products(isa, threads)
+            yield from _float_products(isa, threads)
             yield from _ops(isa, threads, attended)
             yield from _routes(isa, threads)
             for mixture in _mixtures(isa):
@@ -176,7 +177,9 @@ _MLA = MlaConfig(
     softmax_scale=0.125,
 )
 _ROPE = RopeConfig(dim=32, theta=10000.0)
-_LENGTHS = (1, 300, 17)
+_LENGTHS = (1, 300, 17)  # a sequence of one row comes first
+_STARTS = np.cumsum([0, *_LENGTHS[:-1]], dtype=np.int32)
+_LAST_ROWS = np.cumsum(_LENGTHS) - 1
 _Q = _MLA.num_heads * _MLA.qk_head_dim
 _HIDDEN = _Q + _MLA.latent_dim
 _EPS = 1e-6
@@ -230,9 +233,11 @@ def _run(
     fused: bool = True,
     cache_type: CacheType = CacheType.F32,
     rounds_activations: bool = False,
+    generates: bool = False,
 ) -> tuple[dict[str, Floats], PagedCache]:
     """What the ops handed over for rows of x, [T, width] each. Pages lie in another order than sequences, and rows in the
-    table of the embedding."""
+    table of the embedding. generates: the last row of each sequence (_LAST_ROWS) in a step behind the others', and what the ops
+    handed over for those."""
     widths = (_Q, _MLA.num_heads * _MLA.v_head_dim) if path is Path.STANDARD else (_MLA.latent_dim,)
     pages = [-(-length // PAGE_TOKENS) for length in _LENGTHS]
     cache = PagedCache(CacheLayout(1, widths, cache_type), sum(pages))
@@ -249,25 +254,37 @@ def _run(
     )
     order = np.random.default_rng(0).permutation(sum(pages)).astype(np.int32)
     page_starts = np.cumsum([0, *pages]).astype(np.int32)
-    positions = np.concatenate([np.arange(length, dtype=np.int32) for length in _LENGTHS])
-    sequence = np.repeat(np.arange(len(_LENGTHS)), _LENGTHS)
-    page = order[page_starts[sequence] + positions // PAGE_TOKENS].astype(np.int64)
-    rows = np.arange(table.rows, dtype=np.int32)
-    step = Step(
-        token_ids=rows,
-        positions=positions,
-        slots=page * PAGE_TOKENS + positions % PAGE_TOKENS,
-        row_starts=np.cumsum([0, *_LENGTHS]).astype(np.int32),
-        kv_lens=np.asarray(_LENGTHS, np.int32),
-        page_starts=page_starts,
-        pages=order,
-        segments=np.asarray([[path.value, fused, 0, len(_LENGTHS)]], np.int32),
-        output_rows=rows,
-        is_prompt=np.ones(len(_LENGTHS), np.int32),
-    )
-    run = backend.start(step)
-    run.run()
-    return dict(run.outputs), cache
+
+    def outputs_of(begins: Int32, ends: Int32, is_prompt: bool) -> dict[str, Floats]:
+        """Of the rows from begins to ends of each sequence."""
+        counts, sequences = ends - begins, np.arange(len(_LENGTHS))
+        positions = np.concatenate(
+            [np.arange(*of_one, dtype=np.int32) for of_one in zip(begins, ends, strict=True)]
+        )
+        page = order[page_starts[np.repeat(sequences, counts)] + positions // PAGE_TOKENS].astype(np.int64)
+        some = sequences[counts > 0]
+        run = backend.start(
+            Step(
+                token_ids=positions + np.repeat(_STARTS, counts),
+                positions=positions,
+                slots=page * PAGE_TOKENS + positions % PAGE_TOKENS,
+                row_starts=np.cumsum([0, *counts[some]]).astype(np.int32),
+                kv_lens=ends[some],
+                page_starts=page_starts[some[0] :] - page_starts[some[0]],
+                pages=order[page_starts[some[0]] :],
+                segments=np.asarray([[path.value, fused, 0, len(some)]], np.int32),
+                output_rows=np.arange(len(positions), dtype=np.int32),
+                is_prompt=np.full(len(some), is_prompt, np.int32),
+            )
+        )
+        run.run()
+        return dict(run.outputs)
+
+    lengths, none = np.asarray(_LENGTHS, np.int32), np.zeros(len(_LENGTHS), np.int32)
+    if not generates:
+        return outputs_of(none, lengths, True), cache
+    outputs_of(none, lengths - 1, True)
+    return outputs_of(lengths - 1, lengths, False), cache
 
 
 def _float_weight(name: str, values: Floats) -> QuantTensor:
@@ -432,13 +449,19 @@ def _ops(isa: str, threads: int, attended: _Attended) -> Iterator[Finding]:
         for cache_type in CACHE_TYPES:
             for fused in (True, False):
                 for rounds in (False, True):
-                    yield _attention_finding(path, cache_type, fused, rounds, x, up, isa, threads, attended)
+                    for generates in (False, True):
+                        yield _attention_finding(
+                            path, cache_type, fused, rounds, generates, x, up, isa, threads, attended
+                        )
     x[:, _Q : _Q + lora] /= np.float32(np.sqrt(lora))  # weights of blocks have the size of one
     for type_name in ("IQ4_NL", "Q4_0", "Q8_0", "F16", "BF16"):
         for names in (_KV_B, _K_B_V_B):
             for path in (Path.ABSORBED, Path.DECOMPRESSED):
                 up = _Up.random(names, type_name)
-                yield _attention_finding(path, CacheType.F16, True, True, x, up, isa, threads, attended)
+                for generates in (False, True):
+                    yield _attention_finding(
+                        path, CacheType.F16, True, True, generates, x, up, isa, threads, attended
+                    )
 
 
 def _attention_finding(
@@ -446,6 +469,7 @@ def _attention_finding(
     cache_type: CacheType,
     fused: bool,
     rounds: bool,
+    generates: bool,
     x: Floats,
     up: _Up,
     isa: str,
@@ -464,6 +488,7 @@ def _attention_finding(
         fused=fused,
         cache_type=cache_type,
         rounds_activations=rounds,
+        generates=generates,
     )
     # mla=0 rounds what it has expanded.
     exact = not rounds and (cache_type is CacheType.F32 or path is not Path.STANDARD)
@@ -472,10 +497,12 @@ def _attention_finding(
     name = f"attention, {path.name.lower()}, {'fused' if fused else 'unfused'}, {how}"
     if type != "F32":
         name = f"attention, {path.name.lower()}, {' and '.join(part.name for part in up.parts)}"
+    if generates:
+        name += ", a row over cached ones"
     key = path, cache_type, rounds, type, up.names
     if key not in attended:
         attended[key] = _attended(x, up, cache_type, path, rounds)
-    worst = _error(got["out"], attended[key])
+    worst = _error(got["out"], attended[key][_LAST_ROWS] if generates else attended[key])
     shown = cache_type.value if type == "F32" else type
     return Finding(name, shown, isa, worst, ATTENTION_BOUND if exact else ROUNDED_BOUND)
 
@@ -503,6 +530,29 @@ def _embeddings(isa: str, threads: int) -> Iterator[Finding]:
         table = replace(random_matrix(by_name(name), sum(_LENGTHS), 512, seed=3), name="x")
         got, _ = _run(network, table, _unseen(), threads=threads)
         yield Finding("embed", name, isa, _error(got["out"], decode_tensor(table)), 0.0)
+
+
+def _exact_product(x: Floats, weight: QuantTensor) -> NDArray[np.float64]:
+    return x.astype(np.float64) @ decode_tensor(weight).astype(np.float64).T
+
+
+def _float_products(isa: str, threads: int) -> Iterator[Finding]:
+    """Weights of every type that decodes become panels of float32, interleaved rows and scales of tiles among them."""
+    cols = 768  # whole blocks of any type, and what `_attends_too` wants
+    x = _normal(sum(_LENGTHS), cols, seed=9)
+    for type in TYPES:
+        if not type.decodes:
+            continue
+        weight = replace(
+            _matrix(type, 67 // type.interleaved_rows * type.interleaved_rows, cols, seed=2), name="weight"
+        )
+
+        def network(ops: Recorder, value: Value) -> None:
+            ops.output("out", ops.take_outputs("take", ops.linear("linear", value, "weight")))
+            _attends_too(ops, value)
+
+        got, _ = _run(network, x, {"weight": weight, **_unseen()}, threads=threads)
+        yield Finding("panels", type.name, isa, _error(got["out"], _exact_product(x, weight)), PRODUCT_BOUND)
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------
@@ -585,9 +635,12 @@ class _Mixture:
     shared: tuple[str, str]
     subset: tuple[int, ...] | None = None
     is_side_by_side: bool = False
+    rounds: bool = True
 
     @property
     def kernel(self) -> str:
+        if not self.rounds:
+            return "experts, float32"
         if self.is_side_by_side:
             return "experts, rows side by side"
         if self.subset is not None:
@@ -606,15 +659,16 @@ def _mixtures(isa: str) -> Iterator[_Mixture]:
     yield _Mixture(("IQ4_NL", "Q8_0"), ("F16", "BF16"))
     for name in ("IQ4_NL", "F32"):
         yield _Mixture((name, name), (name, name), subset=(0, 3))
+        yield _Mixture((name, name), (name, name), rounds=False)
     in_memory = _native.side_by_side_types(isa)
     for name, type in SIDE_BY_SIDE.items():
         if type.id in in_memory:
             yield _Mixture((name, name), (name, name), is_side_by_side=True)
 
 
-_Mixed = dict[tuple[tuple[str, str], tuple[str, str], tuple[int, ...] | None], NDArray[np.float64]]
-"""What mixtures give by their definition, once for all instruction sets: by the types of routed and shared experts, and the
-subset."""
+_Mixed = dict[tuple[tuple[str, str], tuple[str, str], tuple[int, ...] | None, bool], NDArray[np.float64]]
+"""What mixtures give by their definition, once for all instruction sets: by the types of routed and shared experts, the
+subset, and whether activations are rounded."""
 
 
 def _experts(mixture: _Mixture, isa: str, threads: int, mixed: _Mixed) -> Finding:
@@ -655,18 +709,21 @@ def _experts(mixture: _Mixture, isa: str, threads: int, mixed: _Mixed) -> Findin
         _attends_too(ops, value)
 
     weights = {"router": _float_weight("router", router), **_unseen(), **stacks, **wide}
-    got, _ = _run(network, x, weights, threads=threads, rounds_activations=True)
+    got, _ = _run(network, x, weights, threads=threads, rounds_activations=mixture.rounds)
+
+    def multiplied(x: Floats, weight: QuantTensor) -> NDArray[np.float64]:
+        return product(x, weight) if mixture.rounds else _exact_product(x, weight)
 
     def gated(x: Floats, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> NDArray[np.float64]:
-        of_gate = product(x, gate)
-        return product((of_gate / (1 + np.exp(-of_gate)) * product(x, up)).astype(np.float32), down)
+        of_gate = multiplied(x, gate)
+        return multiplied((of_gate / (1 + np.exp(-of_gate)) * multiplied(x, up)).astype(np.float32), down)
 
-    key = mixture.routed, mixture.shared, mixture.subset
+    key = mixture.routed, mixture.shared, mixture.subset, mixture.rounds
     if key not in mixed:
         ids, factors = routed(x.astype(np.float64) @ router.T, None, moe)
         mixed[key] = gated(x, *shared)
         for e in range(moe.num_experts) if mixture.subset is None else mixture.subset:
             rows = (ids == e).any(-1)
             mixed[key][rows] += gated(x[rows], *networks[e]) * (factors * (ids == e)).sum(-1, keepdims=True)[rows]
-    bound = PRODUCT_BOUND if mixture.type == "F32" else ROUNDED_BOUND
+    bound = PRODUCT_BOUND if mixture.type == "F32" or not mixture.rounds else ROUNDED_BOUND
     return Finding(mixture.kernel, mixture.type, isa, _error(got["out"], mixed[key]), bound)

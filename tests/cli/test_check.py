@@ -22,11 +22,17 @@ def test_every_kernel_is_right_and_every_type_has_its_line() -> None:
     assert [f for f in found if not f.is_right] == []
     products = {f.type for f in found if f.kernel == "tiles"}
     assert {t.name for t in TYPES if t.id in _native.kernel_types()} <= products
-    assert {f.type for f in found if f.kernel == "decode"} == {t.name for t in TYPES if t.decodes}
+    for kernel in ("decode", "panels"):
+        assert {f.type for f in found if f.kernel == kernel} == {t.name for t in TYPES if t.decodes}
     assert {f.type for f in found if f.kernel == "embed"} == {"Q4_K", "Q6_K", "Q8_0", "IQ4_NL", "BF16"}
     assert len([f for f in found if f.kernel.startswith("route, ")]) == 3
     mixtures = {f.kernel for f in found if f.kernel.startswith("experts")}
-    assert {"experts", "experts beside shared ones of other types", "experts, 2 of 5"} <= mixtures
+    assert {
+        "experts",
+        "experts beside shared ones of other types",
+        "experts, 2 of 5",
+        "experts, float32",
+    } <= mixtures
     assert ("experts, rows side by side" in mixtures) == bool(_native.side_by_side_types(isa))
     in_memory = {t.name for t in SIDE_BY_SIDE.values() if t.id in _native.side_by_side_types(isa)}
     assert in_memory <= products <= in_memory | {by_id(number).name for number in _native.kernel_types()}
@@ -38,10 +44,12 @@ def test_every_kernel_is_right_and_every_type_has_its_line() -> None:
     }
     for path in ("absorbed", "decompressed"):
         for parts in ("kv_b", "k_b and v_b"):
-            in_blocks = {f.type for f in found if f.kernel == f"attention, {path}, {parts}"}
-            assert in_blocks == {"IQ4_NL", "Q4_0", "Q8_0", "F16", "BF16"}
+            for rows in ("", ", a row over cached ones"):
+                in_blocks = {f.type for f in found if f.kernel == f"attention, {path}, {parts}{rows}"}
+                assert in_blocks == {"IQ4_NL", "Q4_0", "Q8_0", "F16", "BF16"}
         for form in ("fused, int8", "unfused, int8", "fused, float32", "unfused, float32"):
             assert len([f for f in found if f.kernel == f"attention, {path}, {form}"]) == 4
+            assert len([f for f in found if f.kernel == f"attention, {path}, {form}, a row over cached ones"]) == 4
     assert {f.isa for f in found} == {"any", isa}
     assert _native.isa() == _native.isa_names()[0]
 
@@ -56,7 +64,7 @@ def test_a_wrong_kernel_is_an_exit_code(kvfold: Kvfold, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         kvfold_check, "decode_tensor", lambda t: exact(t) * np.float32(1.001 if t.type.name == "Q4_K" else 1)
     )
-    for left_out in ("_ops", "_products", "_routes"):
+    for left_out in ("_ops", "_products", "_float_products", "_routes"):
         monkeypatch.setattr(kvfold_check, left_out, lambda *arguments: iter(()))
     monkeypatch.setattr(kvfold_check, "_experts", lambda *arguments: next(kvfold_check._decoders()))
     done = kvfold("check", "--isa", "generic", "--json")
