@@ -60,6 +60,8 @@ GPU_WINDOW_ROWS = 8192
 # Weights of at least this size are copied while the model answers from their map, where a caller lets them be. The first
 # touch of 8.9 GB alone took 3 s of CPU time, and 18 s on a virtual machine whose host had to find the memory.
 EARLY_ANSWER_BYTES = 1 << 30
+MOST_TOKENS = 2**31 - 1  # positions are int32
+MOST_WORKSPACE_BYTES = 1 << 40
 # Threads that copy the weights at least: a disk wants several reads at a time, however many threads compute.
 MIN_READERS = 4
 
@@ -115,12 +117,12 @@ class Settings:
             cache_type = "bf16" if backend in ("auto", "cuda") and gpu.is_wanted(device) else "f16"
         if threads is not None and not 1 <= threads <= 1024:
             raise SettingError(f"threads={threads}: allowed are 1 to 1024.")
-        if n_ctx is not None and n_ctx < 1:
-            raise SettingError(f"n_ctx={n_ctx}: at least 1 token.")
+        if n_ctx is not None and not 1 <= n_ctx <= MOST_TOKENS:
+            raise SettingError(f"n_ctx={n_ctx}: allowed are 1 to {MOST_TOKENS} tokens.")
         if workspace_bytes is None:
             workspace_bytes = default_workspace_bytes(available_memory_bytes())
-        if workspace_bytes < 1 << 20:
-            raise SettingError(f"workspace={workspace_bytes} bytes: at least 1 MiB.")
+        if not 1 << 20 <= workspace_bytes <= MOST_WORKSPACE_BYTES:
+            raise SettingError(f"workspace={workspace_bytes} bytes: allowed are 1 MiB to 1 TiB.")
         if mmap not in MMAP:
             raise SettingError(f"mmap={mmap}: allowed are {', '.join(MMAP)}.")
         if isa not in ISAS:

@@ -181,6 +181,28 @@ def test_settings_are_refused_before_anything_is_loaded() -> None:
         results(None, [Case(1, 0, 0)], cache_type=["f16", "q3"])  # type: ignore[arg-type]
 
 
+def test_a_cache_that_memory_does_not_hold_is_refused_before_it_is_filled(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(n_prompt=512, n_gen=0, n_depth=0)
+    ours = variants(
+        [case],
+        mla=["auto"],
+        fa=["auto"],
+        cache_type=["f16"],
+        threads=[2],
+        batch_rows=[None],
+        dtype="auto",
+        backend="native",
+        workspace_bytes=None,
+    )
+    monkeypatch.setattr("kvfold.bench.sweep.available_memory_bytes", lambda: 10_000)
+    with pytest.raises(
+        SettingError, match=r"512 cached tokens take 0\.0 GiB and 0\.0 are free: shorten -p, -n or -d"
+    ):
+        next(sweep(checkpoint, ours, [case], repetitions=1))
+
+
 def test_percentiles_are_those_of_all_times() -> None:
     found = quantiles([1_000_000] * 98 + [3_000_000] * 2)
     assert (found["p50"], found["p99"], found["p99_over_p50"]) == (1.0, 3.0, 3.0)

@@ -18,7 +18,7 @@ from kvfold.bench.opponent import Opponent
 from kvfold.errors import SettingError
 from kvfold.formats.checkpoint import Checkpoint
 from kvfold.formats.synthetic import named_shape, synthetic_checkpoint, weight_bytes
-from kvfold.load import Loaded, Progress, Settings, load
+from kvfold.load import Loaded, Progress, Settings, cache_layout, load
 from kvfold.machine import available_memory_bytes
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
@@ -187,13 +187,27 @@ def sweep(
 
     Opponents lead: where one has printed a row it is stopped until ours has run the same case. A command that lists a case
     once is started for every round; one that lists it `repetitions` times (-p 512,512,512) is loaded once. Raises as
-    load() and Opponent.rows() do, SettingError for an opponent that runs none of the cases, and KeyboardInterrupt behind the
+    load() and Opponent.rows() do, SettingError for cases whose cache the free memory does not hold and for an opponent that
+    runs none of the cases, and KeyboardInterrupt behind the
     results of what was sampled until then.
     """
     for variant in variants:
+        _check_cache_fits(checkpoint, variant.settings)
         loaded = load(checkpoint, variant.settings)
         checkpoint = loaded.checkpoint  # its copy of the weights serves the other variants too
         yield from _measure(loaded, variant, cases, repetitions, opponents, seed, notice)
+
+
+def _check_cache_fits(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Its rows are all written, where others reserve them and write what they come to."""
+    free = available_memory_bytes()
+    if settings.n_ctx is None or free is None:
+        return
+    needed = settings.n_ctx * cache_layout(checkpoint.config, settings).bytes_per_token
+    if needed > free:
+        raise SettingError(
+            f"{settings.n_ctx} cached tokens take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free: shorten -p, -n or -d."
+        )
 
 
 def _measure(
