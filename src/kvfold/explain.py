@@ -226,7 +226,8 @@ class Memory:
     weights:      by part, where the backend keeps them: a GPU has some in another form than the file
     cache_bytes:  of the cache these settings choose
     buffer_bytes: values between the ops of the largest step, as backend native keeps them: one sequence, one output row
-    free_bytes:   memory available now; None where the system does not tell
+    free_bytes:   memory available now where the backend keeps the model; None where the system does not tell, and where no
+                  backend can run the model
     """
 
     weights: tuple[MemoryPart, ...]
@@ -314,10 +315,12 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
     candidate = None if choice is None else choice.candidate
     machine = ARITHMETIC if choice is None else choice.profile
     own_memory = None if candidate is None else candidate.free_bytes
-    free_bytes = available_memory_bytes() if own_memory is None else own_memory(settings.device)
+    free_bytes: int | None
     if candidate is None:
+        free_bytes = None
         n_ctx = settings.n_ctx or default_context(config, cache_layout(config, settings))
     else:
+        free_bytes = available_memory_bytes() if own_memory is None else own_memory(settings.device)
         n_ctx = context_of(config, settings, needs, candidate)
     program = program_of(checkpoint, settings)
     if batch_rows is None and own_memory is not None:

@@ -9,6 +9,7 @@ import pytest
 
 from kit.command_line import Kvfold
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
+from kvfold.backends import gpu
 from kvfold.formats.synthetic import SHAPES
 
 
@@ -112,13 +113,9 @@ def test_plan_is_by_the_rates_of_a_forced_instruction_set(kvfold: Kvfold, tiny_g
     assert "isa=neon: allowed are" in kvfold("plan", tiny_gguf, "--isa", "neon").err
 
 
-def test_plan_says_when_nothing_fits_and_nothing_runs(
-    kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_says_when_nothing_fits(kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvfold.explain.available_memory_bytes", lambda: 70 << 20)
-    shown = kvfold(
-        "plan", tiny_gguf, "-c", "100K", "--workspace", "1M", "--backend", "native", "--dtype", "bfloat16"
-    )
+    shown = kvfold("plan", tiny_gguf, "-c", "100K", "--workspace", "1M", "--backend", "native")
     assert shown.code == 0
     assert "The cache alone is too large" not in shown.out
     monkeypatch.setattr("kvfold.explain.available_memory_bytes", lambda: 2 << 20)
@@ -126,7 +123,28 @@ def test_plan_says_when_nothing_fits_and_nothing_runs(
         "Does not fit" in (out := kvfold("plan", tiny_gguf, "-c", "1M").out)
         and "The cache alone is too large" in out
     )
-    assert "float32 only" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--device", "cuda"), "cuda: no NVIDIA driver was found"),
+        (("--device", "cuda:7"), "cuda: no NVIDIA driver was found"),
+        (("--backend", "native", "--dtype", "bfloat16"), "native: computes in int8 and float32 only"),
+    ],
+)
+def test_a_plan_that_no_backend_runs_is_exit_code_1_and_promises_no_room(
+    kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], reason: str
+) -> None:
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(0, ()))
+    done = kvfold("plan", tiny_gguf, "-c", "64", *arguments)
+    assert (done.code, done.err) == (1, "")
+    assert done.out.splitlines()[-1].startswith(f"No backend can run this model: {reason}")
+    assert "fit" not in done.out.lower() and "memory is free" not in done.out
+    told = kvfold("plan", tiny_gguf, "-c", "64", "--json", *arguments)
+    found = json.loads(told.out)
+    assert (told.code, found["memory"]["free_bytes"], found["backend"]["name"]) == (1, None, "")
+    assert reason in found["backend"]["reason"]
 
 
 def test_synth_writes_what_inspect_reads(kvfold: Kvfold, tmp_path: Path) -> None:

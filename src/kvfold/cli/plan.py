@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import typer
+
 from kvfold.cli.options import (
     Backend,
     BatchRows,
@@ -49,7 +51,7 @@ def plan(
     """Says what a model takes and which attention path its work takes.
 
     Memory by part; path, cost and reason of prompts and of generation; where the paths cross; which backend runs. The
-    model is not loaded.
+    model is not loaded. The exit code is 1 where no backend can run it.
     """
     from kvfold.explain import model_path, plan_report
     from kvfold.formats.checkpoint import open_checkpoint
@@ -73,13 +75,16 @@ def plan(
         print_json(found)
     else:
         _show(report(), found)
+    if not found.backend.name:
+        raise typer.Exit(1)
 
 
 def _show(console: Console, found: PlanReport) -> None:
     config = found.config
     console.print(f"{found.path}: {config.family}, {config.num_layers} layers, context {found.n_ctx:,} tokens\n")
     print_table(console, "Memory", ("", ">", ""), _memory(found))
-    console.print(f"{_verdict(found.memory)}\n")
+    if found.backend.name:
+        console.print(f"{_verdict(found.memory)}\n")
     print_table(
         console,
         f"Attention, 10^9 multiply-adds in all layers, prompts in steps of {found.batch_rows:,} rows",
