@@ -290,7 +290,7 @@ def load(
     if candidate.free_bytes is not None and settings.mmap != "auto" and asked_for:
         raise SettingError(
             f"mmap={settings.mmap}: backend {candidate.name} reads the weights into the memory of the GPU once and keeps "
-            f"neither a map nor a copy. Leave it out, or use device=cpu."
+            f"neither a map nor a copy. Leave it out{gpu.OR_CPU}."
         )
     layout = cache_layout(config, settings)
     n_ctx = context_of(config, settings, needs, candidate)

@@ -29,14 +29,15 @@ TURING = gpu.Gpu("Tesla T4", (7, 5), 16 << 30, 40, 1_590_000, 320.064)
         (gpu.Driver(13000, ()), "cuda", "cuda: the NVIDIA driver finds no GPU"),
         (gpu.Driver(13000, (), "CUDA_ERROR_UNKNOWN (999)"), "cuda", "does not start: CUDA_ERROR_UNKNOWN"),
         (gpu.Driver(13000, (HOPPER,)), "cuda:2", "there is no GPU 2: this machine has 1, the first is cuda:0"),
-        (gpu.Driver(13000, (TURING,)), "cuda:0", "Tesla T4 has compute capability 7.5, the kernels need 8.0"),
+        (gpu.Driver(13000, (TURING,)), "cuda", "Tesla T4 has compute capability 7.5, the kernels need 8.0"),
+        (gpu.Driver(13000, (TURING, HOPPER)), "cuda:0", "Tesla T4 has compute capability 7.5"),
     ],
 )
 def test_a_reason_names_what_is_missing(
     driver: gpu.Driver, device: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "driver", lambda: driver)
-    with pytest.raises(SettingError, match=sentence):
+    with pytest.raises(SettingError, match=sentence + r".*, or use device=cpu\.$"):
         LLM(device=device)
 
 
@@ -112,7 +113,8 @@ def test_a_package_that_is_too_old_is_named_with_the_one_needed(
     monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER,)))
     monkeypatch.setattr(gpu, "_version", lambda package: version if package == name else "")
     with pytest.raises(
-        MissingExtra, match=rf"{name} {re.escape(version)} is too old, {need} is needed: pip install -U"
+        MissingExtra,
+        match=rf"{name} {re.escape(version)} is too old, {need} is needed: pip install -U .*, or use device=cpu\.$",
     ):
         LLM(device="cuda")
 
@@ -131,7 +133,8 @@ def test_a_gpu_that_takes_no_work_says_so(kind: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
     assert gpu.refusals("cuda") == [
-        "NVIDIA H200 takes no work: CUDA error: all CUDA-capable devices are busy or unavailable"
+        "NVIDIA H200 takes no work: CUDA error: all CUDA-capable devices are busy or unavailable. Ask nvidia-smi, "
+        "or use device=cpu"
     ]
 
 
@@ -163,7 +166,7 @@ def test_what_cuda_cannot_serve_is_refused_before_loading(
 def test_a_missing_package_is_an_extra(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER,)))
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == missing else object())
-    assert gpu.refusals("auto") == [f"{missing} not installed: pip install 'kvfold[cuda]'"]
+    assert gpu.refusals("auto") == [f"{missing} not installed: pip install 'kvfold[cuda]', or use device=cpu"]
 
 
 def test_a_torch_that_cannot_use_the_driver_says_which_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +175,11 @@ def test_a_torch_that_cannot_use_the_driver_says_which_it_was_built_for(monkeypa
     monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(12020, (HOPPER,)))
     monkeypatch.setattr(gpu, "_version", lambda name: "")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "built without CUDA" in gpu.refusals("cuda")[0]
+    assert "built without CUDA" in (said := gpu.refusals("cuda")[0]) and said.endswith(", or use device=cpu")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "driver serves CUDA 12.2 and torch was built for 13.0" in gpu.refusals("cuda")[0]
+    assert "driver serves CUDA 12.2 and torch was built for 13.0" in (said := gpu.refusals("cuda")[0])
+    assert said.endswith("update the driver, install a torch for CUDA 12.2, or use device=cpu")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda1"])
@@ -199,7 +203,7 @@ def test_auto_without_a_gpu_is_the_cpu(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(0, ()))
     llm = LLM(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"), n_ctx=64)
     assert llm.loaded.choice.candidate.name == "native"
-    assert ("cuda", ("no NVIDIA driver was found",)) in llm.loaded.choice.refused
+    assert ("cuda", ("no NVIDIA driver was found: install one, or use device=cpu",)) in llm.loaded.choice.refused
     assert llm.loaded.settings.cache_type.value == "f16"
 
 

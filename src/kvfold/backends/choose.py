@@ -208,7 +208,7 @@ def _room_refusals(room: Room, free_bytes: int) -> list[str]:
     serves = f"a type of the model of at most {largest / 1e9:.3g} GB fits" if largest > 0 else "no model fits"
     return [
         f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory and {free_bytes / 1e9:.3g} GB are free: "
-        f"{serves}, or use device=cpu"
+        f"{serves}{gpu.OR_CPU}"
     ]
 
 
@@ -233,7 +233,7 @@ def _cuda_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machi
     except torch.cuda.OutOfMemoryError as error:
         raise SettingError(
             f"The memory of {device} is too small for this model and its cache, though {gpu.free_bytes(str(device)) / 1e9:.3g} "
-            f"GB were left: use a smaller context (n_ctx), a smaller type of the model, or device=cpu."
+            f"GB were left: use a smaller context (n_ctx), a smaller type of the model{gpu.OR_CPU}."
         ) from error
 
 

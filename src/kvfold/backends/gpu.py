@@ -20,6 +20,7 @@ OLDEST = {"torch": (2, 8), "triton": (3, 6)}  # torch.mm into another type; Gluo
 # CU_DEVICE_ATTRIBUTE_*: clocks in kHz, the bus in bits
 _CLOCK, _MULTIPROCESSORS, _MEMORY_CLOCK, _BUS, _MAJOR, _MINOR = 13, 16, 36, 37, 75, 76
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+OR_CPU = ", or use device=cpu"  # ends every sentence about a GPU that cannot serve
 
 
 @dataclass(frozen=True)
@@ -111,48 +112,53 @@ def device_index(device: str) -> int:
 
 
 def refusals(device: str) -> list[str]:
-    """Why no kernel can run on this device (auto, cuda or cuda:N); empty where one can. Imports torch only where there
-    is a GPU of the right kind."""
+    """Why no kernel can run on this device (auto, cuda or cuda:N), with what would serve; empty where one can. Imports
+    torch only where there is a GPU of the right kind."""
+    reason = _refusal(device)
+    return [reason + OR_CPU] if reason else []
+
+
+def _refusal(device: str) -> str:
     found = driver()
     if not found.version:
-        return ["no NVIDIA driver was found"]
+        return "no NVIDIA driver was found: install one"
     if found.failure:
-        return [f"the NVIDIA driver is there but does not start: {found.failure}. nvidia-smi says more"]
+        return f"the NVIDIA driver is there but does not start: {found.failure}. Ask nvidia-smi"
     if not found.gpus:
-        return ["the NVIDIA driver finds no GPU"]
+        return "the NVIDIA driver finds no GPU: look whether CUDA_VISIBLE_DEVICES hides it"
     index = device_index(device)
     if index >= len(found.gpus):
-        return [f"there is no GPU {index}: this machine has {len(found.gpus)}, the first is cuda:0"]
+        return f"there is no GPU {index}: this machine has {len(found.gpus)}, the first is cuda:0. Use that"
     gpu = found.gpus[index]
     if gpu.capability < SMALLEST_CAPABILITY:
         have, need = (".".join(map(str, c)) for c in (gpu.capability, SMALLEST_CAPABILITY))
-        return [f"{gpu.name} has compute capability {have}, the kernels need {need} (Ampere, 2020) or newer"]
+        return f"{gpu.name} has compute capability {have}, the kernels need {need} (Ampere, 2020) or newer: use another"
     missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
     if missing:
-        return [f"{' and '.join(missing)} not installed: pip install 'kvfold[cuda]'"]
+        return f"{' and '.join(missing)} not installed: pip install 'kvfold[cuda]'"
     for name, oldest in OLDEST.items():
         installed = _version(name)
         if installed and _numbers(installed) < oldest:
             need = ".".join(map(str, oldest))
-            return [f"{name} {installed} is too old, {need} is needed: pip install -U 'kvfold[cuda]'"]
+            return f"{name} {installed} is too old, {need} is needed: pip install -U 'kvfold[cuda]'"
     import torch
 
     if torch.version.cuda is None:
-        return [
+        return (
             "this torch was built without CUDA: pip install --force-reinstall torch --index-url "
             "https://download.pytorch.org/whl/cu130"
-        ]
+        )
     if not torch.cuda.is_available():
         serves = f"{found.version // 1000}.{found.version % 1000 // 10}"
-        return [
+        return (
             f"the NVIDIA driver serves CUDA {serves} and torch was built for {torch.version.cuda}: update the driver, "
-            f"or install a torch for CUDA {serves}"
-        ]
+            f"install a torch for CUDA {serves}"
+        )
     try:
         free_bytes(device)
     except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
-        return [f"{gpu.name} takes no work: {str(error).splitlines()[0]}"]
-    return []
+        return f"{gpu.name} takes no work: {str(error).splitlines()[0]}. Ask nvidia-smi"
+    return ""
 
 
 def _version(name: str) -> str:
