@@ -302,7 +302,7 @@ def load(
     program = program_of(checkpoint, settings)
     if candidate.free_bytes is not None:
         window = GPU_WINDOW_ROWS
-        placed = _Placed(checkpoint, None, f"in the memory of {settings.device.replace('auto', 'cuda')}")
+        placed = _Placed(checkpoint, None, f"in the memory of cuda:{gpu.device_index(settings.device)}")
     else:
         window = prompt_window(program, checkpoint, settings, n_ctx, available_memory_bytes())
         buffer_bytes = step_buffer_bytes(program, _prompt_path(checkpoint, settings), window)

@@ -182,6 +182,41 @@ def test_a_torch_that_cannot_use_the_driver_says_which_it_was_built_for(monkeypa
     assert said.endswith("update the driver, install a torch for CUDA 12.2, or use device=cpu")
 
 
+@pytest.fixture
+def old_card_first(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A T4 as GPU 0 and an H200 as GPU 1, which has 16 GiB free. Returns the GPUs that torch is asked about."""
+    import torch
+
+    asked: list[int] = []
+
+    def free_and_total(index: int) -> tuple[int, int]:
+        asked.append(index)
+        return 16 << 30, 141 << 30
+
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (TURING, HOPPER)))
+    monkeypatch.setattr(gpu, "_version", lambda name: "")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_total)
+    return asked
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_a_card_too_old_in_front_is_passed_over(device: str, old_card_first: list[int], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
+    report = plan_report(checkpoint, Settings.parse(device=device, n_ctx=64), batch_rows=None)
+    assert (report.backend.name, report.memory.cache_type) == ("cuda", "bf16")
+    assert "(H200 profile, measured)" in report.phases[0].reason
+    assert report.memory.free_bytes == 16 << 30
+    assert set(old_card_first) == {1}
+
+
+def test_a_card_asked_for_by_number_is_not_passed_over(old_card_first: list[int]) -> None:
+    assert "Tesla T4 has compute capability 7.5" in gpu.refusals("cuda:0")[0]
+    assert old_card_first == []
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda1"])
 def test_a_device_of_another_name_lists_the_allowed_ones(device: str) -> None:
     with pytest.raises(SettingError, match=f"device={device}: allowed are auto, cpu, cuda, cuda:0"):

@@ -101,14 +101,20 @@ def is_wanted(device: str) -> bool:
     """Whether a GPU would compute: asked for, or found where anything may. Imports nothing."""
     if device != "auto":
         return device.startswith("cuda")
-    gpus = driver().gpus
     packages = (importlib.util.find_spec(name) is not None for name in ("torch", "triton"))
-    return bool(gpus) and gpus[0].capability >= SMALLEST_CAPABILITY and all(packages)
+    return any(map(_has_kernels, driver().gpus)) and all(packages)
 
 
 def device_index(device: str) -> int:
-    """The number of a GPU: 0 for auto and cuda."""
-    return int(device.partition(":")[2] or 0)
+    """The number of a GPU. auto and cuda: the first that has kernels, 0 where none has."""
+    number = device.partition(":")[2]
+    if number:
+        return int(number)
+    return next((index for index, found in enumerate(driver().gpus) if _has_kernels(found)), 0)
+
+
+def _has_kernels(found: Gpu) -> bool:
+    return found.capability >= SMALLEST_CAPABILITY
 
 
 def refusals(device: str) -> list[str]:
@@ -130,7 +136,7 @@ def _refusal(device: str) -> str:
     if index >= len(found.gpus):
         return f"there is no GPU {index}: this machine has {len(found.gpus)}, the first is cuda:0. Use that"
     gpu = found.gpus[index]
-    if gpu.capability < SMALLEST_CAPABILITY:
+    if not _has_kernels(gpu):
         have, need = (".".join(map(str, c)) for c in (gpu.capability, SMALLEST_CAPABILITY))
         return f"{gpu.name} has compute capability {have}, the kernels need {need} (Ampere, 2020) or newer: use another"
     missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
