@@ -251,6 +251,19 @@ def needs_of(checkpoint: Checkpoint, settings: Settings) -> Needs:
     return Needs(types, settings.dtype, settings.device, settings.cache_type, room, settings.native)
 
 
+def backend_for(settings: Settings, needs: Needs) -> Choice:
+    """Which backend runs a model, before anything is read. Raises SettingError and MissingExtra where none can."""
+    choice = choose_backend(settings.backend, needs)
+    candidate = choice.candidate
+    asked_for = settings.backend == candidate.name or settings.device.startswith("cuda")
+    if candidate.free_bytes is not None and settings.mmap != "auto" and asked_for:
+        raise SettingError(
+            f"mmap={settings.mmap}: backend {candidate.name} reads the weights into the memory of the GPU once and keeps "
+            f"neither a map nor a copy. Leave it out{gpu.OR_CPU}."
+        )
+    return choice
+
+
 def context_of(config: ModelConfig, settings: Settings, needs: Needs, candidate: Candidate) -> int:
     """Tokens that the cache holds: n_ctx, or the model's own context as far as the memory of the candidate allows."""
     if settings.n_ctx is not None:
@@ -284,14 +297,8 @@ def load(
     checkpoint = model if isinstance(model, Checkpoint) else opened(model)
     config = checkpoint.config
     needs = needs_of(checkpoint, settings)
-    choice = choose_backend(settings.backend, needs)
+    choice = backend_for(settings, needs)
     candidate = choice.candidate
-    asked_for = settings.backend == candidate.name or settings.device.startswith("cuda")
-    if candidate.free_bytes is not None and settings.mmap != "auto" and asked_for:
-        raise SettingError(
-            f"mmap={settings.mmap}: backend {candidate.name} reads the weights into the memory of the GPU once and keeps "
-            f"neither a map nor a copy. Leave it out{gpu.OR_CPU}."
-        )
     layout = cache_layout(config, settings)
     n_ctx = context_of(config, settings, needs, candidate)
     notes: tuple[str, ...] = ()
@@ -354,7 +361,7 @@ def in_memory_order(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
     Raises UnsupportedModel and SettingError as `load` does.
     """
     needs = needs_of(checkpoint, settings)
-    candidate = choose_backend(settings.backend, needs).candidate
+    candidate = backend_for(settings, needs).candidate
     types = candidate.memory_types(program_of(checkpoint, settings), checkpoint.tensors, needs)
     return replace(checkpoint, tensors=put_in_order(checkpoint.tensors, types, settings.threads))
 

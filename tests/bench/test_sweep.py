@@ -227,7 +227,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch: p
     with pytest.raises(
         SettingError, match=r"deepseek-v3 in bf16 takes 134\d\.\d GB, and 1\.1 GB of memory are free"
     ):
-        made_in_memory("deepseek-v3", layers=None, type="bf16", legacy_kv_b=False, seed=0)
+        made_in_memory("deepseek-v3", layers=None, type="bf16", legacy_kv_b=False, seed=0, variants=())
 
 
 # --- opponents --------------------------------------------------------------------------------------------------------

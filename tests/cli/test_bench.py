@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from kit.command_line import Kvfold, start
+from kvfold.backends import gpu
+from kvfold.formats import synthetic
 
 SMALL = ("--shape", "tiny", "-t", "1", "-r", "2", "--workspace", "64M")
 
@@ -52,6 +54,27 @@ def test_ctrl_c_prints_the_rows_there_are_and_ends_with_130(output: str) -> None
     else:
         assert out.startswith(b"| model ")
         assert b"row 1, pp16: interrupted, samples: " in out and b"row 2, tg3: interrupted, samples: " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--device", "cuda"), "kvfold: No backend can run this model: cuda: no NVIDIA driver was found"),
+        (
+            ("--backend", "native", "-ctk", "f16,fp8"),
+            "kvfold: No backend can run this model: native: keeps its cache",
+        ),
+    ],
+)
+def test_what_no_backend_runs_is_refused_before_weights_are_made(
+    kvfold: Kvfold, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], sentence: str
+) -> None:
+    """8 GiB and half a minute of deepseek-v2-lite; a later row's settings count too."""
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(0, ()))
+    monkeypatch.setattr(synthetic, "_chunks", lambda *ignored: pytest.fail("weights are made"))
+    done = kvfold("bench", *SMALL, *arguments)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(sentence)
 
 
 def test_lists_may_be_given_several_times(kvfold: Kvfold) -> None:

@@ -18,7 +18,7 @@ from kvfold.bench.opponent import Opponent
 from kvfold.errors import SettingError
 from kvfold.formats.checkpoint import Checkpoint
 from kvfold.formats.synthetic import named_shape, synthetic_checkpoint, weight_bytes
-from kvfold.load import Loaded, Progress, Settings, cache_layout, load
+from kvfold.load import Loaded, Progress, Settings, backend_for, cache_layout, load, needs_of
 from kvfold.machine import available_memory_bytes
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
@@ -66,10 +66,30 @@ def cases_of(prompts: list[int], generated: list[int], depths: list[int]) -> lis
     return list(dict.fromkeys(cases))
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Settings that a row of the table was measured with. batch_rows: prompt rows in one step; None, before the model
+    is loaded: what memory allows."""
+
+    settings: Settings
+    batch_rows: int | None
+
+
 def made_in_memory(
-    shape: str, *, layers: int | None, type: str, legacy_kv_b: bool, seed: int, progress: Progress | None = None
+    shape: str,
+    *,
+    layers: int | None,
+    type: str,
+    legacy_kv_b: bool,
+    seed: int,
+    variants: Iterable[Variant],
+    progress: Progress | None = None,
 ) -> Checkpoint:
-    """Random weights of a named shape. Raises SettingError where there is none, or they do not fit the memory."""
+    """Random weights of a named shape.
+
+    Raises SettingError where there is none, or they do not fit the memory, and as load() does where no backend runs one of
+    the variants; all before a weight is made.
+    """
     config = named_shape(shape, layers)
     needed = weight_bytes(config, type=type, legacy_kv_b=legacy_kv_b)
     free = available_memory_bytes()
@@ -78,16 +98,14 @@ def made_in_memory(
             f"{config.name} in {type} takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free. "
             f"Choose fewer layers or a smaller type."
         )
-    return synthetic_checkpoint(config, type=type, legacy_kv_b=legacy_kv_b, seed=seed, progress=progress)
 
+    def check(checkpoint: Checkpoint) -> None:
+        for variant in variants:
+            backend_for(variant.settings, needs_of(checkpoint, variant.settings))
 
-@dataclass(frozen=True)
-class Variant:
-    """Settings that a row of the table was measured with. batch_rows: prompt rows in one step; None, before the model
-    is loaded: what memory allows."""
-
-    settings: Settings
-    batch_rows: int | None
+    return synthetic_checkpoint(
+        config, type=type, legacy_kv_b=legacy_kv_b, seed=seed, progress=progress, check=check
+    )
 
 
 def variants(

@@ -24,6 +24,7 @@ from kvfold.cli.options import (
 from kvfold.cli.terminal import ByteProgress, note, print_json, report
 
 if TYPE_CHECKING:
+    from kvfold.bench.sweep import Variant
     from kvfold.formats.checkpoint import Checkpoint
 
 
@@ -244,7 +245,7 @@ def bench(
     if shape is None:
         checkpoint = _open(model)
     else:
-        checkpoint = in_memory_order(_make(shape, layers, type, legacy_kv_b, seed), chosen[0].settings)
+        checkpoint = in_memory_order(_make(shape, layers, type, legacy_kv_b, seed, chosen), chosen[0].settings)
     results = sweep(checkpoint, chosen, cases, repetitions=repetitions, opponents=against, seed=seed, notice=note)
     rows = []
     is_cut = False
@@ -274,10 +275,18 @@ def _open(model: str | None) -> Checkpoint:
     return open_checkpoint(model_path(model))
 
 
-def _make(shape: str, layers: int | None, type: str, legacy_kv_b: bool, seed: int) -> Checkpoint:
+def _make(
+    shape: str, layers: int | None, type: str, legacy_kv_b: bool, seed: int, variants: list[Variant]
+) -> Checkpoint:
     from kvfold.bench.sweep import made_in_memory
 
     with ByteProgress("making") as progress:
         return made_in_memory(
-            shape, layers=layers, type=type, legacy_kv_b=legacy_kv_b, seed=seed, progress=progress
+            shape,
+            layers=layers,
+            type=type,
+            legacy_kv_b=legacy_kv_b,
+            seed=seed,
+            variants=variants,
+            progress=progress,
         )

@@ -799,15 +799,21 @@ def synthetic_checkpoint(
     legacy_kv_b: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
+    check: Callable[[Checkpoint], None] = lambda checkpoint: None,
 ) -> Checkpoint:
     """The model that `synthesize` would write, in memory instead: the same bytes, no file and no vocabulary.
 
     The weights lie one after the other in one anonymous map, on 2 MiB pages where the system gives them (Linux).
+    check: called with the model before its weights are drawn, the map being untouched; what it raises ends all.
     Raises SettingError for a type without random blocks.
     """
     tensors = _plan(config, type, legacy_kv_b)
     total = _data_bytes(tensors)
     memory = np.frombuffer(_anonymous_map(total), np.uint8)
+    weights = memory.view()
+    weights.flags.writeable = False
+    checkpoint = _laid_out(config, tensors, weights, legacy_kv_b, seed)
+    check(checkpoint)
     done = 0
     with ThreadPoolExecutor(_DRAWING_THREADS) as pool:
         for chunk, ends_tensor in _chunks(tensors, seed, pool):
@@ -817,8 +823,13 @@ def synthetic_checkpoint(
                 done = _aligned(done)
             if progress is not None:
                 progress(done, total)
-    memory.flags.writeable = False
+    return checkpoint
 
+
+def _laid_out(
+    config: ModelConfig, tensors: list[_Tensor], memory: NDArray[np.uint8], legacy_kv_b: bool, seed: int
+) -> Checkpoint:
+    """Names the parts of `memory`, which holds the tensors one after the other."""
     named: dict[str, QuantTensor | tuple[QuantTensor, ...]] = {}
     start = 0
     for tensor in tensors:
