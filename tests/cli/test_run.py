@@ -244,8 +244,20 @@ def test_a_prompt_longer_than_the_context_is_one_sentence(kvfold: Kvfold, tiny_g
     assert done.err.count("\n") == 1
 
 
-def test_a_context_beyond_the_memory_is_one_sentence(kvfold: Kvfold, tiny_gguf: Path) -> None:
+def test_a_context_beyond_what_positions_count_is_one_sentence(kvfold: Kvfold, tiny_gguf: Path) -> None:
     done = kvfold("run", "-c", "1000000G", tiny_gguf, PROMPT)
+    assert (done.code, done.out) == (1, "")
+    assert done.err == f"kvfold: n_ctx={10**6 << 30}: allowed are 1 to 2147483647 tokens.\n"
+
+
+def test_memory_that_the_system_does_not_give_is_one_sentence(
+    kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object, **settings: object) -> None:
+        raise MemoryError("the cache")
+
+    monkeypatch.setattr("kvfold.load.PagedCache", refused)
+    done = kvfold("run", tiny_gguf, PROMPT)
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("kvfold: not enough memory: ") and done.err.count("\n") == 1
 
