@@ -1,7 +1,8 @@
 // Attention on bfloat16: its tiles, and the functions that an instruction set has for them.
 //
 // Numbers are rounded to bfloat16 and lie in words as the instruction set multiplies them: two that a product
-// adds up at once, or one as the float32 it is (taking bfloat16 apart would cost as much as multiplying).
+// adds up at once, or one as the float32 it is (AVX2, where taking bfloat16 apart would cost as much as
+// multiplying, and AVX-512 where products of pairs are the slower ones).
 //
 //   rows    groups of group_rows rows         [words of dim][group_rows]      what is multiplied: queries
 //                                             or [group_rows][words of dim]   as the instruction set takes it

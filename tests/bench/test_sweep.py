@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,25 +182,45 @@ def test_settings_are_refused_before_anything_is_loaded() -> None:
         results(None, [Case(1, 0, 0)], cache_type=["f16", "q3"])  # type: ignore[arg-type]
 
 
+ONE_VARIANT: dict[str, Any] = {
+    "mla": ["auto"],
+    "fa": ["auto"],
+    "cache_type": ["f16"],
+    "threads": [2],
+    "batch_rows": [None],
+    "dtype": "auto",
+    "backend": "native",
+    "workspace_bytes": None,
+}
+
+
 def test_a_cache_that_memory_does_not_hold_is_refused_before_it_is_filled(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(n_prompt=512, n_gen=0, n_depth=0)
-    ours = variants(
-        [case],
-        mla=["auto"],
-        fa=["auto"],
-        cache_type=["f16"],
-        threads=[2],
-        batch_rows=[None],
-        dtype="auto",
-        backend="native",
-        workspace_bytes=None,
-    )
+    ours = variants([case], **ONE_VARIANT)
     monkeypatch.setattr("kvfold.bench.sweep.available_memory_bytes", lambda: 10_000)
     with pytest.raises(
         SettingError, match=r"512 cached tokens take 0\.0 GiB and 0\.0 are free: shorten -p, -n or -d"
     ):
+        next(sweep(checkpoint, ours, [case], repetitions=1))
+
+
+def test_a_cache_in_a_gpus_memory_is_not_held_against_the_systems(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LoadedInstead(Exception): ...
+
+    def load_instead(*arguments: Any) -> None:
+        raise LoadedInstead
+
+    case = Case(n_prompt=512, n_gen=0, n_depth=0)
+    ours = variants([case], **ONE_VARIANT)
+    on_gpu = SimpleNamespace(candidate=SimpleNamespace(free_bytes=lambda device: 1 << 37))
+    monkeypatch.setattr("kvfold.bench.sweep.available_memory_bytes", lambda: 10_000)
+    monkeypatch.setattr("kvfold.bench.sweep.backend_for", lambda settings, needs: on_gpu)
+    monkeypatch.setattr("kvfold.bench.sweep.load", load_instead)
+    with pytest.raises(LoadedInstead):
         next(sweep(checkpoint, ours, [case], repetitions=1))
 
 

@@ -27,7 +27,7 @@ NUM_PAGES = (1 << 31) // (64 * LATENT) + 1000
     ("heads", "form", "blocks"),
     [
         *itertools.product([16, 128], ["triton"], [None, "q8_0", "fp8"]),
-        (16, "gluon", None), (128, "gluon", None), (16, "gluon", "fp8"),
+        *itertools.product([16, 128], ["gluon"], [None, "fp8"]),
     ],
 )  # fmt: skip
 def test_attention_reads_its_last_pages(heads: int, form: Form, blocks: Blocks | None) -> None:

@@ -218,7 +218,7 @@ def test_page_order_changes_nothing() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "blocks"), [(16, None), (128, None), (16, "fp8")])
+@pytest.mark.parametrize(("heads", "blocks"), [(16, None), (128, None), (16, "fp8"), (128, "fp8")])
 def test_page_order_changes_nothing_on_hopper(heads: int, blocks: Blocks | None) -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU (sm_90)")

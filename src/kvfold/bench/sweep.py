@@ -209,17 +209,22 @@ def sweep(
     runs none of the cases, and KeyboardInterrupt behind the
     results of what was sampled until then.
     """
+    variants = list(variants)
     for variant in variants:
         _check_cache_fits(checkpoint, variant.settings)
+    for variant in variants:
         loaded = load(checkpoint, variant.settings)
         checkpoint = loaded.checkpoint  # its copy of the weights serves the other variants too
         yield from _measure(loaded, variant, cases, repetitions, opponents, seed, notice)
 
 
 def _check_cache_fits(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Its rows are all written, where others reserve them and write what they come to."""
+    """In the system's memory: its rows are all written, where others reserve them and write what they come to. A GPU's is
+    taken whole by load()."""
     free = available_memory_bytes()
     if settings.n_ctx is None or free is None:
+        return
+    if backend_for(settings, needs_of(checkpoint, settings)).candidate.free_bytes is not None:
         return
     needed = settings.n_ctx * cache_layout(checkpoint.config, settings).bytes_per_token
     if needed > free:
