@@ -206,8 +206,7 @@ def sweep(
     Opponents lead: where one has printed a row it is stopped until ours has run the same case. A command that lists a case
     once is started for every round; one that lists it `repetitions` times (-p 512,512,512) is loaded once. Raises as
     load() and Opponent.rows() do, SettingError for cases whose cache the free memory does not hold and for an opponent that
-    runs none of the cases, and KeyboardInterrupt behind the
-    results of what was sampled until then.
+    runs none of the cases, and KeyboardInterrupt behind the results of what was sampled until then.
     """
     variants = list(variants)
     for variant in variants:
