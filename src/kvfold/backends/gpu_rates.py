@@ -25,7 +25,8 @@ NUMBERS = MachineProfile(
 # Plain Triton, which serves every card and all other caches: decode over 64 x 32k and 1 x 32k keys beside Hopper's kernels
 # (bench/results/2026-11-28-h200-cache-types.json: 0.34 and 0.6 of their speed), prompts 0.64 of a peer.
 TRITON = replace(NUMBERS, latents=118e3, cached=1480, heads=190e3, origin="estimated from single kernels")
-# Caches of bytes decode in plain Triton at 0.27 and 0.47 (fp8 on Hopper is faster, and decode is absorbed at either rate); prompts expand a copy in numbers, so go by Hopper's kernel there.
+# Caches of bytes decode in plain Triton at 0.27 and 0.47 (fp8 of up to 32 rows of heads is faster on Hopper, but those are single
+# rows, which are absorbed in any case); prompts expand a copy in numbers, so go by Hopper's kernel there.
 BYTES = replace(NUMBERS, latents=94e3, cached=1160, origin="estimated from single kernels")
 
 # Dense multiply-adds of 16-bit numbers that a multiprocessor does in a clock, as published; GeForce cards do half of 512.
