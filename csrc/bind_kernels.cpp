@@ -15,6 +15,7 @@
 #include "dispatch.h"
 #include "kernels/attention_tiles.h"
 #include "kernels/decode.h"
+#include "kernels/pair_kernels.h"
 #include "kernels/quant_product.h"
 
 namespace nb = nanobind;
@@ -120,6 +121,9 @@ void bind_kernels(nb::module_& m) {
         return types;
       },
       "{number: \"int8\", \"bf16\" or \"float32\"}: the types with kernels and how they round activations.");
+  m.def(
+      "attention_numbers", [] { return std::string(kvfold::isa().pairs->numbers); },
+      "\"int16\" or \"bf16\": what ordinary attention multiplies where products round.");
   m.def(
       "side_by_side_types",
       [](const std::string& name) {

@@ -99,7 +99,7 @@ struct InstructionSet {
   void (*swiglu)(const float* gate, const float* up, float* out, int64_t n);  // silu(gate) * up
   void (*add_scaled)(const float* x, float factor, float* y, int64_t n);      // y += factor * x
 
-  const PairKernels* pairs;     // attention on bfloat16
+  const PairKernels* pairs;     // attention over keys and values
   const LatentKernels* latent;  // attention over latents
 
   // nullptr where the type has none: it is decoded to float32 (kernels/weights.h).

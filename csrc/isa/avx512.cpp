@@ -24,11 +24,10 @@ static_assert(Fast<Avx512, blocks::IQ4_NL>::kDot && [] {
   });
   return keeps_up;
 }());
-extern const PairKernels avx512_pairs, avx512_numbers;  // pairs_avx512.cpp
-extern const LatentKernels avx512_latent;               // latent_avx512.cpp
+extern const PairKernels avx512_pairs;     // pairs_avx512.cpp
+extern const LatentKernels avx512_latent;  // latent_avx512.cpp
 const InstructionSet& avx512_set() {
-  const PairKernels& pairs = __builtin_cpu_is("intel") ? avx512_numbers : avx512_pairs;
-  return make_set<Avx512>(float_avx512::kTiles, pairs, avx512_latent, &kSideBySide<Avx512SideBySide>);
+  return make_set<Avx512>(float_avx512::kTiles, avx512_pairs, avx512_latent, &kSideBySide<Avx512SideBySide>);
 }
 }  // namespace kvfold
 #pragma GCC pop_options

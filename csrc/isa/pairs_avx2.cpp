@@ -1,5 +1,4 @@
-// Attention on bfloat16 with AVX2 and FMA, which multiply its numbers as float32. A file of its own, so that
-// it compiles beside avx2.cpp.
+// Attention on whole numbers with AVX2. A file of its own, so that it compiles beside avx2.cpp.
 #include "dispatch.h"
 
 #ifdef KVFOLD_X86_SETS

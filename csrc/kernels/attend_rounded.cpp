@@ -16,31 +16,20 @@ namespace {
 // 2048, 70 with 4096.
 constexpr int64_t kUnitRows = 192;
 static_assert(kUnitRows % kMostWords.group_rows == 0);
-// A unit of expansion decodes 256 * 512 weights for this many keys.
-constexpr int64_t kUnitKeys = 2 * kLatentKeys;
 constexpr int64_t kMostTileKeys = 2048, kLeastTileKeys = 256;
+constexpr int64_t kSoftmaxFloats = sizeof(Softmax) / sizeof(float);
 
 // The numbers of a head as panels hold them.
 struct HeadShape {
-  int64_t heads, nope, rope, v;
+  int64_t heads, qk, v;
   PairWords words;
 
-  int64_t nope_words() const { return words.words_of(nope); }
-  int64_t rope_words() const { return words.words_of(rope); }
-  int64_t qk_words() const { return nope_words() + rope_words(); }
+  int64_t qk_words() const { return words.row_words(qk); }
   int64_t width() const { return panels_of(v) * kPanelLanes; }
-  int64_t key_words() const { return nope_words() + width() / words.word_numbers; }  // of one head
-  int64_t qk() const { return nope + rope; }
+  int64_t key_words() const { return qk_words() + width() / 2 + words.scale_words; }  // of one head
 };
-HeadShape latent_shape(const MlaDims& dims, const PairWords& words) {
-  return {dims.heads, dims.nope, dims.rope, dims.v, words};
-}
-HeadShape full_shape(const MlaDims& dims, const PairWords& words) {
-  return {dims.heads, dims.qk(), 0, dims.v, words};
-}
-HeadShape shape_of(const MlaDims& dims, Path path) {
-  const PairWords& words = *isa().pairs;
-  return path == Path::kDecompressed ? latent_shape(dims, words) : full_shape(dims, words);
+HeadShape shape_of(const MlaDims& dims, const PairWords& words = *isa().pairs) {
+  return {dims.heads, dims.qk(), dims.v, words};
 }
 
 // How many heads and keys of a sequence stand expanded at a time, and how many rows' scores are stored.
@@ -50,18 +39,19 @@ struct TileSizes {
   int64_t stride;       // of stored scores
 };
 
+// Latents as products take them, and their rope parts.
 int64_t latent_floats(const MlaDims& dims, Path path, int64_t keys) {
-  return path == Path::kDecompressed ? rounded_latent_floats(dims, keys) : 0;
+  return path == Path::kDecompressed ? rounded_latent_floats(dims, keys) + whole_lines(keys * dims.rope) : 0;
 }
 
 TileSizes tile_sizes(const Machine& machine, const MlaDims& dims, Path path, int64_t rows, int64_t num_keys,
                      bool fused) {
-  const HeadShape shape = shape_of(dims, path);
+  const HeadShape shape = shape_of(dims);
   const int64_t all_keys = ceil_div(num_keys, kBlockKeys) * kBlockKeys;
   const int64_t budget = fused ? machine.shared_floats : machine.shared_floats / 2;
-  const int64_t state_floats = 2 * rows;
+  const int64_t state_floats = kSoftmaxFloats * rows;
   const auto fixed = [&](int64_t keys) {  // and what rounding up to whole lines costs
-    return latent_floats(dims, path, keys) + keys * shape.rope_words() + 5 * kLineFloats;
+    return latent_floats(dims, path, keys) + 5 * kLineFloats;
   };
   const auto heads_for = [&](int64_t keys) {
     return std::min(shape.heads, (budget - fixed(keys)) / (keys * shape.key_words() + state_floats));
@@ -90,33 +80,31 @@ TileSizes tile_sizes(const Machine& machine, const MlaDims& dims, Path path, int
 // A tile of keys in the shared space.
 struct KeyTile {
   HeadShape shape;
-  int64_t keys;    // that it has room for
-  uint32_t* nope;  // [heads, panels of keys, nope_words, lanes]
-  uint32_t* rope;  // [panels of keys, rope_words, lanes]
-  uint32_t* v;     // [heads, panels of columns, words of keys, lanes]
+  int64_t keys;         // that it has room for
+  uint32_t* k;          // [heads, panels of keys, qk_words, lanes]
+  uint32_t* v;          // [heads, panels of columns, words of keys, lanes]
+  float* value_scales;  // [heads, keys], where numbers have scales
 
-  uint32_t* nope_of(int64_t h, int64_t key) const {
-    return nope + (h * keys + key) * shape.nope_words();  // key at a panel
-  }
-  int64_t v_stride() const { return keys / shape.words.word_numbers * kPanelLanes; }
+  uint32_t* k_of(int64_t h, int64_t key) const {
+    return k + (h * keys + key) * shape.qk_words();
+  }  // at a panel
+  int64_t v_stride() const { return keys / 2 * kPanelLanes; }
   uint32_t* v_of(int64_t h, int64_t key) const {  // key even
-    return v + h * panels_of(shape.v) * v_stride() + key / shape.words.word_numbers * kPanelLanes;
+    return v + h * panels_of(shape.v) * v_stride() + key / 2 * kPanelLanes;
   }
-  KeyPanels panels(int64_t h) const { return {nope_of(h, 0), shape.nope_words(), rope, shape.rope_words()}; }
+  float* value_scales_of(int64_t h, int64_t key) const {
+    return value_scales + (h * keys + key) * shape.words.scale_words;
+  }
 
-  // Numbers [at, at + columns) of keys [key, key + n) of a head; `at` and `key` at panels.
-  void put_k(int64_t h, int64_t key, int64_t n, int64_t at, int64_t columns, const float* y,
-             int64_t stride) const {
+  // Keys [key, key + n) of a head, `key` at a panel.
+  void put_k(int64_t h, int64_t key, int64_t n, const float* y) const {
     for (int64_t i = 0; i < n; i += kPanelLanes) {
-      isa().pairs->pack_keys(y + i * stride, stride, std::min(kPanelLanes, n - i), columns,
-                             nope_of(h, key + i) + at / shape.words.word_numbers * kPanelLanes);
+      isa().pairs->pack_keys(y + i * shape.qk, shape.qk, std::min(kPanelLanes, n - i), shape.qk,
+                             k_of(h, key + i));
     }
   }
-  void put_v(int64_t h, int64_t key, int64_t n, int64_t at, int64_t columns, const float* y,
-             int64_t stride) const {
-    uint32_t* to = v_of(h, key) + at / kPanelLanes * v_stride();
-    isa().pairs->pack_values(y, stride, n, columns, to);
-    isa().pairs->fill_values(to, n);
+  void put_v(int64_t h, int64_t key, int64_t n, const float* y) const {
+    isa().pairs->pack_values(y, shape.v, n, shape.v, v_of(h, key), v_stride(), value_scales_of(h, key));
   }
 };
 
@@ -138,7 +126,8 @@ struct LatentSource {
   const CacheArray& cache;
   int64_t layer;
   RoundedLatents latents;
-  int64_t rounded = -1;  // first key of what stands in `latents`
+  float* rope;           // [keys, dims.rope]
+  int64_t rounded = -1;  // first key of what stands in both
 
   void fill(const KeyTile& tile, int64_t head, int64_t heads, int64_t first, int64_t n) {
     const MlaDims& dims = latents.dims;
@@ -151,20 +140,21 @@ struct LatentSource {
                        rows + (at - key) * dims.latent());
         });
         latents.round(rows, dims.latent(), key, keys);
-        for (int64_t i = 0; i < keys; i += kPanelLanes) {
-          isa().pairs->pack_keys(rows + i * dims.latent() + dims.kv_lora, dims.latent(),
-                                 std::min(kPanelLanes, keys - i), dims.rope,
-                                 tile.rope + (key + i) * tile.shape.rope_words());
+        for (int64_t i = 0; i < keys; i++) {
+          std::copy_n(rows + i * dims.latent() + dims.kv_lora, dims.rope, rope + (key + i) * dims.rope);
         }
       });
       rounded = first;
     }
     const int64_t blocks = ceil_div(n, kUnitKeys);
     machine.team.for_each(heads * blocks, [&](int64_t unit, int member) {
-      const int64_t h = unit / blocks, key = unit % blocks * kUnitKeys;
-      expand_rounded(
-          latents, head + h, key, std::min(kUnitKeys, n - key), machine.of(member),
-          [&](auto... piece) { tile.put_k(h, piece...); }, [&](auto... piece) { tile.put_v(h, piece...); });
+      const int64_t h = unit / blocks, key = unit % blocks * kUnitKeys, keys = std::min(kUnitKeys, n - key);
+      tile.put_v(h, key, keys, expand_values(latents, head + h, key, keys, machine.of(member)));
+      float* k = expand_keys(latents, head + h, key, keys, machine.of(member));
+      for (int64_t i = 0; i < keys; i++) {
+        std::copy_n(rope + (key + i) * dims.rope, dims.rope, k + i * dims.qk() + dims.nope);
+      }
+      tile.put_k(h, key, keys, k);
     });
   }
 };
@@ -179,13 +169,11 @@ struct FullSource {
   // Keys of one page, to `key` of head h of the tile.
   void fill_page(const KeyTile& tile, int64_t h, int64_t head, int64_t key, int32_t page, int64_t n,
                  float* scratch) const {
-    const int64_t qk = tile.shape.nope, v = tile.shape.v;
+    const int64_t qk = tile.shape.qk, v = tile.shape.v;
     copy_numbers(k_cache, layer, page, n, head * qk, qk, scratch);
-    tile.put_k(h, key, n, 0, qk, scratch, qk);
+    tile.put_k(h, key, n, scratch);
     copy_numbers(v_cache, layer, page, n, head * v, v, scratch);
-    for (int64_t at = 0; at < v; at += kPanelLanes) {
-      tile.put_v(h, key, n, at, std::min(kPanelLanes, v - at), scratch + at, v);
-    }
+    tile.put_v(h, key, n, scratch);
   }
 
   void fill(const KeyTile& tile, int64_t head, int64_t heads, int64_t first, int64_t n) {
@@ -227,16 +215,14 @@ struct Rows {
   void pack(int64_t head, int64_t row, int64_t count, uint32_t* to) const {
     const int64_t group_rows = shape.words.group_rows;
     for (int64_t i = 0; i < count; i += group_rows, to += shape.qk_words() * group_rows) {
-      const float* from = q.row(first_row + row + i) + head * shape.qk();
+      const float* from = q.row(first_row + row + i) + head * shape.qk;
       const int64_t rows = std::min(group_rows, count - i);
       // Rows of all heads are pages apart, which no processor reads ahead by itself.
       for (int64_t next = i + group_rows; next < std::min(count, i + 2 * group_rows); next++) {
-        const float* row_of = q.row(first_row + row + next) + head * shape.qk();
-        for (int64_t c = 0; c < shape.qk(); c += kLineFloats) __builtin_prefetch(row_of + c);
+        const float* row_of = q.row(first_row + row + next) + head * shape.qk;
+        for (int64_t c = 0; c < shape.qk; c += kLineFloats) __builtin_prefetch(row_of + c);
       }
-      isa().pairs->pack_rows(from, q.stride, rows, shape.nope, to);
-      isa().pairs->pack_rows(from + shape.nope, q.stride, rows, shape.rope,
-                             to + shape.nope_words() * group_rows);
+      isa().pairs->pack_rows(from, q.stride, rows, shape.qk, to);
     }
   }
   float* out_of(int64_t head, int64_t row) const { return out.row(first_row + row) + head * shape.v; }
@@ -246,11 +232,18 @@ struct Rows {
   void meet(const KeyTile& tile, int64_t h, int64_t key, int64_t keys, const uint32_t* q_group, int64_t rows,
             int64_t seen, Softmax* states, float* values, const UnitMemory& memory) const {
     const PairKernels& pairs = *isa().pairs;
-    pairs.scores(q_group, rows, tile.panels(h).from(key), keys, memory.scores, kBlockKeys);
+    pairs.scores(q_group, rows, tile.k_of(h, key), shape.qk, keys, memory.scores, kBlockKeys);
     pairs.raise(memory.scores, kBlockKeys, rows, seen, keys, scale_log2e, states, values, shape.width());
-    pairs.weigh(memory.scores, kBlockKeys, rows, seen, keys, scale_log2e, states, memory.weights);
-    pairs.add_values(memory.weights, rows, keys, tile.v_of(h, key), tile.v_stride(), panels_of(shape.v),
-                     values);
+    add(tile, h, key, keys, memory.scores, kBlockKeys, rows, seen, states, values, memory);
+  }
+  // The same once scores are there, `stride` apart, and no exponent rises any more.
+  void add(const KeyTile& tile, int64_t h, int64_t key, int64_t keys, float* scores, int64_t stride,
+           int64_t rows, int64_t seen, Softmax* states, float* values, const UnitMemory& memory) const {
+    const PairKernels& pairs = *isa().pairs;
+    pairs.weigh(scores, stride, rows, seen, keys, scale_log2e, tile.value_scales_of(h, key), states,
+                memory.weights);
+    pairs.add_values(memory.weights, states, rows, keys, tile.v_of(h, key), tile.v_stride(),
+                     panels_of(shape.v), values);
   }
 };
 
@@ -364,7 +357,7 @@ struct RoundedAttention {
           const UnitMemory memory(all.shape, machine.of(member));
           all.pack(head + h, row, count, memory.q);
           for_seen(row, count, first, n, [&](int64_t i, int64_t group, int64_t key, int64_t keys, int64_t) {
-            pairs.scores(memory.q + i * all.shape.qk_words(), group, tile.panels(h).from(key), keys,
+            pairs.scores(memory.q + i * all.shape.qk_words(), group, tile.k_of(h, key), all.shape.qk, keys,
                          scores(h, row + i, first + key), tiles.stride);
           });
         });
@@ -379,11 +372,9 @@ struct RoundedAttention {
                       }
                       for_seen(row, count, first, n,
                                [&](int64_t i, int64_t group, int64_t key, int64_t keys, int64_t seen) {
-                                 pairs.weigh(scores(h, row + i, first + key), tiles.stride, group, seen, keys,
-                                             all.scale_log2e, state + i, memory.weights);
-                                 pairs.add_values(memory.weights, group, keys, tile.v_of(h, key),
-                                                  tile.v_stride(), panels_of(all.shape.v),
-                                                  memory.values + i * all.shape.width());
+                                 all.add(tile, h, key, keys, scores(h, row + i, first + key), tiles.stride,
+                                         group, seen, state + i, memory.values + i * all.shape.width(),
+                                         memory);
                                });
                     });
       }
@@ -410,16 +401,16 @@ struct SharedParts {
 };
 
 KeyTile key_tile(const HeadShape& shape, int64_t heads, int64_t keys, SharedParts& parts) {
-  uint32_t* nope = parts.words(heads * keys * shape.nope_words());
-  uint32_t* rope = parts.words(keys * shape.rope_words());
-  return {shape, keys, nope, rope, parts.words(heads * keys * shape.width() / shape.words.word_numbers)};
+  uint32_t* k = parts.words(heads * keys * shape.qk_words());
+  uint32_t* v = parts.words(heads * keys * shape.width() / 2);
+  return {shape, keys, k, v, parts.take(heads * keys * shape.words.scale_words)};
 }
 
 template <class Source>
 void attend_sequence(const Machine& machine, const Rows& all, Source& source, const TileSizes& tiles,
                      SharedParts& parts, const SequenceRows& its, bool fused) {
   const KeyTile tile = key_tile(all.shape, tiles.heads, tiles.keys, parts);
-  auto* states = reinterpret_cast<Softmax*>(parts.take(2 * tiles.heads * tiles.rows));
+  auto* states = reinterpret_cast<Softmax*>(parts.take(kSoftmaxFloats * tiles.heads * tiles.rows));
   RoundedAttention<Source> attention{machine, all,      source,   tiles,       tile,
                                      states,  parts.at, its.rows, its.num_keys};
   attention.attend(fused);
@@ -436,7 +427,7 @@ void check_rounded_fits(const Machine& machine, const MlaDims& dims, Path path, 
 
 int64_t attend_expanded_rounded_floats(const MlaDims& dims, const KvUp& up) {
   return std::max({expand_rounded_floats(dims, up), kLatentKeys * dims.latent(),
-                   UnitMemory::floats(latent_shape(dims, kMostWords))});
+                   UnitMemory::floats(shape_of(dims, kMostWords))});
 }
 
 void attend_expanded_rounded(const Machine& machine, const Step& step, const MlaDims& dims, const KvUp& up,
@@ -447,8 +438,10 @@ void attend_expanded_rounded(const Machine& machine, const Step& step, const Mla
         tile_sizes(machine, dims, Path::kDecompressed, its.rows, its.num_keys, range.fused);
     SharedParts parts{machine.shared};
     float* latents = parts.take(rounded_latent_floats(dims, tiles.keys));
-    LatentSource source{machine, step.page_list(its.sequence), cache, layer, {dims, up, latents, tiles.keys}};
-    const Rows all{step, shape_of(dims, Path::kDecompressed), scale_log2e(scale), q, out, its.first_row};
+    float* rope = parts.take(tiles.keys * dims.rope);
+    LatentSource source{machine, step.page_list(its.sequence),    cache,
+                        layer,   {dims, up, latents, tiles.keys}, rope};
+    const Rows all{step, shape_of(dims), scale_log2e(scale), q, out, its.first_row};
     attend_sequence(machine, all, source, tiles, parts, its, range.fused);
   });
 }
@@ -469,12 +462,12 @@ struct RunsOfKeys {
   int64_t rows, num_keys;
 
   int64_t num_runs() const { return ceil_div(num_keys, run_keys(num_keys)); }
-  int64_t partial_floats() const { return whole_lines(rows * (2 + all.shape.width())); }
+  int64_t partial_floats() const { return whole_lines(rows * (kSoftmaxFloats + all.shape.width())); }
   int64_t shared_floats() const { return all.shape.heads * num_runs() * partial_floats(); }
 
   static int64_t member_floats(const HeadShape& shape) {
     return UnitMemory::floats(shape) + kBlockKeys * shape.key_words() +
-           kPageTokens * std::max(shape.nope, shape.v) + 3 * kLineFloats;
+           kPageTokens * std::max(shape.qk, shape.v) + 3 * kLineFloats;
   }
 
   void attend() const {
@@ -489,7 +482,7 @@ struct RunsOfKeys {
       SharedParts parts{machine.of(member) + whole_lines(UnitMemory::floats(all.shape))};
       const KeyTile tile = key_tile(all.shape, 1, kBlockKeys, parts);
       auto* states = reinterpret_cast<Softmax*>(partial(head, run));
-      float* values = partial(head, run) + 2 * rows;
+      float* values = partial(head, run) + kSoftmaxFloats * rows;
       std::fill_n(states, rows, Softmax{});
       std::memset(values, 0, rows * width * 4);
       all.pack(head, 0, rows, memory.q);
@@ -511,7 +504,7 @@ struct RunsOfKeys {
         for (int64_t run = 0; run < runs; run++) {
           const float share = std::exp2(state(run).exponent - exponent);
           sum += state(run).sum * share;
-          const float* from = partial(head, run) + 2 * rows + i * width;
+          const float* from = partial(head, run) + kSoftmaxFloats * rows + i * width;
           for (int64_t c = 0; c < all.shape.v; c++) to[c] += from[c] * share;
         }
         for (int64_t c = 0; c < all.shape.v; c++) to[c] /= sum;
@@ -523,7 +516,7 @@ struct RunsOfKeys {
 }  // namespace
 
 int64_t attend_full_rounded_floats(const MlaDims& dims) {
-  return RunsOfKeys::member_floats(full_shape(dims, kMostWords));
+  return RunsOfKeys::member_floats(shape_of(dims, kMostWords));
 }
 
 void attend_full_rounded(const Machine& machine, const Step& step, const MlaDims& dims, float scale,
@@ -532,7 +525,7 @@ void attend_full_rounded(const Machine& machine, const Step& step, const MlaDims
   const PathRange& range = step.range(Path::kStandard);
   for_sequences(step, range, [&](const SequenceRows& its) {
     FullSource source{machine, step.page_list(its.sequence), k_cache, v_cache, layer};
-    const Rows all{step, shape_of(dims, Path::kStandard), scale_log2e(scale), q, out, its.first_row};
+    const Rows all{step, shape_of(dims), scale_log2e(scale), q, out, its.first_row};
     const RunsOfKeys runs{machine, all, source, its.rows, its.num_keys};
     // Runs add up in another order than tiles, so not where a row's bits may not depend on its neighbours.
     const bool by_size = machine.form == ProductForm::kBySize;

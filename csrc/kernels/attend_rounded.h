@@ -1,4 +1,4 @@
-// Ordinary attention where products round: keys and values in bfloat16, for the decompressed path (out of
+// Ordinary attention where products round: keys and values in 16 bits, for the decompressed path (out of
 // latents) and for mla=0 (out of a cache of keys and values). quant/attention.py is the definition.
 //
 // Keys of a sequence come in tiles that all rows of the step use before the next tile: the cost of making a

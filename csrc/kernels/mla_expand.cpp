@@ -20,8 +20,7 @@ constexpr int64_t kTokenBlock = 128;
 int64_t up_panel_floats(const KvUp& up) { return std::max(panel_floats(up.uk()), panel_floats(up.uv())); }
 
 int64_t append_full_floats(const MlaDims& dims, const KvUp& up, bool rounds) {
-  return rounds ? whole_lines(expand_rounded_floats(dims, up)) + kLatentKeys * (dims.qk() + dims.v)
-                : up_panel_floats(up) + kTokenBlock * (dims.qk() + dims.v);
+  return rounds ? expand_rounded_floats(dims, up) : up_panel_floats(up) + kTokenBlock * (dims.qk() + dims.v);
 }
 
 int64_t append_full_shared_floats(const MlaDims& dims, bool rounds) {
@@ -70,21 +69,15 @@ void append_full_rounded(const Machine& machine, const Step& step, const MlaDims
     });
     machine.team.for_each(dims.heads * blocks, [&](int64_t unit, int member) {
       const int64_t head = unit / blocks, first = unit % blocks * kLatentKeys, n = block_rows(unit % blocks);
-      float* k = machine.of(member) + whole_lines(expand_rounded_floats(dims, up));
-      float* v = k + n * dims.qk();
-      const auto into = [&](float* rows_of, int64_t width) {
-        return [=](int64_t, int64_t keys, int64_t at, int64_t columns, const float* y, int64_t stride) {
-          for (int64_t i = 0; i < keys; i++) {
-            std::memcpy(rows_of + i * width + at, y + i * stride, columns * 4);
-          }
-        };
-      };
-      expand_rounded(latents, head, first, n, machine.of(member), into(k, dims.qk()), into(v, dims.v));
+      const int64_t* slots = step.slots.data() + start + first;
+      const float* v = expand_values(latents, head, first, n, machine.of(member));
+      for (int64_t i = 0; i < n; i++) {
+        write_slot(v_cache, layer, slots[i], v + i * dims.v, head * dims.v, dims.v);
+      }
+      float* k = expand_keys(latents, head, first, n, machine.of(member));
       for (int64_t i = 0; i < n; i++) {
         std::memcpy(k + i * dims.qk() + dims.nope, k_rope.row(start + first + i), dims.rope * 4);
-        const int64_t slot = step.slots[start + first + i];
-        write_slot(k_cache, layer, slot, k + i * dims.qk(), head * dims.qk(), dims.qk());
-        write_slot(v_cache, layer, slot, v + i * dims.v, head * dims.v, dims.v);
+        write_slot(k_cache, layer, slots[i], k + i * dims.qk(), head * dims.qk(), dims.qk());
       }
     });
   }

@@ -1,20 +1,19 @@
-// Attention on bfloat16: its tiles, and the functions that an instruction set has for them.
+// Attention over keys and values of heads: its tiles, and the functions that an instruction set has for them.
 //
-// Numbers are rounded to bfloat16 and lie in words as the instruction set multiplies them: two that a product
-// adds up at once, or one as the float32 it is (AVX2, where taking bfloat16 apart would cost as much as
-// multiplying, and AVX-512 where products of pairs are the slower ones).
+// Numbers have 16 bits and lie in words of two, which a product adds up at once: whole numbers, each row or
+// key with a power of two as its scale, or bfloat16 without (quant/attention.py).
 //
-//   rows    groups of group_rows rows         [words of dim][group_rows]      what is multiplied: queries
-//                                             or [group_rows][words of dim]   as the instruction set takes it
-//   keys    panels of kPanelLanes keys        [words of dim][kPanelLanes]     what it is multiplied by: keys
-//   values  panels of kPanelLanes columns     [words of keys][kPanelLanes]    or any matrix by its columns
+//   rows    groups of group_rows rows         what is multiplied: queries
+//   keys    panels of kPanelLanes keys        what it is multiplied by: keys, or any matrix by its columns
+//           either: [scales of each, then words of dim][group_rows or kPanelLanes], or rows without scales
+//           [group_rows][words of dim], as the instruction set takes them
+//   values  panels of kPanelLanes columns     [words of keys][kPanelLanes], a scale for each key beside them
 //
 // A sequence's keys meet in blocks of kBlockKeys that start at multiples of it, so that a row's bits depend
-// on its own keys alone. The softmax is defined in quant/attention.py: its maximum is a whole exponent, so
-// that a weight's rounding to bfloat16 does not depend on when it was computed.
+// on its own keys alone. The softmax's maximum is a whole exponent, so that what rounds to 16 bits does not
+// depend on when it was computed.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -25,73 +24,61 @@ constexpr int64_t kPanelLanes = 32;
 constexpr int64_t kBlockKeys = 128;
 
 inline int64_t panels_of(int64_t n) { return (n + kPanelLanes - 1) / kPanelLanes; }
+constexpr int64_t pairs_of(int64_t numbers) { return (numbers + 1) / 2; }
 
 // A row over the keys it has met.
 struct Softmax {
   float exponent = -std::numeric_limits<float>::infinity();  // whole
-  float sum = 0.0f;                                          // of 2^(score - exponent) as bfloat16
-};
-
-// Keys in two parts, the second shared by all heads.
-struct KeyPanels {
-  const uint32_t* nope;
-  int64_t nope_words;
-  const uint32_t* rope;
-  int64_t rope_words;
-
-  KeyPanels from(int64_t key) const {
-    const int64_t lanes = key / kPanelLanes * kPanelLanes;
-    return {nope + nope_words * lanes, nope_words, rope + rope_words * lanes, rope_words};
-  }
+  float sum = 0.0f;                                          // of 2^(score - exponent)
+  float share = 1.0f;  // what a value weighs whose weight in the last block is 1
 };
 
 struct PairWords {
-  int64_t word_numbers;  // 1 or 2
-  int64_t step_words;    // that a product takes at a time
+  int64_t scale_words;  // before the words of a row or key: 0 or 1
+  int64_t step_words;   // that a product takes at a time
   int64_t group_rows;
   // Whole steps.
   constexpr int64_t words_of(int64_t numbers) const {
-    const int64_t step = word_numbers * step_words;
-    return (numbers + step - 1) / step * step_words;
+    return (pairs_of(numbers) + step_words - 1) / step_words * step_words;
   }
+  // Of a row or key with its scale.
+  constexpr int64_t row_words(int64_t dim) const { return scale_words + words_of(dim); }
 };
 // What no instruction set exceeds: memory outlives a change of it.
-constexpr PairWords kMostWords{1, 32, 32};
+constexpr PairWords kMostWords{1, 16, 32};
 
 struct PairKernels : PairWords {
+  const char* numbers;  // quant/attention.py, Numbers
   void (*widen_f16)(const uint8_t* halves, int64_t n, float* to);
 
-  // Numbers to words, rounded to nearest even; the last word is filled up with zeros, and words_of with words
-  // of zeros but for values, whose keys and columns come in pieces: fill_values.
+  // Numbers to words; what is missing of the last word and of words_of is zeros.
   void (*pack_rows)(const float* x, int64_t stride, int64_t rows, int64_t dim, uint32_t* to);  // one group
   void (*pack_keys)(const float* x, int64_t stride, int64_t keys, int64_t dim,
                     uint32_t* to);  // up to kPanelLanes keys
-  void (*pack_values)(const float* x, int64_t stride, int64_t keys, int64_t columns,
-                      uint32_t* to);  // up to kPanelLanes columns
+  // Keys that are up to kPanelLanes columns of x, its rows being their dim numbers.
+  void (*pack_columns)(const float* x, int64_t stride, int64_t dim, int64_t columns, uint32_t* to);
+  // Whole values from an even key on, to panels panel_stride words apart; words_of(keys) are written.
+  void (*pack_values)(const float* x, int64_t stride, int64_t keys, int64_t columns, uint32_t* to,
+                      int64_t panel_stride, float* scales);
 
-  // scores[i * stride + j]: row i of a group times key j, for whole panels of keys.
-  void (*scores)(const uint32_t* q, int64_t rows, KeyPanels k, int64_t keys, float* scores, int64_t stride);
+  // scores[i * stride + j]: row i of a group times key j, for whole panels of keys of dim numbers.
+  void (*scores)(const uint32_t* q, int64_t rows, const uint32_t* k, int64_t dim, int64_t keys, float* scores,
+                 int64_t stride);
 
-  // Of rows of which row i sees the first clamp(seen + i, 0, keys) scores; those after it are overwritten.
+  // Of rows of which row i sees the first clamp(seen + i, 0, keys) scores; all of them are overwritten.
   //
   // raise: exponents that no score of the block passes. Where one rises, the sum and the `width` weighted
   // values of the row follow.
   void (*raise)(float* scores, int64_t stride, int64_t rows, int64_t seen, int64_t keys, float scale_log2e,
                 Softmax* states, float* values, int64_t width);
-  // weigh: number j of weights[i * words_of(kBlockKeys)] = 2^(score * scale_log2e - exponent) as bfloat16, 0
-  // for keys that a row does not see, to the end of words_of what the last row sees; adds them up.
+  // weigh: number j of weights[i * words_of(kBlockKeys)] = what value j weighs beside the row's `share`, 0
+  // for keys that a row does not see, to the end of words_of what the last row sees; adds up sums.
   void (*weigh)(float* scores, int64_t stride, int64_t rows, int64_t seen, int64_t keys, float scale_log2e,
-                Softmax* states, uint32_t* weights);
-  // values[i * panels * kPanelLanes + c] += sum of weights of row i times column c. Panels of v are v_stride
-  // words apart.
-  void (*add_values)(const uint32_t* weights, int64_t rows, int64_t keys, const uint32_t* v, int64_t v_stride,
-                     int64_t panels, float* values);
-
-  // Zeros after the last of `keys` keys of a panel of values, up to words_of(keys).
-  void fill_values(uint32_t* panel, int64_t keys) const {
-    const int64_t filled = (keys + word_numbers - 1) / word_numbers;
-    std::fill(panel + filled * kPanelLanes, panel + words_of(keys) * kPanelLanes, 0u);
-  }
+                const float* value_scales, Softmax* states, uint32_t* weights);
+  // values[i * panels * kPanelLanes + c] += share of row i times its weights times column c. Panels of v are
+  // v_stride words apart.
+  void (*add_values)(const uint32_t* weights, const Softmax* states, int64_t rows, int64_t keys,
+                     const uint32_t* v, int64_t v_stride, int64_t panels, float* values);
 };
 
 }  // namespace kvfold

@@ -1,5 +1,5 @@
-// The algorithms of pair_kernels.h once, over the vocabulary of an instruction set. Included last by
-// isa/pairs_*.cpp.
+// The algorithms of pair_kernels.h on whole numbers once, over the vocabulary of an instruction set. Included
+// last by isa/pairs_*.cpp.
 //
 // Both products are one loop: words of up to S::kPairRows rows, each into every lane, times
 // S::kPairVectors vectors of a panel.
@@ -13,7 +13,7 @@
 #include <type_traits>
 
 #include "kernels/exp2.h"
-#include "kernels/pair_kernels.h"
+#include "kernels/pair_panels.h"
 
 #define KVFOLD_UNROLLED_PAIRS _Pragma("GCC unroll 16")
 
@@ -21,28 +21,127 @@ namespace kvfold {
 namespace {
 
 template <class S>
-struct PairTile {
-  using Floats = typename S::Floats;
-  using Number = typename S::Number;
-  static constexpr int64_t kNumbers = 4 / sizeof(Number);  // of a word
-  static constexpr int64_t kBlockWords = kBlockKeys / kNumbers;
+struct PairTile : PairPanels<S> {
+  using Panels = PairPanels<S>;
+  using Ints = typename S::Ints;
+  using Panels::kBlockWords;
   static constexpr int64_t kGroupRows = 12;
-  static constexpr PairWords kWords{kNumbers, S::kPairStep, kGroupRows};
+  static constexpr PairWords kWords{1, 1, kGroupRows};
   static constexpr int kVectors = S::kPairVectors, kRows = S::kPairRows;
   static constexpr int kParts = kPanelLanes / (kVectors * S::kLanes);  // of a panel
   static_assert(kGroupRows % kRows == 0 && kParts * kVectors * S::kLanes == kPanelLanes);
 
+  static constexpr float kOne = 32767.0f;
+
+  // The power of two that a row is multiplied by whose `size` may then reach kOne, and its inverse.
+  struct Scale {
+    float factor, scale;
+
+    explicit Scale(float size) {
+      if (!(size <= 0x1p60f)) {
+        factor = 0.0f, scale = std::numeric_limits<float>::quiet_NaN();
+      } else if (size < 0x1p-60f) {
+        factor = scale = 0.0f;
+      } else {
+        const float most = kOne / size;
+        uint32_t bits;
+        std::memcpy(&bits, &most, 4);
+        bits &= 0x7f800000;  // its power of two
+        std::memcpy(&factor, &bits, 4);
+        scale = 1.0f / factor;
+      }
+    }
+  };
+  static Scale of_length(const float* x, int64_t n) {
+    auto squares = S::zero();
+    int64_t i = 0;
+    for (; i + S::kLanes <= n; i += S::kLanes) {
+      const auto v = S::load(x + i);
+      squares = S::fma(v, v, squares);
+    }
+    if (i < n) {
+      const auto v = S::load_first(x + i, n - i);
+      squares = S::fma(v, v, squares);
+    }
+    return Scale(std::sqrt(S::sum(squares)));
+  }
+  static Scale of_largest(const float* x, int64_t n) {
+    auto largest = S::zero(), sum = S::zero();
+    const auto add = [&](const auto& v) { largest = S::max(largest, S::magnitude(v)), sum = S::add(sum, v); };
+    int64_t i = 0;
+    for (; i + S::kLanes <= n; i += S::kLanes) add(S::load(x + i));
+    if (i < n) add(S::load_first(x + i, n - i));
+    return Scale(S::largest(largest) + 0.0f * S::sum(sum));  // a maximum forgets NaN
+  }
+
+  // Scales, then words.
+  template <int64_t width>
+  static void pack(const float* x, int64_t stride, int64_t count, int64_t dim, uint32_t* to) {
+    float factors[width], scales[width] = {};
+    for (int64_t i = 0; i < count; i++) {
+      const Scale of = of_length(x + i * stride, dim);
+      factors[i] = of.factor, scales[i] = of.scale;
+    }
+    std::memcpy(to, scales, sizeof scales);
+    Panels::template turn<width>(
+        count, dim, to + width, [&](int64_t i, int64_t at, int64_t n, uint16_t* numbers) {
+          S::to_shorts(x + i * stride + at, factors[i], reinterpret_cast<int16_t*>(numbers), n);
+        });
+  }
+
+  static void pack_columns(const float* x, int64_t stride, int64_t dim, int64_t columns, uint32_t* to) {
+    alignas(64) float lengths[kPanelLanes] = {}, factors[kPanelLanes], scales[kPanelLanes];
+    for (int64_t row = 0; row < dim; row++) {
+      for (int64_t c = 0; c < columns; c++) lengths[c] += x[row * stride + c] * x[row * stride + c];
+    }
+    for (int64_t c = 0; c < kPanelLanes; c++) {
+      const Scale of(std::sqrt(lengths[c]));
+      factors[c] = of.factor, scales[c] = of.scale;
+    }
+    std::memcpy(to, scales, sizeof scales);
+    Panels::interleave(x, stride, dim, columns, to + kPanelLanes,
+                       [&](int64_t, int64_t c, const auto& even, const auto& odd) {
+                         const auto factor = S::load(factors + c);
+                         return S::whole_pairs(S::mul(even, factor), S::mul(odd, factor));
+                       });
+  }
+
+  static void pack_values(const float* x, int64_t stride, int64_t keys, int64_t columns, uint32_t* to,
+                          int64_t panel_stride, float* scales) {
+    for (int64_t first = 0; first < keys; first += kBlockKeys) {
+      const int64_t n = std::min(kBlockKeys, keys - first);
+      const float* rows = x + first * stride;
+      float factors[kBlockKeys + 1];
+      for (int64_t i = 0; i < n; i++) {
+        const Scale of = of_largest(rows + i * stride, columns);
+        factors[i] = of.factor, scales[first + i] = of.scale;
+      }
+      factors[n] = 0.0f;
+      uint32_t* panel = to + pairs_of(first) * kPanelLanes;
+      for (int64_t at = 0; at < columns; at += kPanelLanes, panel += panel_stride) {
+        Panels::interleave(rows + at, stride, n, std::min(kPanelLanes, columns - at), panel,
+                           [&](int64_t row, int64_t, const auto& even, const auto& odd) {
+                             return S::whole_pairs(S::mul(even, S::set(factors[row])),
+                                                   S::mul(odd, S::set(factors[row + 1])));
+                           });
+      }
+    }
+  }
+
   // sum[v][r] += rows [r * row_step + i * step] times panel [i * kPanelLanes + v * kLanes], i < num_words.
   template <int row_step, int step, int rows>
   static void multiply(const uint32_t* a, const uint32_t* panel, int64_t num_words,
-                       Floats (&sum)[kVectors][rows]) {
+                       Ints (&sum)[kVectors][rows]) {
+    KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) {
+      KVFOLD_UNROLLED_PAIRS for (int r = 0; r < rows; r++) sum[v][r] = S::zero_ints();
+    }
     for (int64_t i = 0; i < num_words; i++, a += step, panel += kPanelLanes) {
-      typename S::Ints w[kVectors];
+      Ints w[kVectors];
       KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) w[v] = S::load_codes(panel + v * S::kLanes);
       KVFOLD_UNROLLED_PAIRS for (int r = 0; r < rows; r++) {
         const auto x = S::four_codes(a + r * row_step);
         KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) sum[v][r] =
-            S::add_products(sum[v][r], w[v], x);
+            S::dot_shorts(sum[v][r], w[v], x);
       }
     }
   }
@@ -61,24 +160,22 @@ struct PairTile {
     }
   }
 
-  static void scores(const uint32_t* q, int64_t rows, KeyPanels k, int64_t keys, float* scores,
-                     int64_t stride) {
-    for (int64_t key = 0; key < keys; key += kPanelLanes) {
-      const KeyPanels panel = k.from(key);
+  static void scores(const uint32_t* q, int64_t rows, const uint32_t* k, int64_t dim, int64_t keys,
+                     float* scores, int64_t stride) {
+    const auto* row_scales = reinterpret_cast<const float*>(q);
+    for (int64_t key = 0; key < keys; key += kPanelLanes, k += kWords.row_words(dim) * kPanelLanes) {
+      const auto* key_scales = reinterpret_cast<const float*>(k);
       for_rows(rows, [&](int64_t first, auto count) {
         constexpr int n = decltype(count)::value;
-        for (int part = 0; part < kParts; part++) {
-          const int64_t lane = part * kVectors * S::kLanes;
-          Floats sum[kVectors][n];
-          KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) {
-            KVFOLD_UNROLLED_PAIRS for (int r = 0; r < n; r++) sum[v][r] = S::zero();
-          }
-          multiply<1, kGroupRows>(q + first, panel.nope + lane, k.nope_words, sum);
-          multiply<1, kGroupRows>(q + k.nope_words * kGroupRows + first, panel.rope + lane, k.rope_words,
-                                  sum);
+        for (int lane = 0; lane < kPanelLanes; lane += kVectors * S::kLanes) {
+          Ints sum[kVectors][n];
+          multiply<1, kGroupRows>(q + kGroupRows + first, k + kPanelLanes + lane, kWords.words_of(dim), sum);
           KVFOLD_UNROLLED_PAIRS for (int r = 0; r < n; r++) {
+            const auto row_scale = S::set(row_scales[first + r]);
             KVFOLD_UNROLLED_PAIRS for (int v = 0; v < kVectors; v++) {
-              S::store(scores + (first + r) * stride + key + lane + v * S::kLanes, sum[v][r]);
+              const auto scale = S::mul(S::load(key_scales + lane + v * S::kLanes), row_scale);
+              S::store(scores + (first + r) * stride + key + lane + v * S::kLanes,
+                       S::mul(S::to_floats(sum[v][r]), scale));
             }
           }
         }
@@ -86,86 +183,55 @@ struct PairTile {
     }
   }
 
-  static int64_t seen_by(int64_t row, int64_t seen, int64_t keys) {
-    return std::clamp<int64_t>(seen + row, 0, keys);
-  }
-  // Scores after the n-th that share its vector weigh nothing.
-  static void hide_rest(float* scores, int64_t n) {
-    for (; n % S::kLanes != 0; n++) scores[n] = -std::numeric_limits<float>::infinity();
-  }
-
-  static void raise(float* scores, int64_t stride, int64_t rows, int64_t seen, int64_t keys,
-                    float scale_log2e, Softmax* states, float* values, int64_t width) {
-    for (int64_t i = 0; i < rows; i++) {
-      const int64_t n = seen_by(i, seen, keys);
-      if (n == 0) continue;
-      float* row = scores + i * stride;
-      hide_rest(row, n);
-      auto most = S::load(row);
-      for (int64_t j = S::kLanes; j < n; j += S::kLanes) most = S::max(S::load(row + j), most);
-      const float exponent = std::ceil(S::largest(most) * scale_log2e);
-      Softmax& state = states[i];
-      if (exponent <= state.exponent) continue;
-      if (state.sum != 0.0f) {
-        const float shrink = std::exp2(state.exponent - exponent);
-        const auto factor = S::set(shrink);
-        state.sum *= shrink;
-        for (int64_t c = 0; c < width; c += S::kLanes) {
-          float* at = values + i * width + c;
-          S::store(at, S::mul(S::load(at), factor));
-        }
-      }
-      state.exponent = exponent;
-    }
-  }
-
   static void weigh(float* scores, int64_t stride, int64_t rows, int64_t seen, int64_t keys,
-                    float scale_log2e, Softmax* states, uint32_t* weights) {
+                    float scale_log2e, const float* value_scales, Softmax* states, uint32_t* weights) {
     const auto factor = S::set(scale_log2e);
-    const int64_t last = kWords.words_of(seen_by(rows - 1, seen, keys)) * kNumbers;
+    const int64_t last = 2 * pairs_of(Panels::seen_by(rows - 1, seen, keys));
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t n = seen_by(i, seen, keys);
-      const uint32_t* words = weights + i * kBlockWords;
-      auto* to = reinterpret_cast<Number*>(weights + i * kBlockWords);
+      const int64_t n = Panels::seen_by(i, seen, keys);
+      auto* to = reinterpret_cast<int16_t*>(weights + i * kBlockWords);
       int64_t j = 0;
       if (n > 0) {
         float* row = scores + i * stride;
-        hide_rest(row, n);
-        const auto minus = S::set(-states[i].exponent);
-        for (; j < n; j += S::kLanes) {
-          S::store_numbers(to + j, exp2<S>(S::fma(S::load(row + j), factor, minus)));
+        Panels::hide_rest(row, n);
+        Softmax& state = states[i];
+        const auto minus = S::set(-state.exponent);
+        auto sum = S::zero(), total = S::zero();
+        // Of keys behind the n-th no scale is read: it may be NaN.
+        const auto add = [&](const auto& scales) {
+          const auto share = exp2<S>(S::fma(S::load(row + j), factor, minus)), scaled = S::mul(share, scales);
+          S::store(row + j, scaled);
+          sum = S::add(sum, share), total = S::add(total, scaled);
+        };
+        for (; j + S::kLanes <= n; j += S::kLanes) add(S::load(value_scales + j));
+        if (j < n) {
+          add(S::load_first(value_scales + j, n - j));
+          j += S::kLanes;
         }
-        for (; j % (kNumbers * S::kLanes) != 0; j++) to[j] = 0;
-        auto sum = S::zero();
-        for (int64_t at = 0; at < j / kNumbers; at += S::kLanes) {
-          sum = S::add_products(sum, S::load_codes(words + at), S::set_ints(S::kOnes));
-        }
-        states[i].sum += S::sum(sum);
+        state.sum += S::sum(sum);
+        const float whole = S::sum(total);
+        state.share = whole / kOne;
+        // Less is too little beside what raised the exponent, and the factor of it might be infinite.
+        S::to_shorts(row, whole >= 0x1p-110f ? kOne / whole : 0.0f, to, j);
       }
       for (; j < last; j++) to[j] = 0;
     }
   }
 
-  static void add_values(const uint32_t* weights, int64_t rows, int64_t keys, const uint32_t* v,
-                         int64_t v_stride, int64_t panels, float* values) {
+  static void add_values(const uint32_t* weights, const Softmax* states, int64_t rows, int64_t keys,
+                         const uint32_t* v, int64_t v_stride, int64_t panels, float* values) {
     const int64_t width = panels * kPanelLanes;
     for (int64_t panel = 0; panel < panels; panel++, v += v_stride, values += kPanelLanes) {
       for_rows(rows, [&](int64_t first, auto count) {
         constexpr int n = decltype(count)::value;
-        for (int part = 0; part < kParts; part++) {
-          const int64_t lane = part * kVectors * S::kLanes;
-          float* out = values + first * width + lane;
-          Floats sum[kVectors][n];
+        for (int lane = 0; lane < kPanelLanes; lane += kVectors * S::kLanes) {
+          Ints sum[kVectors][n];
+          multiply<kBlockWords, 1>(weights + first * kBlockWords, v + lane, pairs_of(keys), sum);
           KVFOLD_UNROLLED_PAIRS for (int r = 0; r < n; r++) {
+            const auto share = S::set(states[first + r].share);
             KVFOLD_UNROLLED_PAIRS for (int c = 0; c < kVectors; c++) {
-              sum[c][r] = S::load(out + r * width + c * S::kLanes);
-            }
-          }
-          multiply<kBlockWords, 1>(weights + first * kBlockWords, v + lane, (keys + kNumbers - 1) / kNumbers,
-                                   sum);
-          KVFOLD_UNROLLED_PAIRS for (int r = 0; r < n; r++) {
-            KVFOLD_UNROLLED_PAIRS for (int c = 0; c < kVectors; c++) {
-              S::store(out + r * width + c * S::kLanes, sum[c][r]);
+              float* at = values + (first + r) * width + lane + c * S::kLanes;
+              S::store(at, S::fma(S::to_floats(sum[c][r]), share, S::load(at)));
             }
           }
         }
@@ -173,79 +239,18 @@ struct PairTile {
     }
   }
 
-  static void widen_f16(const uint8_t* halves, int64_t n, float* to) {
-    int64_t i = 0;
-    for (; i + S::kLanes <= n; i += S::kLanes) S::store(to + i, S::load_half(halves + 2 * i));
-    if (i == n) return;
-    uint8_t last[2 * S::kLanes] = {};
-    std::memcpy(last, halves + 2 * i, 2 * (n - i));
-    S::store_first(to + i, S::load_half(last), n - i);
-  }
-
-  static constexpr int64_t kChunk = 32;  // numbers rounded at a time
-
-  // `count` vectors of numbers, `stride` apart, to words [words of dim][width]: rounded where they lie and
-  // turned four words at a time. Vectors of lanes may be longer than a group is wide, or not divide it: each
-  // overwrites what the one before had too much, and the last is stored in part.
-  template <int64_t width>
-  static void pack(const float* x, int64_t stride, int64_t count, int64_t dim, uint32_t* to) {
-    constexpr int64_t kLines = (width + S::kLanes - 1) / S::kLanes * S::kLanes;
-    alignas(64) Number numbers[kLines][kChunk];
-    std::memset(numbers, 0, sizeof numbers);
-    for (int64_t at = 0; at < dim; at += kChunk) {
-      const int64_t n = std::min(kChunk, dim - at), words = (n + kNumbers - 1) / kNumbers;
-      for (int64_t i = 0; i < count; i++) {
-        if (n < kChunk) numbers[i][n] = 0;  // beside the last number of an odd dimension
-        S::to_numbers(x + i * stride + at, numbers[i], n);
-      }
-      for (int64_t p = 0; p < words; p += 4) {
-        typename S::Ints four[kLines / S::kLanes][4];
-        for (int64_t lane = 0; lane < kLines; lane += S::kLanes) {
-          S::transpose(reinterpret_cast<const uint8_t*>(numbers[lane] + kNumbers * p),
-                       kChunk * sizeof(Number), four[lane / S::kLanes]);
-        }
-        for (int64_t j = 0; j < std::min<int64_t>(4, words - p); j++, to += width) {
-          const bool is_last = at + kNumbers * (p + j + 1) >= dim;
-          for (int64_t lane = 0; lane < width; lane += S::kLanes) {
-            const auto& vector = four[lane / S::kLanes][j];
-            if (is_last && lane + S::kLanes > width) {
-              std::memcpy(to + lane, &vector, (width - lane) * 4);
-            } else {
-              S::store_codes(to + lane, vector);
-            }
-          }
-        }
-      }
-    }
-  }
-
-  static void pack_values(const float* x, int64_t stride, int64_t keys, int64_t columns, uint32_t* to) {
-    alignas(64) float last[kNumbers][kPanelLanes] = {};
-    for (int64_t key = 0; key < keys; key += kNumbers, to += kPanelLanes) {
-      const float* rows[kNumbers];
-      for (int64_t i = 0; i < kNumbers; i++) {
-        rows[i] = x + (key + i) * stride;
-        if (key + kNumbers <= keys && columns == kPanelLanes) continue;
-        if (key + i < keys) {
-          std::memcpy(last[i], rows[i], columns * 4);
-        } else {
-          std::memset(last[i], 0, columns * 4);
-        }
-        rows[i] = last[i];
-      }
-      for (int64_t c = 0; c < kPanelLanes; c += S::kLanes) {
-        if constexpr (kNumbers == 2) {
-          S::store_codes(to + c, S::bf16_pairs(S::load(rows[0] + c), S::load(rows[1] + c)));
-        } else {
-          S::store_codes(to + c, S::nearest_bf16(S::load(rows[0] + c)));
-        }
-      }
-    }
-  }
-
   static constexpr PairKernels kernels() {
-    return {kWords, widen_f16, pack<kGroupRows>, pack<kPanelLanes>, pack_values, scores,
-            raise,  weigh,     add_values};
+    return {kWords,
+            "int16",
+            Panels::widen_f16,
+            pack<kGroupRows>,
+            pack<kPanelLanes>,
+            pack_columns,
+            pack_values,
+            scores,
+            Panels::raise,
+            weigh,
+            add_values};
   }
 };
 

@@ -1,22 +1,23 @@
-// The products of pair_kernels.h on matrix tiles; the softmax between them is pair_tile.h's. Included last by
-// isa/pairs_amx.cpp.
+// The algorithms of pair_kernels.h on bfloat16 and matrix tiles, which multiply no whole numbers of 16 bits.
+// Included last by isa/pairs_amx.cpp.
 //
 // A group is 32 rows, [rows][words]; a register tile is those rows by 32 keys or columns: four tiles of sums,
 // two of rows, two of a panel. So a step of 16 words loads 4 tiles for 4 products.
 #pragma once
 
-#include "kernels/pair_tile.h"
+#include "kernels/exp2.h"
+#include "kernels/pair_panels.h"
 
 namespace kvfold {
 namespace {
 
 template <class S>
-struct PairTileAmx : PairTile<S> {
-  using Vectors = PairTile<S>;
+struct PairTileAmx : PairPanels<S> {
+  using Panels = PairPanels<S>;
+  using Panels::kBlockWords;
   static constexpr int64_t kRows = S::kTileRows, kWords = S::kTileWords;
-  static constexpr int64_t kBlockWords = Vectors::kBlockWords;
-  static constexpr PairWords kGroup{2, kWords, 2 * kRows};
-  static_assert(kPanelLanes == 2 * kWords && Vectors::kNumbers == 2);
+  static constexpr PairWords kGroup{0, kWords, 2 * kRows};
+  static_assert(kPanelLanes == 2 * kWords && kBlockWords % kWords == 0);
 
   static void set_shapes(int64_t rows) {
     const auto upper = static_cast<uint8_t>(std::min(rows, kRows));
@@ -72,20 +73,48 @@ struct PairTileAmx : PairTile<S> {
   }
 
   template <bool two>
-  static void score_panels(const uint32_t* q, KeyPanels k, int64_t keys, float* scores, int64_t stride) {
-    for (int64_t key = 0; key < keys; key += kPanelLanes) {
-      const KeyPanels panel = k.from(key);
+  static void score_panels(const uint32_t* q, const uint32_t* k, int64_t num_words, int64_t keys,
+                           float* scores, int64_t stride) {
+    for (int64_t key = 0; key < keys; key += kPanelLanes, k += num_words * kPanelLanes) {
       clear<two>();
-      multiply<two>(q, k.nope_words, panel.nope, k.nope_words);
-      multiply<two>(q + k.nope_words * kGroup.group_rows, k.rope_words, panel.rope, k.rope_words);
+      multiply<two>(q, num_words, k, num_words);
       store<two>(scores + key, stride);
     }
   }
-  static void scores(const uint32_t* q, int64_t rows, KeyPanels k, int64_t keys, float* scores,
-                     int64_t stride) {
+  static void scores(const uint32_t* q, int64_t rows, const uint32_t* k, int64_t dim, int64_t keys,
+                     float* scores, int64_t stride) {
     set_shapes(rows);
-    (rows > kRows ? score_panels<true> : score_panels<false>)(q, k, keys, scores, stride);
+    (rows > kRows ? score_panels<true> : score_panels<false>)(q, k, kGroup.words_of(dim), keys, scores,
+                                                              stride);
     S::release();
+  }
+
+  static void weigh(float* scores, int64_t stride, int64_t rows, int64_t seen, int64_t keys,
+                    float scale_log2e, const float*, Softmax* states, uint32_t* weights) {
+    const auto factor = S::set(scale_log2e), zero = S::zero();
+    const auto ones = S::set_ints(0x3f803f80);
+    const int64_t last = 2 * kGroup.words_of(Panels::seen_by(rows - 1, seen, keys));
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t n = Panels::seen_by(i, seen, keys);
+      const uint32_t* words = weights + i * kBlockWords;
+      auto* to = reinterpret_cast<uint16_t*>(weights + i * kBlockWords);
+      int64_t j = 0;
+      if (n > 0) {
+        float* row = scores + i * stride;
+        Panels::hide_rest(row, n);
+        const auto minus = S::set(-states[i].exponent);
+        for (; j < n; j += S::kLanes) {
+          S::store_bf16(to + j, exp2<S>(S::fma(S::load(row + j), factor, minus)));
+        }
+        for (; j % (2 * S::kLanes) != 0; j++) to[j] = 0;
+        auto sum = zero;
+        for (int64_t at = 0; at < j / 2; at += S::kLanes) {
+          sum = S::dot_bf16(sum, S::load_codes(words + at), ones);
+        }
+        states[i].sum += S::sum(sum);
+      }
+      for (; j < last; j++) to[j] = 0;
+    }
   }
 
   template <bool two>
@@ -97,8 +126,8 @@ struct PairTileAmx : PairTile<S> {
       store<two>(values, panels * kPanelLanes);
     }
   }
-  static void add_values(const uint32_t* weights, int64_t rows, int64_t keys, const uint32_t* v,
-                         int64_t v_stride, int64_t panels, float* values) {
+  static void add_values(const uint32_t* weights, const Softmax*, int64_t rows, int64_t keys,
+                         const uint32_t* v, int64_t v_stride, int64_t panels, float* values) {
     set_shapes(rows);
     // `values` counts columns through the panels.
     const auto add = rows > kRows ? add_panels<true> : add_panels<false>;
@@ -115,14 +144,36 @@ struct PairTileAmx : PairTile<S> {
     }
   }
 
+  // Zeros after the last words that `numbers` numbers fill.
+  static void fill(uint32_t* to, int64_t numbers) {
+    std::fill(to + pairs_of(numbers) * kPanelLanes, to + kGroup.words_of(numbers) * kPanelLanes, 0u);
+  }
+
   static void pack_keys(const float* x, int64_t stride, int64_t keys, int64_t dim, uint32_t* to) {
-    Vectors::template pack<kPanelLanes>(x, stride, keys, dim, to);
-    std::fill(to + (dim + 1) / 2 * kPanelLanes, to + kGroup.words_of(dim) * kPanelLanes, 0u);
+    Panels::template turn<kPanelLanes>(keys, dim, to,
+                                       [&](int64_t i, int64_t at, int64_t n, uint16_t* numbers) {
+                                         S::to_bf16(x + i * stride + at, numbers, n);
+                                       });
+    fill(to, dim);
+  }
+
+  static void pack_columns(const float* x, int64_t stride, int64_t dim, int64_t columns, uint32_t* to) {
+    Panels::interleave(x, stride, dim, columns, to, [](int64_t, int64_t, const auto& even, const auto& odd) {
+      return S::bf16_pairs(even, odd);
+    });
+    fill(to, dim);
+  }
+
+  static void pack_values(const float* x, int64_t stride, int64_t keys, int64_t columns, uint32_t* to,
+                          int64_t panel_stride, float*) {
+    for (int64_t at = 0; at < columns; at += kPanelLanes, to += panel_stride) {
+      pack_columns(x + at, stride, keys, std::min(kPanelLanes, columns - at), to);
+    }
   }
 
   static constexpr PairKernels kernels() {
-    return {kGroup, Vectors::widen_f16, pack_rows,      pack_keys, Vectors::pack_values,
-            scores, Vectors::raise,     Vectors::weigh, add_values};
+    return {kGroup,      "bf16", Panels::widen_f16, pack_rows, pack_keys, pack_columns,
+            pack_values, scores, Panels::raise,     weigh,     add_values};
   }
 };
 

@@ -1,5 +1,7 @@
 #include "kernels/rounded_expand.h"
 
+#include <algorithm>
+
 namespace kvfold {
 namespace {
 
@@ -11,7 +13,7 @@ constexpr int64_t kMostGroup = 16;
 int64_t rounded_latent_floats(const MlaDims& dims, int64_t keys) {
   const int64_t by_rows = (keys + kMostGroup) * (dims.kv_lora + 3);
   return whole_lines(by_rows) +
-         whole_lines((keys + kMostWords.group_rows) * kMostWords.words_of(dims.kv_lora));
+         whole_lines((keys + kMostWords.group_rows) * kMostWords.row_words(dims.kv_lora));
 }
 
 uint8_t* RoundedLatents::rows(int64_t key) const {
@@ -23,7 +25,7 @@ uint8_t* RoundedLatents::rows(int64_t key) const {
 
 uint32_t* RoundedLatents::words(int64_t key) const {
   float* data = memory + whole_lines((keys + kMostGroup) * (dims.kv_lora + 3));
-  return reinterpret_cast<uint32_t*>(data) + key * isa().pairs->words_of(dims.kv_lora);
+  return reinterpret_cast<uint32_t*>(data) + key * isa().pairs->row_words(dims.kv_lora);
 }
 
 void RoundedLatents::round(const float* c_kv, int64_t stride, int64_t first, int64_t n) const {
@@ -64,42 +66,106 @@ void HeadRows::unpack(int64_t at, int64_t n, float* panel) const {
   }
 }
 
-void HeadRows::multiply(const float* panel, int64_t n, const uint8_t* x, int64_t keys, float* y) const {
+void HeadRows::multiply(const float* panel, int64_t n, const uint8_t* x, int64_t keys, float* y,
+                        int64_t stride) const {
   if (!kernels) {
     tiles().nt(reinterpret_cast<const float*>(x), weight.cols, nullptr, keys, panel, weight.cols, n,
-               weight.cols, y, kPanelLanes);
+               weight.cols, y, stride);
     return;
   }
   for (int64_t i = 0; i < n; i += kernels->tile_rows) {
     kernels->tile(
         reinterpret_cast<const uint8_t*>(panel) + i / kernels->tile_rows * kernels->panel_bytes(weight.cols),
         std::min<int64_t>(kernels->tile_rows, n - i), weight.cols, x, kernels->tile_bytes(weight.cols), keys,
-        nullptr, 0, y + i, kPanelLanes, nullptr, 0);
+        nullptr, 0, y + i, stride, nullptr, 0);
   }
 }
 
-void unpack_columns(const KvUp& up, const MlaDims& dims, int64_t head, float* decoded, uint32_t* panels) {
-  const Weight& uk = up.uk();
-  const PairKernels& kernels = *isa().pairs;
-  const int64_t words = kernels.words_of(dims.kv_lora);
-  for_panels(uk, up.uk_row(dims, head), dims.kv_lora, decoded, [&](const float* rows, int64_t at, int64_t n) {
-    for (int64_t column = 0; column < dims.nope; column += kPanelLanes) {
-      kernels.pack_values(rows + column, uk.cols, n, std::min(kPanelLanes, dims.nope - column),
-                          panels + column * words + at / kernels.word_numbers * kPanelLanes);
+namespace {
+
+// y [n][stride] = latents [first, first + n) times `rows` of a head.
+void multiply_rows(const RoundedLatents& latents, const HeadRows& rows, int64_t first, int64_t n,
+                   float* panel, float* y, int64_t stride) {
+  for (int64_t at = 0; at < rows.count; at += kPanelLanes) {
+    const int64_t columns = std::min(kPanelLanes, rows.count - at);
+    rows.unpack(at, columns, panel);
+    for (int64_t key = 0; key < n; key += kLatentKeys) {
+      rows.multiply(panel, columns, latents.rows(first + key), std::min(kLatentKeys, n - key),
+                    y + key * stride + at, stride);
     }
-  });
-  for (int64_t column = 0; column < dims.nope; column += kPanelLanes) {
-    kernels.fill_values(panels + column * words, dims.kv_lora);
   }
 }
+
+// What keys by columns take: W_UK of the head [kv_lora, nope], a panel of its columns, their products with a
+// group of latents, and what rows are decoded in.
+struct ColumnMemory {
+  float* decoded;
+  uint32_t* panel;
+  float *products, *rows;
+
+  static int64_t panel_words(const MlaDims& dims) { return kMostWords.row_words(dims.kv_lora) * kPanelLanes; }
+  static int64_t floats(const MlaDims& dims, const KvUp& up) {
+    return whole_lines(dims.kv_lora * dims.nope) + panel_words(dims) + kMostWords.group_rows * kPanelLanes +
+           panel_floats(up.uk());
+  }
+  ColumnMemory(const MlaDims& dims, float* memory)
+      : decoded(memory),
+        panel(reinterpret_cast<uint32_t*>(memory + whole_lines(dims.kv_lora * dims.nope))),
+        products(reinterpret_cast<float*>(panel + panel_words(dims))),
+        rows(products + kMostWords.group_rows * kPanelLanes) {}
+};
+
+// The first dims.nope columns of y [n][stride].
+void multiply_columns(const RoundedLatents& latents, int64_t head, int64_t first, int64_t n,
+                      const ColumnMemory& memory, float* y, int64_t stride) {
+  const MlaDims& dims = latents.dims;
+  const PairKernels& pairs = *isa().pairs;
+  for_panels(latents.up.uk(), latents.up.uk_row(dims, head), dims.kv_lora, memory.rows,
+             [&](const float* rows, int64_t at, int64_t count) {
+               std::copy_n(rows, count * dims.nope, memory.decoded + at * dims.nope);
+             });
+  for (int64_t at = 0; at < dims.nope; at += kPanelLanes) {
+    const int64_t columns = std::min(kPanelLanes, dims.nope - at);
+    pairs.pack_columns(memory.decoded + at, dims.nope, dims.kv_lora, columns, memory.panel);
+    for (int64_t key = 0; key < n; key += pairs.group_rows) {
+      const int64_t keys = std::min(pairs.group_rows, n - key);
+      pairs.scores(latents.words(first + key), keys, memory.panel, dims.kv_lora, columns, memory.products,
+                   kPanelLanes);
+      for (int64_t i = 0; i < keys; i++) {
+        std::copy_n(memory.products + i * kPanelLanes, columns, y + (key + i) * stride + at);
+      }
+    }
+  }
+}
+
+}  // namespace
 
 int64_t expand_rounded_floats(const MlaDims& dims, const KvUp& up) {
-  const int64_t by_rows = whole_lines(kPanelLanes * (dims.kv_lora + 3)) + kLatentKeys * kPanelLanes;
-  if (up.kv_b) return by_rows;
-  const int64_t width = panels_of(dims.nope) * kPanelLanes;
-  const int64_t by_columns =
-      width * kMostWords.words_of(dims.kv_lora) + std::max(panel_floats(up.uk()), kLatentKeys * width);
-  return std::max(by_rows, by_columns);
+  const int64_t by_rows = kPanelLanes * (dims.kv_lora + 3),
+                by_columns = up.kv_b ? 0 : ColumnMemory::floats(dims, up);
+  return whole_lines(kUnitKeys * std::max(dims.qk(), dims.v)) + std::max(by_rows, by_columns);
+}
+
+const float* expand_values(const RoundedLatents& latents, int64_t head, int64_t first, int64_t n,
+                           float* scratch) {
+  const MlaDims& dims = latents.dims;
+  const KvUp& up = latents.up;
+  multiply_rows(latents, {up.uv(), row_kernels(dims, up), up.uv_row(dims, head), dims.v}, first, n,
+                scratch + whole_lines(kUnitKeys * dims.v), scratch, dims.v);
+  return scratch;
+}
+
+float* expand_keys(const RoundedLatents& latents, int64_t head, int64_t first, int64_t n, float* scratch) {
+  const MlaDims& dims = latents.dims;
+  const KvUp& up = latents.up;
+  float* rest = scratch + whole_lines(kUnitKeys * dims.qk());
+  if (up.kv_b) {
+    multiply_rows(latents, {up.uk(), row_kernels(dims, up), up.uk_row(dims, head), dims.nope}, first, n, rest,
+                  scratch, dims.qk());
+  } else {
+    multiply_columns(latents, head, first, n, ColumnMemory(dims, rest), scratch, dims.qk());
+  }
+  return scratch;
 }
 
 }  // namespace kvfold

@@ -82,7 +82,7 @@ struct Machine {
   int64_t member_floats;
   float* shared;  // [shared_floats]: what members hand to each other within an op
   int64_t shared_floats;
-  // Products round what they multiply weights by, and attention is on bfloat16: quant/activations.py,
+  // Products round what they multiply weights by, and attention what it multiplies: quant/activations.py,
   // quant/attention.py.
   bool rounds;
   ProductForm form = ProductForm::kBySize;

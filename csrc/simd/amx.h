@@ -16,7 +16,6 @@ namespace {
 struct Amx : Avx512 {
   static constexpr const char* kName = "amx";
   static constexpr int kTileRows = 16, kTileWords = 16;
-  static constexpr int64_t kPairStep = kTileWords;
   using Vectors = Avx512;
 
   using TileShapes = kvfold::TileShapes;

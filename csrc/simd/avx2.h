@@ -196,21 +196,20 @@ struct Avx2 {
       out[i] = static_cast<uint16_t>((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
   }
-  // Attention on bfloat16, a number a word: to take pairs apart is as much work as to multiply them. 12 sums,
-  // two vectors of a panel, a word of a row: 15 of 16 registers, 8 loads for 12 products.
-  static constexpr int kPairVectors = 2, kPairRows = 6;
-  static constexpr int64_t kPairStep = 1;
-  using Number = float;
-  static constexpr int32_t kOnes = 0x3f800000;
-  static void to_numbers(const float* x, Number* out, int64_t n) {
+  // Attention over keys and values. 12 sums, three words of rows and a product: 16 registers; a panel comes
+  // from memory. 6 rows by two vectors of a panel: 67 instead of 69 GMAC/s.
+  static constexpr int kPairVectors = 4, kPairRows = 3;
+  static void to_shorts(const float* x, float factor, int16_t* out, int64_t n) {
+    const Floats by = set(factor);
+    const auto whole = [&](const float* p) { return _mm256_cvtps_epi32(mul(load(p), by)); };
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store_numbers(out + i, load(x + i));
-    if (i < n) store_first(out + i, _mm256_castsi256_ps(nearest_bf16(load_first(x + i, n - i))), n - i);
+    for (; i + 16 <= n; i += 16) {
+      const Ints both = _mm256_packs_epi32(whole(x + i), whole(x + i + 8));
+      store_codes(out + i, _mm256_permute4x64_epi64(both, 0xd8));
+    }
+    for (; i < n; i++) out[i] = static_cast<int16_t>(_mm_cvtss_si32(_mm_set_ss(x[i] * factor)));
   }
-  static void store_numbers(Number* p, Floats v) { store(p, _mm256_castsi256_ps(nearest_bf16(v))); }
-  static Floats add_products(Floats sum, Ints w, Ints x) {
-    return _mm256_fmadd_ps(_mm256_castsi256_ps(w), _mm256_castsi256_ps(x), sum);
-  }
+  static Floats magnitude(Floats v) { return _mm256_andnot_ps(set(-0.0f), v); }
   static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
   static float largest(Floats v) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -259,7 +258,7 @@ struct Avx2 {
     return _mm256_or_si256(a, _mm256_slli_epi32(b, 16));
   }
   static Ints whole_pairs(Floats low, Floats high) {
-    return _mm256_or_si256(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16));
+    return _mm256_blend_epi16(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16), 0xaa);
   }
   static Ints multiply_shares(Ints a, Ints b) { return _mm256_mulhrs_epi16(a, b); }
   static Ints dot_shorts(Ints sum, Ints a, Ints b) { return add_ints(sum, _mm256_madd_epi16(a, b)); }

@@ -133,15 +133,18 @@ struct Avx512 {
       _mm256_mask_storeu_epi16(out + i, mask, reinterpret_cast<__m256i>(halves));
     }
   }
-  // Attention on bfloat16. 24 sums, two vectors of a panel, a word of a row: 27 of 32 registers, 14 loads for
-  // 24 dots.
+  // Attention over keys and values. 24 sums, two vectors of a panel, a word of a row: 27 of 32 registers, 14
+  // loads for 24 dots.
   static constexpr int kPairVectors = 2, kPairRows = 12;
-  static constexpr int64_t kPairStep = 1;
-  using Number = uint16_t;
-  static constexpr int32_t kOnes = 0x3f803f80;
-  static void to_numbers(const float* x, Number* out, int64_t n) { to_bf16(x, out, n); }
-  static void store_numbers(Number* p, Floats v) { store_bf16(p, v); }
-  static Floats add_products(Floats sum, Ints w, Ints x) { return dot_bf16(sum, w, x); }
+  static void to_shorts(const float* x, float factor, int16_t* out, int64_t n) {
+    const Floats by = set(factor);
+    for (int64_t i = 0; i < n; i += 16) {
+      const auto mask = static_cast<__mmask16>((1u << std::min<int64_t>(16, n - i)) - 1);
+      const Ints whole = _mm512_cvtps_epi32(mul(_mm512_maskz_loadu_ps(mask, x + i), by));
+      _mm512_mask_cvtsepi32_storeu_epi16(out + i, mask, whole);
+    }
+  }
+  static Floats magnitude(Floats v) { return _mm512_abs_ps(v); }
   static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static float largest(Floats v) { return _mm512_reduce_max_ps(v); }
   static __m256i halves(Floats v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
@@ -176,10 +179,16 @@ struct Avx512 {
     return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
   }
   static Ints whole_pairs(Floats low, Floats high) {
-    return _mm512_or_si512(_mm512_cvtps_epi32(low), _mm512_slli_epi32(_mm512_cvtps_epi32(high), 16));
+    const Ints upper = _mm512_slli_epi32(_mm512_cvtps_epi32(high), 16);
+    return _mm512_mask_mov_epi16(_mm512_cvtps_epi32(low), 0xaaaaaaaa, upper);
   }
   static Ints multiply_shares(Ints a, Ints b) { return _mm512_mulhrs_epi16(a, b); }
-  static Ints dot_shorts(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  // In a register, now: GCC 12 copies sums from one to another, and stores every copy.
+  static Ints dot_shorts(Ints sum, Ints a, Ints b) {
+    sum = _mm512_dpwssd_epi32(sum, a, b);
+    __asm__("" : "+v"(sum));
+    return sum;
+  }
   static constexpr int pair_place(int column) { return column; }
   static void pair_bytes(const int8_t* low, const int8_t* high, uint32_t* to) {
     const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));

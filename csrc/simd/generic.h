@@ -185,14 +185,18 @@ struct Generic {
       out[i] = static_cast<uint16_t>((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
   }
-  // Attention on bfloat16: kernels/pair_tile.h.
+  // Attention over keys and values: kernels/pair_tile.h.
   static constexpr int kPairVectors = 1, kPairRows = 2;  // of a register tile
-  static constexpr int64_t kPairStep = 1;                // words that a product takes at a time
-  using Number = uint16_t;                               // rounded to bfloat16, as words hold it
-  static constexpr int32_t kOnes = 0x3f803f80;           // a word of them
-  static void to_numbers(const float* x, Number* out, int64_t n) { to_bf16(x, out, n); }
-  static void store_numbers(Number* p, Floats v) { to_bf16(v.lane, p, kLanes); }
-  static Floats add_products(Floats sum, Ints w, Ints x) { return dot_bf16(sum, w, x); }
+  // Numbers of at most 32767 times a factor to the nearest whole; what NaN becomes is of no account.
+  static void to_shorts(const float* x, float factor, int16_t* out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+      const float scaled = x[i] * factor;
+      out[i] = static_cast<int16_t>(std::abs(scaled) < 32767.5f ? std::lrintf(scaled) : 0);
+    }
+  }
+  static Floats magnitude(Floats v) {
+    return make<Floats>([&](int i) { return std::fabs(v.lane[i]); });
+  }
   static Floats sub(Floats a, Floats b) {
     return make<Floats>([&](int i) { return a.lane[i] - b.lane[i]; });
   }
@@ -227,11 +231,11 @@ struct Generic {
   static int32_t short_of(Ints v, int lane, int half) {
     return static_cast<int16_t>(static_cast<uint32_t>(v.lane[lane]) >> 16 * half);
   }
-  // Numbers in 0 .. 32767.4 to the nearest whole; what NaN becomes is of no account.
+  // Numbers of at most 32767.4 to the nearest whole; what NaN becomes is of no account.
   static Ints whole_pairs(Floats low, Floats high) {
     return shorts([&](int i, int h) {
       const float x = h == 0 ? low.lane[i] : high.lane[i];
-      return static_cast<uint32_t>(x >= 0.0f && x < 32767.5f ? std::lrintf(x) : 0);
+      return static_cast<uint32_t>(std::fabs(x) < 32767.5f ? std::lrintf(x) : 0);
     });
   }
   // Products of numbers in 0 .. 32767 in units of 2^15, a half rounded up.

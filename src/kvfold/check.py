@@ -27,9 +27,9 @@ from kvfold.mla.rope import cos_sin, rotate
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Recorder, Value
 from kvfold.model.step import Int32, Step
-from kvfold.quant.activations import Rounding, product, rounded, rounding_for
+from kvfold.quant.activations import product, rounded, rounding_for
+from kvfold.quant.attention import Numbers, attend_codes, attend_latents, dots
 from kvfold.quant.attention import attend as attend_rounded
-from kvfold.quant.attention import attend_codes, attend_latents
 from kvfold.quant.decode import FP8_BLOCK, decode_tensor
 from kvfold.quant.tensor import QuantTensor, Weight
 from kvfold.quant.types import SIDE_BY_SIDE, TYPES, BlockType, by_id, by_name
@@ -329,19 +329,21 @@ class _Up:
         return out
 
     def keys(self, c_kv: Floats, w_uk: Floats) -> Floats:
-        """Columns of k_b are met in bfloat16."""
-        left, right = (_bf16(c_kv), _bf16(w_uk)) if self.names.k_b else (self.rounded(c_kv), w_uk)
-        keys: Floats = np.einsum("lc,hnc->lhn", left, right).astype(np.float32)
+        """Columns of k_b are met in the numbers of scores."""
+        if self.names.k_b:
+            return np.stack([dots(c_kv, of_head, _numbers()) for of_head in w_uk], 1).astype(np.float32)
+        keys: Floats = np.einsum("lc,hnc->lhn", self.rounded(c_kv), w_uk).astype(np.float32)
         return keys
 
 
-def _bf16(x: Floats) -> Floats:
-    return rounded(np.ascontiguousarray(x), Rounding.BF16).astype(np.float32)
+def _numbers() -> Numbers:
+    """Of the instruction set in use."""
+    return Numbers(_native.attention_numbers())
 
 
-_Attended = dict[tuple[Path, CacheType, bool, str, KvUp], NDArray[np.floating]]
-"""What attention gives by its definition, once for all instruction sets and forms: by path, cache type, whether activations
-are rounded, and the type and parts of the up-projection."""
+_Attended = dict[tuple[Path, CacheType, Numbers | None, str, KvUp], NDArray[np.floating]]
+"""What attention gives by its definition, once for all forms and the instruction sets of the same numbers: by path, cache
+type, numbers where activations are rounded, and the type and parts of the up-projection."""
 
 
 def _rotated(x: Floats) -> tuple[Floats, Floats]:
@@ -355,7 +357,7 @@ def _rotated(x: Floats) -> tuple[Floats, Floats]:
 
 def _attended(x: Floats, up: _Up, cache_type: CacheType, path: Path, rounds: bool) -> NDArray[np.floating]:
     """The definition over what the cache returns: latents, or for mla=0 keys and values. rounds: keys and values that are
-    expanded are attended on bfloat16 (quant/attention.py)."""
+    expanded are attended as quant/attention.py says."""
 
     def cached(numbers: Floats) -> Floats:
         return decode(encode(numbers, cache_type), cache_type)
@@ -405,7 +407,9 @@ def _absorbed(q: Floats, stored: NDArray[np.generic], cache_type: CacheType, up:
 def _ordinary(q: Floats, k: Floats, v: Floats, rounds: bool) -> NDArray[np.floating]:
     """Causal attention over per-head keys and values: [T, H, v]."""
     if rounds:
-        heads = [attend_rounded(q[:, h], k[:, h], v[:, h], _MLA.softmax_scale) for h in range(q.shape[1])]
+        heads = [
+            attend_rounded(q[:, h], k[:, h], v[:, h], _MLA.softmax_scale, _numbers()) for h in range(q.shape[1])
+        ]
         return np.stack(heads, 1)
     scores = np.einsum("rhd,lhd->hrl", q, k) * np.float32(_MLA.softmax_scale)
     scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
@@ -499,7 +503,7 @@ def _attention_finding(
         name = f"attention, {path.name.lower()}, {' and '.join(part.name for part in up.parts)}"
     if generates:
         name += ", a row over cached ones"
-    key = path, cache_type, rounds, type, up.names
+    key = path, cache_type, _numbers() if rounds else None, type, up.names
     if key not in attended:
         attended[key] = _attended(x, up, cache_type, path, rounds)
     worst = _error(got["out"], attended[key][_LAST_ROWS] if generates else attended[key])

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, codes_and_scales, decode, encode
-from kvfold.quant.attention import PAGE_KEYS, attend_codes, attend_latents
+from kvfold.quant.attention import PAGE_KEYS, Numbers, attend, attend_codes, attend_latents
 
 HEADS, KEYS, LATENT, LORA = 8, 500, 160, 96
 
@@ -46,3 +46,26 @@ def test_whole_weights_lose_no_more_than_bfloat16(spread: float, mean: float, si
 
 def test_weights_share_a_scale_within_a_page_of_the_cache() -> None:
     assert PAGE_KEYS == PAGE_TOKENS
+
+
+@pytest.mark.parametrize("spread", [1, 2, 5])
+@pytest.mark.parametrize("outliers", [False, True], ids=["", "columns that outweigh the others"])
+def test_whole_numbers_of_16_bits_lose_less_than_bfloat16(spread: float, outliers: bool) -> None:
+    """Ordinary attention over 512 keys, columns judged one by one."""
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 192), (512, 192), (512, 128)))
+    if outliers:
+        k[:, 150:152] *= 6
+        v[:, 3] *= 20
+    products = q.astype(np.float64) @ k.T.astype(np.float64)
+    scale = float(spread / products.std())
+    products[np.arange(512)[None, :] > (np.arange(32) + 480)[:, None]] = -np.inf
+    weights = np.exp((products - products.max(1, keepdims=True)) * scale)
+    want = weights @ v.astype(np.float64) / weights.sum(1, keepdims=True)
+
+    def error(numbers: Numbers) -> float:
+        off = attend(q, k, v, scale, numbers) - want
+        return float(np.sqrt((off**2).mean(0) / (want**2).mean(0)).mean())
+
+    whole, halves = error(Numbers.WHOLE), error(Numbers.BF16)
+    assert whole <= 0.6 * halves and whole <= 3e-3, f"int16 {whole:.1e}, bfloat16 {halves:.1e}"

@@ -314,7 +314,9 @@ def _plain_shuns(needs: Needs) -> list[str]:
 def _plain_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machine: Machine) -> Backend:
     import torch
 
+    from kvfold import _native
     from kvfold.backends.plain import PlainBackend
+    from kvfold.quant.attention import Numbers
 
     torch.set_num_threads(machine.threads)
     return PlainBackend(
@@ -323,6 +325,7 @@ def _plain_build(model: DeepseekModel, weights: Weights, cache: PagedCache, mach
         cache,
         dtype=torch.bfloat16 if machine.dtype == "bfloat16" else torch.float32,
         rounds_activations=machine.dtype == "int8",
+        attention_numbers=Numbers(_native.attention_numbers()),
         threads=machine.threads,
         workspace_bytes=machine.workspace_bytes,
     )

@@ -27,7 +27,7 @@ from kvfold.mla.rope import cos_sin, pair_columns
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.step import Step
 from kvfold.quant.activations import experts_round, rounded, rounding_for
-from kvfold.quant.attention import attend_codes
+from kvfold.quant.attention import Numbers, attend, attend_codes, attend_latents, dots
 from kvfold.quant.tensor import QuantTensor, Weights
 from kvfold.quant.types import BlockType
 
@@ -40,8 +40,8 @@ class PlainBackend:
     they are given. There two ways to compute the same differ by 1e-13 of it, so a comparison is of the ways alone.
 
     rounds_activations: with float32, linear layers and experts round what they multiply weights by as
-    quant/activations.py says, and attention is on bfloat16 as quant/attention.py says: what native
-    computes in dtype int8, op by op to 1e-5 of a row.
+    quant/activations.py says, and attention rounds as quant/attention.py says, ordinary attention in
+    attention_numbers: what native computes in dtype int8, op by op to 1e-5 of a row.
     tap: called with the name and the value of every op's result; it may overwrite the value, as a comparison does that
     replays another engine's expert ids where a router is undecided.
     """
@@ -56,6 +56,7 @@ class PlainBackend:
         *,
         dtype: torch.dtype = torch.float32,
         rounds_activations: bool = False,
+        attention_numbers: Numbers = Numbers.WHOLE,
         threads: int = 1,
         workspace_bytes: int = 256 << 20,
         tap: Tap | None = None,
@@ -65,6 +66,7 @@ class PlainBackend:
         self.cache = cache
         self.dtype = dtype
         self.rounds_activations = rounds_activations
+        self.attention_numbers = attention_numbers
         self.threads = threads
         self.workspace_bytes = workspace_bytes
         self.tap = tap
@@ -132,24 +134,6 @@ class _Online:
 
     def result(self) -> Tensor:
         return self.values / self.total
-
-
-class _OnlineRounded(_Online):
-    """quant/attention.py: scores in powers of two, a whole maximum, weights as bfloat16."""
-
-    def absorb(self, scores: Tensor, values: Tensor) -> None:
-        exponent = torch.maximum(self.maximum, scores.amax(-1, keepdim=True).ceil())
-        weights = torch.exp2(scores - exponent)
-        weights = weights.masked_fill(weights < 2.0**-126, 0).bfloat16().float()
-        shrink = torch.exp2(self.maximum - exponent)
-        self.total = self.total * shrink + weights.sum(-1, keepdim=True)
-        self.values = self.values * shrink + weights @ values
-        self.maximum = exponent
-
-
-def _bf16(x: Tensor) -> Tensor:
-    """The nearest bfloat16 values, as float32."""
-    return x.bfloat16().float()
 
 
 class PlainOps:
@@ -369,10 +353,9 @@ class PlainOps:
 
     def attend_latent(self, name: str, layer: int, q_latent: Tensor, mla: MlaConfig) -> Tensor:
         out = q_latent.new_empty(len(q_latent), mla.num_heads * mla.kv_lora_rank)
-        in_codes = self._backend.rounds_activations and self._backend.cache.layout.cache_type is CacheType.Q8_0
         for sequence, rows, fused in self._sequences(Path.ABSORBED):
-            if in_codes:
-                out[rows] = self._attend_codes(q_latent[rows], layer, sequence, mla)
+            if self._backend.rounds_activations:
+                out[rows] = self._attend_latents_rounded(q_latent[rows], layer, sequence, mla)
                 continue
 
             def latents(start: int, stop: int, sequence: int = sequence) -> tuple[Tensor, Tensor]:
@@ -383,16 +366,25 @@ class PlainOps:
             out[rows] = self._attend(q, latents, sequence, mla.softmax_scale, fused, mla.latent_dim)
         return self._done(name, out)
 
-    def _attend_codes(self, q_latent: Tensor, layer: int, sequence: int, mla: MlaConfig) -> Tensor:
-        """quant/attention.py on a q8_0 cache, row by row: [R, H * kv_lora]."""
+    def _attend_latents_rounded(self, q_latent: Tensor, layer: int, sequence: int, mla: MlaConfig) -> Tensor:
+        """quant/attention.py, row by row: [R, H * kv_lora]."""
         num_keys = int(self._step.kv_lens[sequence])
-        codes, scales = codes_and_scales(self._stored(0, layer, sequence, 0, num_keys))
+        stored = self._stored(0, layer, sequence, 0, num_keys)
+        cache_type = self._backend.cache.layout.cache_type
+        if cache_type is CacheType.Q8_0:
+            codes, scales = codes_and_scales(stored)
+        else:
+            latents = decode(stored, cache_type)
+
+        def mean(q: NDArray[np.float32], seen: int) -> NDArray[np.float64]:
+            lora, scale = mla.kv_lora_rank, mla.softmax_scale
+            if cache_type is CacheType.Q8_0:
+                return attend_codes(q, codes[:seen], scales[:seen], lora, scale)
+            return attend_latents(q, latents[:seen], lora, scale)
+
         first = num_keys - len(q_latent)  # of these rows; each sees itself
         per_head = q_latent.view(len(q_latent), mla.num_heads, -1).numpy()
-        means = [
-            attend_codes(q, codes[:seen], scales[:seen], mla.kv_lora_rank, mla.softmax_scale)
-            for seen, q in enumerate(per_head, first + 1)
-        ]
+        means = [mean(q, seen) for seen, q in enumerate(per_head, first + 1)]
         return torch.from_numpy(np.stack(means)).flatten(1).to(self._dtype)
 
     def unfold_v(self, name: str, o_latent: Tensor, kv_up: KvUp, mla: MlaConfig) -> Tensor:
@@ -462,7 +454,9 @@ class PlainOps:
         """Latents to K [H, L, nope + rope] and V [H, L, v]; the rope part is shared by all heads."""
         rounded = self._rounded(c_kv, self._type(kv_up.kv_b or kv_up.v_b))
         if self._backend.rounds_activations and kv_up.k_b is not None:
-            k_nope = torch.einsum("lc,hnc->hln", _bf16(c_kv), _bf16(w_uk))
+            numbers, latents = self._backend.attention_numbers, c_kv.numpy()
+            products = np.stack([dots(latents, of_head, numbers) for of_head in w_uk.numpy()])
+            k_nope = torch.from_numpy(products).to(self._dtype)
         else:
             k_nope = torch.einsum("lc,hnc->hln", rounded, w_uk)
         k = torch.cat([k_nope, k_rope[None].expand(len(w_uk), -1, -1)], dim=-1)
@@ -478,18 +472,11 @@ class PlainOps:
         key_width: int,  # numbers that keys_values holds per key
     ) -> Tensor:
         """Causal attention of a sequence's last R tokens, tile by tile: [R, H * v]."""
-        rounds = self._backend.rounds_activations
-        if rounds:
-            exact, scale = keys_values, scale * math.log2(math.e)
-            q = _bf16(q)
-
-            def keys_values(start: int, stop: int) -> tuple[Tensor, Tensor]:
-                k, v = exact(start, stop)
-                return _bf16(k), _bf16(v)
-
         num_heads, num_rows, _ = q.shape
         num_keys = int(self._step.kv_lens[sequence])
         first_row = num_keys - num_rows
+        if self._backend.rounds_activations:
+            return self._attend_rounded(q, *keys_values(0, num_keys), scale)
 
         def scores(rows: slice, k: Tensor, start: int) -> Tensor:
             s = self.wide(q[:, rows] @ k.transpose(1, 2)) * scale
@@ -501,13 +488,8 @@ class PlainOps:
             k, v = keys_values(0, num_keys)
             parts = []
             for rows in self._row_tiles(num_rows, num_heads * num_keys):
-                if rounds:
-                    whole = _OnlineRounded.empty(num_heads, rows.stop - rows.start, v.shape[-1], self._wide_dtype)
-                    whole.absorb(scores(rows, k, 0), v)
-                    parts.append(whole.result())
-                else:
-                    weights = scores(rows, k, 0).softmax(-1).to(v.dtype)
-                    parts.append(self.wide(weights @ v))
+                weights = scores(rows, k, 0).softmax(-1).to(v.dtype)
+                parts.append(self.wide(weights @ v))
             return torch.cat(parts, dim=1).transpose(0, 1).flatten(1).to(self._dtype)
 
         key_tile = self._tile(self._backend.workspace_bytes // 2, key_width, PAGE_TOKENS, 8 * PAGE_TOKENS)
@@ -519,12 +501,23 @@ class PlainOps:
             for i, rows in enumerate(row_tiles):
                 if tile.start > first_row + rows.stop - 1:
                     continue  # every key of this tile lies in the future of every row
-                kind = _OnlineRounded if rounds else _Online
-                online = state[i] or kind.empty(num_heads, rows.stop - rows.start, v.shape[-1], self._wide_dtype)
+                online = state[i] or _Online.empty(num_heads, rows.stop - rows.start, v.shape[-1], self._wide_dtype)
                 online.absorb(scores(rows, k, tile.start), v)
                 state[i] = online
         results = [online.result() for online in state if online is not None]
         return torch.cat(results, dim=1).transpose(0, 1).flatten(1).to(self._dtype)
+
+    def _attend_rounded(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """quant/attention.py: q [H, R, d], k [H, L, d], v [H, L, v]. [R, H * v]."""
+        (_, num_rows, _), num_keys = q.shape, k.shape[1]
+        out = np.empty((num_rows, len(q), v.shape[-1]), np.float32)
+        for head, (q_head, k_head, v_head) in enumerate(zip(q.numpy(), k.numpy(), v.numpy(), strict=True)):
+            for rows in self._row_tiles(num_rows, 8 * num_keys):  # scores and what becomes of them, in float64
+                seen = num_keys - num_rows + rows.stop
+                out[rows, head] = attend(
+                    q_head[rows], k_head[:seen], v_head[:seen], scale, self._backend.attention_numbers
+                )
+        return torch.from_numpy(out).flatten(1).to(self._dtype)
 
     # Ranges and tiles
 
@@ -544,8 +537,10 @@ class PlainOps:
                 yield sequence, self._step.rows(sequence), segment[0]
 
     def _head_groups(self, mla: MlaConfig, sequence: int, fused: bool) -> Iterator[slice]:
-        """Heads whose keys and values fit half of the workspace: all keys without fusing, else a tile of 512."""
-        keys = 8 * PAGE_TOKENS if fused else int(self._step.kv_lens[sequence])
+        """Heads whose keys and values fit half of the workspace: all keys without fusing or where attention rounds, else a
+        tile of 512."""
+        tiled = fused and not self._backend.rounds_activations
+        keys = 8 * PAGE_TOKENS if tiled else int(self._step.kv_lens[sequence])
         per_head = keys * (mla.qk_head_dim + mla.v_head_dim)
         size = self._tile(self._backend.workspace_bytes // 2, per_head, 1, mla.num_heads)
         for start in range(0, mla.num_heads, size):

@@ -116,7 +116,7 @@ ARITHMETIC = MachineProfile()
 
 # GMAC/s of one thread in dtype int8 with a q8_0 cache, by instruction set: bench/kernels.py paths, docs/notes/cpu-attention.md.
 CPU = {
-    "avx2": MachineProfile("AVX2", latents=42.0, folding=21.0, expansion=52.0, heads=36.0),
+    "avx2": MachineProfile("AVX2", latents=42.0, folding=21.0, expansion=56.0, heads=54.0),
     "avx512": MachineProfile("AVX-512", latents=72.0, folding=20.0, expansion=133.0, heads=74.0),
     "amx": MachineProfile("AMX", latents=105.0, folding=20.0, expansion=190.0, heads=130.0),
 }
