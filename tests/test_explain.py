@@ -10,12 +10,13 @@ import pytest
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold.backends import gpu, gpu_rates
 from kvfold.backends.choose import native_profile
+from kvfold.cache.latent import CacheType
 from kvfold.explain import inspect_file, memory_of, phase, plan_report, weight_group
 from kvfold.formats.checkpoint import open_checkpoint
 from kvfold.formats.synthetic import SHAPES, shape_with_layers, synthesize
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
-from kvfold.load import Settings, program_of
-from kvfold.mla.plan import ARITHMETIC, MachineProfile, choose, crossover_rows, multiply_adds
+from kvfold.load import MOST_TOKENS, Settings, plan_for, program_of
+from kvfold.mla.plan import ARITHMETIC, CPU, MachineProfile, MlaPlan, choose, crossover_rows, multiply_adds
 from kvfold.mla.plan import Path as AttentionPath
 from kvfold.model.program import Buffer, Domain, OpRecord, Program, Segment, Value
 from kvfold.prompt_window import step_buffer_bytes
@@ -255,6 +256,57 @@ def test_a_phase_may_change_its_path_between_steps() -> None:
     found = phase("", config, settings(), 2048 + 100, 0, is_prompt=True, batch_rows=2048, machine=ARITHMETIC)
     assert found.steps == ((AttentionPath.DECOMPRESSED, 1), (AttentionPath.ABSORBED, 1))
     assert found.macs < min(macs for path, macs in found.forced if path is not AttentionPath.STANDARD)
+
+
+@pytest.mark.parametrize(
+    "machine", [ARITHMETIC, CPU["avx512"], gpu_rates.gpu_profile(gpu_rates.H200, CacheType.BF16, "int8")]
+)
+@pytest.mark.parametrize(
+    ("new_rows", "cached_rows", "batch_rows"),
+    [
+        (5000, 0, 171),
+        (40_000, 0, 160),
+        (3000, 7, 1),
+        (1, 4095, 512),
+        (1000, 300, 150),
+        (4096, 0, 512),
+        (90_000, 0, 75),
+    ],
+)
+def test_a_phase_is_the_sum_of_its_steps(
+    machine: MachineProfile, new_rows: int, cached_rows: int, batch_rows: int
+) -> None:
+    """Walked one by one, where the report finds by bisection which step changes the path."""
+    config = SHAPES["deepseek-v3"]
+    found = phase(
+        "", config, settings(), new_rows, cached_rows, is_prompt=True, batch_rows=batch_rows, machine=machine
+    )
+    steps: dict[AttentionPath, int] = {}
+    macs = dict.fromkeys((None, *AttentionPath), 0)
+    for start in range(0, new_rows, batch_rows):
+        window = min(batch_rows, new_rows - start), cached_rows + start
+        plan = choose(config.mla, new_rows=window[0], cached_rows=window[1], is_prompt=True, machine=machine)
+        steps[plan.path] = steps.get(plan.path, 0) + 1
+        for path in macs:
+            macs[path] += config.num_layers * multiply_adds(path or plan.path, config.mla, *window)
+    assert found.steps == tuple(steps.items())
+    assert {None: found.macs, **dict(found.forced)} == macs
+    assert found.reason == plan.reason
+
+
+def test_the_longest_context_takes_no_longer_to_plan(synth_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32,768 steps; 15 halvings find where the path changes."""
+    asked = 0
+
+    def counted(*arguments: object) -> MlaPlan:
+        nonlocal asked
+        asked += 1
+        assert asked < 1000
+        return plan_for(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("kvfold.explain.plan_for", counted)
+    report = plan_report(open_checkpoint(synth_gguf), settings(n_ctx=MOST_TOKENS), batch_rows=1 << 16)
+    assert sum(count for _, count in report.phases[2].steps) == 1 << 15
 
 
 def test_a_v3_file_of_two_layers_plans_as_the_paper_counts(tmp_path: Path) -> None:

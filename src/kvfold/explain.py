@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 
 from kvfold.backends.choose import GPU_WORKSPACES, Choice, Needs, choose_backend, stored_bytes, types_of
 from kvfold.cache.latent import CacheLayout, CacheType
-from kvfold.config import ModelConfig
+from kvfold.config import MlaConfig, ModelConfig
 from kvfold.errors import KvfoldError
 from kvfold.formats.checkpoint import Checkpoint, open_checkpoint, open_stored
 from kvfold.formats.gguf import GgufFile, GgufTensor, StringArray
@@ -30,7 +31,7 @@ from kvfold.load import (
     prompt_window,
 )
 from kvfold.machine import available_memory_bytes
-from kvfold.mla.plan import ARITHMETIC, MachineProfile, crossover_rows, multiply_adds
+from kvfold.mla.plan import ARITHMETIC, MachineProfile, MlaPlan, crossover_rows, multiply_adds
 from kvfold.mla.plan import Path as AttentionPath
 from kvfold.model.program import Program
 from kvfold.prompt_window import step_buffer_bytes
@@ -401,11 +402,8 @@ def _buffer_bytes(
     program: Program, config: ModelConfig, settings: Settings, n_ctx: int, batch_rows: int, machine: MachineProfile
 ) -> int:
     """The largest step of a prompt that fills the context."""
-    most_rows: dict[AttentionPath, int] = {}
-    for rows, cached in _windows(n_ctx, 0, batch_rows):
-        path = plan_for(config, settings, rows, cached, True, machine).path
-        most_rows[path] = max(rows, most_rows.get(path, 0))
-    return max(step_buffer_bytes(program, path, rows) for path, rows in most_rows.items())
+    runs = _runs(config, settings, n_ctx, 0, is_prompt=True, batch_rows=batch_rows, machine=machine)
+    return max(step_buffer_bytes(program, run.plan.path, run.rows) for run in runs)
 
 
 _GROUPS = (
@@ -444,28 +442,76 @@ def phase(
     machine: MachineProfile,
 ) -> Phase:
     """What the plan does with `new_rows` rows of one sequence over `cached_rows` cached ones."""
-    windows = _windows(new_rows, cached_rows, batch_rows)
-    plans = [plan_for(config, settings, rows, cached, is_prompt, machine) for rows, cached in windows]
-
-    def macs(paths: Iterator[AttentionPath]) -> int:
-        pairs = zip(paths, windows, strict=True)
-        return config.num_layers * sum(multiply_adds(path, config.mla, *window) for path, window in pairs)
-
+    runs = list(
+        _runs(config, settings, new_rows, cached_rows, is_prompt=is_prompt, batch_rows=batch_rows, machine=machine)
+    )
+    steps: Counter[AttentionPath] = Counter()
+    for run in runs:
+        steps[run.plan.path] += run.count
     return Phase(
         name=name,
         new_rows=new_rows,
         cached_rows=cached_rows,
-        steps=tuple(Counter(plan.path for plan in plans).items()),
-        fused=plans[-1].fused,
-        macs=macs(plan.path for plan in plans),
-        forced=tuple((path, macs(path for _ in windows)) for path in AttentionPath),
-        reason=plans[-1].reason,
+        steps=tuple(steps.items()),
+        fused=runs[-1].plan.fused,
+        macs=config.num_layers * sum(run.multiply_adds(run.plan.path, config.mla) for run in runs),
+        forced=tuple(
+            (path, config.num_layers * sum(run.multiply_adds(path, config.mla) for run in runs))
+            for path in AttentionPath
+        ),
+        reason=runs[-1].plan.reason,
     )
 
 
-def _windows(new_rows: int, cached_rows: int, batch_rows: int) -> list[tuple[int, int]]:
-    """(rows, cached rows before them) of every step."""
-    return [(min(batch_rows, new_rows - start), cached_rows + start) for start in range(0, new_rows, batch_rows)]
+@dataclass(frozen=True)
+class _Run:
+    """`count` steps of `rows` new rows each, one behind the other, that take one path; the first of them over
+    `cached_rows`. plan: of the last."""
+
+    count: int
+    rows: int
+    cached_rows: int
+    plan: MlaPlan
+
+    def multiply_adds(self, path: AttentionPath, mla: MlaConfig) -> int:
+        """Of one layer. A step's grow by the same number from each to the next, so they sum as count times the mean of the
+        first and the last."""
+        last = self.cached_rows + (self.count - 1) * self.rows
+        ends = (multiply_adds(path, mla, self.rows, cached) for cached in (self.cached_rows, last))
+        return self.count * sum(ends) // 2
+
+
+def _runs(
+    config: ModelConfig,
+    settings: Settings,
+    new_rows: int,
+    cached_rows: int,
+    *,
+    is_prompt: bool,
+    batch_rows: int,
+    machine: MachineProfile,
+) -> Iterator[_Run]:
+    """The steps of a prompt in a few runs, however many they are: 400,000,000 tokens are 800,000 steps of 512 rows.
+
+    Steps of as many rows change their path at most once, since the seconds of either path grow in a line with the cached
+    rows (mla/plan.py). So the change is found by bisection.
+    """
+
+    def plan(rows: int, cached: int) -> MlaPlan:
+        return plan_for(config, settings, rows, cached, is_prompt, machine)
+
+    def runs(rows: int, cached: range) -> Iterator[_Run]:
+        first = plan(rows, cached[0]).path
+        change = bisect_left(cached, True, key=lambda depth: plan(rows, depth).path is not first)
+        for part in filter(None, (cached[:change], cached[change:])):
+            yield _Run(len(part), rows, part[0], plan(rows, part[-1]))
+
+    rest = new_rows % batch_rows
+    end = cached_rows + new_rows
+    if whole := range(cached_rows, end - rest, batch_rows):
+        yield from runs(batch_rows, whole)
+    if rest:
+        yield from runs(rest, range(end - rest, end, rest))
 
 
 def _backend(settings: Settings, needs: Needs) -> tuple[Choice | None, BackendReport]:
