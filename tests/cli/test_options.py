@@ -14,10 +14,11 @@ import typer
 from kit.command_line import Kvfold
 from kvfold.cli.later import LATER_FLAGS, LATER_VERBS
 from kvfold.cli.main import app
-from kvfold.cli.options import parse_limit, parse_size
+from kvfold.cli.options import FA_VALUES, parse_limit, parse_size
 from kvfold.cli.run import run
 from kvfold.engine.sampler import SamplingParams
 from kvfold.llm import LLM
+from kvfold.mla.plan import Fa
 
 VERBS = ("run", "chat", "inspect", "plan", "bench", "check", "synth")
 
@@ -134,6 +135,30 @@ def test_fa_is_on_where_its_value_is_left_out(
 ) -> None:
     report = json.loads(kvfold("plan", tiny_gguf, "--json", *arguments).out)
     assert [phase["fused"] for phase in report["phases"]] == [fused] * 4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "{model}", "-fa", "Once upon"),
+        ("run", "-fa", "Once upon"),
+        ("plan", "-fa", "Once upon"),
+        ("bench", "-fa", "1,Once upon"),
+    ],
+)
+def test_a_prompt_or_a_model_behind_fa_is_not_its_value(
+    kvfold: Kvfold, tiny_gguf: Path, arguments: tuple[str, ...]
+) -> None:
+    """Taken for it, `kvfold run MODEL -fa PROMPT` complained about stdin."""
+    done = kvfold(*(argument.format(model=tiny_gguf) for argument in arguments), stdin=b"never read")
+    assert (done.code, done.out) == (2, "")
+    said = " ".join(done.err.split())
+    assert "'Once upon' is none of its values: allowed are auto, 0, 1, off, on." in said
+    assert said.endswith("in front of -fa or behind its value: -fa 1 'Once upon'")
+
+
+def test_fa_has_the_engines_values() -> None:
+    assert set(FA_VALUES.values()) == {value.value for value in Fa}
 
 
 @pytest.mark.parametrize("verb", sorted(LATER_VERBS))

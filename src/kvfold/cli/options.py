@@ -7,11 +7,13 @@ it by tests/cli/test_options.py.
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Annotated
 
 import typer
 
 FA_FLAGS = ("--fa", "-fa", "--flash-attn")
+FA_VALUES = {"auto": "auto", "0": "0", "1": "1", "off": "0", "on": "1"}  # llama.cpp writes off and on
 
 _SIZE = re.compile(r"(\d+)([KMG]?)", re.IGNORECASE)
 _SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -39,8 +41,15 @@ def parse_limit(value: str | int) -> int:
 
 
 def parse_fa_option(value: str) -> str:
-    """llama.cpp writes on and off for 1 and 0."""
-    return {"on": "1", "off": "0"}.get(str(value).lower(), str(value))
+    """auto, 0 or 1. Looked at before anything else is read: the word behind an -fa that was to stand alone is a prompt or a
+    model, which would be missed somewhere else."""
+    known = FA_VALUES.get(value.lower())
+    if known is None:
+        raise typer.BadParameter(
+            f"{value!r} is none of its values: allowed are {', '.join(FA_VALUES)}. A prompt or a model goes in front of -fa "
+            f"or behind its value: -fa 1 {shlex.quote(value)}"
+        )
+    return known
 
 
 def with_fa_values(arguments: list[str]) -> list[str]:
