@@ -69,7 +69,9 @@ def test_a_wrong_kernel_is_an_exit_code(kvfold: Kvfold, monkeypatch: pytest.Monk
     monkeypatch.setattr(kvfold_check, "_experts", lambda *arguments: next(kvfold_check._decoders()))
     done = kvfold("check", "--isa", "generic", "--json")
     assert done.code == 1
-    wrong = [f for f in json.loads(done.out) if not f["is_right"]]
+    report = json.loads(done.out)
+    assert (report.keys(), report["num_wrong"]) == ({"threads", "num_wrong", "findings"}, 1)
+    wrong = [f for f in report["findings"] if not f["is_right"]]
     assert [(f["kernel"], f["type"], f["isa"]) for f in wrong] == [("decode", "Q4_K", "any")]
     assert "1 wrong" in done.err
 

@@ -25,7 +25,7 @@ def check(isa: Isa = "auto", threads: Threads = None, json: Json = False) -> Non
     findings = list(findings_of(isas_of(settings.isa), threads=settings.threads))
     wrong = [finding for finding in findings if not finding.is_right]
     if json:
-        print_json(findings)
+        print_json({"threads": settings.threads, "num_wrong": len(wrong), "findings": findings})
     else:
         print_table(
             report(),
