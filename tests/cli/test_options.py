@@ -218,6 +218,27 @@ def test_a_known_error_is_one_sentence_and_exit_code_1(kvfold: Kvfold, arguments
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "", "text"),
+        ("run", "-m", "", "text"),
+        ("chat", ""),
+        ("chat", "-m", ""),
+        ("bench", ""),
+        ("bench", "-m", ""),
+        ("plan", ""),
+        ("inspect", ""),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_name_is_no_model(kvfold: Kvfold, arguments: tuple[str, ...]) -> None:
+    """Neither the embedded one nor whatever lies in the working directory."""
+    done = kvfold(*arguments)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("kvfold: The name of the model is empty: ")
+
+
 def test_debug_shows_where_a_sentence_comes_from(kvfold: Kvfold, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvfold.errors import SettingError
 

@@ -233,7 +233,7 @@ def bench(
     written = {name for name in context.params if _is_from_command_line(context, name)}
     if written >= {"path", "model"}:
         raise typer.BadParameter(f"{path} and -m {model}: one model is measured.")
-    model = path or model
+    model = model if path is None else path
     if shape is not None and model is not None:
         has_model = bool(written & {"path", "model"})
         if has_model and "shape" in written:

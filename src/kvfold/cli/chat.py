@@ -235,7 +235,7 @@ def _source(context: typer.Context, name: str) -> str:
 
 def _as_model(argument: str) -> str:
     """The MODEL argument; BadParameter for what can only be a message."""
-    if os.path.exists(argument) or ("/" in argument and not any(map(str.isspace, argument))):
+    if not argument or os.path.exists(argument) or ("/" in argument and not any(map(str.isspace, argument))):
         return argument
     raise typer.BadParameter(
         f"{argument}: there is no such file or directory, and it is no hub name (org/repo). kvfold chat takes a "

@@ -37,9 +37,11 @@ _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?::(?P<choice>[^:]+))?")
 def resolve(name: str | os.PathLike[str]) -> Path:
     """The local path of a model, downloaded first where `name` is one of the hub's.
 
-    ModelFileError: neither a path nor a repository that can be had. SettingError: the repository holds several models
-    and the name does not say which; the sentence lists them.
+    ModelFileError: neither a path nor a repository that can be had. SettingError: the name is empty, or the repository holds
+    several models and the name does not say which; the sentence lists them.
     """
+    if not str(name):
+        raise SettingError("The name of the model is empty: give a file, a directory or a hub name (org/repo).")
     path = Path(name).expanduser()
     if path.exists():
         return path
