@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import typer
 from kit.tiny_models import tiny_model, write_gguf
 from kvfold.cli.later import LATER_FLAGS
 from kvfold.cli.main import app
+from kvfold.errors import install_extra
 from kvfold.quant.types import TYPES
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,15 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
 def test_the_table_names_every_type_that_decodes() -> None:
     words = set(re.findall(r"\w+", README))
     assert {t.name for t in TYPES if t.decodes and t.interleaved_rows == 1} <= words
+
+
+@pytest.mark.parametrize("extra", ["cuda", "torch"])
+def test_what_an_error_says_to_install_is_what_the_readme_installs(extra: str) -> None:
+    command = install_extra(extra).removesuffix(" where kvfold was cloned")
+    assert command in README
+    assert "kvfold[" not in README  # no registry has it
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert extra in found["project"]["optional-dependencies"]
 
 
 def test_links_lead_somewhere() -> None:

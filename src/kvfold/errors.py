@@ -48,6 +48,11 @@ class MissingExtra(KvfoldError):
     """An optional package is needed; the sentence says what to install."""
 
 
+def install_extra(extra: str) -> str:
+    """What a MissingExtra says to do, as README.md installs."""
+    return f"pip install -c constraints.txt '.[{extra}]' where kvfold was cloned"
+
+
 class NotYet(KvfoldError):
     """A setting of the peers that is understood but not implemented yet."""
 

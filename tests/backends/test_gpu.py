@@ -13,7 +13,7 @@ from kit.tiny_models import tiny_model, write_gguf
 from kvfold import LLM
 from kvfold.backends import choose, gpu, gpu_rates
 from kvfold.backends.choose import Room
-from kvfold.errors import KvfoldError, MissingExtra, SettingError
+from kvfold.errors import KvfoldError, MissingExtra, SettingError, install_extra
 from kvfold.explain import plan_report
 from kvfold.formats.checkpoint import open_checkpoint
 from kvfold.load import GPU_WINDOW_ROWS, Settings
@@ -114,7 +114,7 @@ def test_a_package_that_is_too_old_is_named_with_the_one_needed(
     monkeypatch.setattr(gpu, "_version", lambda package: version if package == name else "")
     with pytest.raises(
         MissingExtra,
-        match=rf"{name} {re.escape(version)} is too old, {need} is needed: pip install -U .*, or use device=cpu\.$",
+        match=rf"{name} {re.escape(version)} is too old, {need} is needed: pip install .*, or use device=cpu\.$",
     ):
         LLM(device="cuda")
 
@@ -166,7 +166,7 @@ def test_what_cuda_cannot_serve_is_refused_before_loading(
 def test_a_missing_package_is_an_extra(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER,)))
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == missing else object())
-    assert gpu.refusals("auto") == [f"{missing} not installed: pip install 'kvfold[cuda]', or use device=cpu"]
+    assert gpu.refusals("auto") == [f"{missing} not installed: {install_extra('cuda')}, or use device=cpu"]
 
 
 def test_a_torch_that_cannot_use_the_driver_says_which_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,5 +118,6 @@ def test_without_torch_the_sentence_names_the_extra() -> None:
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "kvfold: No backend can run this model: plain: torch is not installed: pip install 'kvfold[torch]'.\n"
+        "kvfold: No backend can run this model: plain: torch is not installed: "
+        "pip install -c constraints.txt '.[torch]' where kvfold was cloned.\n"
     )

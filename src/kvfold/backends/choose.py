@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvfold.backends import gpu, gpu_rates, gpu_weights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
-from kvfold.errors import MissingExtra, SettingError
+from kvfold.errors import MissingExtra, SettingError, install_extra
 from kvfold.mla.plan import ARITHMETIC, CPU, MachineProfile
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Program
@@ -300,7 +300,7 @@ def _plain_refusals(needs: Needs) -> list[str]:
     if needs.native.asked:
         return needs.native.refusals
     if importlib.util.find_spec("torch") is None:
-        return ["torch is not installed: pip install 'kvfold[torch]'"]
+        return [f"torch is not installed: {install_extra('torch')}"]
     return []
 
 

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 
-from kvfold.errors import SettingError
+from kvfold.errors import SettingError, install_extra
 
 SMALLEST_CAPABILITY = (8, 0)  # bf16 on the matrix units, asynchronous copies
 OLDEST = {"torch": (2, 8), "triton": (3, 6)}  # torch.mm into another type; Gluon for Hopper
@@ -141,12 +141,12 @@ def _refusal(device: str) -> str:
         return f"{gpu.name} has compute capability {have}, the kernels need {need} (Ampere, 2020) or newer: use another"
     missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{' and '.join(missing)} not installed: pip install 'kvfold[cuda]'"
+        return f"{' and '.join(missing)} not installed: {install_extra('cuda')}"
     for name, oldest in OLDEST.items():
         installed = _version(name)
         if installed and _numbers(installed) < oldest:
             need = ".".join(map(str, oldest))
-            return f"{name} {installed} is too old, {need} is needed: pip install -U 'kvfold[cuda]'"
+            return f"{name} {installed} is too old, {need} is needed: {install_extra('cuda')}"
     import torch
 
     if torch.version.cuda is None:
