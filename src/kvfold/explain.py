@@ -21,11 +21,11 @@ from kvfold.formats.safetensors import HfTensor
 from kvfold.load import (
     GPU_WINDOW_ROWS,
     Settings,
+    backend_for,
     cache_layout,
     context_of,
     default_context,
     embedded_model,
-    needs_of,
     plan_for,
     program_of,
     prompt_window,
@@ -311,18 +311,17 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
     """Memory, backend and attention of a model under these settings, without loading it. batch_rows: prompt rows in a
     step; None: what memory allows."""
     config = checkpoint.config
-    needs = needs_of(checkpoint, settings)
-    choice, backend = _backend(settings, needs)
+    choice, backend = _backend(checkpoint, settings)
     candidate = None if choice is None else choice.candidate
     machine = ARITHMETIC if choice is None else choice.profile
     own_memory = None if candidate is None else candidate.free_bytes
     free_bytes: int | None
-    if candidate is None:
+    if choice is None:
         free_bytes = None
         n_ctx = settings.n_ctx or default_context(config, cache_layout(config, settings))
     else:
         free_bytes = available_memory_bytes() if own_memory is None else own_memory(settings.device)
-        n_ctx = context_of(config, settings, needs, candidate)
+        n_ctx = context_of(config, settings, choice)
     program = program_of(checkpoint, settings)
     if batch_rows is None and own_memory is not None:
         batch_rows = GPU_WINDOW_ROWS
@@ -514,9 +513,9 @@ def _runs(
         yield from runs(rest, range(end - rest, end, rest))
 
 
-def _backend(settings: Settings, needs: Needs) -> tuple[Choice | None, BackendReport]:
+def _backend(checkpoint: Checkpoint, settings: Settings) -> tuple[Choice | None, BackendReport]:
     try:
-        choice = choose_backend(settings.backend, needs)
+        choice = backend_for(checkpoint, settings)
     except KvfoldError as error:
         return None, BackendReport("", str(error), ())
     return choice, BackendReport(choice.candidate.name, choice.reason, choice.refused)

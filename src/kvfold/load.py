@@ -16,7 +16,6 @@ from kvfold.backends.choose import (
     DTYPES,
     ISAS,
     Backend,
-    Candidate,
     Choice,
     Machine,
     MovesWeights,
@@ -251,9 +250,9 @@ def needs_of(checkpoint: Checkpoint, settings: Settings) -> Needs:
     return Needs(types, settings.dtype, settings.device, settings.cache_type, room, settings.native)
 
 
-def backend_for(settings: Settings, needs: Needs) -> Choice:
+def backend_for(checkpoint: Checkpoint, settings: Settings) -> Choice:
     """Which backend runs a model, before anything is read. Raises SettingError and MissingExtra where none can."""
-    choice = choose_backend(settings.backend, needs)
+    choice = choose_backend(settings.backend, needs_of(checkpoint, settings))
     candidate = choice.candidate
     asked_for = settings.backend == candidate.name or settings.device.startswith("cuda")
     if candidate.free_bytes is not None and settings.mmap != "auto" and asked_for:
@@ -261,15 +260,18 @@ def backend_for(settings: Settings, needs: Needs) -> Choice:
             f"mmap={settings.mmap}: backend {candidate.name} reads the weights into the memory of the GPU once and keeps "
             f"neither a map nor a copy. Leave it out{gpu.OR_CPU}."
         )
+    if candidate.free_bytes is None and settings.mmap == "on" and not checkpoint.maps:
+        raise SettingError("mmap=on: these weights are in memory, there is no file to map. Leave it out.")
     return choice
 
 
-def context_of(config: ModelConfig, settings: Settings, needs: Needs, candidate: Candidate) -> int:
-    """Tokens that the cache holds: n_ctx, or the model's own context as far as the memory of the candidate allows."""
+def context_of(config: ModelConfig, settings: Settings, choice: Choice) -> int:
+    """Tokens that the cache holds: n_ctx, or the model's own context as far as the memory of the backend allows."""
     if settings.n_ctx is not None:
         return settings.n_ctx
-    if candidate.free_bytes is not None and needs.room is not None:
-        return min(config.max_position, needs.room.tokens_in(candidate.free_bytes(settings.device)))
+    free_bytes, room = choice.candidate.free_bytes, choice.needs.room
+    if free_bytes is not None and room is not None:
+        return min(config.max_position, room.tokens_in(free_bytes(settings.device)))
     return default_context(config, cache_layout(config, settings))
 
 
@@ -296,11 +298,10 @@ def load(
     """
     checkpoint = model if isinstance(model, Checkpoint) else opened(model)
     config = checkpoint.config
-    needs = needs_of(checkpoint, settings)
-    choice = backend_for(settings, needs)
+    choice = backend_for(checkpoint, settings)
     candidate = choice.candidate
     layout = cache_layout(config, settings)
-    n_ctx = context_of(config, settings, needs, candidate)
+    n_ctx = context_of(config, settings, choice)
     notes: tuple[str, ...] = ()
     if n_ctx > config.max_position:
         notes = (f"n_ctx={n_ctx} is beyond the {config.max_position} tokens the model was made for.",)
@@ -315,7 +316,7 @@ def load(
         buffer_bytes = step_buffer_bytes(program, _prompt_path(checkpoint, settings), window)
         other_bytes = cache.nbytes + settings.workspace_bytes + buffer_bytes
         early = answers_early and candidate.moves_weights and checkpoint.nbytes >= EARLY_ANSWER_BYTES
-        memory_types = candidate.memory_types(program, checkpoint.tensors, needs)
+        memory_types = candidate.memory_types(program, checkpoint.tensors, choice.needs)
         placed = _place_weights(checkpoint, settings, memory_types, other_bytes, progress, early=early)
     checkpoint = placed.checkpoint
     machine = Machine(
@@ -360,9 +361,8 @@ def in_memory_order(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
 
     Raises UnsupportedModel and SettingError as `load` does.
     """
-    needs = needs_of(checkpoint, settings)
-    candidate = backend_for(settings, needs).candidate
-    types = candidate.memory_types(program_of(checkpoint, settings), checkpoint.tensors, needs)
+    choice = backend_for(checkpoint, settings)
+    types = choice.candidate.memory_types(program_of(checkpoint, settings), checkpoint.tensors, choice.needs)
     return replace(checkpoint, tensors=put_in_order(checkpoint.tensors, types, settings.threads))
 
 
@@ -417,8 +417,6 @@ def _place_weights(
     other_bytes: what else the model needs: cache, workspace, the values of a step.
     """
     if not checkpoint.maps:
-        if settings.mmap == "on":
-            raise SettingError("mmap=on: these weights are in memory, there is no file to map. Leave it out.")
         return _Placed(checkpoint, None, "in memory already")
     free = available_memory_bytes()
     needed = checkpoint.nbytes + other_bytes

@@ -218,7 +218,7 @@ def test_a_cache_in_a_gpus_memory_is_not_held_against_the_systems(
     ours = variants([case], **ONE_VARIANT)
     on_gpu = SimpleNamespace(candidate=SimpleNamespace(free_bytes=lambda device: 1 << 37))
     monkeypatch.setattr("kvfold.bench.sweep.available_memory_bytes", lambda: 10_000)
-    monkeypatch.setattr("kvfold.bench.sweep.backend_for", lambda settings, needs: on_gpu)
+    monkeypatch.setattr("kvfold.bench.sweep.backend_for", lambda *arguments: on_gpu)
     monkeypatch.setattr("kvfold.bench.sweep.load", load_instead)
     with pytest.raises(LoadedInstead):
         next(sweep(checkpoint, ours, [case], repetitions=1))

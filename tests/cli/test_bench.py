@@ -64,9 +64,13 @@ def test_ctrl_c_prints_the_rows_there_are_and_ends_with_130(output: str) -> None
             ("--backend", "native", "-ctk", "f16,fp8"),
             "kvfold: No backend can run this model: native: keeps its cache",
         ),
+        (
+            ("--device", "cpu", "--mmap", "on"),
+            "kvfold: mmap=on: these weights are in memory, there is no file to map.",
+        ),
     ],
 )
-def test_what_no_backend_runs_is_refused_before_weights_are_made(
+def test_what_cannot_be_loaded_is_refused_before_weights_are_made(
     kvfold: Kvfold, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], sentence: str
 ) -> None:
     """8 GiB and half a minute of deepseek-v2-lite; a later row's settings count too."""

@@ -163,9 +163,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """profile: what the plan knows of the machine under the settings that were chosen for."""
+    """needs: what was chosen for. profile: what the plan knows of the machine under them."""
 
     candidate: Candidate
+    needs: Needs
     profile: MachineProfile
     reason: str
     refused: tuple[tuple[str, tuple[str, ...]], ...]  # (name, reasons) of those that were passed over
@@ -371,7 +372,7 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
             reasons += candidate.shuns(needs)
         if not reasons:
             reason = "requested" if requested != "auto" else "the first that runs this model"
-            return Choice(candidate, candidate.profile(needs), reason, tuple(refused))
+            return Choice(candidate, needs, candidate.profile(needs), reason, tuple(refused))
         refused.append((candidate.name, tuple(reasons)))
     sentence = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused)
     error = MissingExtra if any("pip install" in r for _, reasons in refused for r in reasons) else SettingError

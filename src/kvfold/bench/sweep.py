@@ -18,7 +18,7 @@ from kvfold.bench.opponent import Opponent
 from kvfold.errors import SettingError
 from kvfold.formats.checkpoint import Checkpoint
 from kvfold.formats.synthetic import named_shape, synthetic_checkpoint, weight_bytes
-from kvfold.load import Loaded, Progress, Settings, backend_for, cache_layout, load, needs_of
+from kvfold.load import Loaded, Progress, Settings, backend_for, cache_layout, load
 from kvfold.machine import available_memory_bytes
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
@@ -101,7 +101,7 @@ def made_in_memory(
 
     def check(checkpoint: Checkpoint) -> None:
         for variant in variants:
-            backend_for(variant.settings, needs_of(checkpoint, variant.settings))
+            backend_for(checkpoint, variant.settings)
 
     return synthetic_checkpoint(
         config, type=type, legacy_kv_b=legacy_kv_b, seed=seed, progress=progress, check=check
@@ -223,7 +223,7 @@ def _check_cache_fits(checkpoint: Checkpoint, settings: Settings) -> None:
     free = available_memory_bytes()
     if settings.n_ctx is None or free is None:
         return
-    if backend_for(settings, needs_of(checkpoint, settings)).candidate.free_bytes is not None:
+    if backend_for(checkpoint, settings).candidate.free_bytes is not None:
         return
     needed = settings.n_ctx * cache_layout(checkpoint.config, settings).bytes_per_token
     if needed > free:
