@@ -64,6 +64,7 @@ def test_ctrl_c_prints_the_rows_there_are_and_ends_with_130(output: str) -> None
             ("--backend", "native", "-ctk", "f16,fp8"),
             "kvfold: No backend can run this model: native: keeps its cache",
         ),
+        (("-d", "2000000000", "--device", "cpu"), "kvfold: 2000000512 cached tokens take "),
         (
             ("--device", "cpu", "--mmap", "on"),
             "kvfold: mmap=on: these weights are in memory, there is no file to map.",

@@ -87,8 +87,8 @@ def made_in_memory(
 ) -> Checkpoint:
     """Random weights of a named shape.
 
-    Raises SettingError where there is none, or they do not fit the memory, and as load() does where no backend runs one of
-    the variants; all before a weight is made.
+    Raises SettingError where there is none, or they do not fit the memory, and as sweep() does where one of the variants
+    cannot run beside them; all before a weight is made.
     """
     config = named_shape(shape, layers)
     needed = weight_bytes(config, type=type, legacy_kv_b=legacy_kv_b)
@@ -99,12 +99,14 @@ def made_in_memory(
             f"Choose fewer layers or a smaller type."
         )
 
-    def check(checkpoint: Checkpoint) -> None:
-        for variant in variants:
-            backend_for(checkpoint, variant.settings)
-
+    left = None if free is None else free - needed
     return synthetic_checkpoint(
-        config, type=type, legacy_kv_b=legacy_kv_b, seed=seed, progress=progress, check=check
+        config,
+        type=type,
+        legacy_kv_b=legacy_kv_b,
+        seed=seed,
+        progress=progress,
+        check=lambda checkpoint: _check(checkpoint, variants, left),
     )
 
 
@@ -209,27 +211,29 @@ def sweep(
     runs none of the cases, and KeyboardInterrupt behind the results of what was sampled until then.
     """
     variants = list(variants)
-    for variant in variants:
-        _check_cache_fits(checkpoint, variant.settings)
+    _check(checkpoint, variants, available_memory_bytes())
     for variant in variants:
         loaded = load(checkpoint, variant.settings)
         checkpoint = loaded.checkpoint  # its copy of the weights serves the other variants too
         yield from _measure(loaded, variant, cases, repetitions, opponents, seed, notice)
 
 
-def _check_cache_fits(checkpoint: Checkpoint, settings: Settings) -> None:
-    """In the system's memory: its rows are all written, where others reserve them and write what they come to. A GPU's is
-    taken whole by load()."""
-    free = available_memory_bytes()
-    if settings.n_ctx is None or free is None:
-        return
-    if backend_for(checkpoint, settings).candidate.free_bytes is not None:
-        return
-    needed = settings.n_ctx * cache_layout(checkpoint.config, settings).bytes_per_token
-    if needed > free:
-        raise SettingError(
-            f"{settings.n_ctx} cached tokens take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free: shorten -p, -n or -d."
-        )
+def _check(checkpoint: Checkpoint, variants: Iterable[Variant], free_bytes: int | None) -> None:
+    """That a backend runs each, and that the cache fits the system's memory: its rows are all written, where others reserve
+    them and write what they come to. A GPU's is taken whole by load(), which asks for a backend again: less may be free then.
+
+    free_bytes: None where the system does not tell.
+    """
+    for settings in (variant.settings for variant in variants):
+        has_own_memory = backend_for(checkpoint, settings).candidate.free_bytes is not None
+        if has_own_memory or settings.n_ctx is None or free_bytes is None:
+            continue
+        needed = settings.n_ctx * cache_layout(checkpoint.config, settings).bytes_per_token
+        if needed > free_bytes:
+            raise SettingError(
+                f"{settings.n_ctx} cached tokens take {needed / 2**30:.1f} GiB and {free_bytes / 2**30:.1f} are free: "
+                f"shorten -p, -n or -d."
+            )
 
 
 def _measure(
