@@ -13,7 +13,7 @@ import numpy as np
 from kvfold.backends.choose import GPU_WORKSPACES, Choice, Needs, choose_backend, stored_bytes, types_of
 from kvfold.cache.latent import CacheLayout, CacheType
 from kvfold.config import MlaConfig, ModelConfig
-from kvfold.errors import KvfoldError
+from kvfold.errors import KvfoldError, SettingError
 from kvfold.formats.checkpoint import Checkpoint, open_checkpoint, open_stored
 from kvfold.formats.gguf import GgufFile, GgufTensor, StringArray
 from kvfold.formats.hub import resolve
@@ -26,9 +26,11 @@ from kvfold.load import (
     context_of,
     default_context,
     embedded_model,
+    place_on_gpu,
     plan_for,
     program_of,
     prompt_window,
+    weight_plan,
 )
 from kvfold.machine import available_memory_bytes
 from kvfold.mla.plan import ARITHMETIC, MachineProfile, MlaPlan, crossover_rows, multiply_adds
@@ -293,7 +295,10 @@ class BackendReport:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """rates: what paths were chosen by, in words."""
+    """rates:        what paths were chosen by, in words
+    weight_place: where the weights will lie, and why, in a few words; empty where the model does not load
+    refusal:      the sentence that says why it does not load; empty if it does
+    """
 
     path: str
     config: ModelConfig
@@ -304,6 +309,8 @@ class PlanReport:
     crossovers: tuple[Crossover, ...]
     rates: str
     backend: BackendReport
+    weight_place: str
+    refusal: str
     info: tuple[str, ...]
 
 
@@ -327,6 +334,18 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
         batch_rows = GPU_WINDOW_ROWS
     elif batch_rows is None:
         batch_rows = prompt_window(program, checkpoint, settings, n_ctx, available_memory_bytes())
+    memory = memory_of(
+        program,
+        checkpoint,
+        settings,
+        n_ctx,
+        batch_rows,
+        free_bytes,
+        machine,
+        workspaces=1 if own_memory is None else GPU_WORKSPACES,
+        weight_bytes=None if candidate is None else candidate.weight_bytes,
+    )
+    weight_place, refusal = _weight_place(checkpoint, settings, choice, memory)
     prompt = min(PROMPT_ROWS, n_ctx)
     half = n_ctx // 2
     kinds = (
@@ -340,17 +359,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
         config=config,
         n_ctx=n_ctx,
         batch_rows=batch_rows,
-        memory=memory_of(
-            program,
-            checkpoint,
-            settings,
-            n_ctx,
-            batch_rows,
-            free_bytes,
-            machine,
-            workspaces=1 if own_memory is None else GPU_WORKSPACES,
-            weight_bytes=None if candidate is None else candidate.weight_bytes,
-        ),
+        memory=memory,
         phases=tuple(
             phase(name, config, settings, new, cached, is_prompt=is_prompt, batch_rows=batch_rows, machine=machine)
             for name, new, cached, is_prompt in kinds
@@ -362,6 +371,8 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
         ),
         rates=machine.in_words,
         backend=backend,
+        weight_place=weight_place,
+        refusal=refusal or ("" if backend.name else backend.reason),
         info=checkpoint.info,
     )
 
@@ -511,6 +522,21 @@ def _runs(
         yield from runs(batch_rows, whole)
     if rest:
         yield from runs(rest, range(end - rest, end, rest))
+
+
+def _weight_place(
+    checkpoint: Checkpoint, settings: Settings, choice: Choice | None, memory: Memory
+) -> tuple[str, str]:
+    """(where, refusal), one of them empty; both where no backend runs the model."""
+    if choice is None:
+        return "", ""
+    if choice.candidate.free_bytes is not None:
+        return place_on_gpu(settings), ""
+    try:
+        plan = weight_plan(checkpoint, settings, memory.needed_bytes - memory.weight_bytes, memory.free_bytes)
+    except SettingError as error:
+        return "", str(error)
+    return plan.in_words, ""
 
 
 def _backend(checkpoint: Checkpoint, settings: Settings) -> tuple[Choice | None, BackendReport]:

@@ -310,7 +310,7 @@ def load(
     program = program_of(checkpoint, settings)
     if candidate.free_bytes is not None:
         window = GPU_WINDOW_ROWS
-        placed = _Placed(checkpoint, None, f"in the memory of cuda:{gpu.device_index(settings.device)}")
+        placed = _Placed(checkpoint, None, place_on_gpu(settings))
     else:
         window = prompt_window(program, checkpoint, settings, n_ctx, available_memory_bytes())
         buffer_bytes = step_buffer_bytes(program, _prompt_path(checkpoint, settings), window)
@@ -394,6 +394,53 @@ def _network(checkpoint: Checkpoint, settings: Settings) -> DeepseekModel:
 
 
 @dataclass(frozen=True)
+class WeightPlan:
+    """What becomes of the weights of a file: copied onto 2 MiB pages, or left in its map. in_words: where, and why.
+
+    sizes: what it was decided by; empty where it was not by size
+    """
+
+    is_copy: bool
+    in_words: str
+    sizes: str = ""
+
+
+def weight_plan(checkpoint: Checkpoint, settings: Settings, other_bytes: int, free_bytes: int | None) -> WeightPlan:
+    """other_bytes: what else the model needs in the system's memory: cache, workspace, the values of a step. free_bytes: None
+    where the system does not tell; a user who asks for a copy may know.
+
+    Raises SettingError where mmap=off and there is no room.
+    """
+    if not checkpoint.maps:
+        return WeightPlan(False, "in memory already")
+    if settings.mmap == "on":
+        return WeightPlan(False, "mapped: requested")
+    needed = checkpoint.nbytes + other_bytes
+    sizes = f"weights, cache and a step take {needed / 1e9:.3g} GB"
+    if free_bytes is None and settings.mmap == "auto":
+        return WeightPlan(False, "mapped: the system does not tell how much memory is available")
+    if free_bytes is not None:
+        sizes += f" and {free_bytes / 1e9:.3g} GB of memory are available"
+        if needed > free_bytes:
+            return _mapped_for_lack(settings, sizes)
+    return WeightPlan(True, "copied into memory, on 2 MiB pages", sizes)
+
+
+def place_on_gpu(settings: Settings) -> str:
+    """Where the weights lie that a GPU has in its own memory."""
+    return f"in the memory of cuda:{gpu.device_index(settings.device)}"
+
+
+def _mapped_for_lack(settings: Settings, sizes: str) -> WeightPlan:
+    if settings.mmap == "off":
+        raise SettingError(
+            f"mmap=off: the weights cannot be copied into memory, {sizes}. Use mmap=auto, a smaller context "
+            f"(n_ctx), or a smaller type of the model."
+        )
+    return WeightPlan(False, f"mapped: {sizes}", sizes)
+
+
+@dataclass(frozen=True)
 class _Placed:
     checkpoint: Checkpoint
     copy: WeightCopy | None
@@ -413,39 +460,25 @@ def _place_weights(
 ) -> _Placed:
     """Copies the weights, or leaves them in their maps and has them read ahead.
 
-    memory_types: those that weights get in a copy, by name.
-    other_bytes: what else the model needs: cache, workspace, the values of a step.
+    memory_types: those that weights get in a copy, by name. other_bytes: as weight_plan takes them.
     """
-    if not checkpoint.maps:
-        return _Placed(checkpoint, None, "in memory already")
     free = available_memory_bytes()
-    needed = checkpoint.nbytes + other_bytes
-    sizes = f"weights, cache and a step take {needed / 1e9:.3g} GB"
-    if free is not None:
-        sizes += f" and {free / 1e9:.3g} GB of memory are available"
-    # where the system does not tell, a user may know
-    fits = settings.mmap == "off" if free is None else needed <= free
-    if early and settings.mmap == "auto" and fits:
+    plan = weight_plan(checkpoint, settings, other_bytes, free)
+    if not checkpoint.maps:
+        return _Placed(checkpoint, None, plan.in_words)
+    if plan.is_copy and early and settings.mmap == "auto":
         guarded(checkpoint.maps)
         return _Placed(checkpoint, None, "mapped, and copied onto 2 MiB pages meanwhile", is_moving=True)
-    if settings.mmap != "on" and fits:
+    if plan.is_copy:
         try:
             return _copied(checkpoint, settings, memory_types, progress)
         except OSError as error:
-            fits, sizes = False, f"{sizes}, but the system gives none: {error.strerror}"
-    if settings.mmap == "off":
-        raise SettingError(
-            f"mmap=off: the weights cannot be copied into memory, {sizes}. Use mmap=auto, a smaller context "
-            f"(n_ctx), or a smaller type of the model."
-        )
+            plan = _mapped_for_lack(settings, f"{plan.sizes}, but the system gives none: {error.strerror}")
     guarded(checkpoint.maps)
     if free is None or checkpoint.nbytes <= free:
         read_ahead(checkpoint.maps)  # more than that would push its own pages out
-    if settings.mmap == "on":
-        return _Placed(checkpoint, None, "mapped: requested")
-    if free is None:
-        return _Placed(checkpoint, None, "mapped: the system does not tell how much memory is available")
-    return _Placed(checkpoint, None, f"mapped: {sizes}", (f"The weights stay mapped from the file: {sizes}.",))
+    info = (f"The weights stay mapped from the file: {plan.sizes}.",) if plan.sizes else ()
+    return _Placed(checkpoint, None, plan.in_words, info)
 
 
 def _copied(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,14 @@ def test_flags_of_later_work_are_answered_by_a_sentence(kvfold: Kvfold, verb: st
         done = kvfold(verb, "-b", "0", name, *values, "/no/such/model.gguf", "text", "more")
         assert (done.code, done.out) == (1, ""), name
         assert done.err == f"kvfold: {flag.names[0]} is not there yet. Today: {flag.today}.\n", name
+
+
+@pytest.mark.parametrize("verb", ["run", "chat", "plan", "bench"])
+def test_what_an_answer_says_to_use_is_there(verb: str) -> None:
+    works = {spelling for option in shown_options(verb) for spelling in option.opts}
+    for flag in LATER_FLAGS:
+        named = re.findall(r"(?<!\S)--?[a-z][a-z-]*", re.sub("`.*?`", "", flag.today))
+        assert works.issuperset(named), flag.today
 
 
 def test_fmoe_is_taken_with_a_value_as_well(kvfold: Kvfold) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from kit.command_line import Kvfold
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
-from kvfold.backends import gpu
+from kvfold.backends import gpu, gpu_rates
 from kvfold.formats.synthetic import SHAPES
 
 
@@ -125,6 +125,31 @@ def test_plan_says_when_nothing_fits(kvfold: Kvfold, tiny_gguf: Path, monkeypatc
     )
 
 
+def test_plan_says_where_the_weights_go(kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("plan", tiny_gguf, "--device", "cpu", "-c", "64", "--workspace", "1M")
+    copied, mapped = "weights: copied into memory, on 2 MiB pages", "weights: mapped: "
+    memory = json.loads(kvfold(*few, "--json").out)["memory"]
+    for missing, way, verdict, place, code in (
+        (0, "auto", "Fits: ", copied, 0),
+        (0, "off", "Fits: ", copied, 0),
+        (0, "on", "Fits: ", mapped + "requested", 0),
+        (1, "auto", "Does not fit: ", mapped + "weights, cache and a step take ", 0),
+        (1, "on", "Does not fit: ", mapped + "requested", 0),
+        (1, "off", "Does not fit: ", "mmap=off: the weights cannot be copied into memory, ", 1),
+    ):
+        monkeypatch.setattr(
+            "kvfold.explain.available_memory_bytes", lambda missing=missing: memory["needed_bytes"] - missing
+        )
+        done = kvfold(*few, "--mmap", way)
+        lines = done.out.splitlines()
+        assert (done.code, done.err) == (code, ""), way
+        assert any(line.startswith(verdict) for line in lines), (way, missing)
+        (said,) = [line for line in lines if line.startswith(("weights", "mmap"))]
+        assert said.startswith(place), (way, missing)
+        assert ("It runs all the same" in done.out) == (missing and not code), way
+        assert bool(json.loads(kvfold(*few, "--mmap", way, "--json").out)["refusal"]) == bool(code), way
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -145,6 +170,20 @@ def test_a_plan_that_no_backend_runs_is_exit_code_1_and_promises_no_room(
     found = json.loads(told.out)
     assert (told.code, found["memory"]["free_bytes"], found["backend"]["name"]) == (1, None, "")
     assert reason in found["backend"]["reason"]
+
+
+def test_plan_refuses_a_map_on_a_gpu_as_loading_does(
+    kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (gpu_rates.H200,)))
+    monkeypatch.setattr(gpu, "refusals", lambda device: [])
+    monkeypatch.setattr(gpu, "free_bytes", lambda device: 16 << 30)
+    done = kvfold("plan", tiny_gguf, "--device", "cuda", "-c", "64", "--mmap", "on")
+    assert (done.code, done.err) == (1, "")
+    assert done.out.splitlines()[-1].startswith(
+        "mmap=on: backend cuda reads the weights into the memory of the GPU once"
+    )
+    assert "weights: in the memory of cuda:0\n" in kvfold("plan", tiny_gguf, "--device", "cuda", "-c", "64").out
 
 
 def test_synth_writes_what_inspect_reads(kvfold: Kvfold, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ LATER_FLAGS = (
     LaterFlag(
         ("-sys", "--system-prompt"), True, "`kvfold chat -sys TEXT` converses, `kvfold run` completes a text"
     ),
-    LaterFlag(("-hf", "--hf-repo"), True, "a hub name is a model: -m org/repo or -m org/repo:Q4_K_M"),
+    LaterFlag(("-hf", "--hf-repo"), True, "a hub name is a model, org/repo or org/repo:Q4_K_M in place of a file"),
     LaterFlag(("-md", "--model-draft"), True, "there is no speculative decoding, leave it out"),
     LaterFlag(("--lora",), True, "merge the adapter into the model's weights before converting it"),
     LaterFlag(("--mlock",), False, "weights that fit are copied into memory at load, leave it out"),

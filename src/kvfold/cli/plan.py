@@ -18,6 +18,7 @@ from kvfold.cli.options import (
     Isa,
     Json,
     Mla,
+    Mmap,
     ModelArgument,
     Threads,
     Workspace,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from kvfold.explain import Memory, Phase, PlanReport
+    from kvfold.explain import Phase, PlanReport
 
 
 def plan(
@@ -44,14 +45,15 @@ def plan(
     threads: Threads = None,
     batch_size: BatchRows = None,
     workspace: Workspace = None,
+    mmap: Mmap = "auto",
     isa: Isa = "auto",
     deterministic: Deterministic = False,
     json: Json = False,
 ) -> None:
     """Says what a model takes and which attention path its work takes.
 
-    Memory by part; path, cost and reason of prompts and of generation; where the paths cross; which backend runs. The
-    model is not loaded. The exit code is 1 where no backend can run it.
+    Memory by part, and whether the weights are copied into it; path, cost and reason of prompts and of generation; where
+    the paths cross; which backend runs. The model is not loaded. The exit code is 1 where it could not be.
     """
     from kvfold.explain import model_path, plan_report
     from kvfold.formats.checkpoint import open_checkpoint
@@ -67,6 +69,7 @@ def plan(
         threads=threads,
         n_ctx=ctx_size or None,
         workspace_bytes=workspace,
+        mmap=mmap,
         isa=isa,
         deterministic=deterministic,
     )
@@ -75,7 +78,7 @@ def plan(
         print_json(found)
     else:
         _show(report(), found)
-    if not found.backend.name:
+    if found.refusal:
         raise typer.Exit(1)
 
 
@@ -84,7 +87,10 @@ def _show(console: Console, found: PlanReport) -> None:
     console.print(f"{found.path}: {config.family}, {config.num_layers} layers, context {found.n_ctx:,} tokens\n")
     print_table(console, "Memory", ("", ">", ""), _memory(found))
     if found.backend.name:
-        console.print(f"{_verdict(found.memory)}\n")
+        console.print(_verdict(found))
+        if found.weight_place:
+            console.print(f"weights: {found.weight_place}")
+        console.print()
     print_table(
         console,
         f"Attention, 10^9 multiply-adds in all layers, prompts in steps of {found.batch_rows:,} rows",
@@ -102,8 +108,8 @@ def _show(console: Console, found: PlanReport) -> None:
         console.print(f"backend {name} refuses: {', '.join(reasons)}")
     if found.backend.name:
         console.print(f"backend {found.backend.name}: {found.backend.reason}")
-    else:
-        console.print(found.backend.reason, style="red")
+    if found.refusal:
+        console.print(found.refusal, style="red")
     for line in found.info:
         console.print(f"note: {line}")
 
@@ -125,26 +131,23 @@ def _memory(found: PlanReport) -> Iterator[tuple[str, str, str]]:
     yield "together", human_bytes(memory.needed_bytes), ""
 
 
-def _verdict(memory: Memory) -> str:
+def _verdict(found: PlanReport) -> str:
+    memory = found.memory
     if memory.free_bytes is None:
         return "This system does not tell how much memory is free."
     free = human_bytes(memory.free_bytes)
     if memory.fits:
         return f"Fits: {free} are free."
-    missing = human_bytes(memory.needed_bytes - memory.free_bytes)
+    lacks = f"Does not fit: {free} are free, {human_bytes(memory.needed_bytes - memory.free_bytes)} are missing."
+    if found.refusal:
+        return lacks
     if memory.needed_bytes - memory.weight_bytes <= memory.free_bytes:
         return (
-            f"Does not fit: {free} are free, {missing} are missing. It runs all the same, from the disk: weights that "
-            f"find no room are read again at every step."
+            f"{lacks} It runs all the same, from the disk: weights that find no room are read again at every step."
         )
     if memory.cache_bytes <= memory.free_bytes:
-        return (
-            f"Does not fit: {free} are free, {missing} are missing. Cache, workspace and buffers alone are too large: "
-            f"choose a smaller -b, --workspace or -c."
-        )
-    return (
-        f"Does not fit: {free} are free, {missing} are missing. The cache alone is too large: choose a smaller -c."
-    )
+        return f"{lacks} Cache, workspace and buffers alone are too large: choose a smaller -b, --workspace or -c."
+    return f"{lacks} The cache alone is too large: choose a smaller -c."
 
 
 def _path(phase: Phase) -> str:
