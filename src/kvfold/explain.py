@@ -327,7 +327,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
         free_bytes = None
         n_ctx = settings.n_ctx or default_context(config, cache_layout(config, settings))
     else:
-        free_bytes = available_memory_bytes() if own_memory is None else own_memory(settings.device)
+        free_bytes = available_memory_bytes() if own_memory is None else own_memory(choice.needs.device)
         n_ctx = context_of(config, settings, choice)
     program = program_of(checkpoint, settings)
     if batch_rows is None and own_memory is not None:
@@ -531,7 +531,7 @@ def _weight_place(
     if choice is None:
         return "", ""
     if choice.candidate.free_bytes is not None:
-        return place_on_gpu(settings), ""
+        return place_on_gpu(choice), ""
     try:
         plan = weight_plan(checkpoint, settings, memory.needed_bytes - memory.weight_bytes, memory.free_bytes)
     except SettingError as error:

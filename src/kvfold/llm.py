@@ -83,8 +83,8 @@ class LLM:
     cache_type: "f16", "q8_0", "bf16", "f32" or "fp8" (latents only, not on backend native); "auto" is bf16 on a GPU, f16
                 elsewhere
     backend:    "auto", "cuda", "native" or "plain"
-    device:     "cpu", "cuda" or "cuda:N"; "cuda" is the first GPU of compute capability 8.0 or newer, "auto" is that GPU if it
-                can run the model, else the CPU
+    device:     "cpu", "cuda" or "cuda:N"; "cuda" is the first GPU of compute capability 8.0 or newer that has room for the
+                model, "auto" is that GPU, else the CPU
     n_ctx:      tokens the cache holds, all concurrent requests together; None: the model's context, or what fits
     batch_rows: prompt rows in one step; None: the whole prompt, or as many as memory allows
     workspace_bytes: scratch memory of a step; None: from the free memory, 64 to 256 MiB

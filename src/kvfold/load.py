@@ -271,7 +271,7 @@ def context_of(config: ModelConfig, settings: Settings, choice: Choice) -> int:
         return settings.n_ctx
     free_bytes, room = choice.candidate.free_bytes, choice.needs.room
     if free_bytes is not None and room is not None:
-        return min(config.max_position, room.tokens_in(free_bytes(settings.device)))
+        return min(config.max_position, room.tokens_in(free_bytes(choice.needs.device)))
     return default_context(config, cache_layout(config, settings))
 
 
@@ -310,7 +310,7 @@ def load(
     program = program_of(checkpoint, settings)
     if candidate.free_bytes is not None:
         window = GPU_WINDOW_ROWS
-        placed = _Placed(checkpoint, None, place_on_gpu(settings))
+        placed = _Placed(checkpoint, None, place_on_gpu(choice))
     else:
         window = prompt_window(program, checkpoint, settings, n_ctx, available_memory_bytes())
         buffer_bytes = step_buffer_bytes(program, _prompt_path(checkpoint, settings), window)
@@ -320,7 +320,7 @@ def load(
         placed = _place_weights(checkpoint, settings, memory_types, other_bytes, progress, early=early)
     checkpoint = placed.checkpoint
     machine = Machine(
-        settings.dtype, settings.device, settings.threads, settings.workspace_bytes, progress, settings.native
+        settings.dtype, choice.needs.device, settings.threads, settings.workspace_bytes, progress, settings.native
     )
     backend = candidate.build(network, checkpoint.tensors, cache, machine)
     moving = None
@@ -426,9 +426,9 @@ def weight_plan(checkpoint: Checkpoint, settings: Settings, other_bytes: int, fr
     return WeightPlan(True, "copied into memory, on 2 MiB pages", sizes)
 
 
-def place_on_gpu(settings: Settings) -> str:
+def place_on_gpu(choice: Choice) -> str:
     """Where the weights lie that a GPU has in its own memory."""
-    return f"in the memory of cuda:{gpu.device_index(settings.device)}"
+    return f"in the memory of cuda:{gpu.device_index(choice.needs.device)}"
 
 
 def _mapped_for_lack(settings: Settings, sizes: str) -> WeightPlan:

@@ -12,7 +12,7 @@ import pytest
 from kit.tiny_models import tiny_model, write_gguf
 from kvfold import LLM
 from kvfold.backends import choose, gpu, gpu_rates
-from kvfold.backends.choose import Room
+from kvfold.backends.choose import Backend, Machine, Room
 from kvfold.errors import KvfoldError, MissingExtra, SettingError, install_extra
 from kvfold.explain import plan_report
 from kvfold.formats.checkpoint import open_checkpoint
@@ -215,6 +215,56 @@ def test_a_card_too_old_in_front_is_passed_over(device: str, old_card_first: lis
 def test_a_card_asked_for_by_number_is_not_passed_over(old_card_first: list[int]) -> None:
     assert "Tesla T4 has compute capability 7.5" in gpu.refusals("cuda:0")[0]
     assert old_card_first == []
+
+
+@pytest.fixture
+def full_card_first(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Two H200, the first of which has 1 GiB free. Returns the free bytes by GPU."""
+    free = {0: 1 << 30, 1: 16 << 30}
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER, HOPPER)))
+    monkeypatch.setattr(gpu, "refusals", lambda device: [])
+    monkeypatch.setattr(gpu, "free_bytes", lambda device: free[gpu.device_index(device)])
+    return free
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_card_without_room_is_passed_over(device: str, full_card_first: dict[int, int], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
+    report = plan_report(checkpoint, Settings.parse(device=device), batch_rows=None)
+    assert (report.backend.name, report.weight_place) == ("cuda", "in the memory of cuda:1")
+    ((name, (reason,)),) = report.backend.refused
+    assert name == "cuda on cuda:0" and "and 1.07 GB are free" in reason
+    assert (report.memory.free_bytes, report.n_ctx) == (16 << 30, checkpoint.config.max_position)
+
+
+def test_what_is_loaded_is_loaded_where_there_was_room(
+    full_card_first: dict[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Built(Exception): ...
+
+    def build(model: object, weights: object, cache: object, machine: Machine) -> Backend:
+        raise Built(machine.device)
+
+    candidate = dataclasses.replace(choose.CANDIDATES[0], build=build)
+    monkeypatch.setattr(choose, "CANDIDATES", (candidate, *choose.CANDIDATES[1:]))
+    with pytest.raises(Built, match=r"^cuda:1$"):
+        LLM(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"), n_ctx=64)
+
+
+def test_where_no_card_has_room_auto_is_the_cpu_and_cuda_refuses(
+    full_card_first: dict[int, int], tmp_path: Path
+) -> None:
+    full_card_first[1] = 2 << 30
+    checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
+    report = plan_report(checkpoint, Settings.parse(device="auto", n_ctx=64), batch_rows=None)
+    assert report.backend.name == "native"
+    assert [name for name, _ in report.backend.refused] == ["cuda on cuda:0", "cuda on cuda:1"]
+    report = plan_report(checkpoint, Settings.parse(device="cuda", n_ctx=64), batch_rows=None)
+    assert "cuda on cuda:0: weights and workspace" in report.refusal and "; cuda on cuda:1: " in report.refusal
+    report = plan_report(checkpoint, Settings.parse(device="cuda:0", n_ctx=64), batch_rows=None)
+    assert report.refusal.startswith("No backend can run this model: cuda: weights and workspace")
+    report = plan_report(checkpoint, Settings.parse(device="auto", profile=True, n_ctx=64), batch_rows=None)
+    assert report.backend.refused == (("cuda", ("profile is for backend native, on device=cpu",)),)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda1"])

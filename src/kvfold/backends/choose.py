@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -143,7 +143,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Candidate:
-    """shuns:         why it does not run where nobody asked for it by name, though it could
+    """devices:       those that a setting may mean there, in order; the first that is not refused serves
+    shuns:         why it does not run where nobody asked for it by name, though it could
     free_bytes:    of the memory of its own that holds weights and cache, by device; None: it uses the system's
     weight_bytes:  of a weight, by its name and the setting dtype, where the backend keeps it
     moves_weights: its backend is one of MovesWeights
@@ -154,6 +155,7 @@ class Candidate:
     refusals: Callable[[Needs], list[str]]  # empty: it can run
     build: Callable[[DeepseekModel, Weights, PagedCache, Machine], Backend]
     profile: Callable[[Needs], MachineProfile] = lambda needs: ARITHMETIC
+    devices: Callable[[str], list[str]] = lambda device: [device]
     shuns: Callable[[Needs], list[str]] = lambda needs: []
     free_bytes: Callable[[str], int] | None = None
     weight_bytes: Callable[[str, Weight, str], int] = lambda name, weight, dtype: stored_bytes(weight)
@@ -163,7 +165,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """needs: what was chosen for. profile: what the plan knows of the machine under them."""
+    """needs: what was chosen for, on the device that serves. profile: what the plan knows of the machine under them."""
 
     candidate: Candidate
     needs: Needs
@@ -338,6 +340,7 @@ CANDIDATES = (
         _cuda_refusals,
         _cuda_build,
         _cuda_profile,
+        devices=gpu.devices,
         free_bytes=_cuda_free_bytes,
         weight_bytes=gpu_weights.device_bytes,
     ),
@@ -367,13 +370,23 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
     for candidate in CANDIDATES:
         if requested not in ("auto", candidate.name):
             continue
-        reasons = candidate.refusals(needs)
-        if requested == "auto":
-            reasons += candidate.shuns(needs)
-        if not reasons:
+        devices = candidate.devices(needs.device)
+        passed_over: dict[tuple[str, ...], list[str]] = {}  # devices by reasons, which are often the same
+        serves = None
+        for device in devices:
+            there = replace(needs, device=device)
+            reasons = candidate.refusals(there)
+            if requested == "auto":
+                reasons += candidate.shuns(there)
+            if not reasons:
+                serves = there
+                break
+            passed_over.setdefault(tuple(reasons), []).append(device)
+        for why, where in passed_over.items():
+            refused.append((candidate.name if where == devices else f"{candidate.name} on {', '.join(where)}", why))
+        if serves is not None:
             reason = "requested" if requested != "auto" else "the first that runs this model"
-            return Choice(candidate, needs, candidate.profile(needs), reason, tuple(refused))
-        refused.append((candidate.name, tuple(reasons)))
+            return Choice(candidate, serves, candidate.profile(serves), reason, tuple(refused))
     sentence = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused)
     error = MissingExtra if any("pip install" in r for _, reasons in refused for r in reasons) else SettingError
     raise error(f"No backend can run this model: {sentence}.")

@@ -105,6 +105,13 @@ def is_wanted(device: str) -> bool:
     return any(map(_has_kernels, driver().gpus)) and all(packages)
 
 
+def devices(device: str) -> list[str]:
+    """Those that a setting may mean, in the order in which they are tried. auto and cuda: every GPU that has kernels."""
+    if device not in ("auto", "cuda"):
+        return [device]
+    return [f"cuda:{index}" for index, found in enumerate(driver().gpus) if _has_kernels(found)] or [device]
+
+
 def device_index(device: str) -> int:
     """The number of a GPU. auto and cuda: the first that has kernels, 0 where none has."""
     number = device.partition(":")[2]

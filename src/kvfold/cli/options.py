@@ -177,8 +177,8 @@ Device = Annotated[
         "-dev",
         metavar="auto|cpu|cuda|cuda:N",
         envvar="KVFOLD_DEVICE",
-        help="Where it computes. cuda: the first GPU of compute capability 8.0 or newer. auto: that GPU if the model fits "
-        "it, else the CPU.",
+        help="Where it computes. cuda: the first GPU of compute capability 8.0 or newer that has room for the model. auto: "
+        "that GPU, else the CPU.",
     ),
 ]
 Workspace = Annotated[
