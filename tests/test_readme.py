@@ -53,6 +53,16 @@ def test_what_an_error_says_to_install_is_what_the_readme_installs(extra: str) -
     assert extra in found["project"]["optional-dependencies"]
 
 
+def test_answers_shown_in_pages_are_those_given() -> None:
+    answers = {f"{flag.names[0]} is not there yet. Today: {flag.today}." for flag in LATER_FLAGS}
+    shown = [
+        line
+        for page in (ROOT / "docs").glob("*.md")
+        for line in re.findall("kvfold: (-.* is not there yet.*)", page.read_text())
+    ]
+    assert shown and set(shown) <= answers
+
+
 def test_links_lead_somewhere() -> None:
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "*.md"], capture_output=True, text=True, check=False
