@@ -419,12 +419,21 @@ def test_a_ragged_batch_is_its_sequences_alone(mla: str, tmp_path: Path) -> None
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize(
-    ("mla", "cache_type"),
-    [("3", "bf16"), ("0", "bf16"), ("0", "q8_0"), ("0", "f32"), ("2", "bf16"), ("2", "q8_0"), ("2", "fp8")],
+    ("mla", "cache_type", "model"),
+    [
+        *[("3", "bf16", "tiny"), ("0", "bf16", "tiny"), ("0", "q8_0", "tiny"), ("0", "f32", "tiny")],
+        *[("2", "bf16", "tiny"), ("2", "q8_0", "tiny"), ("2", "fp8", "tiny"), ("3", "fp8", "128 heads")],
+    ],
 )
-def test_replayed_steps_are_launched_ones_bit_for_bit(mla: str, cache_type: str, tmp_path: Path) -> None:
+def test_replayed_steps_are_launched_ones_bit_for_bit(
+    mla: str, cache_type: str, model: str, tmp_path: Path
+) -> None:
     """One and two rows a sequence. Every step behind the prompt is replayed."""
-    path = write_gguf(blocks_model(), tmp_path / "m.gguf")
+    path = tmp_path / "m.gguf"
+    if model == "tiny":
+        write_gguf(blocks_model(), path)
+    else:
+        deepseeks_attention(path, "BF16", num_heads=128)
     text = ids(96)
     said = []
     for captures in (True, False):

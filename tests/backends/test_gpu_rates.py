@@ -43,6 +43,12 @@ def test_a_card_without_hoppers_kernels_has_the_rates_of_plain_triton() -> None:
     assert profile.cached == pytest.approx(measured.cached * 2039.0 / 4814.304)
 
 
+def test_fp8_has_the_rates_of_its_kernel_on_hopper_alone() -> None:
+    assert gpu_profile(H200, CacheType.FP8, "auto") == gpu_rates.FP8
+    assert gpu_profile(H200, CacheType.Q8_0, "auto") == gpu_rates.BYTES
+    assert gpu_profile(A100, CacheType.FP8, "auto") == gpu_profile(A100, CacheType.Q8_0, "auto")
+
+
 def test_a_capability_nobody_listed_is_the_next_older_one() -> None:
     newer = dataclasses.replace(H200, name="GPU", capability=(10, 3))
     profile = gpu_profile(newer, CacheType.BF16, "auto")

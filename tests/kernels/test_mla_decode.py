@@ -52,7 +52,7 @@ class Case:
     def run(
         self,
         num_parts: int | None = None,
-        form: Form = "triton",
+        form: Form | None = "triton",
         num_pages: int | None = None,
         w_uv: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -65,7 +65,11 @@ class Case:
         return unfolded.cpu()
 
     def launch(
-        self, num_parts: int | None, form: Form = "triton", num_pages: int | None = None, merges: bool = True
+        self,
+        num_parts: int | None,
+        form: Form | None = "triton",
+        num_pages: int | None = None,
+        merges: bool = True,
     ) -> tuple[DecodeWorkspace, torch.Tensor]:
         """num_pages: the pool lies at the end of one of so many pages, and NaN before it."""
         batch, heads = len(self.kv_lens), self.q.shape[1]
@@ -276,13 +280,29 @@ def test_the_hopper_kernels_agree(heads: int, s_q: int, dtype: torch.dtype) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("heads", "s_q"), [(1, 1), (1, 4), (5, 3), (8, 4), (16, 1), (16, 2), (32, 1), (40, 1), (128, 1), (128, 3)]
+    ("heads", "s_q"),
+    [
+        *[(1, 1), (1, 4), (5, 3), (8, 4), (16, 1), (16, 2), (16, 3), (16, 4), (32, 1), (40, 1)],
+        *[(128, 1), (128, 2), (128, 3), (128, 4)],
+    ],
 )
 def test_the_hopper_kernels_read_fp8(heads: int, s_q: int) -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU (sm_90)")
     lengths = [4097, 1, 0, 63, 65, 9000, 64, 130]
     Case(heads, lengths, s_q, kv_lora=512, rope=64, dtype=torch.bfloat16, blocks="fp8").check(4e-3, form="gluon")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "s_q"), [(16, 1), (16, 4), (128, 1), (128, 2)])
+def test_hoppers_kernel_over_fp8_is_taken_without_being_named(heads: int, s_q: int) -> None:
+    """By its bits, which plain Triton's, with another order of sums, are not."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU (sm_90)")
+    case = Case(heads, [300, 4097, 64], s_q, kv_lora=512, rope=64, dtype=torch.bfloat16, blocks="fp8")
+    chosen = case.run(form=None)
+    assert torch.equal(chosen, case.run(form="gluon"))
+    assert not torch.equal(chosen, case.run(form="triton"))
 
 
 @pytest.mark.gpu

@@ -37,11 +37,11 @@ def cuda_harness(
     return harness
 
 
-def deepseeks_attention(path: Path, ftype: str, num_layers: int = 2) -> Path:
+def deepseeks_attention(path: Path, ftype: str, num_layers: int = 2, num_heads: int = 16) -> Path:
     """A small model whose attention has DeepSeek's sizes, so that it takes the kernels made for them."""
     sizes = {
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_heads,
         "kv_lora_rank": 512,
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,

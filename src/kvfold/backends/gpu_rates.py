@@ -25,9 +25,11 @@ NUMBERS = MachineProfile(
 # Plain Triton, which serves every card and all other caches: decode over 64 x 32k and 1 x 32k keys beside Hopper's kernels
 # (bench/results/2026-11-28-h200-cache-types.json: 0.34 and 0.6 of their speed), prompts 0.64 of a peer.
 TRITON = replace(NUMBERS, latents=118e3, cached=1480, heads=190e3, origin="estimated from single kernels")
-# Caches of bytes decode in plain Triton at 0.27 and 0.47 (fp8 of up to 32 rows of heads is faster on Hopper, but those are single
-# rows, which are absorbed in any case); prompts expand a copy in numbers, so go by Hopper's kernel there.
+# Caches of bytes decode in plain Triton at 0.27 and 0.47; prompts expand a copy in numbers, so go by Hopper's kernel there.
 BYTES = replace(NUMBERS, latents=94e3, cached=1160, origin="estimated from single kernels")
+# Hopper's kernel over fp8 does 0.34 of the products of that over numbers (128 heads, 64 x 4k) and reads one sequence's keys as fast
+# (16 heads, 1 x 32k): docs/notes/gpu-mla.md.
+FP8 = replace(NUMBERS, latents=118e3, origin="estimated from single kernels")
 
 # Dense multiply-adds of 16-bit numbers that a multiprocessor does in a clock, as published; GeForce cards do half of 512.
 PER_CLOCK = {(8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048, (10, 0): 4096, (11, 0): 4096, (12, 0): 512}
@@ -38,7 +40,9 @@ def gpu_profile(gpu: Gpu, cache_type: CacheType, dtype: str) -> MachineProfile:
     is_hopper = gpu.capability == H200.capability
     if dtype == "float32" or not _products(gpu):
         return ARITHMETIC  # kernels of which nobody measured a rate
-    if cache_type in (CacheType.Q8_0, CacheType.FP8):
+    if cache_type is CacheType.FP8 and is_hopper:
+        measured = FP8
+    elif cache_type in (CacheType.Q8_0, CacheType.FP8):
         measured = BYTES if is_hopper else replace(BYTES, heads=TRITON.heads)
     elif not is_hopper:
         measured = TRITON

@@ -138,9 +138,7 @@ def mla_decode(
     if form == "gluon" and missing:
         raise ValueError(f"form=gluon: {missing}: leave form out, or use form=triton.")
     if form is None:
-        # Several blocks of rows over fp8 were held to float64 on a card, not yet over permuted pages and past 2^31 numbers: only by name.
-        unproven = blocks is not None and workspace.row_block > FEW_ROWS
-        form = "gluon" if hopper and not missing and not unproven else "triton"
+        form = "gluon" if hopper and not missing else "triton"
     # Names of Triton's experimental room, which move, are imported where they are needed.
     halves = False
     if form == "gluon" and blocks is not None:
