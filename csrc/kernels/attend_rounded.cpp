@@ -15,7 +15,7 @@ namespace {
 // KB. 2048 rows, in turn: 70 GMAC/s with 96 rows and tiles of 1024 keys, 71 with 96 and 2048, 76 with 192 and
 // 2048, 70 with 4096.
 constexpr int64_t kUnitRows = 192;
-static_assert(kUnitRows % kMostWords.group_rows == 0);
+static_assert(kUnitRows % kWholeGroups == 0);
 constexpr int64_t kMostTileKeys = 2048, kLeastTileKeys = 256;
 constexpr int64_t kSoftmaxFloats = sizeof(Softmax) / sizeof(float);
 

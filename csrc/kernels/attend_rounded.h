@@ -2,7 +2,8 @@
 // latents) and for mla=0 (out of a cache of keys and values). quant/attention.py is the definition.
 //
 // Keys of a sequence come in tiles that all rows of the step use before the next tile: the cost of making a
-// tile is paid once a step, and a tile is as small as 8 MiB for 16 heads, so a larger workspace wins nothing.
+// tile is paid once a step, and a tile of 256 keys is as small as 4 MiB for 16 heads, so a larger workspace
+// wins nothing.
 #pragma once
 
 #include "kernels/attention.h"

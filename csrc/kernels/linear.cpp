@@ -8,20 +8,14 @@
 namespace kvfold {
 namespace {
 
-// Of rows of x, prepared for tiles, that all weights meet before the next ones: every panel passes over them,
-// so they should stay in a cache that all threads share. Of 8192 rows of 2048 columns, 19 MB, each panel came
-// from memory: two threads of a Zen 3, 4096 rows of V2-Lite, q 88 to 96 -> 108 to 110 GMAC/s.
-constexpr int64_t kNearBytes = 2 << 20;
-
-// On the blocks of the file, for as many rows at a time as the shared space and that cache hold.
+// On the blocks of the file, for as many rows at a time as are near enough and the shared space holds.
 void linear_in_blocks(const Machine& machine, int64_t rows, Matrix x, const Weight& weight, Matrix out) {
   const MatrixKernels& kernels = *weight.kernels;
   const int64_t bytes = machine.shared_floats * 4;
-  const int64_t window =
-      machine.form == ProductForm::kDots
-          ? bytes / kernels.dot_bytes(weight.cols)
-          : std::max(kMostDotRows,
-                     std::min(bytes, kNearBytes) / kernels.tile_bytes(weight.cols) * kernels.tile_cols);
+  const int64_t window = machine.form == ProductForm::kDots
+                             ? bytes / kernels.dot_bytes(weight.cols)
+                             : near_rows(kernels, weight.cols, rows,
+                                         bytes / kernels.tile_bytes(weight.cols) * kernels.tile_cols);
   const ProductMemory memory{reinterpret_cast<uint8_t*>(machine.shared),
                              reinterpret_cast<uint8_t*>(machine.scratch), machine.member_floats * 4};
   for (int64_t first = 0; first < rows; first += window) {

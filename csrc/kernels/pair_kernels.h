@@ -10,8 +10,8 @@
 //   values  panels of kPanelLanes columns     [words of keys][kPanelLanes], a scale for each key beside them
 //
 // A sequence's keys meet in blocks of kBlockKeys that start at multiples of it, so that a row's bits depend
-// on its own keys alone. The softmax's maximum is a whole exponent, so that what rounds to 16 bits does not
-// depend on when it was computed.
+// on its own keys alone. The softmax's maximum is a whole exponent: it multiplies what rounds to 16 bits by a
+// power of two.
 #pragma once
 
 #include <cstdint>
@@ -46,6 +46,7 @@ struct PairWords {
 };
 // What no instruction set exceeds: memory outlives a change of it.
 constexpr PairWords kMostWords{1, 16, 32};
+constexpr int64_t kWholeGroups = 96;  // rows that are whole groups of every set
 
 struct PairKernels : PairWords {
   const char* numbers;  // quant/attention.py, Numbers

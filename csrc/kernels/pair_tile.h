@@ -29,7 +29,8 @@ struct PairTile : PairPanels<S> {
   static constexpr PairWords kWords{1, 1, kGroupRows};
   static constexpr int kVectors = S::kPairVectors, kRows = S::kPairRows;
   static constexpr int kParts = kPanelLanes / (kVectors * S::kLanes);  // of a panel
-  static_assert(kGroupRows % kRows == 0 && kParts * kVectors * S::kLanes == kPanelLanes);
+  static_assert(kWholeGroups % kGroupRows == 0 && kGroupRows % kRows == 0 &&
+                kParts * kVectors * S::kLanes == kPanelLanes);
 
   static constexpr float kOne = 32767.0f;
 

@@ -17,7 +17,8 @@ struct PairTileAmx : PairPanels<S> {
   using Panels::kBlockWords;
   static constexpr int64_t kRows = S::kTileRows, kWords = S::kTileWords;
   static constexpr PairWords kGroup{0, kWords, 2 * kRows};
-  static_assert(kPanelLanes == 2 * kWords && kBlockWords % kWords == 0);
+  static_assert(kWholeGroups % kGroup.group_rows == 0 && kPanelLanes == 2 * kWords &&
+                kBlockWords % kWords == 0);
 
   static void set_shapes(int64_t rows) {
     const auto upper = static_cast<uint8_t>(std::min(rows, kRows));

@@ -200,18 +200,32 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
       return in.step(group.num_rows,
                      dot_rows(in.kernels, group.inner, row_bytes(group.matrices.gate), members));
     };
-    const Queue gate_up(queue, groups.size(),
-                        [&](int64_t g) { return pieces(groups[g].inner, gate_up_step(groups[g])); });
+    // A unit has some weights and a window of rows; all weights meet a window before the next one.
+    const auto gate_up_rows = [&](const RowGroup& group) {
+      const Prepared& in = in_of(group);
+      return in.by_dots(group.num_rows) ? group.num_rows
+                                        : near_rows(in.kernels, in.k, group.num_rows, group.num_rows);
+    };
+    const auto gate_up_pieces = [&](const RowGroup& group) {
+      return pieces(group.inner, gate_up_step(group));
+    };
+    const Queue gate_up(queue, groups.size(), [&](int64_t g) {
+      return pieces(groups[g].num_rows, gate_up_rows(groups[g])) * gate_up_pieces(groups[g]);
+    });
     const auto gate_of = [&](int64_t unit) {
       const auto [g, piece] = gate_up[unit];
-      return raw_rows(groups[g].matrices.gate, groups[g].gate_row + piece * gate_up_step(groups[g]));
+      const RowGroup group = groups[g];
+      return raw_rows(group.matrices.gate,
+                      group.gate_row + piece % gate_up_pieces(group) * gate_up_step(group));
     };
     machine.team.for_each_with_next(gate_up.num_units(), [&](int64_t unit, int member, NextUnit& next_unit) {
       const auto [g, piece] = gate_up[unit];
       const RowGroup group = groups[g];
       const Prepared& in = in_of(group);
-      const int64_t step = gate_up_step(group), at = piece * step, count = std::min(step, group.inner - at),
-                    m = group.num_rows, bytes = row_bytes(group.matrices.gate);
+      const int64_t step = gate_up_step(group), at = piece % gate_up_pieces(group) * step,
+                    count = std::min(step, group.inner - at), bytes = row_bytes(group.matrices.gate);
+      const int64_t m = group.num_rows, row = piece / gate_up_pieces(group) * gate_up_rows(group),
+                    last_row = std::min(m, row + gate_up_rows(group));
       const uint8_t *gate = raw_rows(group.matrices.gate, group.gate_row + at),
                     *up = raw_rows(group.matrices.up, group.gate_row + at);
       const auto after_gate = [&] { return up; };
@@ -221,9 +235,9 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
       };
       float *gate_tile = machine.of(member), *up_tile = gate_tile + in.tile_floats();
       auto* panel = reinterpret_cast<uint8_t*>(up_tile + in.tile_floats());
-      for (int64_t i = 0; i < m; i += in.row_tile(step)) {
-        const int64_t tile = std::min(in.row_tile(step), m - i);
-        const bool is_last = i + tile == m;
+      for (int64_t i = row; i < last_row; i += in.row_tile(step)) {
+        const int64_t tile = std::min(in.row_tile(step), last_row - i);
+        const bool is_last = i + tile == last_row;
         in.multiply({gate, bytes, count}, step, m, prepared + offsets[g], i, tile, gate_tile, panel,
                     after_gate);
         in.multiply({up, bytes, count}, step, m, prepared + offsets[g], i, tile, up_tile, panel,

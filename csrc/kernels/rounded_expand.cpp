@@ -43,10 +43,6 @@ void RoundedLatents::round(const float* c_kv, int64_t stride, int64_t first, int
   }
 }
 
-// 32 rows of float32, which no panel of 32 rows exceeds: an int8 panel has 10 bytes and less for 8 weights'
-// 32, and panels of numbers are rounded up to 4 columns.
-int64_t HeadRows::panel_floats() const { return kPanelLanes * (weight.cols + 3); }
-
 void HeadRows::unpack(int64_t at, int64_t n, float* panel) const {
   if (!kernels) {
     for (int64_t i = 0; i < n; i += panel_rows(weight)) {
@@ -96,23 +92,21 @@ void multiply_rows(const RoundedLatents& latents, const HeadRows& rows, int64_t 
   }
 }
 
-// What keys by columns take: W_UK of the head [kv_lora, nope], a panel of its columns, their products with a
-// group of latents, and what rows are decoded in.
+// What keys by columns take: W_UK of the head [kv_lora, nope], a panel of its columns, and their products
+// with a group of latents.
 struct ColumnMemory {
   float* decoded;
   uint32_t* panel;
-  float *products, *rows;
+  float* products;
 
   static int64_t panel_words(const MlaDims& dims) { return kMostWords.row_words(dims.kv_lora) * kPanelLanes; }
-  static int64_t floats(const MlaDims& dims, const KvUp& up) {
-    return whole_lines(dims.kv_lora * dims.nope) + panel_words(dims) + kMostWords.group_rows * kPanelLanes +
-           panel_floats(up.uk());
+  static int64_t floats(const MlaDims& dims) {
+    return whole_lines(dims.kv_lora * dims.nope) + panel_words(dims) + kMostWords.group_rows * kPanelLanes;
   }
   ColumnMemory(const MlaDims& dims, float* memory)
       : decoded(memory),
         panel(reinterpret_cast<uint32_t*>(memory + whole_lines(dims.kv_lora * dims.nope))),
-        products(reinterpret_cast<float*>(panel + panel_words(dims))),
-        rows(products + kMostWords.group_rows * kPanelLanes) {}
+        products(reinterpret_cast<float*>(panel + panel_words(dims))) {}
 };
 
 // The first dims.nope columns of y [n][stride].
@@ -120,13 +114,11 @@ void multiply_columns(const RoundedLatents& latents, int64_t head, int64_t first
                       const ColumnMemory& memory, float* y, int64_t stride) {
   const MlaDims& dims = latents.dims;
   const PairKernels& pairs = *isa().pairs;
-  for_panels(latents.up.uk(), latents.up.uk_row(dims, head), dims.kv_lora, memory.rows,
-             [&](const float* rows, int64_t at, int64_t count) {
-               std::copy_n(rows, count * dims.nope, memory.decoded + at * dims.nope);
-             });
+  const float* w_uk =
+      decode_panel(latents.up.uk(), latents.up.uk_row(dims, head), dims.kv_lora, memory.decoded);
   for (int64_t at = 0; at < dims.nope; at += kPanelLanes) {
     const int64_t columns = std::min(kPanelLanes, dims.nope - at);
-    pairs.pack_columns(memory.decoded + at, dims.nope, dims.kv_lora, columns, memory.panel);
+    pairs.pack_columns(w_uk + at, dims.nope, dims.kv_lora, columns, memory.panel);
     for (int64_t key = 0; key < n; key += pairs.group_rows) {
       const int64_t keys = std::min(pairs.group_rows, n - key);
       pairs.scores(latents.words(first + key), keys, memory.panel, dims.kv_lora, columns, memory.products,
@@ -141,8 +133,10 @@ void multiply_columns(const RoundedLatents& latents, int64_t head, int64_t first
 }  // namespace
 
 int64_t expand_rounded_floats(const MlaDims& dims, const KvUp& up) {
+  // A panel is at most 32 rows of float32: an int8 panel has 10 bytes and less for 8 weights' 32, and panels
+  // of numbers are rounded up to 4 columns.
   const int64_t by_rows = kPanelLanes * (dims.kv_lora + 3),
-                by_columns = up.kv_b ? 0 : ColumnMemory::floats(dims, up);
+                by_columns = up.kv_b ? 0 : ColumnMemory::floats(dims);
   return whole_lines(kUnitKeys * std::max(dims.qk(), dims.v)) + std::max(by_rows, by_columns);
 }
 

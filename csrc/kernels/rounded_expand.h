@@ -17,7 +17,7 @@ namespace kvfold {
 
 // Latents are rounded this many at a time: whole pages, panels, and groups of every kernel.
 constexpr int64_t kLatentKeys = 3 * kPageTokens;
-static_assert(kLatentKeys % kPanelLanes == 0 && kLatentKeys % kMostWords.group_rows == 0);
+static_assert(kLatentKeys % kPanelLanes == 0 && kLatentKeys % kWholeGroups == 0);
 
 // Kernels for products by rows; null: in float32. They work within one part of a weight, and files' parts are
 // whole heads.
@@ -51,7 +51,6 @@ struct HeadRows {
   const MatrixKernels* kernels;
   int64_t first, count;
 
-  int64_t panel_floats() const;  // of kPanelLanes rows
   // Rows [first + at, first + at + n) for products, n <= kPanelLanes.
   void unpack(int64_t at, int64_t n, float* panel) const;
   // y[i * stride + j]: `keys` latents from x on times the n rows of the panel.
@@ -59,7 +58,7 @@ struct HeadRows {
                 int64_t stride) const;
 };
 
-// What expand_rounded needs of a member's scratch.
+// What either of these two needs of a member's scratch.
 int64_t expand_rounded_floats(const MlaDims& dims, const KvUp& up);
 
 // Values [n, dims.v] of a head from latents [first, first + n), n <= kUnitKeys, `first` a multiple of

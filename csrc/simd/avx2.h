@@ -196,8 +196,8 @@ struct Avx2 {
       out[i] = static_cast<uint16_t>((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
   }
-  // Attention over keys and values. 12 sums, three words of rows and a product: 16 registers; a panel comes
-  // from memory. 6 rows by two vectors of a panel: 67 instead of 69 GMAC/s.
+  // Attention over keys and values. 12 sums, three words of rows and a product: 16 registers; vectors of a
+  // panel are operands from memory. 6 rows by two vectors, softmax included: 67 instead of 69 GMAC/s.
   static constexpr int kPairVectors = 4, kPairRows = 3;
   static void to_shorts(const float* x, float factor, int16_t* out, int64_t n) {
     const Floats by = set(factor);

@@ -353,7 +353,7 @@ CHUNKS = {"whole": [150], "around page edges": [63, 1, 1, 64, 21], "pairs and on
 @needs_gpu
 @pytest.mark.parametrize("family", ["v2-lite-yarn", "v2", "v3-odd", "v3-half-split", "glm4-moe-lite"])
 @pytest.mark.parametrize("chunks", CHUNKS)
-def test_float32_is_plain_float32(family: str, chunks: str, tmp_path: Path) -> None:
+def test_float32_is_plain_float64(family: str, chunks: str, tmp_path: Path) -> None:
     path = write_hf_dir(tiny_model(family), tmp_path / family)
     text = ids(150)
     # In float64: plain's float32 is off by 5e-5 where a process happens to add up in another order at a router's near tie.
@@ -503,7 +503,7 @@ def test_replayed_prompts_are_plain_float32(mla: str, cache_type: str, tmp_path:
     got, expected = (np.concatenate(logits) for logits in said)
     assert np.isfinite(got).all()
     error = np.sqrt(np.mean((got - expected) ** 2, 1) / np.mean(expected**2, 1))
-    # as test_float32_is_plain_float32 and test_every_cache_type_is_plains_in_float32
+    # as test_float32_is_plain_float64 and test_every_cache_type_is_plains_in_float32
     bound = {"f32": 5e-5, "fp8": 8e-3}.get(cache_type, 1e-3)
     assert np.sqrt(np.mean(error**2)) < bound, f"{error.max():.2g} of the logits of step {error.argmax()}"
 

@@ -114,7 +114,7 @@ def test_a_package_that_is_too_old_is_named_with_the_one_needed(
     monkeypatch.setattr(gpu, "_version", lambda package: version if package == name else "")
     with pytest.raises(
         MissingExtra,
-        match=rf"{name} {re.escape(version)} is too old, {need} is needed: pip install .*, or use device=cpu\.$",
+        match=rf"{name} {re.escape(version)} is too old, {need} is needed: {re.escape(install_extra('cuda'))}, or use device=cpu\.$",
     ):
         LLM(device="cuda")
 

@@ -224,6 +224,45 @@ def test_a_row_that_sees_one_key_gets_its_value(path: int, isa: str) -> None:
             assert (np.abs(of_head - want) <= np.abs(want).max(1, keepdims=True) * 2.0**-15).all()
 
 
+def plain_layer(c_kv: Array, q: Array, k_rope: Array) -> Layer:
+    """One sequence whose heads' keys and values are the numbers of c_kv themselves."""
+    layer = Layer(ODD, "kv_b", "F32", lengths=(len(c_kv),))
+    height = ODD.qk_nope_head_dim + ODD.v_head_dim
+    raw = np.eye(height, ODD.kv_lora_rank, dtype=np.float32).view(np.uint8)
+    layer.parts = {
+        "kv_b": tuple(
+            QuantTensor(f"kv_b.{h}", by_name("F32"), (height, ODD.kv_lora_rank), raw) for h in range(ODD.num_heads)
+        )
+    }
+    layer.c_kv, layer.q, layer.k_rope = c_kv, q, k_rope
+    return layer
+
+
+@every_isa
+@pytest.mark.parametrize("path", [0, 2])
+@pytest.mark.parametrize("above", [False, True], ids=["as large as fits", "and one step more"])
+@pytest.mark.parametrize("alone", [False, True], ids=["numbers alike", "a number alone"])
+def test_sums_reach_what_32_bits_hold(alone: bool, above: bool, path: int, isa: str) -> None:
+    """Queries that are their keys, and 300 equal weights over values of one sign, all as large as their power of two lets
+    them be: 32767 of it, or half of that where it is a step more."""
+    rows, width = 300, ODD.qk_head_dim
+    size = np.float32(32767 / 2**9)
+    if above:
+        size = np.nextafter(size, np.float32(np.inf))
+    c_kv = np.zeros((rows, ODD.kv_lora_rank), np.float32)
+    c_kv[:, ODD.qk_nope_head_dim :] = size
+    k_rope = np.zeros((rows, ODD.qk_rope_head_dim), np.float32)
+    if alone:
+        c_kv[:, 0] = size
+    else:
+        c_kv[:, : ODD.qk_nope_head_dim] = k_rope[:] = size / np.float32(np.sqrt(width))
+    key = np.concatenate([c_kv[:, : ODD.qk_nope_head_dim], k_rope], 1)
+    layer = plain_layer(c_kv, np.tile(key, (1, ODD.num_heads)), k_rope)
+    got, want = layer.run(path, True), layer.definition()
+    assert np.abs(want - size).max() <= size / 2**8  # bfloat16; 2^-14 of whole numbers
+    assert_follows(got, want, f"{alone} {above} {path} {isa}")
+
+
 @every_isa
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("path", [0, 2])

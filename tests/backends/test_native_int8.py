@@ -396,3 +396,32 @@ def test_every_op_is_plains(type: str, mla: str, cache_type: str, tmp_path: Path
     synthesize(config, path, type=type, legacy_kv_b=type == "IQ4_NL")
     judged = assert_op_by_op(path, [66, 1], mla=mla, cache_type=cache_type)
     assert judged >= {"q_a", "kv_a", "kv_a_norm", "q_rope", "k_rope", "attn_output", "route"}, judged
+
+
+@pytest.mark.parametrize("rows", [513, 520, 700])
+def test_rows_do_not_depend_on_how_windows_are_cut(rows: int) -> None:
+    """A window is 512 rows of 4096 columns at most. First and last rows have the bits that they have among a hundred: a rest
+    of one or eight rows does not go by dots."""
+    cols = 4096
+    x = np.random.default_rng(rows).standard_normal((rows, cols)).astype(np.float32)
+    weight = random_weight(by_name("IQ4_NL"), 40, cols, seed=1)
+
+    def network(ops: Recorder, value: Value) -> None:
+        hand_over(ops, "y", ops.linear("linear", value, "w"))
+        unread_attention(ops, value)
+
+    def run(some: Array) -> Array:
+        x6 = some.copy()
+        x6[:, -6:] = 0
+        bench = Bench(
+            x6,
+            network,
+            {"w": (weight,), **UNREAD},
+            cache_rows=(6,),
+            rounds_activations=True,
+            workspace_bytes=16 << 20,
+        )
+        return bench.run()["y"]
+
+    whole = run(x)
+    assert np.array_equal(whole[-100:], run(x[-100:])) and np.array_equal(whole[:100], run(x[:100]))

@@ -370,21 +370,15 @@ class PlainOps:
         """quant/attention.py, row by row: [R, H * kv_lora]."""
         num_keys = int(self._step.kv_lens[sequence])
         stored = self._stored(0, layer, sequence, 0, num_keys)
-        cache_type = self._backend.cache.layout.cache_type
+        cache_type, lora, scale = self._backend.cache.layout.cache_type, mla.kv_lora_rank, mla.softmax_scale
+        first = num_keys - len(q_latent)  # of these rows; each sees itself
+        rows = list(enumerate(q_latent.view(len(q_latent), mla.num_heads, -1).numpy(), first + 1))
         if cache_type is CacheType.Q8_0:
             codes, scales = codes_and_scales(stored)
+            means = [attend_codes(q, codes[:seen], scales[:seen], lora, scale) for seen, q in rows]
         else:
             latents = decode(stored, cache_type)
-
-        def mean(q: NDArray[np.float32], seen: int) -> NDArray[np.float64]:
-            lora, scale = mla.kv_lora_rank, mla.softmax_scale
-            if cache_type is CacheType.Q8_0:
-                return attend_codes(q, codes[:seen], scales[:seen], lora, scale)
-            return attend_latents(q, latents[:seen], lora, scale)
-
-        first = num_keys - len(q_latent)  # of these rows; each sees itself
-        per_head = q_latent.view(len(q_latent), mla.num_heads, -1).numpy()
-        means = [mean(q, seen) for seen, q in enumerate(per_head, first + 1)]
+            means = [attend_latents(q, latents[:seen], lora, scale) for seen, q in rows]
         return torch.from_numpy(np.stack(means)).flatten(1).to(self._dtype)
 
     def unfold_v(self, name: str, o_latent: Tensor, kv_up: KvUp, mla: MlaConfig) -> Tensor:

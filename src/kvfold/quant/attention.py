@@ -6,8 +6,9 @@ Ordinary attention multiplies whole numbers of 16 bits (`Numbers.WHOLE`) and add
 
     keys, values   rows of W_UK, W_UV (kv_b, v_b) times latents rounded as the type of the weights asks;
                    columns of W_UK (k_b) times latents, both in the numbers of the scores
-    codes          of a query or a key (a row of latents, a column of W_UK), x: round(f x), f the largest power of two that
-                   keeps its length, of a value its largest number, within 32767. Any two then have a product that fits 32 bits
+    code[x, i] =   round(f[x] x[i]),  f a power of two for each x, the largest with which
+                   the length of a query or key (a row of latents, a column of W_UK) is at most 32767, so that any two have
+                   a product of 31 bits; the largest number of a value is
     score[q, k] =  scale log2(e)  sum over i of  code[q, i] code[k, i]  / (f[q] f[k])
     p[q, k] =      2^(score[q, k] - M),  M = ceil(the largest score of the row)
 
@@ -31,9 +32,9 @@ products around it per head:
 Where the cache is q8_0 it is multiplied as it lies there, in whole numbers: a query is rounded as activations are, and a
 weight to an int16 for each head, key and 32 columns, in which the key's scale is (`attend_codes`).
 
-M is a whole number, so another M (the largest score so far, say) multiplies what was rounded by a power of two and rounds it
-to the same bits: the result does not depend on the order in which keys are met, nor on how they are cut into tiles.
-Weights below 2^-126 are zero.
+M is a whole number, so another M (the largest score so far, say) multiplies what is rounded to 16 bits by a power of two: but
+for float32's own last bit in 2^x the result depends on no order in which keys are met. p below 2^-126 is zero, and a
+block whose T is below 2^-110 adds nothing.
 
 A query, key, value or column that is smaller than 2^-60 counts as zeros; one that is larger than 2^60 or not finite makes NaN
 of what it takes part in.
@@ -167,7 +168,7 @@ def _whole_mean(scores: Wide, values: Floats) -> Wide:
     """scores [R, L] in powers of two, values [L, dv]: [R, dv]."""
     codes, factors = _whole(values, np.abs(values).max(1).astype(np.float64))
     shares = _shares(scores)
-    scaled = np.where(shares > 0, shares / factors, 0)
+    scaled = np.where(np.isneginf(scores), 0, shares / factors)
     out = np.zeros((len(scores), values.shape[1]))
     for start in range(0, len(values), BLOCK_KEYS):
         block = slice(start, start + BLOCK_KEYS)
