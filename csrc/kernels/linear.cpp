@@ -8,14 +8,16 @@
 namespace kvfold {
 namespace {
 
-// On the blocks of the file, for as many rows at a time as are near enough and the shared space holds.
+// On the blocks of the file, for as many rows at a time as are near enough and the shared space holds. All
+// of them go by the form of all rows: bits of the last ones should not depend on how many there are.
 void linear_in_blocks(const Machine& machine, int64_t rows, Matrix x, const Weight& weight, Matrix out) {
   const MatrixKernels& kernels = *weight.kernels;
+  const bool dots = by_dots(machine.form, rows);
+  const ProductForm form = dots ? machine.form : ProductForm::kTiles;
   const int64_t bytes = machine.shared_floats * 4;
-  const int64_t window = machine.form == ProductForm::kDots
-                             ? bytes / kernels.dot_bytes(weight.cols)
-                             : near_rows(kernels, weight.cols, rows,
-                                         bytes / kernels.tile_bytes(weight.cols) * kernels.tile_cols);
+  const int64_t window = dots ? bytes / kernels.dot_bytes(weight.cols)
+                              : near_rows(kernels, weight.cols, rows,
+                                          bytes / kernels.tile_bytes(weight.cols) * kernels.tile_cols);
   const ProductMemory memory{reinterpret_cast<uint8_t*>(machine.shared),
                              reinterpret_cast<uint8_t*>(machine.scratch), machine.member_floats * 4};
   for (int64_t first = 0; first < rows; first += window) {
@@ -24,8 +26,7 @@ void linear_in_blocks(const Machine& machine, int64_t rows, Matrix x, const Weig
               {&kernels, weight.parts[part].raw, weight.type->row_bytes(weight.cols), weight.part_rows,
                weight.cols},
               x.row(first), x.stride, std::min(window, rows - first),
-              out.row(first) + static_cast<int64_t>(part) * weight.part_rows, out.stride, memory,
-              machine.form);
+              out.row(first) + static_cast<int64_t>(part) * weight.part_rows, out.stride, memory, form);
     }
   }
 }

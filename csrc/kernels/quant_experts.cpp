@@ -195,37 +195,36 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
       in_of(group).prepare(from, x.stride, group.rows ? group.rows + at : nullptr, count, group.num_rows, to);
     });
 
-    const auto gate_up_step = [&](const RowGroup& group) {
-      const Prepared& in = in_of(group);
-      return in.step(group.num_rows,
-                     dot_rows(in.kernels, group.inner, row_bytes(group.matrices.gate), members));
+    // A unit has some weights, and of a network that goes by tiles as many rows as a tile of results holds:
+    // all weights meet these before the next ones.
+    struct Cut {
+      int64_t step, pieces, rows;
     };
-    // A unit has some weights and a window of rows; all weights meet a window before the next one.
-    const auto gate_up_rows = [&](const RowGroup& group) {
+    const auto cut_of = [&](const RowGroup& group) -> Cut {
       const Prepared& in = in_of(group);
-      return in.by_dots(group.num_rows) ? group.num_rows
-                                        : near_rows(in.kernels, in.k, group.num_rows, group.num_rows);
-    };
-    const auto gate_up_pieces = [&](const RowGroup& group) {
-      return pieces(group.inner, gate_up_step(group));
+      const int64_t m = group.num_rows, step = in.step(m, dot_rows(in.kernels, group.inner,
+                                                                   row_bytes(group.matrices.gate), members));
+      return {step, pieces(group.inner, step), in.by_dots(m) ? m : in.row_tile(step)};
     };
     const Queue gate_up(queue, groups.size(), [&](int64_t g) {
-      return pieces(groups[g].num_rows, gate_up_rows(groups[g])) * gate_up_pieces(groups[g]);
+      const Cut cut = cut_of(groups[g]);
+      return cut.pieces * pieces(groups[g].num_rows, cut.rows);
     });
     const auto gate_of = [&](int64_t unit) {
       const auto [g, piece] = gate_up[unit];
       const RowGroup group = groups[g];
-      return raw_rows(group.matrices.gate,
-                      group.gate_row + piece % gate_up_pieces(group) * gate_up_step(group));
+      const Cut cut = cut_of(group);
+      return raw_rows(group.matrices.gate, group.gate_row + piece % cut.pieces * cut.step);
     };
     machine.team.for_each_with_next(gate_up.num_units(), [&](int64_t unit, int member, NextUnit& next_unit) {
       const auto [g, piece] = gate_up[unit];
       const RowGroup group = groups[g];
       const Prepared& in = in_of(group);
-      const int64_t step = gate_up_step(group), at = piece % gate_up_pieces(group) * step,
-                    count = std::min(step, group.inner - at), bytes = row_bytes(group.matrices.gate);
-      const int64_t m = group.num_rows, row = piece / gate_up_pieces(group) * gate_up_rows(group),
-                    last_row = std::min(m, row + gate_up_rows(group));
+      const Cut cut = cut_of(group);
+      const int64_t step = cut.step, at = piece % cut.pieces * step, count = std::min(step, group.inner - at),
+                    bytes = row_bytes(group.matrices.gate);
+      const int64_t m = group.num_rows, row = piece / cut.pieces * cut.rows,
+                    last_row = std::min(m, row + cut.rows);
       const uint8_t *gate = raw_rows(group.matrices.gate, group.gate_row + at),
                     *up = raw_rows(group.matrices.up, group.gate_row + at);
       const auto after_gate = [&] { return up; };

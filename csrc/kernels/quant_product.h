@@ -54,19 +54,18 @@ inline int64_t dot_rows(const MatrixKernels& kernels, int64_t n, int64_t row_byt
 }
 
 // Of `rows` of x, prepared for tiles, those that all weights of a matrix meet before the next ones, `most` at
-// most. Every panel of weights passes over them, so they should stay in a cache that all threads share, but
-// be worth unpacking a panel for: of 8192 rows of 2048 columns, 19 MB, each panel came from memory. Equal
-// windows: a rest of few rows would go by dots, and its bits depend on how many others there are.
+// most; both at least 1. Every panel of weights passes over them, so they should stay in a cache that all
+// threads share, but be worth unpacking a panel for: of 8192 rows of 2048 columns, 19 MB, each panel came
+// from memory. Windows are of one size, whole groups.
 //
 // Two threads of a Zen 3, 4096 rows of V2-Lite, GMAC/s with all of them, 960, 480 at a time: q 88 to 96, 108
 // to 110, 105; down of the dense layer, whose 512 rows are 6 MB, 92 to 106, 104, 105.
 inline int64_t near_rows(const MatrixKernels& kernels, int64_t k, int64_t rows, int64_t most) {
   constexpr int64_t kNearBytes = 2 << 20, kLeast = 512;
   const int64_t group = kernels.tile_cols,
-                near = std::max(kLeast, kNearBytes / kernels.tile_bytes(k) * group),
-                window = std::max(group, std::min(most, near)),
+                window = std::min(most, std::max(kLeast, kNearBytes / kernels.tile_bytes(k) * group)),
                 groups = (rows + window - 1) / window * group;  // one of every window
-  return std::max(group, (rows + groups - 1) / std::max<int64_t>(1, groups) * group);
+  return (rows + groups - 1) / groups * group;
 }
 
 int64_t product_shared_bytes(const MatrixKernels& kernels, int64_t rows, int64_t k, ProductForm form);

@@ -167,7 +167,7 @@ def test_experts_follow_the_definition(gate_up: str, down: str, rows: int) -> No
         assert_experts_close(outputs[name], routed_sum(x, weights, outputs, subset), f"{name} {rows}")
 
 
-@pytest.mark.parametrize("rows", [1, 2, 25, 200])
+@pytest.mark.parametrize("rows", [1, 2, 25, 200, 600])
 @pytest.mark.parametrize(
     ("routed", "shared"),
     [
@@ -180,7 +180,7 @@ def test_shared_experts_in_the_op_of_routed_ones_follow_the_definition(
     routed: tuple[str, str], shared: tuple[str, str], rows: int
 ) -> None:
     """Of another width and other types, beside all routed experts, some or none; 25 rows go by tiles through the shared
-    ones and by row dots through routed ones."""
+    ones and by row dots through routed ones, 600 in two windows through the shared ones."""
     x, weights, of_all = inputs(rows), routed_weights(*routed), shared_weights(*shared)
 
     def network(ops: Recorder, value: Value) -> None:
@@ -191,7 +191,9 @@ def test_shared_experts_in_the_op_of_routed_ones_follow_the_definition(
         unread_attention(ops, value)
 
     every = {**weights, **{name: (weight,) for name, weight in of_all.items()}}
-    bench = Bench(x, network, every, cache_rows=(6,), rounds_activations=True, workspace_bytes=4 << 20)
+    bench = Bench(
+        x, network, every, cache_rows=(6,), rounds_activations=True, workspace_bytes=max(4 << 20, rows << 15)
+    )
     outputs = bench.run()
     assert [op.kind for op in bench.recorded.segments[1].ops].count("experts") == len(SUBSETS)
     assert not {"linear", "swiglu", "add"} & {op.kind for op in bench.recorded.segments[1].ops}
@@ -398,13 +400,14 @@ def test_every_op_is_plains(type: str, mla: str, cache_type: str, tmp_path: Path
     assert judged >= {"q_a", "kv_a", "kv_a_norm", "q_rope", "k_rope", "attn_output", "route"}, judged
 
 
+@pytest.mark.parametrize("name", ["IQ4_NL", "Q8_0", "BF16"])
 @pytest.mark.parametrize("rows", [513, 520, 700])
-def test_rows_do_not_depend_on_how_windows_are_cut(rows: int) -> None:
+def test_rows_do_not_depend_on_how_windows_are_cut(rows: int, name: str) -> None:
     """A window is 512 rows of 4096 columns at most. First and last rows have the bits that they have among a hundred: a rest
     of one or eight rows does not go by dots."""
     cols = 4096
     x = np.random.default_rng(rows).standard_normal((rows, cols)).astype(np.float32)
-    weight = random_weight(by_name("IQ4_NL"), 40, cols, seed=1)
+    weight = random_weight(by_name(name), 40, cols, seed=1)
 
     def network(ops: Recorder, value: Value) -> None:
         hand_over(ops, "y", ops.linear("linear", value, "w"))

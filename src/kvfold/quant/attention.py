@@ -103,11 +103,6 @@ def _whole(x: Floats, size: Wide) -> tuple[Wide, Wide]:
     return codes, np.where(used, factors, np.where(size < _SMALLEST, np.inf, np.nan))
 
 
-def fold_by_rows(q_nope: Floats, weight: QuantTensor) -> Wide:
-    """Queries [R, nope] and the k_b of one head [kv_lora, nope]: [R, kv_lora]."""
-    return product(q_nope, weight)
-
-
 def attend_latents(q: Floats, latents: Floats, kv_lora: int, scale: float) -> Wide:
     """All heads of a row over the latents it sees, where they are no q8_0: q [H, latent], latents [L, latent] as cached.
 
