@@ -28,9 +28,8 @@ struct PairTile : PairPanels<S> {
   static constexpr int64_t kGroupRows = 12;
   static constexpr PairWords kWords{1, 1, kGroupRows};
   static constexpr int kVectors = S::kPairVectors, kRows = S::kPairRows;
-  static constexpr int kParts = kPanelLanes / (kVectors * S::kLanes);  // of a panel
   static_assert(kWholeGroups % kGroupRows == 0 && kGroupRows % kRows == 0 &&
-                kParts * kVectors * S::kLanes == kPanelLanes);
+                kPanelLanes % (kVectors * S::kLanes) == 0);
 
   static constexpr float kOne = 32767.0f;
 
@@ -53,25 +52,22 @@ struct PairTile : PairPanels<S> {
       }
     }
   };
+  // Vectors of n numbers, zeros after the last.
+  template <class Use>
+  static void for_vectors(const float* x, int64_t n, const Use& use) {
+    int64_t i = 0;
+    for (; i + S::kLanes <= n; i += S::kLanes) use(S::load(x + i));
+    if (i < n) use(S::load_first(x + i, n - i));
+  }
   static Scale of_length(const float* x, int64_t n) {
     auto squares = S::zero();
-    int64_t i = 0;
-    for (; i + S::kLanes <= n; i += S::kLanes) {
-      const auto v = S::load(x + i);
-      squares = S::fma(v, v, squares);
-    }
-    if (i < n) {
-      const auto v = S::load_first(x + i, n - i);
-      squares = S::fma(v, v, squares);
-    }
+    for_vectors(x, n, [&](const auto& v) { squares = S::fma(v, v, squares); });
     return Scale(std::sqrt(S::sum(squares)));
   }
   static Scale of_largest(const float* x, int64_t n) {
     auto largest = S::zero(), sum = S::zero();
-    const auto add = [&](const auto& v) { largest = S::max(largest, S::magnitude(v)), sum = S::add(sum, v); };
-    int64_t i = 0;
-    for (; i + S::kLanes <= n; i += S::kLanes) add(S::load(x + i));
-    if (i < n) add(S::load_first(x + i, n - i));
+    for_vectors(x, n,
+                [&](const auto& v) { largest = S::max(largest, S::magnitude(v)), sum = S::add(sum, v); });
     return Scale(S::largest(largest) + 0.0f * S::sum(sum));  // a maximum forgets NaN
   }
 
@@ -129,7 +125,7 @@ struct PairTile : PairPanels<S> {
     }
   }
 
-  // sum[v][r] += rows [r * row_step + i * step] times panel [i * kPanelLanes + v * kLanes], i < num_words.
+  // sum[v][r] = rows [r * row_step + i * step] times panel [i * kPanelLanes + v * kLanes], i < num_words.
   template <int row_step, int step, int rows>
   static void multiply(const uint32_t* a, const uint32_t* panel, int64_t num_words,
                        Ints (&sum)[kVectors][rows]) {
@@ -203,12 +199,9 @@ struct PairTile : PairPanels<S> {
           const auto share = exp2<S>(S::fma(S::load(row + j), factor, minus)), scaled = S::mul(share, scales);
           S::store(row + j, scaled);
           sum = S::add(sum, share), total = S::add(total, scaled);
-        };
-        for (; j + S::kLanes <= n; j += S::kLanes) add(S::load(value_scales + j));
-        if (j < n) {
-          add(S::load_first(value_scales + j, n - j));
           j += S::kLanes;
-        }
+        };
+        for_vectors(value_scales, n, add);
         state.sum += S::sum(sum);
         const float whole = S::sum(total);
         state.share = whole / kOne;
