@@ -298,11 +298,11 @@ def test_the_longest_context_takes_no_longer_to_plan(synth_gguf: Path, monkeypat
     """32,768 steps; 15 halvings find where the path changes."""
     asked = 0
 
-    def counted(*arguments: object) -> MlaPlan:
+    def counted(*arguments: object, **named: object) -> MlaPlan:
         nonlocal asked
         asked += 1
         assert asked < 1000
-        return plan_for(*arguments)  # type: ignore[arg-type]
+        return plan_for(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr("kvfold.explain.plan_for", counted)
     report = plan_report(open_checkpoint(synth_gguf), settings(n_ctx=MOST_TOKENS), batch_rows=1 << 16)

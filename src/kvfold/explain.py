@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -412,7 +413,7 @@ def _buffer_bytes(
     program: Program, config: ModelConfig, settings: Settings, n_ctx: int, batch_rows: int, machine: MachineProfile
 ) -> int:
     """The largest step of a prompt that fills the context."""
-    runs = _runs(config, settings, n_ctx, 0, is_prompt=True, batch_rows=batch_rows, machine=machine)
+    runs = _runs(partial(plan_for, config, settings, is_prompt=True, machine=machine), n_ctx, 0, batch_rows)
     return max(step_buffer_bytes(program, run.plan.path, run.rows) for run in runs)
 
 
@@ -452,9 +453,8 @@ def phase(
     machine: MachineProfile,
 ) -> Phase:
     """What the plan does with `new_rows` rows of one sequence over `cached_rows` cached ones."""
-    runs = list(
-        _runs(config, settings, new_rows, cached_rows, is_prompt=is_prompt, batch_rows=batch_rows, machine=machine)
-    )
+    plan = partial(plan_for, config, settings, is_prompt=is_prompt, machine=machine)
+    runs = list(_runs(plan, new_rows, cached_rows, batch_rows))
     steps: Counter[AttentionPath] = Counter()
     for run in runs:
         steps[run.plan.path] += run.count
@@ -491,24 +491,12 @@ class _Run:
         return self.count * sum(ends) // 2
 
 
-def _runs(
-    config: ModelConfig,
-    settings: Settings,
-    new_rows: int,
-    cached_rows: int,
-    *,
-    is_prompt: bool,
-    batch_rows: int,
-    machine: MachineProfile,
-) -> Iterator[_Run]:
+def _runs(plan: Callable[[int, int], MlaPlan], new_rows: int, cached_rows: int, batch_rows: int) -> Iterator[_Run]:
     """The steps of a prompt in a few runs, however many they are: 400,000,000 tokens are 800,000 steps of 512 rows.
 
-    Steps of as many rows change their path at most once, since the seconds of either path grow in a line with the cached
+    plan: of a step, by its new and cached rows. Steps of as many rows change their path at most once, since the seconds of either path grow in a line with the cached
     rows (mla/plan.py). So the change is found by bisection.
     """
-
-    def plan(rows: int, cached: int) -> MlaPlan:
-        return plan_for(config, settings, rows, cached, is_prompt, machine)
 
     def runs(rows: int, cached: range) -> Iterator[_Run]:
         first = plan(rows, cached[0]).path
