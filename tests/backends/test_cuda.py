@@ -416,6 +416,13 @@ def test_a_ragged_batch_is_its_sequences_alone(mla: str, tmp_path: Path) -> None
             close(got, expected[place : place + 1], 5e-5)
 
 
+def model_file(model: str, folder: Path) -> Path:
+    """tiny, or one whose attention has DeepSeek's sizes, of 16 heads or of 128."""
+    if model == "tiny":
+        return write_gguf(blocks_model(), folder / "m.gguf")
+    return deepseeks_attention(folder / "m.gguf", "BF16", num_heads=128 if model == "128 heads" else 16)
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize(
@@ -429,11 +436,7 @@ def test_replayed_steps_are_launched_ones_bit_for_bit(
     mla: str, cache_type: str, model: str, tmp_path: Path
 ) -> None:
     """One and two rows a sequence. Every step behind the prompt is replayed."""
-    path = tmp_path / "m.gguf"
-    if model == "tiny":
-        write_gguf(blocks_model(), path)
-    else:
-        deepseeks_attention(path, "BF16", num_heads=128)
+    path = model_file(model, tmp_path)
     text = ids(96)
     said = []
     for captures in (True, False):
@@ -455,11 +458,7 @@ def test_replayed_prompts_are_launched_ones_bit_for_bit(
     model: str, mla: str, cache_type: str, tmp_path: Path
 ) -> None:
     """Prompts in slices that fill buckets of rows and of keys: launched, captured and replayed, with a generated row between."""
-    path = tmp_path / "m.gguf"
-    if model == "tiny":
-        write_gguf(blocks_model(), path)
-    else:
-        deepseeks_attention(path, "BF16")
+    path = model_file(model, tmp_path)
     said = []
     for captures in (True, False):
         harness = cuda_harness(path, dtype=torch.bfloat16, mla=mla, cache_type=cache_type, captures=captures)
