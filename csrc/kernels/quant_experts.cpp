@@ -11,6 +11,11 @@ namespace {
 
 constexpr int64_t kTileRows = 512;  // of an expert computed before their results are used: 64 KiB an output
 
+// Weight rows of down that a unit has by tiles, for which all networks' rows of x come from memory once
+// (26 MB of 2048 tokens of V2-Lite); fewer where members would get fewer than 8 units each.
+// docs/notes/cpu-kernels.md has what it is worth.
+constexpr int64_t kDownRows = 128, kUnitsOfMember = 8;
+
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 int64_t row_bytes(const Weight& weight) { return weight.type->row_bytes(weight.cols); }
@@ -253,56 +258,59 @@ void mix_experts_in_blocks(const Machine& machine, int64_t rows, Matrix x, Matri
       inside_of(group).prepare(from, group.inner, nullptr, count, group.num_rows, to);
     });
 
-    // A unit has some rows of every network's down, so that no two members add to the same sums: few where
-    // networks go by tiles, many for shares worth reading ahead where all experts go by dots.
+    // A unit has some rows of every network's down, so that no two members add to the same sums: by dots a
+    // share worth reading ahead, by tiles some panels, the last ones one by one so that all members end
+    // together.
     bool by_dots = true;
-    int64_t unit_rows = 1;
+    int64_t narrow = 1;
     for (int64_t g = 0; g < groups.size(); g++) {
       const RowGroup group = groups[g];
       const Prepared& inside = inside_of(group);
       if (inside.by_dots(group.num_rows)) {  // rows that lie mixed stay in one unit
-        unit_rows = std::max<int64_t>(unit_rows, inside.kernels.row_group);
+        narrow = std::max<int64_t>(narrow, inside.kernels.row_group);
         continue;
       }
       by_dots &= group.is_shared;
-      unit_rows = std::max<int64_t>(unit_rows, inside.kernels.tile_rows);
+      narrow = std::max<int64_t>(narrow, inside.kernels.tile_rows);
     }
-    if (by_dots) {
-      const int64_t wanted =
-          dot_rows(forms.routed.inside.kernels, hidden, row_bytes(experts.routed.down), members);
-      unit_rows = pieces(wanted, unit_rows) * unit_rows;
-    }
-    const int64_t num_units = pieces(hidden, unit_rows);
+    const int64_t wanted =
+        by_dots ? dot_rows(forms.routed.inside.kernels, hidden, row_bytes(experts.routed.down), members)
+                : std::min(kDownRows, hidden / (kUnitsOfMember * members));
+    const int64_t wide = pieces(std::max(wanted, narrow), narrow) * narrow,
+                  num_wide = by_dots ? pieces(hidden, wide) : hidden * 3 / 4 / wide,
+                  num_units = num_wide + pieces(std::max<int64_t>(0, hidden - num_wide * wide), narrow);
+    const auto first_of = [&](int64_t unit) {
+      return std::min(unit, num_wide) * wide + std::max<int64_t>(0, unit - num_wide) * narrow;
+    };
     machine.team.for_each_with_next(num_units, [&](int64_t unit, int member, NextUnit& next_unit) {
-      const int64_t unit_first = unit * unit_rows, unit_last = std::min(hidden, unit_first + unit_rows);
+      const int64_t unit_first = first_of(unit), unit_last = std::min(hidden, first_of(unit + 1));
       float* tile = machine.of(member);
       for (int64_t i = 0; i < n; i++) {
         std::memset(out.row(first + i) + unit_first, 0, (unit_last - unit_first) * 4);
       }
+      const auto down_of = [&](int64_t network, int64_t row) {
+        return raw_rows(groups[network].matrices.down, groups[network].down_row + row);
+      };
       for (int64_t g = 0; g < groups.size(); g++) {
         const RowGroup group = groups[g];
         const Prepared& inside = inside_of(group);
-        const int64_t step = inside.step(group.num_rows, unit_rows), m = group.num_rows,
-                      bytes = row_bytes(group.matrices.down);
+        const int64_t m = group.num_rows, bytes = row_bytes(group.matrices.down), step = inside.step(m, wide),
+                      row_tile = inside.row_tile(step);
         auto* panel = reinterpret_cast<uint8_t*>(tile + inside.tile_floats());
-        for (int64_t at = unit_first; at < unit_last; at += step) {
-          const int64_t count = std::min(step, unit_last - at);
-          const uint8_t* down = raw_rows(group.matrices.down, group.down_row + at);
-          // More rows of this network, the next one's, or the first one's of another unit.
-          const auto after_down = [&]() -> const uint8_t* {
-            const auto down_of = [&](int64_t network, int64_t row) {
-              return raw_rows(groups[network].matrices.down, groups[network].down_row + row);
+        for (int64_t i = 0; i < m; i += row_tile) {
+          const int64_t rows_of = std::min(row_tile, m - i);
+          for (int64_t at = unit_first; at < unit_last; at += step) {
+            const int64_t count = std::min(step, unit_last - at);
+            // More rows of this network, the next one's, or the first one's of another unit.
+            const auto after_down = [&]() -> const uint8_t* {
+              if (at + step < unit_last) return down_of(g, at + step);
+              if (i + row_tile < m) return down_of(g, unit_first);
+              if (g + 1 < groups.size()) return down_of(g + 1, unit_first);
+              const int64_t next = next_unit.take();
+              return next < 0 ? nullptr : down_of(0, first_of(next));
             };
-            if (at + step < unit_last) return down_of(g, at + step);
-            if (g + 1 < groups.size()) return down_of(g + 1, unit_first);
-            const int64_t next = next_unit.take();
-            return next < 0 ? nullptr : down_of(0, next * unit_rows);
-          };
-          for (int64_t i = 0; i < m; i += inside.row_tile(step)) {
-            const int64_t rows_of = std::min(inside.row_tile(step), m - i);
-            const bool is_last = i + rows_of == m;
-            inside.multiply({down, bytes, count}, step, m, prepared + offsets[g], i, rows_of, tile, panel,
-                            is_last ? RowsAfter(after_down) : RowsAfter());
+            inside.multiply({down_of(g, at), bytes, count}, step, m, prepared + offsets[g], i, rows_of, tile,
+                            panel, after_down);
             for (int64_t r = 0; r < rows_of; r++) {
               isa().add_scaled(tile + r * step, group.weight(i + r), out.row(first + group.row(i + r)) + at,
                                count);

@@ -41,9 +41,9 @@ MOE = MoeConfig(
 )
 
 
-def inputs(rows: int) -> Array:
+def inputs(rows: int, hidden: int = HIDDEN) -> Array:
     """The last six columns are zero: they are what unread_attention reads."""
-    x = np.random.default_rng(rows).standard_normal((rows, HIDDEN)).astype(np.float32)
+    x = np.random.default_rng(rows).standard_normal((rows, hidden)).astype(np.float32)
     x[:, -6:] = 0
     return x
 
@@ -78,18 +78,18 @@ SUBSETS: dict[str, Collection[int] | None] = {
 SHARED_INNER = 416
 
 
-def routed_weights(gate_up: str, down: str) -> dict[str, Any]:
+def routed_weights(gate_up: str, down: str, hidden: int = HIDDEN) -> dict[str, Any]:
     return {
-        "router": np.random.default_rng(1).standard_normal((NUM_EXPERTS, HIDDEN)).astype(np.float32),
-        "gate": stack_of(gate_up, INNER, HIDDEN),
-        "up": stack_of(gate_up, INNER, HIDDEN)[::-1],
-        "down": stack_of(down, HIDDEN, INNER),
+        "router": np.random.default_rng(1).standard_normal((NUM_EXPERTS, hidden)).astype(np.float32),
+        "gate": stack_of(gate_up, INNER, hidden),
+        "up": stack_of(gate_up, INNER, hidden)[::-1],
+        "down": stack_of(down, hidden, INNER),
         **UNREAD,
     }
 
 
-def shared_weights(gate_up: str, down: str) -> dict[str, QuantTensor]:
-    shapes = {"gate": (SHARED_INNER, HIDDEN), "up": (SHARED_INNER, HIDDEN), "down": (HIDDEN, SHARED_INNER)}
+def shared_weights(gate_up: str, down: str, hidden: int = HIDDEN) -> dict[str, QuantTensor]:
+    shapes = {"gate": (SHARED_INNER, hidden), "up": (SHARED_INNER, hidden), "down": (hidden, SHARED_INNER)}
     types = {"gate": gate_up, "up": gate_up, "down": down}
     return {
         f"shared_{part}": random_weight(by_name(types[part]), *shape, seed=seed)
@@ -132,7 +132,7 @@ def routed_sum(
     x: Array, weights: Mapping[str, Any], outputs: Mapping[str, Array], subset: Collection[int] | None
 ) -> NDArray[np.float64]:
     """Of the experts of a subset, chosen and weighed as `choose` handed over."""
-    ids, total = outputs["ids"].view(np.int32), np.zeros((len(x), HIDDEN))
+    ids, total = outputs["ids"].view(np.int32), np.zeros(x.shape)
     for e in subset if subset is not None else range(NUM_EXPERTS):
         factor = (outputs["weights"] * (ids == e)).sum(-1, keepdims=True)
         total += gated(x, *(weights[part][e] for part in ("gate", "up", "down"))) * factor
@@ -200,6 +200,31 @@ def test_shared_experts_in_the_op_of_routed_ones_follow_the_definition(
     for name, subset in SUBSETS.items():
         want = gated(x, *of_all.values()) + routed_sum(x, weights, outputs, subset)
         assert_experts_close(outputs[name], want, f"{name} {rows}")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [25, 600])
+@pytest.mark.parametrize(("down", "shared_down"), [("IQ4_NL", "IQ4_NL"), ("Q5_0", "Q8_0"), ("BF16", "IQ4_NL")])
+def test_units_of_several_panels_of_down_follow_the_definition(
+    down: str, shared_down: str, rows: int, threads: int
+) -> None:
+    """608 outputs: one thread takes them in four units of three panels of 32 and seven of one, two threads in seven of two and five
+    of one. 600 rows are two tiles of results of the shared experts."""
+    hidden = 608
+    x, weights = inputs(rows, hidden), routed_weights("IQ4_NL", down, hidden)
+    of_shared = shared_weights("IQ4_NL", shared_down, hidden)
+
+    def network(ops: Recorder, value: Value) -> None:
+        out = ops.experts("experts", value, *choose(ops, value), "gate", "up", "down")
+        hand_over(ops, "sum", add_shared(ops, "shared", value, out))
+        unread_attention(ops, value)
+
+    every = {**weights, **{name: (weight,) for name, weight in of_shared.items()}}
+    outputs = Bench(
+        x, network, every, cache_rows=(6,), rounds_activations=True, workspace_bytes=64 << 20, threads=threads
+    ).run()
+    want = gated(x, *of_shared.values()) + routed_sum(x, weights, outputs, None)
+    assert_experts_close(outputs["sum"], want, f"{rows} {threads}")
 
 
 @pytest.mark.skipif(not _native.side_by_side_types("auto"), reason="this set multiplies rows as files have them")
