@@ -212,7 +212,8 @@ def bench_paths(clock: Clock, args: argparse.Namespace) -> None:
             for _, (path, seconds) in product(range(args.repeat), took.items()):
                 seconds.append(rig.seconds(clock, rows, keys=cached + rows, path=path))
             ms = {path: 1e3 * statistics.median(seconds) for path, seconds in took.items()}
-            plan = choose(rig.mla, new_rows=rows, cached_rows=cached, is_prompt=True, machine=native_profile())
+            machine = native_profile(CacheType(cache))
+            plan = choose(rig.mla, new_rows=rows, cached_rows=cached, is_prompt=True, machine=machine)
             print(
                 f"| {name} | {cache} | {cached} | {rows} | {ms[Path.ABSORBED]:.2f} | {ms[Path.DECOMPRESSED]:.2f} | {plan.path.name.lower()} | {ms[plan.path] / min(ms.values()):.2f} |",
                 flush=True,

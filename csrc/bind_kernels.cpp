@@ -15,6 +15,7 @@
 #include "dispatch.h"
 #include "kernels/attention_tiles.h"
 #include "kernels/decode.h"
+#include "kernels/latent_kernels.h"
 #include "kernels/pair_kernels.h"
 #include "kernels/quant_product.h"
 
@@ -137,6 +138,7 @@ void bind_kernels(nb::module_& m) {
       "isa"_a, "Numbers of the types in memory (quant/types.py) that a set, or \"auto\", has kernels for.");
   m.def("absorbed_run_keys", &kvfold::absorbed_run_keys, "num_keys"_a,
         "Keys of each run that absorbed attention cuts a row's keys into.");
+  m.attr("HEAD_LANES") = kvfold::kHeadLanes;
   nb::class_<Kernels>(m, "Kernels")
       .def(nb::init<int>(), "threads"_a)
       .def("linear", &Kernels::linear, "type_id"_a, "raw"_a.noconvert(), "x"_a.noconvert(),

@@ -16,7 +16,7 @@ from kvfold.formats.checkpoint import open_checkpoint
 from kvfold.formats.synthetic import SHAPES, shape_with_layers, synthesize
 from kvfold.formats.tensor_names import KvLayout, expected_tensors
 from kvfold.load import MOST_TOKENS, Settings, plan_for, program_of
-from kvfold.mla.plan import ARITHMETIC, CPU, MachineProfile, MlaPlan, choose, crossover_rows, multiply_adds
+from kvfold.mla.plan import ARITHMETIC, CPU_CODES, MachineProfile, MlaPlan, choose, crossover_rows, multiply_adds
 from kvfold.mla.plan import Path as AttentionPath
 from kvfold.model.program import Buffer, Domain, OpRecord, Program, Segment, Value
 from kvfold.prompt_window import step_buffer_bytes
@@ -259,7 +259,7 @@ def test_a_phase_may_change_its_path_between_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "machine", [ARITHMETIC, CPU["avx512"], gpu_rates.gpu_profile(gpu_rates.H200, CacheType.BF16, "int8")]
+    "machine", [ARITHMETIC, CPU_CODES["avx512"], gpu_rates.gpu_profile(gpu_rates.H200, CacheType.BF16, "int8")]
 )
 @pytest.mark.parametrize(
     ("new_rows", "cached_rows", "batch_rows"),
@@ -327,7 +327,7 @@ def test_a_v3_file_of_two_layers_plans_as_the_paper_counts(tmp_path: Path) -> No
     assert report.memory.latent_cache_bytes == 163840 * 2 * 576 * 2
     assert report.crossovers[0].rows == 1  # tests/mla/test_plan.py has the paper's numbers, this machine its own
     assert [c.rows for c in report.crossovers] == [
-        crossover_rows(config.mla, c.depth, native_profile()) for c in report.crossovers
+        crossover_rows(config.mla, c.depth, native_profile(CacheType.F16)) for c in report.crossovers
     ]
     first, half, whole_context, generation = report.phases
     assert (first.new_rows, half.cached_rows, whole_context.new_rows) == (512, 81920, 163840)
@@ -338,12 +338,31 @@ def test_a_v3_file_of_two_layers_plans_as_the_paper_counts(tmp_path: Path) -> No
     assert report.backend.name
 
 
-@pytest.mark.parametrize("chosen", [{"isa": "generic"}, {"dtype": "float32", "backend": "native"}])
-def test_a_plan_has_measured_rates_only_for_what_was_measured(chosen: dict[str, str], synth_gguf: Path) -> None:
-    """Whatever instruction set is in use."""
+@pytest.mark.parametrize(
+    ("chosen", "head_lanes"), [({"isa": "generic"}, 16), ({"dtype": "float32", "backend": "native"}, 1)]
+)
+def test_a_plan_has_measured_rates_only_for_what_was_measured(
+    chosen: dict[str, str], head_lanes: int, synth_gguf: Path
+) -> None:
+    """Whatever instruction set is in use. Tiles of heads are of all where products round."""
     report = plan_report(open_checkpoint(synth_gguf), settings(**chosen), batch_rows=64)
-    assert all(c.rows == crossover_rows(report.config.mla, c.depth) for c in report.crossovers)
+    counted = replace(ARITHMETIC, head_lanes=head_lanes)
+    assert all(c.rows == crossover_rows(report.config.mla, c.depth, counted) for c in report.crossovers)
     assert "arithmetic profile" in report.phases[0].reason
+    assert ("in tiles of 16 heads" in report.rates) == (head_lanes == 16)
+
+
+@pytest.mark.parametrize(("cache_type", "latents"), [("q8_0", "48"), ("f16", "24"), ("bf16", "24")])
+def test_a_plan_says_the_rates_of_its_cache_and_the_tiles_it_pays_for(
+    cache_type: str, latents: str, synth_gguf: Path
+) -> None:
+    report = plan_report(
+        open_checkpoint(synth_gguf), settings(backend="native", cache_type=cache_type), batch_rows=64
+    )
+    assert report.rates == native_profile(CacheType(cache_type)).in_words
+    words = native_profile(CacheType(cache_type), "avx2").in_words
+    assert f"over latents {latents}," in words
+    assert "absorbed in tiles of 16 heads" in words
 
 
 def test_a_context_of_one_token_has_a_plan(synth_gguf: Path) -> None:

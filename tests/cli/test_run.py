@@ -13,9 +13,10 @@ import pytest
 from kit.command_line import Kvfold, start
 from kit.tiny_models import tiny_model, write_gguf
 from kvfold import LLM, SamplingParams, _native
+from kvfold.backends.choose import native_profile
+from kvfold.cache.latent import CacheType
 from kvfold.cli.later import LATER_FLAGS
 from kvfold.llm import Output
-from kvfold.mla.plan import CPU
 
 PROMPT = "abc abc"
 ARGUMENTS = ("run", "-c", "256", "-n", "12", "--seed", "3", "--ignore-eos")
@@ -227,7 +228,7 @@ def test_the_plan_and_the_instruction_set_shown_are_those_that_ran(
     finally:
         _native.force_isa("auto")
     assert f"; 1 threads on {isa}\n" in done.err
-    profile = f"({CPU[isa].name if isa in CPU else 'arithmetic'} profile)"
+    profile = f"({native_profile(CacheType.F16, isa).title})"
     assert done.err.count(profile) == 2
     assert answer["isa"] == isa
     assert all(phase["reason"].endswith(profile) for phase in answer["plan"].values())

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from kvfold.backends.choose import native_profile
+from kvfold.cache.latent import CacheType
 from kvfold.config import MlaConfig
 from kvfold.errors import PlanError
 from kvfold.mla.plan import (
@@ -11,6 +15,7 @@ from kvfold.mla.plan import (
     MachineProfile,
     Mla,
     Path,
+    attention_work,
     choose,
     crossover_rows,
     multiply_adds,
@@ -59,6 +64,58 @@ def test_a_measured_profile_moves_the_crossover() -> None:
     assert even is not None
     assert moved is not None
     assert moved > 2 * even
+
+
+@pytest.mark.parametrize(("heads", "computed"), [(1, 16), (4, 16), (16, 16), (17, 32), (128, 128)])
+def test_absorbed_attention_pays_for_whole_tiles_of_heads(heads: int, computed: int) -> None:
+    """Folding, expansion and attention over heads have no lanes to fill."""
+    tiles, mla = MachineProfile("tiles", folding=1e30, expansion=2.0, head_lanes=16), replace(LITE, num_heads=heads)
+    absorbed, decompressed = (attention_work(path, mla, 7, 100) for path in (Path.ABSORBED, Path.DECOMPRESSED))
+    pairs = query_key_pairs(7, 100)
+    assert tiles.seconds(Path.ABSORBED, absorbed) == pytest.approx(computed * pairs * (576 + 512))
+    expected = heads * (pairs * 320 + 107 * 131_072 / 2)
+    assert tiles.seconds(Path.DECOMPRESSED, decompressed) == pytest.approx(expected)
+
+
+# heads, cache, cached rows, new rows; ms of a layer absorbed and decompressed: bench/kernels.py paths --types IQ4_NL, two threads
+# of a Zen 3 (AVX2), 30 November 2026.
+MEASURED = (
+    (4, "f16", 1500, 8, 4.71, 8.16),
+    (4, "f16", 1500, 32, 18.93, 9.12),
+    (4, "f16", 1500, 64, 36.59, 9.67),
+    (4, "f16", 4096, 8, 11.36, 19.69),
+    (4, "f16", 4096, 24, 33.47, 20.62),
+    (4, "q8_0", 1500, 16, 5.09, 8.35),
+    (4, "q8_0", 1500, 64, 19.91, 9.96),
+    (4, "q8_0", 4096, 24, 16.31, 20.32),
+    (16, "f16", 256, 64, 9.55, 6.94),
+    (16, "f16", 1500, 32, 22.84, 36.99),
+    (16, "f16", 2048, 96, 71.59, 47.07),
+    (16, "q8_0", 512, 64, 9.66, 14.44),
+    (16, "q8_0", 512, 128, 22.49, 18.40),
+    (16, "q8_0", 2048, 96, 37.53, 47.84),
+    (128, "f16", 512, 32, 62.44, 90.47),
+    (128, "f16", 1500, 128, 504.48, 296.38),
+    (128, "q8_0", 1500, 64, 170.87, 286.70),
+    (128, "q8_0", 512, 128, 167.56, 133.65),
+)
+
+
+@pytest.mark.parametrize(("heads", "cache", "cached", "rows", "absorbed", "decompressed"), MEASURED)
+def test_avx2_takes_the_path_that_was_the_faster(
+    heads: int, cache: str, cached: int, rows: int, absorbed: float, decompressed: float
+) -> None:
+    """Of measured points at which the other path takes at least a fifth longer."""
+    ms = {Path.ABSORBED: absorbed, Path.DECOMPRESSED: decompressed}
+    assert max(ms.values()) >= 1.2 * min(ms.values())
+    plan = choose(
+        replace(LITE, num_heads=heads),
+        new_rows=rows,
+        cached_rows=cached,
+        is_prompt=True,
+        machine=native_profile(CacheType(cache), "avx2"),
+    )
+    assert ms[plan.path] == min(ms.values())
 
 
 def test_split_goes_by_role_not_by_count() -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvfold.backends import gpu, gpu_rates, gpu_weights
 from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
 from kvfold.errors import MissingExtra, SettingError, install_extra
-from kvfold.mla.plan import ARITHMETIC, CPU, MachineProfile
+from kvfold.mla.plan import ARITHMETIC, CPU_CODES, CPU_PAIRS, MachineProfile
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Program
 from kvfold.model.step import Steps
@@ -259,14 +259,16 @@ def _native_refusals(needs: Needs) -> list[str]:
     return reasons
 
 
-def native_profile(isa: str = "auto", dtype: str = "int8") -> MachineProfile:
-    """Of an instruction set, one of ISAS; auto: the one in use. The rates were measured in dtype int8 over a q8_0 cache,
-    and serve its other cache types too; float32 has other kernels, whose rates nobody measured."""
+def native_profile(cache_type: CacheType, isa: str = "auto", dtype: str = "int8") -> MachineProfile:
+    """Of an instruction set, one of ISAS; auto: the one in use. The rates were measured in dtype int8; float32 has other
+    kernels, whose rates nobody measured."""
     from kvfold import _native
 
     if dtype not in ("auto", "int8"):
         return ARITHMETIC
-    return CPU.get(_native.isa() if isa == "auto" else isa, ARITHMETIC)
+    rates = CPU_CODES if cache_type is CacheType.Q8_0 else CPU_PAIRS
+    measured = rates.get(_native.isa() if isa == "auto" else isa, ARITHMETIC)
+    return replace(measured, head_lanes=_native.HEAD_LANES)
 
 
 def _native_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machine: Machine) -> Backend:
@@ -348,7 +350,7 @@ CANDIDATES = (
         "native",
         _native_refusals,
         _native_build,
-        lambda needs: native_profile(needs.native.isa, needs.dtype),
+        lambda needs: native_profile(needs.cache_type, needs.native.isa, needs.dtype),
         moves_weights=True,
         memory_types=_native_memory_types,
     ),

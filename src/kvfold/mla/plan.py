@@ -8,7 +8,7 @@ large C, 159 at C = 1024, and at C = 0 decompressed never loses.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from kvfold.config import MlaConfig
@@ -76,6 +76,7 @@ class MachineProfile:
     decompressed_start: float = 0.0
     few_rows: int = 0  # of a sequence, up to which absorbed attention has launches of its own: few_start
     few_start: float = 0.0
+    head_lanes: int = 1  # heads of a row that absorbed attention computes at once, present or not
     origin: str = ""
 
     @property
@@ -86,8 +87,9 @@ class MachineProfile:
     @property
     def in_words(self) -> str:
         """Its rates, where they are of a machine: in 10^9 a second, and us."""
+        tiles = f"; absorbed in tiles of {self.head_lanes} heads" if self.head_lanes > 1 else ""
         if self.name == MachineProfile.name:
-            return f"{self.title}: multiply-adds are counted, all at one rate"
+            return f"{self.title}: multiply-adds are counted, all at one rate{tiles}"
         products = {
             "over latents": self.latents,
             "folding": self.folding,
@@ -101,12 +103,15 @@ class MachineProfile:
             f" ({self.few_start / 1e3:.1f} of few rows)" if self.few_rows else ""
         )
         starts = f"; a layer besides {absorbed} us absorbed, {self.decompressed_start / 1e3:.1f} decompressed"
-        return f"{self.title}: 10^9 multiply-adds a second {words}" + (starts if self.absorbed_start else "")
+        return (
+            f"{self.title}: 10^9 multiply-adds a second {words}" + (starts if self.absorbed_start else "") + tiles
+        )
 
     def seconds(self, path: Path, work: AttentionWork) -> float:
         """Up to the unit of the rates."""
         if path is Path.ABSORBED:
-            over = work.pairs / self.latents + work.cached / self.cached
+            lanes = -(-work.heads // self.head_lanes) * self.head_lanes
+            over = work.pairs * lanes / work.heads / self.latents + work.cached / self.cached
             start = self.few_start if work.rows <= self.few_rows else self.absorbed_start
             return start + over + work.up / self.folding
         return self.decompressed_start + work.pairs / self.heads + work.up / self.expansion
@@ -114,11 +119,19 @@ class MachineProfile:
 
 ARITHMETIC = MachineProfile()
 
-# GMAC/s of one thread in dtype int8 with a q8_0 cache, by instruction set: bench/kernels.py paths, docs/notes/cpu-attention.md.
-CPU = {
-    "avx2": MachineProfile("AVX2", latents=42.0, folding=21.0, expansion=56.0, heads=54.0),
+# GMAC/s of one thread in dtype int8, by instruction set: bench/kernels.py paths, docs/notes/cpu-attention.md. Latents of a q8_0
+# cache are multiplied in whole numbers.
+CPU_CODES = {
+    "avx2": MachineProfile("AVX2", latents=48.0, folding=21.0, expansion=56.0, heads=54.0),
     "avx512": MachineProfile("AVX-512", latents=72.0, folding=20.0, expansion=133.0, heads=74.0),
     "amx": MachineProfile("AMX", latents=105.0, folding=20.0, expansion=190.0, heads=130.0),
+}
+# Those of any other cache become pairs of bfloat16, while keys and values are expanded out of either as fast. AVX-512 and AMX: by
+# the op's own times over both caches.
+CPU_PAIRS = {
+    "avx2": replace(CPU_CODES["avx2"], latents=24.0),
+    "avx512": replace(CPU_CODES["avx512"], latents=50.0),
+    "amx": replace(CPU_CODES["amx"], latents=77.0),
 }
 
 
@@ -139,11 +152,12 @@ def query_key_pairs(new_rows: int, cached_rows: int) -> int:
 
 @dataclass(frozen=True)
 class AttentionWork:
-    """Of one layer: multiply-adds over (query, key) pairs, and of the up-projections; numbers of the latent rows attended to;
-    query rows."""
+    """Of one layer: multiply-adds over (query, key) pairs, and of the up-projections; heads; numbers of the latent rows
+    attended to; query rows."""
 
     pairs: int
     up: int
+    heads: int
     cached: int = 0
     rows: int = 0
 
@@ -155,9 +169,10 @@ def attention_work(path: Path, mla: MlaConfig, new_rows: int, cached_rows: int) 
     if path is Path.ABSORBED:
         cached = (new_rows + cached_rows) * mla.latent_dim
         latents = pairs * (mla.latent_dim + mla.kv_lora_rank)
-        return AttentionWork(latents, new_rows * up, cached, new_rows)
+        return AttentionWork(latents, new_rows * up, mla.num_heads, cached, new_rows)
     keys_expanded = new_rows + (cached_rows if path is Path.DECOMPRESSED else 0)
-    return AttentionWork(pairs * (mla.qk_head_dim + mla.v_head_dim), keys_expanded * up)
+    over_heads = pairs * (mla.qk_head_dim + mla.v_head_dim)
+    return AttentionWork(over_heads, keys_expanded * up, mla.num_heads)
 
 
 def multiply_adds(path: Path, mla: MlaConfig, new_rows: int, cached_rows: int) -> int:
