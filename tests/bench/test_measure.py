@@ -281,6 +281,22 @@ def test_a_device_warms_up_twice(checkpoint: Checkpoint, monkeypatch: pytest.Mon
     assert runs == ["native", "cuda", "cuda"]
 
 
+def test_a_processor_warms_up_by_a_part_of_a_long_prompt(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm-up of all of it would take as long as a sample: minutes of a real model."""
+    cases = [Case(8192, 0, 0), Case(40, 0, 0)]
+    settings = Settings.parse(threads=1, n_ctx=context_for(cases), backend="native", cache_type="bf16")
+    for on_device, tokens in ((False, [2048, 40]), (True, [8192, 8192, 40, 40])):
+        loaded, runs = load(checkpoint, settings), list[int]()
+        backend = Device(loaded) if on_device else loaded.backend
+        rig = Rig(replace(loaded, backend=backend), cases, batch_rows=64)  # type: ignore[arg-type]
+        monkeypatch.setattr(rig, "run", lambda case, runs=runs: runs.append(case.n_prompt))
+        for case in cases:
+            rig.warm_up(case)
+        assert runs == tokens
+
+
 def test_a_device_is_given_its_cached_rows_and_measured_by_its_own_ceilings(checkpoint: Checkpoint) -> None:
     cases = [Case(40, 0, 0), Case(0, 2, 100)]
     settings = Settings.parse(threads=1, n_ctx=context_for(cases), backend="native", cache_type="bf16")
