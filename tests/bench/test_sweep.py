@@ -20,7 +20,7 @@ from kvfold.bench.measure import Case, Rig
 from kvfold.bench.opponent import Opponent, case_of, rate_of, rows_in
 from kvfold.bench.report import markdown, quantiles, row
 from kvfold.bench.sweep import Result, cases_of, made_in_memory, parse_counts, sweep, variants
-from kvfold.errors import SettingError
+from kvfold.errors import NumericsError, SettingError
 from kvfold.formats.checkpoint import Checkpoint
 from kvfold.formats.synthetic import SHAPES, synthetic_checkpoint
 
@@ -87,22 +87,23 @@ def test_cases_come_in_llama_benchs_order_and_once() -> None:
         cases_of([0], [0], [4096])
 
 
-def test_an_interrupt_comes_behind_what_was_sampled_until_then(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, NumericsError, MemoryError])
+def test_what_ends_a_sweep_comes_behind_what_was_sampled_until_then(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
 ) -> None:
     """Of the second variant two rounds of one case and one of the other."""
     sample, calls = Rig.sample, itertools.count(1)
 
     def interrupted(rig: Rig, case: Case) -> Any:
         if next(calls) == 10:
-            raise KeyboardInterrupt
+            raise end
         return sample(rig, case)
 
     monkeypatch.setattr(Rig, "sample", interrupted)
     cases = cases_of([20], [3], [0])
     chosen = variants(cases, **(SETTINGS | {"mla": ["1", "2"]}))
     found = []
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(end):
         for result in sweep(checkpoint, chosen, cases, repetitions=3):
             found.append(result)
     assert [(r.variant.settings.mla.value, r.case.name, len(r.samples), r.is_cut) for r in found] == [

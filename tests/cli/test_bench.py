@@ -144,6 +144,31 @@ def test_an_opponent_adds_its_rate_and_the_ratio(kvfold: Kvfold, tmp_path: Path)
     assert "opponents t/s" in done.out and "0.50 ± 0.00" in done.out
 
 
+@pytest.mark.parametrize("output", ["json", "md"])
+def test_an_opponent_that_fails_later_leaves_the_rows_there_are(
+    kvfold: Kvfold, tmp_path: Path, output: str
+) -> None:
+    """At its second start, in the second of three rounds."""
+    script = tmp_path / "peer.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "mark = pathlib.Path(__file__).with_suffix('.ran')\n"
+        "if mark.exists(): sys.exit('boom')\n"
+        "mark.touch()\n"
+        'print(\'[{"n_prompt": 16, "n_gen": 0, "samples_ts": [0.5]}]\')'
+    )
+    peer = ("--opponent", f"{sys.executable} {script}")
+    done = kvfold("bench", *SMALL, "-r", "3", "-p", "16", "-n", "0", "-o", output, *peer)
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("kvfold: opponent ") and "boom" in done.err
+    if output == "json":
+        [found] = json.loads(done.out)
+        assert (len(found["samples_ts"]), found["is_cut"]) == (1, True)
+        assert found["opponents"][0]["samples_ts"] == [0.5]
+    else:
+        assert "row 1, pp16: interrupted, samples: 1" in done.out
+
+
 def test_the_ratio_is_to_the_fastest_of_several_opponents(
     kvfold: Kvfold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

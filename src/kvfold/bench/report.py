@@ -36,7 +36,8 @@ def row(result: Result) -> dict[str, Any]:
     Ours: `weights` says where they lay, and of a copy which share on 2 MiB pages. Rates and shares are those of `bound_by`, multiply-adds for prompts ("int8", on a GPU "bf16" or "f32"), bytes
     "read" for generation; a share is a sample's rate over the ceiling measured beside it, and `share` the median of them. token_ms and
     read_ms pool all generated tokens, and all reads of a token's weights that were made between them. ratio_to_best is
-    the median over the rounds of ours over the fastest opponent's. is_cut: an interrupt came before the last sample.
+    the median over the rounds of ours over the fastest opponent's. is_cut: an interrupt or an error came before
+    the last sample.
     """
     loaded, settings, case = result.loaded, result.variant.settings, result.case
     ns = [sample.run.ns for sample in result.samples]

@@ -169,7 +169,7 @@ class Pairs:
 @dataclass(frozen=True)
 class Result:
     """All samples of one case under one variant. pairs: of each opponent that ran the case in every round. is_cut: an
-    interrupt came before the last sample."""
+    interrupt or an error came before the last sample."""
 
     variant: Variant
     loaded: Loaded
@@ -207,8 +207,9 @@ def sweep(
 
     Opponents lead: where one has printed a row it is stopped until ours has run the same case. A command that lists a case
     once is started for every round; one that lists it `repetitions` times (-p 512,512,512) is loaded once. Raises as
-    load() and Opponent.rows() do, SettingError for cases whose cache the free memory does not hold and for an opponent that
-    runs none of the cases, and KeyboardInterrupt behind the results of what was sampled until then.
+    load() and Opponent.rows() do, and SettingError for cases whose cache the free memory does not hold and for an opponent
+    that runs none of the cases. What ends it early, an error or an interrupt, is raised behind the results of what was
+    sampled until then.
     """
     variants = list(variants)
     _check(checkpoint, variants, available_memory_bytes())
@@ -251,7 +252,7 @@ def _measure(
     samples: dict[Case, list[Sample]] = {case: [] for case in cases}
     discarded: dict[Case, list[Discarded]] = {case: [] for case in cases}
     theirs: dict[Case, dict[Opponent, list[float]]] = {case: {} for case in cases}
-    interrupt: KeyboardInterrupt | None = None
+    ended_by: BaseException | None = None
     try:
         with closing(_turns(opponents, cases, repetitions)) as turns:
             for case, rates in turns:
@@ -266,8 +267,8 @@ def _measure(
                     theirs[case].setdefault(opponent, []).append(rate)
                 rate = 1e9 * case.num_tokens / sample.run.ns
                 notice(f"{len(samples[case])} of {repetitions}: {case.name} {rate:.2f} t/s")
-    except KeyboardInterrupt as found:
-        interrupt = found
+    except BaseException as found:
+        ended_by = found
     for case in cases:
         count = len(samples[case])
         if not count:
@@ -288,8 +289,8 @@ def _measure(
             if len(rates) == count
         )
         yield replace(result, pairs=tuple(pairs))
-    if interrupt is not None:
-        raise interrupt
+    if ended_by is not None:
+        raise ended_by
 
 
 def _beside(opponent: Opponent, theirs: list[float], ours: tuple[float, ...]) -> Pairs:

@@ -248,20 +248,16 @@ def bench(
         checkpoint = in_memory_order(_make(shape, layers, type, legacy_kv_b, seed, chosen), chosen[0].settings)
     results = sweep(checkpoint, chosen, cases, repetitions=repetitions, opponents=against, seed=seed, notice=note)
     rows = []
-    is_cut = False
     try:
         for result in results:
             rows.append(row(result))
-    except KeyboardInterrupt:
-        is_cut = True
-    if output is Format.JSON:
-        print_json(rows)
-    elif rows:
-        console = report()
-        for line in markdown(rows):
-            console.print(line)
-    if is_cut:
-        raise typer.Exit(130)
+    finally:  # whatever ends it early: hours may have been measured
+        if rows and output is Format.JSON:
+            print_json(rows)
+        elif rows:
+            console = report()
+            for line in markdown(rows):
+                console.print(line)
 
 
 def _is_from_command_line(context: typer.Context, name: str) -> bool:
