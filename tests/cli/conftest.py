@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from kvfold.cli.main import main
 
 
 @pytest.fixture
-def kvfold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kvfold:
+def kvfold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Kvfold]:
     """kvfold("run", "-n", "4", "text", stdin=b"..."): a Done."""
     for name in [name for name in os.environ if name.startswith("KVFOLD_")]:
         monkeypatch.delenv(name)
@@ -30,7 +32,10 @@ def kvfold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         code = ended.value.code
         return Done(code if isinstance(code, int) else 0, captured.out, captured.err)
 
-    return call
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield call
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kit.command_line import Kvfold, start
 from kvfold.backends import gpu
+from kvfold.bench.measure import Rig
+from kvfold.cli.terminal import print_json
 from kvfold.formats import synthetic
 
 SMALL = ("--shape", "tiny", "-t", "1", "-r", "2", "--workspace", "64M")
@@ -38,15 +45,16 @@ def test_a_table_is_the_default(kvfold: Kvfold) -> None:
     assert lines[-1].startswith("build: kvfold ")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("output", ["json", "md"])
-def test_ctrl_c_prints_the_rows_there_are_and_ends_with_130(output: str) -> None:
+def test_a_signal_prints_the_rows_there_are(output: str, number: signal.Signals, code: int) -> None:
     few = ("--shape", "tiny", "-t", "1", "--workspace", "64M", "-r", "1000000", "-p", "16", "-n", "3", "-o", output)
     process = start("bench", *few, stdout=subprocess.PIPE)
     assert process.stderr is not None
     assert any(line.startswith(b"2 of 1000000: tg3 ") for line in process.stderr)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     if output == "json":
         rows = json.loads(out)
         assert [(row["n_prompt"], row["n_gen"], row["is_cut"]) for row in rows] == [(16, 0, True), (0, 3, True)]
@@ -142,6 +150,38 @@ def test_an_opponent_adds_its_rate_and_the_ratio(kvfold: Kvfold, tmp_path: Path)
     done = kvfold("bench", *SMALL, "-p", "16", "-n", "0", "--opponent", f"{sys.executable} {script}")
     assert done.code == 0
     assert "opponents t/s" in done.out and "0.50 ± 0.00" in done.out
+
+
+def test_a_signal_that_comes_twice_prints_them_too(kvfold: Kvfold, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` sends it to the process, and to the group that it is in."""
+
+    def kill_before(function: Callable[..., Any]) -> Callable[..., Any]:
+        def killed(*arguments: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return function(*arguments)
+
+        return killed
+
+    functions = itertools.chain([Rig.sample], itertools.repeat(kill_before(Rig.sample)))
+    monkeypatch.setattr(Rig, "sample", lambda *of: next(functions)(*of))  # noqa: PLW0108 (another function each time)
+    monkeypatch.setattr("kvfold.cli.bench.print_json", kill_before(print_json))
+    done = kvfold("bench", *SMALL, "-p", "16", "-n", "0", "-o", "json")
+    [found] = json.loads(done.out)
+    assert (done.code, len(found["samples_ts"]), found["is_cut"]) == (143, 1, True)
+
+
+def test_an_opponent_that_computes_is_ended_with_us(tmp_path: Path) -> None:
+    script, pid = tmp_path / "peer.py", tmp_path / "pid"
+    script.write_text(f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    process = start("bench", *SMALL, "-p", "16", "-n", "0", "--opponent", f"{sys.executable} {script}")
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 @pytest.mark.parametrize("output", ["json", "md"])

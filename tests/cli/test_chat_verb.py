@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kit.command_line import Kvfold, heed_interrupts
+from kit.command_line import Kvfold, heed_signals
 from kit.tiny_models import chat_keys, tiny_model, write_gguf
 from kvfold import LLM, SamplingParams
 from kvfold.cli.answer import MarkdownBlocks, block_end, keep_line_breaks
@@ -242,7 +242,7 @@ class Terminal:
             stdout=side,
             stderr=side,
             start_new_session=True,
-            preexec_fn=heed_interrupts,  # noqa: PLW1509 (runs before any thread)
+            preexec_fn=heed_signals,  # noqa: PLW1509 (runs before any thread)
         )
         os.close(side)
         self.shown = ""

@@ -20,9 +20,11 @@ class Done:
 Kvfold = Callable[..., Done]
 
 
-def heed_interrupts() -> None:
-    """For Popen's preexec_fn: a test runner started in the background ignores SIGINT, and its children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def heed_signals() -> None:
+    """For Popen's preexec_fn: a test runner started in the background ignores SIGINT, under nohup SIGHUP, and its
+    children inherit that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def start(*arguments: object, encoding: str = "utf-8", **pipes: int) -> subprocess.Popen[bytes]:
@@ -35,6 +37,6 @@ def start(*arguments: object, encoding: str = "utf-8", **pipes: int) -> subproce
         env=environment,
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509 (runs before any thread)
+        preexec_fn=heed_signals,  # noqa: PLW1509 (runs before any thread)
         **pipes,
     )

@@ -1,14 +1,17 @@
 """`kvfold`: puts the verbs together, and turns errors into sentences and exit codes.
 
 Exit codes: 0 done, 1 an error with its sentence (a file refused, a setting that cannot be), 2 a wrong command line,
-130 ended by Ctrl-C. KVFOLD_DEBUG=1 shows the traceback behind a sentence.
+130 ended by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP. KVFOLD_DEBUG=1 shows the traceback behind a sentence.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from io import TextIOWrapper
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -62,8 +65,29 @@ app.command("synth")(synth)
 add_later_verbs(app)
 
 
+# `timeout` sends its signal to the process and once more to its group: within this time the two are one.
+SAME_SIGNAL_SECONDS = 1.0
+
+
+def _end_in_order_by_signals() -> None:
+    """SIGTERM and SIGHUP raise SystemExit, as Ctrl-C raises KeyboardInterrupt: what was measured is printed, and programs
+    that were started are ended. What is ignored already stays so (nohup)."""
+    ended_at = float("-inf")
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal ended_at
+        is_second, ended_at = time.monotonic() < ended_at + SAME_SIGNAL_SECONDS, time.monotonic()
+        if not is_second:
+            sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
+
+
 def main() -> None:
     """The console script: never returns."""
+    _end_in_order_by_signals()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal has not: "?", not a traceback
     try:
