@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from enum import Enum
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kit.command_line import start
 from kvfold.cli import terminal
 from kvfold.cli.terminal import ByteProgress, TokenProgress, human_bytes, plain, print_table, report
 
@@ -118,6 +122,63 @@ class Point:
 def test_json_has_fields_properties_and_lower_case_names() -> None:
     value = {"p": (Point(2, Colour.RED),), "path": Path("a/b"), "none": None}
     assert plain(value) == {"p": [{"x": 2, "colour": "red", "double": 4}], "path": "a/b", "none": None}
+
+
+RUN = ("run", "-n", "3", "--temp", "0")
+BENCH = ("bench", "--shape", "tiny", "-p", "8", "-n", "0", "-r", "1", "-t", "1", "--workspace", "64M")
+
+
+def redirected(redirection: str, *arguments: str, **added: str) -> subprocess.CompletedProcess[str]:
+    """The command line with its streams as a shell redirects them; those that it does not are read here."""
+    command = ("sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "kvfold", *arguments)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | added
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.run(command, **pipes, env=environment, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("arguments", [(*RUN, "Once"), ("plan",), (*BENCH, "-o", "json")])
+def test_a_closed_stdout_is_written_nowhere(arguments: tuple[str, ...]) -> None:
+    done = redirected(">&-", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_closed_stderr_takes_nothing_from_stdout() -> None:
+    done = redirected("2>&-", *RUN, "--json", "Once")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["token_ids"]
+
+
+def test_a_closed_stdin_is_an_empty_one() -> None:
+    done = redirected("<&-", *RUN)
+    assert (done.returncode, done.stderr) == (1, "kvfold: stdin: the prompt is empty.\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [(*RUN, "Once"), ("plan",), ("plan", "--json"), (*BENCH, "-o", "json"), BENCH, ("--version",)]
+)
+def test_a_full_disk_is_one_sentence(arguments: tuple[str, ...]) -> None:
+    done = redirected("> /dev/full", *arguments)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == "kvfold: stdout: No space left on device."
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_a_full_disk_is_one_sentence_where_nothing_is_buffered() -> None:
+    done = redirected("> /dev/full", "plan", PYTHONUNBUFFERED="1")
+    assert (done.returncode, done.stderr) == (1, "kvfold: No space left on device.\n")
+
+
+def test_a_full_disk_under_both_streams_ends_with_1() -> None:
+    assert redirected("> /dev/full 2>&1", *RUN, "Once").returncode == 1
+
+
+def test_a_reader_that_went_away_is_quiet() -> None:
+    """Output shorter than a buffer, so nothing is written before the end."""
+    process = start("plan", "--json", stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 1)
 
 
 def test_an_error_is_one_line_whatever_it_contains(capsys: pytest.CaptureFixture[str]) -> None:

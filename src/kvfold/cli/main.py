@@ -1,7 +1,7 @@
 """`kvfold`: puts the verbs together, and turns errors into sentences and exit codes.
 
-Exit codes: 0 done, 1 an error with its sentence (a file refused, a setting that cannot be), 2 a wrong command line,
-130 ended by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP. KVFOLD_DEBUG=1 shows the traceback behind a sentence.
+Exit codes: 0 done, 1 an error with its sentence (a file refused, a setting that cannot be, a full disk) or a reader of
+stdout that went away, which is quiet, 2 a wrong command line, 130 ended by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP. KVFOLD_DEBUG=1 shows the traceback behind a sentence.
 """
 
 from __future__ import annotations
@@ -85,18 +85,58 @@ def _end_in_order_by_signals() -> None:
             signal.signal(number, end)
 
 
+def _open_closed_streams() -> None:
+    """A stream that the shell closed (`<&-`, `>&-`) is None in Python: now it is empty, or goes nowhere. In this order
+    each takes its own descriptor, which would otherwise be the next opened file's."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+
+
+def _full_stream() -> str:
+    """Name of the stream whose buffer cannot be written, if one is. What it holds goes nowhere then: at exit it would
+    fail once more, in a traceback."""
+    found = ""
+    for name in ("stderr", "stdout"):
+        stream = getattr(sys, name)
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            found = name
+    return found
+
+
+def _sentence(failure: Exception) -> str:
+    if isinstance(failure, MemoryError):
+        return f"not enough memory: {failure}. A smaller -c, -b or --workspace needs less (kvfold plan)."
+    if isinstance(failure, OSError) and failure.strerror:
+        place = failure.filename or _full_stream()
+        return f"{place}: {failure.strerror}." if place else f"{failure.strerror}."
+    return str(failure)
+
+
 def main() -> None:
     """The console script: never returns."""
+    _open_closed_streams()
     _end_in_order_by_signals()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal has not: "?", not a traceback
     try:
-        app(with_fa_values(sys.argv[1:]), prog_name="kvfold")
-    except (KvfoldError, MemoryError) as failure:
+        try:
+            app(with_fa_values(sys.argv[1:]), prog_name="kvfold")
+        finally:
+            sys.stdout.flush()  # while what fails still gets its sentence
+    except BrokenPipeError:
+        _full_stream()
+        sys.exit(1)
+    except (KvfoldError, MemoryError, OSError) as failure:
         if os.environ.get("KVFOLD_DEBUG") == "1":
             raise
-        sentence = str(failure)
-        if isinstance(failure, MemoryError):
-            sentence = f"not enough memory: {sentence}. A smaller -c, -b or --workspace needs less (kvfold plan)."
-        terminal.error(sentence)
+        try:
+            terminal.error(_sentence(failure))
+        except OSError:  # stderr is on the same full disk
+            _full_stream()
         sys.exit(1)
