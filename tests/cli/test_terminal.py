@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -171,6 +172,24 @@ def test_a_full_disk_is_one_sentence_where_nothing_is_buffered() -> None:
 
 def test_a_full_disk_under_both_streams_ends_with_1() -> None:
     assert redirected("> /dev/full 2>&1", *RUN, "Once").returncode == 1
+
+
+def test_ctrl_c_while_the_verbs_are_imported_is_quiet() -> None:
+    """Pressed as typer is looked for, of which all of them are made."""
+    script = """
+import sys
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Press())
+from kvfold.__main__ import main
+main()
+"""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"]["kvfold"] == "kvfold.__main__:main"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_a_reader_that_went_away_is_quiet() -> None:

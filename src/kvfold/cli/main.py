@@ -119,7 +119,7 @@ def _sentence(failure: Exception) -> str:
 
 
 def main() -> None:
-    """The console script: never returns."""
+    """Runs the verb of the command line: never returns."""
     _open_closed_streams()
     _end_in_order_by_signals()
     if isinstance(sys.stdout, TextIOWrapper):
