@@ -178,6 +178,26 @@ def test_every_combination_of_settings_is_a_row_of_its_own(checkpoint: Checkpoin
     assert {r["plan"][0]["fused"] for r in rows if r["flash_attn"] == 0} == {False}
 
 
+def test_what_is_listed_twice_is_one_row() -> None:
+    """As cases are: more samples are `repetitions`."""
+    twice = {"mla": ["1", "1"], "fa": ["1", "1"], "threads": [1, 2, 1], "cache_type": ["f16", "f16"]}
+    found = variants([Case(9, 0, 0)], **(SETTINGS | twice | {"batch_rows": [64, 64]}))
+    assert [variant.settings.threads for variant in found] == [1, 2]
+
+
+def test_rows_and_notices_say_what_varies(checkpoint: Checkpoint) -> None:
+    cases, said = [Case(20, 0, 0)], list[str]()
+    chosen = variants(cases, **(SETTINGS | {"batch_rows": [8, 16], "mla": ["1", "2"]}))
+    rows = [row(found) for found in sweep(checkpoint, chosen, cases, repetitions=1, notice=said.append)]
+    assert [line.partition(" t/s")[2] for line in said] == [
+        " with -b 8 -mla 1", " with -b 8 -mla 2", " with -b 16 -mla 1", " with -b 16 -mla 2",
+    ]  # fmt: skip
+    table = [[cell.strip() for cell in line.split("|")] for line in list(markdown(rows))[:6]]
+    at = table[0].index("n_batch")
+    assert [cells[at] for cells in table[2:]] == ["8", "8", "16", "16"]
+    assert "n_batch" not in next(markdown(rows[:2]))
+
+
 def test_settings_are_refused_before_anything_is_loaded() -> None:
     with pytest.raises(SettingError, match="cache_type=q3: allowed are"):
         results(None, [Case(1, 0, 0)], cache_type=["f16", "q3"])  # type: ignore[arg-type]

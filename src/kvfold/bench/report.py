@@ -180,12 +180,9 @@ def cpu_name() -> str:
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
+_MACHINE = ("model", ">size", ">params", "backend", ">threads")
+_BATCH = (">n_batch",)  # where it varies, as llama-bench has it
 _COLUMNS = (
-    "model",
-    ">size",
-    ">params",
-    "backend",
-    ">threads",
     "type_k",
     ">mla",
     ">fa",
@@ -201,9 +198,23 @@ _AGAINST = (">opponents t/s", ">ratio to the best")
 def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A table of llama-bench's columns and the share of the ceiling, and what was measured beside it, line by line."""
     has_times, has_pairs = (any(field in row for row in rows) for field in ("token_ms", "opponents"))
-    columns = (*_COLUMNS, *(_TIMES if has_times else ()), *(_AGAINST if has_pairs else ()))
+    has_batches = len({row["n_batch"] for row in rows}) > 1
+    columns = (
+        *_MACHINE,
+        *(_BATCH if has_batches else ()),
+        *_COLUMNS,
+        *(_TIMES if has_times else ()),
+        *(_AGAINST if has_pairs else ()),
+    )
     cells = [
-        [*_cells(row), *(_times(row) if has_times else ()), *(_against(row) if has_pairs else ())] for row in rows
+        [
+            *_machine(row),
+            *([str(row["n_batch"])] if has_batches else ()),
+            *_cells(row),
+            *(_times(row) if has_times else ()),
+            *(_against(row) if has_pairs else ()),
+        ]
+        for row in rows
     ]
     yield from profile.table(columns, cells)
     yield ""
@@ -219,13 +230,18 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"build: {rows[0]['build_commit']}, {machine}"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _machine(row: dict[str, Any]) -> list[str]:
     return [
         row["model_type"],
         _in_units(row["model_size"], (2**30, "GiB"), (2**20, "MiB")),
         _in_units(row["model_n_params"], (10**9, "B"), (10**6, "M")),
         row["backend"],
         str(row["n_threads"]),
+    ]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
         row["type_k"],
         _setting(row["mla_attn"]),
         _setting(row["flash_attn"]),

@@ -54,7 +54,7 @@ def parse_counts(text: str) -> list[int]:
 
 
 def cases_of(prompts: list[int], generated: list[int], depths: list[int]) -> list[Case]:
-    """llama-bench's order: at every depth all prompts, then all generations. A 0 takes a kind out."""
+    """llama-bench's order: at every depth all prompts, then all generations, each once. A 0 takes a kind out."""
     cases = [
         case
         for depth in depths
@@ -128,8 +128,8 @@ def variants(
     check_numerics: bool = False,
     profile: bool = False,
 ) -> list[Variant]:
-    """Every combination, with room for the cases. Raises SettingError for any that cannot be."""
-    return [
+    """Every combination once, with room for the cases. Raises SettingError for any that cannot be."""
+    every = [
         Variant(
             Settings.parse(
                 mla=one_mla,
@@ -151,6 +151,23 @@ def variants(
         )
         for rows, one_type, one_mla, one_fa, one_threads in product(batch_rows, cache_type, mla, fa, threads)
     ]
+    return list(dict.fromkeys(every))
+
+
+def names_of(variants: Sequence[Variant]) -> list[str]:
+    """What tells each from the others, as flags: "-t 2 -b 64"; "" where there is one."""
+    flags = [
+        {
+            "-b": "auto" if variant.batch_rows is None else variant.batch_rows,
+            "-ctk": variant.settings.cache_type.value,
+            "-mla": variant.settings.mla.value,
+            "-fa": variant.settings.fa.value,
+            "-t": variant.settings.threads,
+        }
+        for variant in variants
+    ]
+    varied = [flag for flag in flags[0] if len({found[flag] for found in flags}) > 1]
+    return [" ".join(f"{flag} {found[flag]}" for flag in varied) for found in flags]
 
 
 @dataclass(frozen=True)
@@ -213,10 +230,10 @@ def sweep(
     """
     variants = list(variants)
     _check(checkpoint, variants, available_memory_bytes())
-    for variant in variants:
+    for variant, name in zip(variants, names_of(variants), strict=True):
         loaded = load(checkpoint, variant.settings)
         checkpoint = loaded.checkpoint  # its copy of the weights serves the other variants too
-        yield from _measure(loaded, variant, cases, repetitions, opponents, seed, notice)
+        yield from _measure(loaded, variant, name, cases, repetitions, opponents, seed, notice)
 
 
 def _check(checkpoint: Checkpoint, variants: Iterable[Variant], free_bytes: int | None) -> None:
@@ -240,6 +257,7 @@ def _check(checkpoint: Checkpoint, variants: Iterable[Variant], free_bytes: int 
 def _measure(
     loaded: Loaded,
     variant: Variant,
+    name: str,
     cases: list[Case],
     repetitions: int,
     opponents: Sequence[Opponent],
@@ -266,7 +284,8 @@ def _measure(
                 for opponent, rate in rates.items():
                     theirs[case].setdefault(opponent, []).append(rate)
                 rate = 1e9 * case.num_tokens / sample.run.ns
-                notice(f"{len(samples[case])} of {repetitions}: {case.name} {rate:.2f} t/s")
+                under = f" with {name}" if name else ""
+                notice(f"{len(samples[case])} of {repetitions}: {case.name} {rate:.2f} t/s{under}")
     except BaseException as found:
         ended_by = found
     for case in cases:
