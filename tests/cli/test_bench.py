@@ -111,6 +111,13 @@ def test_a_row_has_the_settings_that_repeat_it(kvfold: Kvfold, tiny_gguf: Path) 
         assert row["weights"].startswith(place)
 
 
+def test_what_loading_found_is_said_once(kvfold: Kvfold, tiny_gguf: Path) -> None:
+    few = ("-n", "0", "-r", "1", "-t", "1", "-mla", "1,2")
+    note = "note: n_ctx=5056 is beyond the 4096 tokens the model was made for.\n"
+    assert kvfold("bench", tiny_gguf, *few, "-p", "8", "-d", "5000").err.count(note) == 1
+    assert "note:" not in kvfold("bench", tiny_gguf, *few, "-p", "8", "-d", "4088").err
+
+
 def test_a_model_and_a_shape_exclude_each_other(
     kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
 MOST_COUNTS = 10_000  # in one list: longer ones are a slip
 
 Notice = Callable[[str], None]
-"""Called with one line whenever a sample is there."""
+"""Called with one line whenever a sample is there, and with each finding of load() once."""
 
 
 def parse_counts(text: str) -> list[int]:
@@ -230,8 +230,13 @@ def sweep(
     """
     variants = list(variants)
     _check(checkpoint, variants, available_memory_bytes())
+    said: set[str] = set()
     for variant, name in zip(variants, names_of(variants), strict=True):
         loaded = load(checkpoint, variant.settings)
+        for line in loaded.info:
+            if line not in said:
+                notice(f"note: {line}")
+        said.update(loaded.info)
         checkpoint = loaded.checkpoint  # its copy of the weights serves the other variants too
         yield from _measure(loaded, variant, name, cases, repetitions, opponents, seed, notice)
 
