@@ -185,13 +185,22 @@ CacheArray cache_array_of(nb::handle object, int type) {
   return describe(array_of<Half>(object, "cache", "uint16, writable"));
 }
 
+// nullptr where this processor has none of that name. "auto": the one in use.
+const InstructionSet* isa_of(const std::string& name) {
+  if (name == "auto") return &isa();
+  for (const InstructionSet* set : instruction_sets()) {
+    if (name == set->name) return set;
+  }
+  return nullptr;
+}
+
 // A Program and the arrays it points into.
 struct BoundProgram {
   BoundProgram(const std::vector<SegmentTuple>& segments, const std::vector<WeightTuple>& weights,
                int cache_type, const std::vector<nb::object>& cache, int threads, int64_t workspace_bytes,
                bool rounds_activations, bool by_role, bool checks_numerics, bool times_ops)
-      : program(segments_of(segments), weights_of(weights, rounds_activations), cache_of(cache, cache_type),
-                threads, workspace_bytes, {by_role, checks_numerics, times_ops}),
+      : program(segments_of(segments), weights_of(weights, rounds_activations ? &set : nullptr),
+                cache_of(cache, cache_type), threads, workspace_bytes, {by_role, checks_numerics, times_ops}),
         cache_arrays(cache) {
     for (const auto& weight : weights) parts.push_back(std::get<4>(weight));
   }
@@ -201,11 +210,13 @@ struct BoundProgram {
     for (const SegmentTuple& tuple : tuples) segments.push_back(segment_of(tuple));
     return segments;
   }
-  std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples, bool rounds_activations) const {
+  // kernels_of: where products round, the set whose kernels they are.
+  static std::vector<Weight> weights_of(const std::vector<WeightTuple>& tuples,
+                                        const InstructionSet* kernels_of) {
     std::vector<Weight> weights;
     for (const WeightTuple& tuple : tuples) {
       weights.push_back(weight_of(tuple));
-      if (rounds_activations) weights.back().kernels = set.find(weights.back().type->id);
+      if (kernels_of != nullptr) weights.back().kernels = kernels_of->find(weights.back().type->id);
     }
     return weights;
   }
@@ -254,6 +265,26 @@ struct BoundProgram {
     }
     for (auto& [handle, type_id, arrays] : moved) parts[handle].swap(arrays);
     lock.unlock();  // before the old arrays go: freeing them may run Python code
+  }
+
+  // (path, whether it is fused, keys)
+  using SequenceTuple = std::tuple<int, bool, int64_t>;
+
+  static int64_t least_workspace(const std::vector<SegmentTuple>& segments,
+                                 const std::vector<WeightTuple>& weights, int cache_type,
+                                 const std::vector<nb::object>& cache, int threads, bool rounds_activations,
+                                 const std::string& name, const std::vector<SequenceTuple>& sequences) {
+    const InstructionSet* set = isa_of(name);
+    if (set == nullptr) refuse("isa: this processor has no " + name + ".");
+    const ProgramFacts facts =
+        check_program(segments_of(segments), weights_of(weights, rounds_activations ? set : nullptr),
+                      cache_of(cache, cache_type));
+    std::vector<PathKeys> longest;
+    for (const auto& [path, fused, keys] : sequences) {
+      if (path < 0 || path > 2) refuse("path " + std::to_string(path) + ", expected 0, 1 or 2.");
+      longest.push_back({static_cast<Path>(path), fused, keys});
+    }
+    return kvfold::least_workspace(facts, threads, longest);
   }
 
   std::vector<std::pair<std::string, int64_t>> outputs() const {
@@ -410,6 +441,9 @@ void bind_program(nb::module_& m) {
            "times_ops"_a = false,
            "ValueError where parts do not fit each other, SettingError where the workspace is too small or "
            "the system starts fewer threads.")
+      .def_static("least_workspace", &BoundProgram::least_workspace, "segments"_a, "weights"_a,
+                  "cache_type"_a, "cache"_a, "threads"_a, "rounds_activations"_a, "isa"_a, "sequences"_a,
+                  "Bytes of workspace that a Program of these needs for sequences of [(path, fused, keys)].")
       .def("move_weights", &BoundProgram::move_weights, "moved"_a,
            "[(handle, type number, parts)]: the same weights in other arrays, all from the next cut on. "
            "ValueError where shapes differ, or what kernels make of activations.")

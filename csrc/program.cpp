@@ -23,7 +23,7 @@ int checked_threads(int threads) {
 }
 
 int64_t checked_workspace(int64_t bytes, int threads, const ProgramFacts& facts) {
-  const int64_t least = 4 * (threads * whole_lines(facts.member_floats) + facts.shared_floats);
+  const int64_t least = least_workspace(facts, threads, {});
   if (bytes < least) {
     throw WorkspaceTooSmall("workspace_bytes: " + std::to_string(bytes) + ", expected at least " +
                             std::to_string(least) + " for " + std::to_string(threads) +

@@ -437,6 +437,15 @@ void expect_all_within(const char* what, const std::vector<Int>& numbers, int64_
 
 }  // namespace
 
+int64_t least_workspace(const ProgramFacts& facts, int threads, const std::vector<PathKeys>& sequences) {
+  int64_t shared = facts.shared_floats;
+  for (const PathKeys& its : sequences) {
+    shared =
+        std::max(shared, attention_shared_floats(facts.dims, facts.rounds, its.path, its.fused, its.keys));
+  }
+  return 4 * (threads * whole_lines(facts.member_floats) + shared);
+}
+
 ProgramFacts check_program(const std::vector<Segment>& segments, const std::vector<Weight>& weights,
                            const std::vector<CacheArray>& cache) {
   return ProgramChecker(segments, weights, cache).check();

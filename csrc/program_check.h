@@ -24,6 +24,16 @@ struct ProgramFacts {
   int64_t shared_floats = 0;  // least shared space, before any step is known
 };
 
+// Sequences whose rows take a path.
+struct PathKeys {
+  Path path;
+  bool fused;
+  int64_t keys;  // of the longest
+};
+
+// Bytes of workspace with which so many members run every op, and attention over such sequences.
+int64_t least_workspace(const ProgramFacts& facts, int threads, const std::vector<PathKeys>& sequences);
+
 // Throws std::invalid_argument with op, expected and got.
 ProgramFacts check_program(const std::vector<Segment>& segments, const std::vector<Weight>& weights,
                            const std::vector<CacheArray>& cache);

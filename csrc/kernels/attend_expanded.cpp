@@ -10,19 +10,30 @@
 namespace kvfold {
 namespace {
 
-// How many heads and keys of a sequence are expanded at a time, and how many rows' scores are stored.
+// How many heads and keys of a sequence are expanded at a time, and for how many rows.
 struct ExpandedTiles {
   int64_t heads, keys;  // keys: a multiple of kPageTokens
-  int64_t rows;         // all, where fused
+  int64_t rows;
 };
+
+int64_t head_key_floats(const MlaDims& dims) { return dims.qk() + dims.v; }
+
+// A head over a page of keys, for a tile of rows.
+int64_t least_tile_floats(const MlaDims& dims, bool fused) {
+  return kPageTokens * (dims.latent() + head_key_floats(dims)) + (fused ? kStateFloats : 0);
+}
+
+int64_t whole_pages(int64_t keys) { return ceil_div(keys, kPageTokens) * kPageTokens; }
 
 ExpandedTiles expanded_tiles(int64_t shared_floats, const MlaDims& dims, int64_t rows, int64_t num_keys,
                              bool fused) {
   constexpr int64_t kKeys = 1024;  // fused: fewer passes over the rows than this saves nothing
-  const int64_t all_keys = ceil_div(num_keys, kPageTokens) * kPageTokens;
-  const int64_t head_key = dims.qk() + dims.v;
-  const int64_t head_states = fused ? 2 * rows : 0;
-  const int64_t budget = fused ? shared_floats : shared_floats / 2;
+  constexpr int64_t kRowFloats = kStateFloats / kTileQueries;
+  const int64_t all_keys = whole_pages(num_keys), head_key = head_key_floats(dims);
+  const int64_t head_states = fused ? kRowFloats * rows : 0;
+  const int64_t budget =
+      fused ? shared_floats
+            : tile_floats_beside_scores(shared_floats, least_tile_floats(dims, fused), all_keys);
   const auto heads_for = [&](int64_t keys) {
     return std::min(dims.heads, (budget - keys * dims.latent()) / (keys * head_key + head_states));
   };
@@ -33,12 +44,11 @@ ExpandedTiles expanded_tiles(int64_t shared_floats, const MlaDims& dims, int64_t
     tiles.keys = (budget - head_states) / (dims.latent() + head_key) / kPageTokens * kPageTokens;
   }
   if (tiles.keys < kPageTokens) {
-    const int64_t least = head_states + kPageTokens * (dims.latent() + head_key);
-    refuse_workspace("attend_expanded", fused ? least : 2 * least, shared_floats);
+    tiles.keys = kPageTokens;
+    tiles.rows = (budget - kPageTokens * (dims.latent() + head_key)) / kRowFloats;
   }
   if (!fused) {
     const int64_t stored = shared_floats - budget;
-    if (stored < all_keys) refuse_workspace("attend_expanded with fa=0", 2 * all_keys, shared_floats);
     tiles.heads = std::min(tiles.heads, stored / all_keys);
     tiles.rows = std::min(rows, stored / (tiles.heads * all_keys));
   }
@@ -60,7 +70,7 @@ struct ExpandedOp {
   float* latents;  // [tiles.keys, latent]
   float* k;        // [tiles.heads, tiles.keys, qk]
   float* v;        // [tiles.heads, tiles.keys, v]
-  float* rest;     // fused: states [tiles.heads, rows]; else scores [tiles.heads, tiles.rows, all keys]
+  float* rest;     // fused: states [tiles.heads, tiles.rows]; else scores [tiles.heads, tiles.rows, all keys]
   int64_t gathered = -1, expanded = -1, expanded_head = -1;  // what stands there now
 
   // Keys and values of heads [head, head + heads) for keys [first, first + tiles.keys).
@@ -124,17 +134,20 @@ struct ExpandedOp {
   }
 
   void attend_fused(int64_t head, int64_t heads) {
-    for (int64_t first = 0; first < its.num_keys; first += tiles.keys) {
-      expand_tile(head, heads, first);
-      for_tiles(heads, 0, its.rows, [&](int64_t h, int64_t row, int64_t count, int member) {
-        const QueryTile tile = queries(head + h, row, count);
-        const ValueTile into = values(head + h, row, states_at(rest) + h * its.rows + row);
-        if (first == 0) start(into, count);
-        for_seen_blocks(tile, h, [&](int64_t key, int64_t keys, Keys k_block, Keys v_block) {
-          absorb_keys(tile, key, keys, k_block, v_block, into, machine.of(member));
+    for (int64_t from = 0; from < its.rows; from += tiles.rows) {
+      const int64_t to = std::min(its.rows, from + tiles.rows), seen = step.visible[its.first_row + to - 1];
+      for (int64_t first = 0; first < seen; first += tiles.keys) {
+        expand_tile(head, heads, first);
+        for_tiles(heads, from, to, [&](int64_t h, int64_t row, int64_t count, int member) {
+          const QueryTile tile = queries(head + h, row, count);
+          const ValueTile into = values(head + h, row, states_at(rest) + h * tiles.rows + row - from);
+          if (first == 0) start(into, count);
+          for_seen_blocks(tile, h, [&](int64_t key, int64_t keys, Keys k_block, Keys v_block) {
+            absorb_keys(tile, key, keys, k_block, v_block, into, machine.of(member));
+          });
+          if (first + tiles.keys >= seen) finish(into, count);
         });
-        if (first + tiles.keys >= its.num_keys) finish(into, count);
-      });
+      }
     }
   }
 
@@ -174,9 +187,8 @@ struct ExpandedOp {
 
 }  // namespace
 
-void check_expanded_fits(const Machine& machine, const MlaDims& dims, int64_t rows, int64_t keys,
-                         bool fused) {
-  expanded_tiles(machine.shared_floats, dims, rows, keys, fused);
+int64_t expanded_shared_floats(const MlaDims& dims, bool fused, int64_t keys) {
+  return least_tile_floats(dims, fused) + (fused ? 0 : whole_pages(keys));
 }
 
 int64_t attend_expanded_floats(const MlaDims& dims, const KvUp& up, bool rounds) {

@@ -23,12 +23,12 @@ void attend_full(const Machine& machine, const Step& step, const MlaDims& dims, 
   for_sequences(step, range, [&](const SequenceRows& its) {
     const int32_t* pages = step.page_list(its.sequence);
     const int64_t stride = its.num_keys;
-    const int64_t size = range.fused ? kTileQueries : std::min(kTileQueries, stored_floats(machine) / stride);
+    const StoringMembers storing(machine, stride);
+    const int64_t size = range.fused ? kTileQueries : std::min(kTileQueries, storing.floats() / stride);
     const int64_t row_tiles = ceil_div(its.rows, size);
-    machine.team.for_each(dims.heads * row_tiles, [&](int64_t unit, int member) {
+    const auto attend = [&](int64_t unit, float* scores, int member) {
       const int64_t head = unit / row_tiles, row = its.first_row + unit % row_tiles * size;
       const int64_t count = std::min(size, its.first_row + its.rows - row);
-      float* scores = range.fused ? machine.of(member) : machine.shared + member * stored_floats(machine);
       SoftmaxState* states = states_at(machine.of(member) + kScoreFloats);
       float* k_tile = machine.of(member) + kScoreFloats + kStateFloats;
       float* v_tile = k_tile + kPageTokens * dims.qk();
@@ -56,7 +56,10 @@ void attend_full(const Machine& machine, const Step& step, const MlaDims& dims, 
       for_blocks(0, tile.most_visible(), [&](int64_t key, int64_t keys) {
         weigh_values(tile, key, keys, scores, stride, v_block(key, keys), into);
       });
-    });
+    };
+    if (!range.fused) return storing.for_each(dims.heads * row_tiles, attend);
+    machine.team.for_each(dims.heads * row_tiles,
+                          [&](int64_t unit, int member) { attend(unit, machine.of(member), member); });
   });
 }
 

@@ -116,14 +116,13 @@ void attend_latent(const Machine& machine, const Step& step, const MlaDims& dims
   }
   const LatentOp op{rows, dims, scale, cache, layer, q, out};
   if (!range.fused) {
-    int64_t longest = 0;
-    for (int64_t i = 0; i < rows.num_rows; i++) longest = std::max(longest, rows.visible(i));
-    const int64_t heads = std::min({kTileQueries, dims.heads, stored_floats(machine) / longest});
+    const int64_t longest = rows.most_visible();
+    const StoringMembers storing(machine, longest);
+    const int64_t heads = std::min({kTileQueries, dims.heads, storing.floats() / longest});
     const int64_t groups = ceil_div(dims.heads, heads);
-    machine.team.for_each(rows.num_rows * groups, [&](int64_t unit, int member) {
+    storing.for_each(rows.num_rows * groups, [&](int64_t unit, float* scores, int member) {
       const int64_t head = unit % groups * heads;
-      op.attend_stored(unit / groups, head, std::min(heads, dims.heads - head),
-                       machine.shared + member * stored_floats(machine), machine.of(member));
+      op.attend_stored(unit / groups, head, std::min(heads, dims.heads - head), scores, machine.of(member));
     });
     return;
   }

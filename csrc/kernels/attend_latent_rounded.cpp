@@ -345,13 +345,14 @@ void attend_latent_rounded(const Machine& machine, const AbsorbedRows& rows, boo
                            *isa().latent, Parts(dims)};
   const int64_t groups = op.groups();
   if (!fused) {
-    machine.team.for_each(rows.num_rows * groups, [&](int64_t unit, int member) {
+    const StoringMembers storing(machine, rows.most_visible() * kHeadLanes);
+    storing.for_each(rows.num_rows * groups, [&](int64_t unit, float* scores, int member) {
       const int64_t i = unit / groups, group = unit % groups;
       const auto memory = op.memory(member);
       op.pack(i, group, memory.query);
       op.start(memory.row, op.tiles(group), op.all_columns());
       for (int64_t tile = 0; tile < op.tiles(group); tile++) {
-        op.attend_stored(i, tile, machine.shared + member * stored_floats(machine), memory);
+        op.attend_stored(i, tile, scores, memory);
       }
       op.finish(i, group, memory.row, op.all_columns());
     });

@@ -32,11 +32,11 @@ HeadShape shape_of(const MlaDims& dims, const PairWords& words = *isa().pairs) {
   return {dims.heads, dims.qk(), dims.v, words};
 }
 
-// How many heads and keys of a sequence stand expanded at a time, and how many rows' scores are stored.
+// How many heads and keys of a sequence stand expanded at a time, and for how many rows.
 struct TileSizes {
   int64_t heads, keys;  // keys: whole blocks
-  int64_t rows;         // all, where fused
-  int64_t stride;       // of stored scores
+  int64_t rows;
+  int64_t stride;  // of stored scores
 };
 
 // Latents as products take them, and their rope parts.
@@ -44,35 +44,45 @@ int64_t latent_floats(const MlaDims& dims, Path path, int64_t keys) {
   return path == Path::kDecompressed ? rounded_latent_floats(dims, keys) + whole_lines(keys * dims.rope) : 0;
 }
 
+// Beside heads: latents, and what rounding up to whole lines costs.
+int64_t fixed_floats(const MlaDims& dims, Path path, int64_t keys) {
+  return latent_floats(dims, path, keys) + 5 * kLineFloats;
+}
+
+int64_t whole_blocks(int64_t keys) { return ceil_div(keys, kBlockKeys) * kBlockKeys; }
+
+// A head over a block of keys, for a unit of rows.
+int64_t least_tile_floats(const MlaDims& dims, Path path) {
+  return fixed_floats(dims, path, kBlockKeys) + kBlockKeys * shape_of(dims, kMostWords).key_words() +
+         kSoftmaxFloats * kUnitRows;
+}
+
 TileSizes tile_sizes(const Machine& machine, const MlaDims& dims, Path path, int64_t rows, int64_t num_keys,
                      bool fused) {
   const HeadShape shape = shape_of(dims);
-  const int64_t all_keys = ceil_div(num_keys, kBlockKeys) * kBlockKeys;
-  const int64_t budget = fused ? machine.shared_floats : machine.shared_floats / 2;
-  const int64_t state_floats = kSoftmaxFloats * rows;
-  const auto fixed = [&](int64_t keys) {  // and what rounding up to whole lines costs
-    return latent_floats(dims, path, keys) + 5 * kLineFloats;
-  };
+  const int64_t all_keys = whole_blocks(num_keys);
+  const int64_t budget =
+      fused ? machine.shared_floats
+            : tile_floats_beside_scores(machine.shared_floats, least_tile_floats(dims, path), all_keys);
   const auto heads_for = [&](int64_t keys) {
-    return std::min(shape.heads, (budget - fixed(keys)) / (keys * shape.key_words() + state_floats));
+    return std::min(shape.heads, (budget - fixed_floats(dims, path, keys)) /
+                                     (keys * shape.key_words() + kSoftmaxFloats * rows));
   };
   TileSizes tiles{0, std::min(all_keys, kMostTileKeys), rows, 0};
   // All heads at once round latents once; fewer keys then cost little.
   while (tiles.keys > kLeastTileKeys && heads_for(tiles.keys) < shape.heads) tiles.keys -= kBlockKeys;
   if (heads_for(tiles.keys) < 1) tiles.keys = kBlockKeys;
   tiles.heads = heads_for(tiles.keys);
-  const char* op = path == Path::kDecompressed ? "attend_expanded" : "attend_full";
   if (tiles.heads < 1) {
-    const int64_t least = fixed(tiles.keys) + tiles.keys * shape.key_words() + state_floats;
-    refuse_workspace(op, fused ? least : 2 * least, machine.shared_floats);
+    tiles.heads = 1;
+    tiles.rows =
+        (budget - fixed_floats(dims, path, kBlockKeys) - kBlockKeys * shape.key_words()) / kSoftmaxFloats;
   }
   if (!fused) {
     tiles.stride = all_keys;
     const int64_t stored = machine.shared_floats - budget, rows_of_all = stored / all_keys;
-    if (rows_of_all < 1)
-      refuse_workspace(std::string(op) + " with fa=0", 2 * all_keys, machine.shared_floats);
     tiles.heads = std::min(tiles.heads, rows_of_all);
-    tiles.rows = std::min(rows, rows_of_all / tiles.heads);
+    tiles.rows = std::min(tiles.rows, rows_of_all / tiles.heads);
   }
   return tiles;
 }
@@ -329,17 +339,20 @@ struct RoundedAttention {
   }
 
   void attend_fused(int64_t head, int64_t heads) {
-    for (int64_t first = 0; first < num_keys; first += tiles.keys) {
-      const int64_t n = fill(head, heads, first);
-      attend_tile(head, heads, 0, rows, first, n,
-                  [&](int64_t h, int64_t row, int64_t count, Softmax* state, const UnitMemory& memory) {
-                    all.pack(head + h, row, count, memory.q);
-                    for_seen(row, count, first, n,
-                             [&](int64_t i, int64_t group, int64_t key, int64_t keys, int64_t seen) {
-                               all.meet(tile, h, key, keys, memory.q + i * all.shape.qk_words(), group, seen,
-                                        state + i, memory.values + i * all.shape.width(), memory);
-                             });
-                  });
+    for (int64_t from = 0; from < rows; from += tiles.rows) {
+      const int64_t to = std::min(rows, from + tiles.rows);
+      for (int64_t first = 0; first < all.seen(to - 1); first += tiles.keys) {
+        const int64_t n = fill(head, heads, first);
+        attend_tile(head, heads, from, to, first, n,
+                    [&](int64_t h, int64_t row, int64_t count, Softmax* state, const UnitMemory& memory) {
+                      all.pack(head + h, row, count, memory.q);
+                      for_seen(row, count, first, n,
+                               [&](int64_t i, int64_t group, int64_t key, int64_t keys, int64_t seen) {
+                                 all.meet(tile, h, key, keys, memory.q + i * all.shape.qk_words(), group,
+                                          seen, state + i, memory.values + i * all.shape.width(), memory);
+                               });
+                    });
+      }
     }
   }
 
@@ -420,9 +433,8 @@ float scale_log2e(float scale) { return scale * 1.44269504f; }
 
 }  // namespace
 
-void check_rounded_fits(const Machine& machine, const MlaDims& dims, Path path, int64_t rows, int64_t keys,
-                        bool fused) {
-  tile_sizes(machine, dims, path, rows, keys, fused);
+int64_t rounded_shared_floats(const MlaDims& dims, Path path, bool fused, int64_t keys) {
+  return least_tile_floats(dims, path) + (fused ? 0 : whole_blocks(keys));
 }
 
 int64_t attend_expanded_rounded_floats(const MlaDims& dims, const KvUp& up) {

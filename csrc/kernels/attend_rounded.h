@@ -20,8 +20,7 @@ void attend_full_rounded(const Machine& machine, const Step& step, const MlaDims
 int64_t attend_expanded_rounded_floats(const MlaDims& dims, const KvUp& up);
 int64_t attend_full_rounded_floats(const MlaDims& dims);
 
-// Throws WorkspaceTooSmall where a sequence's smallest tile does not fit the shared space.
-void check_rounded_fits(const Machine& machine, const MlaDims& dims, Path path, int64_t rows, int64_t keys,
-                        bool fused);
+// What attention_shared_floats says of these paths.
+int64_t rounded_shared_floats(const MlaDims& dims, Path path, bool fused, int64_t keys);
 
 }  // namespace kvfold

@@ -6,20 +6,21 @@
 
 namespace kvfold {
 
+int64_t attention_shared_floats(const MlaDims& dims, bool rounds, Path path, bool fused, int64_t keys) {
+  if (rounds && path != Path::kAbsorbed) return rounded_shared_floats(dims, path, fused, keys);
+  if (path == Path::kDecompressed) return expanded_shared_floats(dims, fused, keys);
+  if (fused) return 0;
+  // Scores of a head, or of a tile of heads that share a vector, on one member.
+  return whole_lines(keys * (rounds ? kHeadLanes : 1));
+}
+
 void check_attention_fits(const Machine& machine, const Step& step, const MlaDims& dims) {
   for (const Path path : {Path::kStandard, Path::kAbsorbed, Path::kDecompressed}) {
     const PathRange& range = step.range(path);
     for_sequences(step, range, [&](const SequenceRows& its) {
-      if (machine.rounds && path != Path::kAbsorbed) {
-        check_rounded_fits(machine, dims, path, its.rows, its.num_keys, range.fused);
-      } else if (path == Path::kDecompressed) {
-        check_expanded_fits(machine, dims, its.rows, its.num_keys, range.fused);
-      } else {
-        // Scores of a head, or of a tile of heads that share a vector.
-        const int64_t stored = its.num_keys * (machine.rounds && path == Path::kAbsorbed ? kHeadLanes : 1);
-        if (!range.fused && stored_floats(machine) < stored) {
-          refuse_workspace("attention with fa=0", stored * machine.team.size(), machine.shared_floats);
-        }
+      const int64_t least = attention_shared_floats(dims, machine.rounds, path, range.fused, its.num_keys);
+      if (least > machine.shared_floats) {
+        refuse_workspace(range.fused ? "attention" : "attention with fa=0", least, machine.shared_floats);
       }
     });
   }

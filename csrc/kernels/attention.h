@@ -33,6 +33,10 @@ int64_t attend_latent_floats(const MlaDims& dims, bool rounds);
 int64_t attend_expanded_floats(const MlaDims& dims, const KvUp& up, bool rounds);
 int64_t attend_full_floats(const MlaDims& dims, bool rounds);
 
+// The least shared space for a sequence of so many keys: heads, keys, rows and members then go a few at a
+// time. The same on every instruction set.
+int64_t attention_shared_floats(const MlaDims& dims, bool rounds, Path path, bool fused, int64_t keys);
+
 // Throws WorkspaceTooSmall where a step's longest sequence does not fit the shared space.
 void check_attention_fits(const Machine& machine, const Step& step, const MlaDims& dims);
 

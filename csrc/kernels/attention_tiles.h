@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -115,6 +116,10 @@ struct AbsorbedRows {
     return step.page_list(step.sequence_of[first_row + i])[key / kPageTokens];
   }
 
+  int64_t most_visible() const {
+    return *std::max_element(step.visible.begin() + first_row, step.visible.begin() + first_row + num_rows);
+  }
+
   int64_t run_keys(int64_t i) const { return absorbed_run_keys(visible(i)); }
   int64_t num_runs(int64_t i) const { return ceil_div(visible(i), run_keys(i)); }
   int64_t most_runs() const {
@@ -220,10 +225,40 @@ struct AbsorbedRows {
 
 inline SoftmaxState* states_at(float* memory) { return reinterpret_cast<SoftmaxState*>(memory); }
 
-// Scores that a member may store without fusing.
-inline int64_t stored_floats(const Machine& machine) { return machine.shared_floats / machine.team.size(); }
+// fa=0 on paths whose members work alone: as many of them as the shared space has room for, each with the
+// scores of a unit in a part of its own. `least`: floats that a unit needs.
+class StoringMembers {
+ public:
+  StoringMembers(const Machine& machine, int64_t least)
+      : machine_(machine),
+        num_parts_(std::clamp<int64_t>(machine.shared_floats / whole_lines(least), 1, machine.team.size())),
+        floats_(machine.shared_floats / num_parts_ / kLineFloats * kLineFloats) {}
 
-// Throws WorkspaceTooSmall where a sequence's smallest expanded tiles do not fit the shared space.
-void check_expanded_fits(const Machine& machine, const MlaDims& dims, int64_t rows, int64_t keys, bool fused);
+  int64_t floats() const { return floats_; }  // of a part
+
+  // Calls use(unit, scores, member) once for each unit of [0, count).
+  template <class Use>
+  void for_each(int64_t count, const Use& use) const {
+    std::atomic<int64_t> next{0};
+    machine_.team.for_each(std::min(num_parts_, count), [&](int64_t part, int member) {
+      for (int64_t unit = next++; unit < count; unit = next++) {
+        use(unit, machine_.shared + part * floats_, member);
+      }
+    });
+  }
+
+ private:
+  const Machine& machine_;
+  int64_t num_parts_, floats_;
+};
+
+// fa=0 on paths whose members share tiles of keys: the part of the shared space that these have, beside the
+// scores of a row. Half, where the least of each fits a half.
+inline int64_t tile_floats_beside_scores(int64_t shared_floats, int64_t least_tile, int64_t row_scores) {
+  return std::min(std::max(shared_floats / 2, least_tile), shared_floats - row_scores);
+}
+
+// What attention_shared_floats says of the decompressed path in float32.
+int64_t expanded_shared_floats(const MlaDims& dims, bool fused, int64_t keys);
 
 }  // namespace kvfold

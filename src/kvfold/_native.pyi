@@ -56,6 +56,7 @@ _Buffer = tuple[int, int, int, int]
 _Op = tuple[str, str, list[_Value], list[_Value], list[int], list[int], list[float]]
 _Segment = tuple[str, list[_Op], list[_Buffer], _Value | None, list[tuple[str, _Value]]]
 _Part = tuple[NDArray[np.uint8], NDArray[np.float32] | None]  # rows and fp8 scale
+_Weight = tuple[str, int, int, int, list[_Part]]  # name, type, rows of a part, cols, parts
 
 class Calm:
     """Whether a team has its CPUs to itself, by what its threads tell (csrc/team_binding.h). Times in ns."""
@@ -70,7 +71,7 @@ class Program:
     def __init__(
         self,
         segments: list[_Segment],
-        weights: list[tuple[str, int, int, int, list[_Part]]],  # name, type, rows of a part, cols, parts
+        weights: list[_Weight],
         cache_type: int,  # 0 f32, 1 f16, 2 bf16, halves as uint16; 3 q8_0 as uint8
         cache: list[NDArray[np.generic]],
         threads: int,
@@ -80,6 +81,17 @@ class Program:
         checks_numerics: bool = False,
         times_ops: bool = False,
     ) -> None: ...
+    @staticmethod
+    def least_workspace(
+        segments: list[_Segment],
+        weights: list[_Weight],
+        cache_type: int,
+        cache: list[NDArray[np.generic]],
+        threads: int,
+        rounds_activations: bool,
+        isa: str,
+        sequences: list[tuple[int, bool, int]],  # path, whether it is fused, keys
+    ) -> int: ...
     def move_weights(self, moved: list[tuple[int, int, list[_Part]]]) -> None: ...  # handle, type, parts
     @property
     def spins(self) -> bool: ...

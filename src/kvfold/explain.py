@@ -24,6 +24,7 @@ from kvfold.load import (
     Settings,
     backend_for,
     cache_layout,
+    check_workspace,
     context_of,
     default_context,
     embedded_model,
@@ -330,6 +331,12 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
     else:
         free_bytes = available_memory_bytes() if own_memory is None else own_memory(choice.needs.device)
         n_ctx = context_of(config, settings, choice)
+    too_small = ""
+    if choice is not None:
+        try:
+            check_workspace(checkpoint, settings, choice, n_ctx)
+        except SettingError as error:
+            too_small = str(error)
     program = program_of(checkpoint, settings)
     if batch_rows is None and own_memory is not None:
         batch_rows = GPU_WINDOW_ROWS
@@ -372,8 +379,8 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
         ),
         rates=machine.in_words,
         backend=backend,
-        weight_place=weight_place,
-        refusal=refusal or ("" if backend.name else backend.reason),
+        weight_place="" if too_small else weight_place,
+        refusal=too_small or refusal or ("" if backend.name else backend.reason),
         info=checkpoint.info,
     )
 

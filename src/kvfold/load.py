@@ -275,6 +275,41 @@ def context_of(config: ModelConfig, settings: Settings, choice: Choice) -> int:
     return default_context(config, cache_layout(config, settings))
 
 
+_FORCED_PATHS = {
+    Mla.STANDARD: (AttentionPath.STANDARD,),
+    Mla.ABSORBED: (AttentionPath.ABSORBED,),
+    Mla.DECOMPRESSED: (AttentionPath.DECOMPRESSED,),
+}
+
+
+def check_workspace(checkpoint: Checkpoint, settings: Settings, choice: Choice, n_ctx: int) -> None:
+    """SettingError where these threads cannot run the model over n_ctx tokens in the workspace."""
+    if choice.candidate.name != "native":  # the others take scratch as they need it
+        return
+    from kvfold.backends.native import least_workspace_bytes
+
+    least = least_workspace_bytes(
+        _network(checkpoint, settings),
+        checkpoint.tensors,
+        cache_layout(checkpoint.config, settings),
+        threads=settings.threads,
+        rounds_activations=settings.dtype in ("auto", "int8"),
+        isa=settings.isa,
+        paths=_FORCED_PATHS.get(settings.mla, (AttentionPath.ABSORBED, AttentionPath.DECOMPRESSED)),
+        fused=settings.fa is not Fa.UNFUSED,
+        n_ctx=n_ctx,
+    )
+    if settings.workspace_bytes < least:
+        needed_by, smaller = f"{settings.threads} threads", "fewer threads (-t)"
+        if settings.fa is Fa.UNFUSED:
+            needed_by += f" and the scores of {n_ctx} tokens"
+            smaller += ", a smaller context (-c), or fa=1, which stores no scores"
+        raise SettingError(
+            f"workspace={settings.workspace_bytes} bytes: {needed_by} need {least} with this model. Raise --workspace "
+            f"(workspace_bytes), or use {smaller}."
+        )
+
+
 def opened(model: str | os.PathLike[str] | None) -> Checkpoint:
     """Opens a .gguf, a Hugging Face directory or a hub name ("org/repo"); None is the embedded model. Raises
     ModelFileError, UnsupportedModel."""
@@ -302,6 +337,7 @@ def load(
     candidate = choice.candidate
     layout = cache_layout(config, settings)
     n_ctx = context_of(config, settings, choice)
+    check_workspace(checkpoint, settings, choice, n_ctx)
     notes: tuple[str, ...] = ()
     if n_ctx > config.max_position:
         notes = (f"n_ctx={n_ctx} is beyond the {config.max_position} tokens the model was made for.",)

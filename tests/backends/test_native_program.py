@@ -385,9 +385,44 @@ def least_workspace(loaded: Loaded) -> int:
     return int(match[1])
 
 
+THREADS = 64  # whose own tiles are more than the least setting of 1 MiB
+
+
+def needed_at_load(path: Path, **settings: Any) -> int:
+    """Bytes that the refusal of a workspace of 1 MiB names."""
+    with pytest.raises(SettingError, match=r"^workspace=1048576 bytes: .* Raise --workspace") as error:
+        native(path, threads=THREADS, workspace_bytes=1 << 20, **settings)
+    match = re.search(r" need (\d+) with this model", str(error.value))
+    assert match is not None
+    return int(match[1])
+
+
+@pytest.mark.parametrize("fa", ["0", "1"])
+@pytest.mark.parametrize("mla", ["0", "1", "2", "auto"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_what_is_asked_for_at_load_is_enough_for_the_whole_context(
+    dtype: str, mla: str, fa: str, path: Path
+) -> None:
+    """With fa=0 the scores of one member fit then, not those of 64."""
+    settings: dict[str, Any] = {"dtype": dtype, "mla": mla, "fa": fa, "n_ctx": 704, "deterministic": True}
+    least = needed_at_load(path, **settings)
+    with pytest.raises(SettingError, match=f"workspace={least - 1} bytes: .* need {least} "):
+        native(path, threads=THREADS, workspace_bytes=least - 1, **settings)
+    text, steps = ids(704), [690, 13, 1]
+    small = native(path, threads=THREADS, workspace_bytes=least, **settings).logits(text, steps)
+    assert np.array_equal(small, native(path, threads=2, workspace_bytes=64 << 20, **settings).logits(text, steps))
+
+
+def test_stored_scores_of_a_longer_context_need_more(path: Path) -> None:
+    """4 bytes each, and of 16 heads at a time where latents round. A member's are not counted 64 times."""
+    for dtype, each in (("float32", 4), ("int8", 64)):
+        of_ctx = {n: needed_at_load(path, fa="0", mla="1", dtype=dtype, n_ctx=n) for n in (1 << 16, 1 << 17)}
+        assert of_ctx[1 << 17] - of_ctx[1 << 16] == each << 16
+
+
 @pytest.mark.parametrize("mla", ["0", "1", "2"])
 def test_scores_that_do_not_fit_are_refused_before_the_step_runs(mla: str, path: Path) -> None:
-    """fa=0 stores a row's scores: 51 kB for 6400 keys and 2 threads, twice that where keys are expanded beside."""
+    """fa=0 stores a row's scores: 26 kB for 6400 keys, with one member of the team or all."""
     loaded = native(path, mla=mla, fa="0", n_ctx=6400).loaded
     num_pages = 6400 // PAGE_TOKENS
     step = Step(

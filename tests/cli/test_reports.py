@@ -115,7 +115,7 @@ def test_plan_is_by_the_rates_of_a_forced_instruction_set(kvfold: Kvfold, tiny_g
 
 def test_plan_says_when_nothing_fits(kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvfold.explain.available_memory_bytes", lambda: 70 << 20)
-    shown = kvfold("plan", tiny_gguf, "-c", "100K", "--workspace", "1M", "--backend", "native")
+    shown = kvfold("plan", tiny_gguf, "-c", "100K", "--workspace", "1M", "-t", "2", "--backend", "native")
     assert shown.code == 0
     assert "The cache alone is too large" not in shown.out
     monkeypatch.setattr("kvfold.explain.available_memory_bytes", lambda: 2 << 20)
@@ -125,8 +125,25 @@ def test_plan_says_when_nothing_fits(kvfold: Kvfold, tiny_gguf: Path, monkeypatc
     )
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [("--workspace", "1M", "-t", "100"), ("--workspace", "1M", "-fa", "0", "-mla", "1", "-t", "1", "-c", "100K")],
+    ids=["threads", "scores"],
+)
+def test_plan_refuses_a_workspace_that_run_refuses(
+    settings: tuple[str, ...], kvfold: Kvfold, tiny_gguf: Path
+) -> None:
+    few = ("--device", "cpu", *settings)
+    planned, ran = kvfold("plan", tiny_gguf, *few), kvfold("run", "-m", tiny_gguf, *few, "hi")
+    assert (planned.code, planned.err, ran.code, ran.out) == (1, "", 1, "")
+    sentence = " ".join(ran.err.removeprefix("kvfold: ").split())
+    assert sentence.startswith("workspace=1048576 bytes: ") and sentence in " ".join(planned.out.split())
+    assert "Fits" not in planned.out and "weights: " not in planned.out
+    assert json.loads(kvfold("plan", tiny_gguf, *few, "--json").out)["refusal"] == sentence
+
+
 def test_plan_says_where_the_weights_go(kvfold: Kvfold, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = ("plan", tiny_gguf, "--device", "cpu", "-c", "64", "--workspace", "1M")
+    few = ("plan", tiny_gguf, "--device", "cpu", "-c", "64", "--workspace", "1M", "-t", "2")
     copied, mapped = "weights: copied into memory, on 2 MiB pages", "weights: mapped: "
     memory = json.loads(kvfold(*few, "--json").out)["memory"]
     for missing, way, verdict, place, code in (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from kvfold import _native
 from kvfold.backends.profile import Profile
 from kvfold.backends.shared_experts import with_shared_experts_inside
-from kvfold.cache.latent import CacheType, PagedCache
+from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache
+from kvfold.cache.pages import pages_for
 from kvfold.errors import Cancelled
+from kvfold.mla.plan import Path
 from kvfold.mla.rope import cos_sin
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.op_work import WeightSize
@@ -65,22 +67,14 @@ class NativeBackend:
         self.model = model
         self.isa = _native.isa()
         self._first_answer = _FirstAnswer()
-        recorded = with_shared_experts_inside(
-            record(model, {name: _rows(weight) for name, weight in weights.items()}),
-            weights,
-            rounds_activations=rounds_activations,
-        )
+        recorded = _recorded(model, weights, rounds_activations=rounds_activations)
         self._handles = {name: handle for handle, name in enumerate(recorded.weight_names)}
         self._layouts = [_layout(weights[name]) for name in recorded.weight_names]
         self._program = _native.Program(
-            segments=[_segment(s) for s in recorded.segments],
-            weights=[(name, *_layout(weights[name]), _parts(weights[name])) for name in recorded.weight_names],
-            cache_type=CACHE_TYPES[cache.layout.cache_type],
-            # C++ reads a half as its 16 bits.
-            cache=[a.view(np.uint16) if a.dtype == np.float16 else a for a in cache.arrays],
-            threads=threads,
-            workspace_bytes=workspace_bytes,
-            rounds_activations=rounds_activations,
+            *_program_arguments(recorded, weights, cache),
+            threads,
+            workspace_bytes,
+            rounds_activations,
             by_role=deterministic,
             checks_numerics=check_numerics,
             times_ops=profile,
@@ -117,6 +111,34 @@ class NativeBackend:
                 )
             moved.append((handle, number, _parts(weight)))
         self._program.move_weights(moved)
+
+
+def least_workspace_bytes(
+    model: DeepseekModel,
+    weights: Weights,
+    layout: CacheLayout,
+    *,
+    threads: int,
+    rounds_activations: bool,
+    isa: str,
+    paths: Collection[Path],
+    fused: bool,
+    n_ctx: int,
+) -> int:
+    """The least `workspace_bytes` of a backend that is not built yet, for sequences of up to n_ctx tokens on these paths.
+    Reads no weight.
+
+    isa: the instruction set it will have, "auto": the one in use. Raises ValueError as NativeBackend does.
+    """
+    recorded = _recorded(model, weights, rounds_activations=rounds_activations)
+    keys = pages_for(n_ctx) * PAGE_TOKENS
+    return _native.Program.least_workspace(
+        *_program_arguments(recorded, weights, PagedCache(layout, 1)),
+        threads,
+        rounds_activations,
+        isa,
+        [(path.value, fused, keys) for path in paths],
+    )
 
 
 def side_by_side(program: Program, weights: Weights, isa: str) -> dict[str, BlockType]:
@@ -276,6 +298,24 @@ def _segment(segment: Segment) -> _native._Segment:
         [_buffer(buffer) for buffer in segment.buffers],
         None if segment.x_out is None else _value(segment.x_out),
         [(name, _value(value)) for name, value in segment.outputs],
+    )
+
+
+def _recorded(model: DeepseekModel, weights: Weights, *, rounds_activations: bool) -> Program:
+    widths = {name: _rows(weight) for name, weight in weights.items()}
+    return with_shared_experts_inside(record(model, widths), weights, rounds_activations=rounds_activations)
+
+
+def _program_arguments(
+    recorded: Program, weights: Weights, cache: PagedCache
+) -> tuple[list[_native._Segment], list[_native._Weight], int, list[NDArray[np.generic]]]:
+    """Segments, weights, cache type and cache of a _native.Program."""
+    return (
+        [_segment(segment) for segment in recorded.segments],
+        [(name, *_layout(weights[name]), _parts(weights[name])) for name in recorded.weight_names],
+        CACHE_TYPES[cache.layout.cache_type],
+        # C++ reads a half as its 16 bits.
+        [a.view(np.uint16) if a.dtype == np.float16 else a for a in cache.arrays],
     )
 
 

@@ -137,7 +137,7 @@ def _verdict(found: PlanReport) -> str:
         return "This system does not tell how much memory is free."
     free = human_bytes(memory.free_bytes)
     if memory.fits:
-        return f"Fits: {free} are free."
+        return f"{free} are free." if found.refusal else f"Fits: {free} are free."
     lacks = f"Does not fit: {free} are free, {human_bytes(memory.needed_bytes - memory.free_bytes)} are missing."
     if found.refusal:
         return lacks
