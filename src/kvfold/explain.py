@@ -24,7 +24,6 @@ from kvfold.load import (
     Settings,
     backend_for,
     cache_layout,
-    check_workspace,
     context_of,
     default_context,
     embedded_model,
@@ -33,6 +32,7 @@ from kvfold.load import (
     program_of,
     prompt_window,
     weight_plan,
+    with_workspace,
 )
 from kvfold.machine import available_memory_bytes
 from kvfold.mla.plan import ARITHMETIC, MachineProfile, MlaPlan, crossover_rows, multiply_adds
@@ -334,7 +334,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
     too_small = ""
     if choice is not None:
         try:
-            check_workspace(checkpoint, settings, choice, n_ctx)
+            settings = with_workspace(checkpoint, settings, choice, n_ctx)
         except SettingError as error:
             too_small = str(error)
     program = program_of(checkpoint, settings)

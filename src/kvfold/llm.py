@@ -87,7 +87,7 @@ class LLM:
                 model, "auto" is that GPU, else the CPU
     n_ctx:      tokens the cache holds, all concurrent requests together; None: the model's context, or what fits
     batch_rows: prompt rows in one step; None: the whole prompt, or as many as memory allows
-    workspace_bytes: scratch memory of a step; None: from the free memory, 64 to 256 MiB
+    workspace_bytes: scratch memory of a step; None: from the free memory, 64 to 256 MiB, or what the threads need
     mmap:       "auto" copies weights that fit into memory, on 2 MiB pages, and leaves others in the map of their file;
                 from 1 GiB on it answers from the map meanwhile; "on" leaves all there; "off" copies first, or raises
     progress:   called with (bytes read, bytes in all) while weights are read

@@ -78,6 +78,7 @@ class Settings:
     threads: int
     n_ctx: int | None
     workspace_bytes: int
+    is_workspace_given: bool
     mmap: str
     isa: str
     deterministic: bool
@@ -108,7 +109,8 @@ class Settings:
         profile: bool = False,
     ) -> Settings:
         """Raises SettingError (PlanError) with the allowed values. cache_type "auto" is bf16 where a GPU would compute,
-        f16 elsewhere; workspace_bytes None follows from the free memory (prompt_window.py)."""
+        f16 elsewhere; workspace_bytes None follows from the free memory (prompt_window.py), and from what the model and
+        the threads need when they are known (with_workspace)."""
         if dtype not in DTYPES:
             raise SettingError(f"dtype={dtype}: allowed are {', '.join(DTYPES)}.")
         gpu.check_device(device)
@@ -118,6 +120,7 @@ class Settings:
             raise SettingError(f"threads={threads}: allowed are 1 to 1024.")
         if n_ctx is not None and not 1 <= n_ctx <= MOST_TOKENS:
             raise SettingError(f"n_ctx={n_ctx}: allowed are 1 to {MOST_TOKENS} tokens.")
+        is_workspace_given = workspace_bytes is not None
         if workspace_bytes is None:
             workspace_bytes = default_workspace_bytes(available_memory_bytes())
         if not 1 << 20 <= workspace_bytes <= MOST_WORKSPACE_BYTES:
@@ -136,6 +139,7 @@ class Settings:
             threads or physical_cores(),
             n_ctx,
             workspace_bytes,
+            is_workspace_given,
             mmap,
             isa,
             deterministic,
@@ -282,10 +286,11 @@ _FORCED_PATHS = {
 }
 
 
-def check_workspace(checkpoint: Checkpoint, settings: Settings, choice: Choice, n_ctx: int) -> None:
-    """SettingError where these threads cannot run the model over n_ctx tokens in the workspace."""
+def with_workspace(checkpoint: Checkpoint, settings: Settings, choice: Choice, n_ctx: int) -> Settings:
+    """The settings with a workspace in which these threads run the model over n_ctx tokens. SettingError where one that was
+    asked for is too small."""
     if choice.candidate.name != "native":  # the others take scratch as they need it
-        return
+        return settings
     from kvfold.backends.native import least_workspace_bytes
 
     least = least_workspace_bytes(
@@ -299,7 +304,9 @@ def check_workspace(checkpoint: Checkpoint, settings: Settings, choice: Choice, 
         fused=settings.fa is not Fa.UNFUSED,
         n_ctx=n_ctx,
     )
-    if settings.workspace_bytes < least:
+    if settings.workspace_bytes >= least:
+        return settings
+    if settings.is_workspace_given:
         needed_by, smaller = f"{settings.threads} threads", "fewer threads (-t)"
         if settings.fa is Fa.UNFUSED:
             needed_by += f" and the scores of {n_ctx} tokens"
@@ -308,6 +315,7 @@ def check_workspace(checkpoint: Checkpoint, settings: Settings, choice: Choice, 
             f"workspace={settings.workspace_bytes} bytes: {needed_by} need {least} with this model. Raise --workspace "
             f"(workspace_bytes), or use {smaller}."
         )
+    return replace(settings, workspace_bytes=least)
 
 
 def opened(model: str | os.PathLike[str] | None) -> Checkpoint:
@@ -337,7 +345,7 @@ def load(
     candidate = choice.candidate
     layout = cache_layout(config, settings)
     n_ctx = context_of(config, settings, choice)
-    check_workspace(checkpoint, settings, choice, n_ctx)
+    settings = with_workspace(checkpoint, settings, choice, n_ctx)
     notes: tuple[str, ...] = ()
     if n_ctx > config.max_position:
         notes = (f"n_ctx={n_ctx} is beyond the {config.max_position} tokens the model was made for.",)

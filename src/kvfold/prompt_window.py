@@ -2,7 +2,8 @@
 
 A window is as large as memory allows, because weights are read, and cached latents expanded, once a window:
 
-    workspace = free memory / 32, from 64 to 256 MiB               tiles of weights, keys and scores; --workspace
+    workspace = free memory / 32, from 64 to 256 MiB               tiles of weights, keys and scores; --workspace.
+                                                                   More where the threads and the context need it
     left      = free memory - weights - cache (n_ctx tokens) - workspace
     window    = min(left / 4, 2 GiB) / bytes of a row              at least 512 rows, whole pages; -b bounds it
 

@@ -420,6 +420,17 @@ def test_stored_scores_of_a_longer_context_need_more(path: Path) -> None:
         assert of_ctx[1 << 17] - of_ctx[1 << 16] == each << 16
 
 
+def test_a_workspace_nobody_asked_for_is_as_large_as_the_threads_need(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = needed_at_load(path)
+    monkeypatch.setattr("kvfold.load.default_workspace_bytes", lambda free: 1 << 20)
+    harness = native(path, threads=THREADS)
+    assert harness.loaded.settings.workspace_bytes == least
+    assert np.isfinite(harness.logits(ids(20))).all()
+    assert native(path, threads=2).loaded.settings.workspace_bytes == 1 << 20
+
+
 @pytest.mark.parametrize("mla", ["0", "1", "2"])
 def test_scores_that_do_not_fit_are_refused_before_the_step_runs(mla: str, path: Path) -> None:
     """fa=0 stores a row's scores: 26 kB for 6400 keys, with one member of the team or all."""

@@ -77,7 +77,7 @@ def test_help_shows_defaults_and_variables(kvfold: Kvfold) -> None:
     for shown in (
         "KVFOLD_CTX_SIZE",
         "KVFOLD_TEMP; default: 0.8",
-        "KVFOLD_WORKSPACE; default: (1/32 of the free memory, 64M to 256M)",
+        "KVFOLD_WORKSPACE; default: (1/32 of the free memory, 64M to 256M, or what the threads need)",
         "-ctk",
         "-mla",
     ):

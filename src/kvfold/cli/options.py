@@ -188,7 +188,7 @@ Workspace = Annotated[
         metavar="BYTES",
         parser=parse_size,
         envvar="KVFOLD_WORKSPACE",
-        show_default="1/32 of the free memory, 64M to 256M",
+        show_default="1/32 of the free memory, 64M to 256M, or what the threads need",
         help="Scratch memory of one step: bounds the expanded keys and the stored scores.",
     ),
 ]
