@@ -35,6 +35,12 @@ void softmax(float* scores, int64_t n) {
   for (int64_t e = 0; e < n; e++) scores[e] /= sum;
 }
 
+bool has_nan(const float* numbers, int64_t n) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < n; i++) found |= numbers[i] != numbers[i];
+  return found != 0;
+}
+
 float best_two(const float* scores, int64_t n) {
   float first = std::max(scores[0], scores[1]), second = std::min(scores[0], scores[1]);
   for (int64_t e = 2; e < n; e++) {
@@ -98,10 +104,15 @@ void route(const Machine& machine, int64_t rows, Matrix x, const Weight& weight,
           softmax(scores, num_experts);
         }
         for (int64_t e = 0; e < num_experts; e++) choice[e] = scores[e] + (correction ? correction[e] : 0.0f);
+        const bool is_spoiled = has_nan(choice, num_experts);
         if (routing.num_groups > 1) refuse_groups(choice, routing, ranks, kept, taken);
         int32_t* chosen = ids.ids(first + i);
         take_largest(choice, num_experts, routing.per_token, chosen, taken);
         float* out = weights.row(first + i);
+        if (is_spoiled) {
+          std::fill_n(out, routing.per_token, std::numeric_limits<float>::quiet_NaN());
+          continue;
+        }
         float sum = 1e-20f;
         for (int64_t k = 0; k < routing.per_token; k++) sum += out[k] = scores[chosen[k]];
         for (int64_t k = 0; k < routing.per_token; k++) {

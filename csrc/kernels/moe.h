@@ -23,7 +23,8 @@ struct Routing {
 };
 
 // x [rows, hidden], weight [E, hidden], bias [E] or null -> ids int32 [rows, k], weights [rows, k]. Equal
-// scores: the lower id. Scratch: route_floats. Shared: at least route_shared_floats.
+// scores: the lower id. NaN among a row's scores, the bias added: NaN weights, so no choice is made in
+// silence. Scratch: route_floats. Shared: at least route_shared_floats.
 void route(const Machine& machine, int64_t rows, Matrix x, const Weight& weight, const Weight* bias,
            const Routing& routing, Matrix ids, Matrix weights);
 int64_t route_floats(const Weight& weight, const Routing& routing);

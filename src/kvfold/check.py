@@ -609,13 +609,15 @@ def _routes(isa: str, threads: int) -> Iterator[Finding]:
 def routed(
     logits: NDArray[np.float64], bias: Floats | None, moe: MoeConfig
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The released rules (model/ops.py, `route`), equal scores by the lower index: ids [T, k] and weights [T, k]."""
+    """The released rules (model/ops.py, `route`), equal scores by the lower index: ids [T, k] and weights [T, k], NaN where a
+    score of the row is."""
     if moe.scoring is Scoring.SIGMOID:
         scores = 1 / (1 + np.exp(-logits))
     else:
         scores = np.exp(logits - logits.max(-1, keepdims=True))
         scores /= scores.sum(-1, keepdims=True)
     choice = scores if bias is None else scores + bias
+    spoiled = np.isnan(choice).any(-1)
     if moe.num_groups > 1:
         groups = choice.reshape(len(choice), moe.num_groups, -1)
         sums_two = moe.group_score is GroupScore.TOP2_SUM
@@ -628,6 +630,7 @@ def routed(
     weights = np.take_along_axis(scores, ids, axis=-1)
     if moe.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdims=True)
+    weights[spoiled] = np.nan
     return ids, weights * moe.routed_scaling_factor
 
 

@@ -340,6 +340,21 @@ def test_routing_is_the_released_rule(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["greedy", "group limited", "sigmoid with bias"])
+def test_a_row_with_nan_among_its_scores_has_no_weights(rule: str) -> None:
+    moe = moe_config(rule)
+    logits = np.random.default_rng(4).standard_normal((60, moe.num_experts)).astype(np.float32)
+    logits[5, 0], logits[9, -1], logits[11, 7] = np.nan, -np.nan, np.nan
+    for bias in (None, np.zeros((1, moe.num_experts), np.float32)) if moe.has_choice_bias else (None,):
+        ids, weights = routed(moe, logits, bias)
+        expected_ids, expected = check.routed(logits.astype(np.float64), bias, moe)
+        assert np.isnan(weights[[5, 9, 11]]).all() and np.isnan(expected[[5, 9, 11]]).all()
+        assert (ids >= 0).all() and (ids < moe.num_experts).all()
+        others = np.delete(np.arange(60), [5, 9, 11])
+        assert np.array_equal(ids[others], expected_ids[others])
+        assert np.abs(weights - expected)[others].max() <= 1e-6 * np.abs(expected[others]).max()
+
+
+@pytest.mark.parametrize("rule", ["greedy", "group limited", "sigmoid with bias"])
 def test_equal_scores_go_to_the_lower_expert(rule: str) -> None:
     moe = moe_config(rule)
     rng = np.random.default_rng(3)

@@ -45,6 +45,7 @@ def spoiled(path: Path, folder: Path, name: str, value: float) -> Path:
     [
         ("blk.1.ffn_norm.weight", np.nan, r"blk\.1\.ffn_norm: 1 of \d+ values are NaN in row 0"),
         ("blk.0.attn_norm.weight", np.inf, r"blk\.0\.attn_norm: 1 of \d+ values are infinite in row 0"),
+        ("blk.1.exp_probs_b.bias", np.nan, r"blk\.1\.route: (\d+) of \1 values are NaN in row 0"),
         ("output_norm.weight", np.nan, r"output_norm: 1 of \d+ values are NaN in row 0"),
     ],
 )
@@ -54,6 +55,13 @@ def test_the_op_that_made_it_is_named(weight: str, value: float, sentence: str, 
         with pytest.raises(NumericsError, match=sentence):
             native(path, mla=mla, check_numerics=True).logits(IDS)
     assert not np.isfinite(native(path).logits(IDS)).all(), "off, it is not looked for"
+
+
+@pytest.mark.parametrize("backend", ["native", "plain"])
+def test_a_router_that_compares_with_nan_answers_with_nan(backend: str, tmp_path: Path) -> None:
+    """A bias only chooses: its NaN reaches no weight by itself, and an expert would be gone in silence."""
+    path = spoiled(model(tmp_path), tmp_path, "blk.1.exp_probs_b.bias", np.nan)
+    assert np.isnan(Harness(path, backend=backend).logits(IDS)).all()
 
 
 @pytest.mark.parametrize("mla", ["0", "1", "2", "3"])

@@ -251,6 +251,7 @@ class PlainOps:
         scores = logits.softmax(-1) if moe.scoring is Scoring.SOFTMAX else logits.sigmoid()
         choice = scores if bias is None else scores + self._matrix(bias).reshape(1, -1)
         self._done(f"{name}.choice", choice)
+        is_spoiled = choice.isnan().any(-1, keepdim=True)
         if moe.num_groups > 1:
             groups = choice.view(len(x), moe.num_groups, -1)
             if moe.group_score is GroupScore.TOP2_SUM:
@@ -264,7 +265,7 @@ class PlainOps:
         weights = scores.gather(1, ids)
         if moe.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        weights = weights * moe.routed_scaling_factor
+        weights = (weights * moe.routed_scaling_factor).masked_fill(is_spoiled, math.nan)
         return ids, self._done(name, weights)
 
     def experts(

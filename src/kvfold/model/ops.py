@@ -26,7 +26,8 @@ class Ops(AttentionOps[V], Protocol[V]):
         """x + y."""
 
     def route(self, name: str, x: V, weight: str, bias: str | None, moe: MoeConfig) -> tuple[V, V]:
-        """Expert ids int32 [T, k] and their weights float32 [T, k] by the model's routing rule."""
+        """Expert ids int32 [T, k] and their weights float32 [T, k] by the model's routing rule. On the CPU, NaN among the
+        scores that a row chooses by makes its weights NaN."""
 
     def experts(
         self,
