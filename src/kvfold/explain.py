@@ -329,7 +329,7 @@ def plan_report(checkpoint: Checkpoint, settings: Settings, *, batch_rows: int |
         free_bytes = None
         n_ctx = settings.n_ctx or default_context(config, cache_layout(config, settings))
     else:
-        free_bytes = available_memory_bytes() if own_memory is None else own_memory(choice.needs.device)
+        free_bytes = available_memory_bytes() if own_memory is None else choice.free_bytes
         n_ctx = context_of(config, settings, choice)
     too_small = ""
     if choice is not None:

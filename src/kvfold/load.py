@@ -273,9 +273,8 @@ def context_of(config: ModelConfig, settings: Settings, choice: Choice) -> int:
     """Tokens that the cache holds: n_ctx, or the model's own context as far as the memory of the backend allows."""
     if settings.n_ctx is not None:
         return settings.n_ctx
-    free_bytes, room = choice.candidate.free_bytes, choice.needs.room
-    if free_bytes is not None and room is not None:
-        return min(config.max_position, room.tokens_in(free_bytes(choice.needs.device)))
+    if choice.free_bytes is not None and choice.needs.room is not None:
+        return min(config.max_position, choice.needs.room.tokens_in(choice.free_bytes))
     return default_context(config, cache_layout(config, settings))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,22 @@ def test_a_reason_names_what_is_missing(
         LLM(device=device)
 
 
-class FakeLibrary:
-    """libcuda.so.1 as ctypes would load it: `fails` are the codes that functions return instead of 0."""
+CONTEXT_BYTES = 549 << 20  # an H200's
 
-    def __init__(self, gpus: list[gpu.Gpu], version: int = 13000, **fails: int) -> None:
-        self.gpus, self.version, self.fails = gpus, version, fails
+
+class FakeLibrary:
+    """libcuda.so.1 as ctypes would load it: `fails` are the codes that functions return instead of 0.
+
+    free:    bytes of each GPU where nobody has a context
+    holders: of each GPU's primary context, those who have retained it; without any it takes no memory
+    asked:   GPUs that had a context at some time
+    """
+
+    def __init__(self, gpus: list[gpu.Gpu], version: int = 13000, free: Sequence[int] = (), **fails: int) -> None:
+        self.gpus, self.version, self.free, self.fails = gpus, version, free, fails
+        self.holders = [0] * len(gpus)
+        self.asked: set[int] = set()
+        self.current: list[int] = []
 
     def __getattr__(self, function: str) -> Any:
         return lambda *arguments: self.fails.get(function) or getattr(self, f"_{function}")(*arguments) or 0
@@ -76,8 +89,40 @@ class FakeLibrary:
         values = {13: of.clock_khz, 16: of.num_multiprocessors, 36: memory_khz, 37: bus, 75: major, 76: minor}
         out._obj.value = values[attribute]
 
+    def _cuDevicePrimaryCtxRetain(self, out: Any, device: Any) -> None:
+        self.holders[device.value] += 1
+        self.asked.add(device.value)
+        out._obj.value = 1 + device.value
+
+    def _cuDevicePrimaryCtxRelease_v2(self, device: Any) -> None:
+        self.holders[device.value] -= 1
+
+    def _cuCtxPushCurrent_v2(self, context: Any) -> None:
+        self.current.append(context.value - 1)
+
+    def _cuCtxPopCurrent_v2(self, out: Any) -> None:
+        out._obj.value = 1 + self.current.pop()
+
+    def _cuMemGetInfo_v2(self, free: Any, total: Any) -> None:
+        free._obj.value = self.free[self.current[-1]] - CONTEXT_BYTES
+        total._obj.value = self.gpus[self.current[-1]].total_bytes
+
     def _cuGetErrorName(self, error: int, out: Any) -> None:
-        out._obj.value = {803: b"CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"}.get(error)
+        names = {46: b"CUDA_ERROR_DEVICE_UNAVAILABLE", 803: b"CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"}
+        out._obj.value = names.get(error)
+
+
+def serve(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is this machine's, with a torch that can use it but may not be asked."""
+    import torch
+
+    monkeypatch.setattr(gpu, "_library", lambda: library)
+    monkeypatch.setattr(gpu, "driver", cache(gpu.driver.__wrapped__))
+    monkeypatch.setattr(gpu, "_version", lambda name: "")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("its context would stay"))
 
 
 @pytest.mark.parametrize(
@@ -119,23 +164,43 @@ def test_a_package_that_is_too_old_is_named_with_the_one_needed(
         LLM(device="cuda")
 
 
-@pytest.mark.parametrize("kind", ["RuntimeError", "DeferredCudaCallError"])
-def test_a_gpu_that_takes_no_work_says_so(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
+@pytest.mark.parametrize("function", ["cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2", "cuMemGetInfo_v2"])
+def test_a_gpu_that_takes_no_work_says_so(function: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = FakeLibrary([HOPPER], free=[16 << 30], **{function: 46})
+    serve(library, monkeypatch)
+    checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
+    report = plan_report(checkpoint, Settings.parse(n_ctx=64), batch_rows=None)
+    said = "NVIDIA H200 takes no work: CUDA_ERROR_DEVICE_UNAVAILABLE (46). Ask nvidia-smi, or use device=cpu"
+    assert (report.backend.name, report.backend.refused) == ("native", (("cuda", (said,)),))
+    assert (library.holders, library.current) == ([0], [])
 
-    error = {"RuntimeError": RuntimeError, "DeferredCudaCallError": torch.cuda.DeferredCudaCallError}[kind]
+
+def test_gpus_that_are_looked_at_keep_no_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without room in any of them all are looked at, and the CPU computes."""
+    library = FakeLibrary([HOPPER, HOPPER], free=[1 << 30, 2 << 30])
+    serve(library, monkeypatch)
+    checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
+    assert plan_report(checkpoint, Settings.parse(n_ctx=64), batch_rows=None).backend.name == "native"
+    assert (library.asked, library.holders, library.current) == ({0, 1}, [0, 0], [])
+
+
+def test_a_context_that_somebody_has_stays_his(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = FakeLibrary([HOPPER, HOPPER], free=[16 << 30, 8 << 30])
+    library.holders[1], library.current = 1, [0]
+    serve(library, monkeypatch)
+    assert gpu.free_bytes("cuda:1") == (8 << 30) - CONTEXT_BYTES
+    assert (library.holders, library.current) == ([0, 1], [0])
+
+
+def test_a_gpu_is_asked_once_for_its_free_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second answer may be less: the context it was chosen for would no longer fit."""
+    answers = iter([4 << 30])
     monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER,)))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-    def refuse(index: int) -> tuple[int, int]:
-        raise error("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might")
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
-    assert gpu.refusals("cuda") == [
-        "NVIDIA H200 takes no work: CUDA error: all CUDA-capable devices are busy or unavailable. Ask nvidia-smi, "
-        "or use device=cpu"
-    ]
+    monkeypatch.setattr(gpu, "refusals", lambda device: [])
+    monkeypatch.setattr(gpu, "free_bytes", lambda device: next(answers))
+    checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
+    report = plan_report(checkpoint, Settings.parse(), batch_rows=None)
+    assert (report.backend.name, report.memory.free_bytes) == ("cuda", 4 << 30)
 
 
 @pytest.mark.parametrize(
@@ -183,38 +248,26 @@ def test_a_torch_that_cannot_use_the_driver_says_which_it_was_built_for(monkeypa
 
 
 @pytest.fixture
-def old_card_first(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A T4 as GPU 0 and an H200 as GPU 1, which has 16 GiB free. Returns the GPUs that torch is asked about."""
-    import torch
-
-    asked: list[int] = []
-
-    def free_and_total(index: int) -> tuple[int, int]:
-        asked.append(index)
-        return 16 << 30, 141 << 30
-
-    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (TURING, HOPPER)))
-    monkeypatch.setattr(gpu, "_version", lambda name: "")
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_total)
-    return asked
+def old_card_first(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    """A T4 as GPU 0 and an H200 as GPU 1, which has 16 GiB free beside a context."""
+    library = FakeLibrary([TURING, HOPPER], free=[16 << 30, (16 << 30) + CONTEXT_BYTES])
+    serve(library, monkeypatch)
+    return library
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
-def test_a_card_too_old_in_front_is_passed_over(device: str, old_card_first: list[int], tmp_path: Path) -> None:
+def test_a_card_too_old_in_front_is_passed_over(device: str, old_card_first: FakeLibrary, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
     report = plan_report(checkpoint, Settings.parse(device=device, n_ctx=64), batch_rows=None)
     assert (report.backend.name, report.memory.cache_type) == ("cuda", "bf16")
     assert "(H200 profile, measured)" in report.phases[0].reason
     assert report.memory.free_bytes == 16 << 30
-    assert set(old_card_first) == {1}
+    assert old_card_first.asked == {1}
 
 
-def test_a_card_asked_for_by_number_is_not_passed_over(old_card_first: list[int]) -> None:
+def test_a_card_asked_for_by_number_is_not_passed_over(old_card_first: FakeLibrary) -> None:
     assert "Tesla T4 has compute capability 7.5" in gpu.refusals("cuda:0")[0]
-    assert old_card_first == []
+    assert old_card_first.asked == set()
 
 
 @pytest.fixture

@@ -145,7 +145,8 @@ class Machine:
 class Candidate:
     """devices:       those that a setting may mean there, in order; the first that is not refused serves
     shuns:         why it does not run where nobody asked for it by name, though it could
-    free_bytes:    of the memory of its own that holds weights and cache, by device; None: it uses the system's
+    free_bytes:    of the memory of its own that holds weights and cache, by device that it does not refuse; raises
+                   TakesNoWork. None: it uses the system's
     weight_bytes:  of a weight, by its name and the setting dtype, where the backend keeps it
     moves_weights: its backend is one of MovesWeights
     memory_types:  types that weights of a program had better have in memory where they are copied, by name
@@ -165,11 +166,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """needs: what was chosen for, on the device that serves. profile: what the plan knows of the machine under them."""
+    """needs: what was chosen for, on the device that serves. profile: what the plan knows of the machine under them.
+    free_bytes: those the candidate had there, by which it was chosen; None: it uses the system's memory."""
 
     candidate: Candidate
     needs: Needs
     profile: MachineProfile
+    free_bytes: int | None
     reason: str
     refused: tuple[tuple[str, tuple[str, ...]], ...]  # (name, reasons) of those that were passed over
 
@@ -177,11 +180,7 @@ class Choice:
 def _cuda_refusals(needs: Needs) -> list[str]:
     if needs.device == "cpu":
         return ["device=cpu was asked for"]
-    reasons = gpu.refusals(needs.device)
-    reasons += needs.native.refusals
-    if not reasons and needs.room is not None:
-        reasons += _room_refusals(needs.room, gpu.free_bytes(needs.device))
-    return reasons
+    return gpu.refusals(needs.device) + needs.native.refusals
 
 
 def _cuda_profile(needs: Needs) -> MachineProfile:
@@ -380,6 +379,14 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
             reasons = candidate.refusals(there)
             if requested == "auto":
                 reasons += candidate.shuns(there)
+            free_bytes = None
+            if not reasons and candidate.free_bytes is not None:
+                try:
+                    free_bytes = candidate.free_bytes(device)
+                except gpu.TakesNoWork as error:
+                    reasons.append(str(error))
+            if free_bytes is not None and needs.room is not None:
+                reasons += _room_refusals(needs.room, free_bytes)
             if not reasons:
                 serves = there
                 break
@@ -388,7 +395,7 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
             refused.append((candidate.name if where == devices else f"{candidate.name} on {', '.join(where)}", why))
         if serves is not None:
             reason = "requested" if requested != "auto" else "the first that runs this model"
-            return Choice(candidate, serves, candidate.profile(serves), reason, tuple(refused))
+            return Choice(candidate, serves, candidate.profile(serves), free_bytes, reason, tuple(refused))
     sentence = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused)
     error = MissingExtra if any("pip install" in r for _, reasons in refused for r in reasons) else SettingError
     raise error(f"No backend can run this model: {sentence}.")
