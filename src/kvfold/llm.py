@@ -84,7 +84,7 @@ class LLM:
                 elsewhere
     backend:    "auto", "cuda", "native" or "plain"
     device:     "cpu", "cuda" or "cuda:N"; "cuda" is the first GPU of compute capability 8.0 or newer that has room for the
-                model, "auto" is that GPU, else the CPU
+                model and its context, else the one with most room; "auto" is that GPU, else the CPU
     n_ctx:      tokens the cache holds, all concurrent requests together; None: the model's context, or what fits
     batch_rows: prompt rows in one step; None: the whole prompt, or as many as memory allows
     workspace_bytes: scratch memory of a step; None: from the free memory, 64 to 256 MiB, or what the threads need

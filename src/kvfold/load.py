@@ -249,7 +249,8 @@ def needs_of(checkpoint: Checkpoint, settings: Settings) -> Needs:
     )
     weights = checkpoint.tensors
     weight_bytes = sum(gpu_weights.device_bytes(name, weight, settings.dtype) for name, weight in weights.items())
-    room = Room(weight_bytes, settings.workspace_bytes, per_token, settings.n_ctx, smaller)
+    wanted, least = settings.n_ctx or checkpoint.config.max_position, settings.n_ctx or PAGE_TOKENS
+    room = Room(weight_bytes, settings.workspace_bytes, per_token, wanted, least, smaller)
     types = types_of(checkpoint.tensors.values())
     return Needs(types, settings.dtype, settings.device, settings.cache_type, room, settings.native)
 
@@ -273,8 +274,8 @@ def context_of(config: ModelConfig, settings: Settings, choice: Choice) -> int:
     """Tokens that the cache holds: n_ctx, or the model's own context as far as the memory of the backend allows."""
     if settings.n_ctx is not None:
         return settings.n_ctx
-    if choice.free_bytes is not None and choice.needs.room is not None:
-        return min(config.max_position, choice.needs.room.tokens_in(choice.free_bytes))
+    if choice.free_bytes is not None and (room := choice.needs.room) is not None:
+        return min(room.wanted_tokens, room.tokens_in(choice.free_bytes))
     return default_context(config, cache_layout(config, settings))
 
 

@@ -14,11 +14,11 @@ import pytest
 from kit.tiny_models import tiny_model, write_gguf
 from kvfold import LLM
 from kvfold.backends import choose, gpu, gpu_rates
-from kvfold.backends.choose import Backend, Machine, Room
+from kvfold.backends.choose import GPU_RESERVE_BYTES, Backend, Machine, Room
 from kvfold.errors import KvfoldError, MissingExtra, SettingError, install_extra
 from kvfold.explain import plan_report
-from kvfold.formats.checkpoint import open_checkpoint
-from kvfold.load import GPU_WINDOW_ROWS, Settings
+from kvfold.formats.checkpoint import Checkpoint, open_checkpoint
+from kvfold.load import GPU_WINDOW_ROWS, Settings, needs_of
 
 HOPPER = gpu_rates.H200
 TURING = gpu.Gpu("Tesla T4", (7, 5), 16 << 30, 40, 1_590_000, 320.064)
@@ -320,6 +320,56 @@ def test_where_no_card_has_room_auto_is_the_cpu_and_cuda_refuses(
     assert report.backend.refused == (("cuda", ("profile is for backend native, on device=cpu",)),)
 
 
+def free_for_tokens(checkpoint: Checkpoint, *tokens: int) -> dict[int, int]:
+    """Free bytes of GPUs that hold the model and so many tokens each."""
+    room = needs_of(checkpoint, Settings.parse()).room
+    assert room is not None
+    without = room.weight_bytes + room.scratch_bytes + GPU_RESERVE_BYTES
+    return {gpu: without + count * room.bytes_per_token for gpu, count in enumerate(tokens)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n_ctx", "serves"),
+    [
+        ((64, 1 << 20), None, "cuda:1"),
+        ((64, 1 << 20), 64, "cuda:0"),
+        ((64, 1 << 20), 128, "cuda:1"),
+        ((64, 256, 128), None, "cuda:1"),
+        ((128, 128), None, "cuda:0"),
+        ((0, 64), None, "cuda:1"),
+        ((1 << 20, 1 << 21), None, "cuda:0"),
+    ],
+)
+def test_the_first_card_with_room_for_the_whole_context_serves_else_the_one_with_most(
+    tokens: tuple[int, ...], n_ctx: int | None, serves: str, full_card_first: dict[int, int], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
+    full_card_first.update(free_for_tokens(checkpoint, *tokens))
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER,) * len(tokens)))
+    report = plan_report(checkpoint, Settings.parse(n_ctx=n_ctx), batch_rows=None)
+    held = tokens[int(serves.removeprefix("cuda:"))]
+    assert report.weight_place == f"in the memory of {serves}"
+    assert report.n_ctx == (n_ctx or min(held, checkpoint.config.max_position))
+
+
+def test_a_plan_says_why_a_card_with_less_room_is_passed_over(
+    full_card_first: dict[int, int], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
+    own = checkpoint.config.max_position
+    for more, held in ((192, 192), (1 << 20, own)):
+        full_card_first.update(free_for_tokens(checkpoint, 64, more))
+        ((name, (reason,)),) = plan_report(checkpoint, Settings.parse(), batch_rows=None).backend.refused
+        assert (name, reason) == (
+            "cuda on cuda:0",
+            f"of the model's own {own} tokens 64 fit the {full_card_first[0] / 1e9:.3g} GB of GPU memory that are free, "
+            f"{held} fit cuda:1",
+        )
+    report = plan_report(checkpoint, Settings.parse(device="cuda:0"), batch_rows=None)
+    assert (report.weight_place, report.n_ctx) == ("in the memory of cuda:0", 64)
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda1"])
 def test_a_device_of_another_name_lists_the_allowed_ones(device: str) -> None:
     with pytest.raises(SettingError, match=f"device={device}: allowed are auto, cpu, cuda, cuda:0"):
@@ -327,14 +377,13 @@ def test_a_device_of_another_name_lists_the_allowed_ones(device: str) -> None:
 
 
 def test_too_little_memory_says_what_would_fit() -> None:
-    room = Room(weight_bytes=6 << 30, workspace_bytes=1 << 30, bytes_per_token=1 << 20, n_ctx=4096)
-    assert choose._room_refusals(room, 16 << 30) == []
-    assert "of n_ctx=4096 tokens 1024 fit" in choose._room_refusals(room, 11 << 30)[0]
+    room = Room(6 << 30, workspace_bytes=1 << 30, bytes_per_token=1 << 20, wanted_tokens=4096, least_tokens=4096)
+    assert "of n_ctx=4096 tokens 1024 fit" in choose._shortage(room, 11 << 30, None)
     smaller = dataclasses.replace(room, smaller=(("q8_0", 1 << 19),))
-    assert choose._room_refusals(smaller, 11 << 30)[0].endswith("that are free, 2048 with cache_type=q8_0")
+    assert choose._shortage(smaller, 11 << 30, None).endswith("that are free, 2048 with cache_type=q8_0")
     # 10 GiB: 2 are reserved, 2 are workspaces, 64 MiB the smallest cache
-    assert choose._room_refusals(room, 10 << 30)[0].endswith("at most 6.38 GB fits, or use device=cpu")
-    assert "no model fits" in choose._room_refusals(room, 2 << 30)[0]
+    assert choose._shortage(room, 10 << 30, None).endswith("at most 6.38 GB fits, or use device=cpu")
+    assert "no model fits" in choose._shortage(room, 2 << 30, None)
 
 
 def test_auto_without_a_gpu_is_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

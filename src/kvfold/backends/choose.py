@@ -69,13 +69,18 @@ class NativeOptions:
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes a model takes under its settings, in the memory of a GPU. n_ctx: tokens of the cache; None: as many as fit.
-    smaller: cache types that take fewer bytes a token, and those bytes."""
+    """Bytes a model takes under its settings, in the memory of a GPU.
+
+    wanted_tokens: of the cache: n_ctx, or the model's own context where nobody set it
+    least_tokens:  with fewer it does not run: n_ctx, or a page
+    smaller:       cache types that take fewer bytes a token, and those bytes
+    """
 
     weight_bytes: int
     workspace_bytes: int
     bytes_per_token: int
-    n_ctx: int | None
+    wanted_tokens: int
+    least_tokens: int
     smaller: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -143,7 +148,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Candidate:
-    """devices:       those that a setting may mean there, in order; the first that is not refused serves
+    """devices:       those that a setting may mean there, in order; the first with room for all that is wanted serves, else
+                   the one with most room
     shuns:         why it does not run where nobody asked for it by name, though it could
     free_bytes:    of the memory of its own that holds weights and cache, by device that it does not refuse; raises
                    TakesNoWork. None: it uses the system's
@@ -192,26 +198,27 @@ def _cuda_free_bytes(device: str) -> int:
     return gpu.free_bytes(device)
 
 
-def _room_refusals(room: Room, free_bytes: int) -> list[str]:
-    """Why this much GPU memory is too little, with what would fit."""
+def _shortage(room: Room, free_bytes: int, serves: _Device | None) -> str:
+    """Why this much GPU memory is too little, with what would fit, or with the device that has more."""
     fits = room.tokens_in(free_bytes)
-    if fits >= (PAGE_TOKENS if room.n_ctx is None else room.n_ctx):
-        return []
-    if fits >= PAGE_TOKENS:
-        others = "".join(
+    if fits < PAGE_TOKENS:
+        needed = room.weight_bytes + room.scratch_bytes + GPU_RESERVE_BYTES
+        largest = free_bytes - room.scratch_bytes - GPU_RESERVE_BYTES - room.bytes_per_token * PAGE_TOKENS
+        would = f"a type of the model of at most {largest / 1e9:.3g} GB fits" if largest > 0 else "no model fits"
+        return (
+            f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory and {free_bytes / 1e9:.3g} GB are free: "
+            f"{would}{gpu.OR_CPU}"
+        )
+    is_refused = fits < room.least_tokens
+    asked = f"n_ctx={room.least_tokens} tokens" if is_refused else f"the model's own {room.wanted_tokens} tokens"
+    sentence = f"of {asked} {fits} fit the {free_bytes / 1e9:.3g} GB of GPU memory that are free"
+    if is_refused:
+        return sentence + "".join(
             f", {room.tokens_in(free_bytes, bytes_per_token)} with cache_type={name}"
             for name, bytes_per_token in room.smaller
         )
-        return [
-            f"of n_ctx={room.n_ctx} tokens {fits} fit the {free_bytes / 1e9:.3g} GB of GPU memory that are free{others}"
-        ]
-    needed = room.weight_bytes + room.scratch_bytes + GPU_RESERVE_BYTES
-    largest = free_bytes - room.scratch_bytes - GPU_RESERVE_BYTES - room.bytes_per_token * PAGE_TOKENS
-    serves = f"a type of the model of at most {largest / 1e9:.3g} GB fits" if largest > 0 else "no model fits"
-    return [
-        f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory and {free_bytes / 1e9:.3g} GB are free: "
-        f"{serves}{gpu.OR_CPU}"
-    ]
+    assert serves is not None and serves.free_bytes is not None
+    return f"{sentence}, {min(room.wanted_tokens, room.tokens_in(serves.free_bytes))} fit {serves.name}"
 
 
 def _cuda_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machine: Machine) -> Backend:
@@ -371,34 +378,69 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
     for candidate in CANDIDATES:
         if requested not in ("auto", candidate.name):
             continue
-        devices = candidate.devices(needs.device)
-        passed_over: dict[tuple[str, ...], list[str]] = {}  # devices by reasons, which are often the same
-        serves = None
-        for device in devices:
-            there = replace(needs, device=device)
-            reasons = candidate.refusals(there)
-            if requested == "auto":
-                reasons += candidate.shuns(there)
-            free_bytes = None
-            if not reasons and candidate.free_bytes is not None:
-                try:
-                    free_bytes = candidate.free_bytes(device)
-                except gpu.TakesNoWork as error:
-                    reasons.append(str(error))
-            if free_bytes is not None and needs.room is not None:
-                reasons += _room_refusals(needs.room, free_bytes)
-            if not reasons:
-                serves = there
-                break
-            passed_over.setdefault(tuple(reasons), []).append(device)
-        for why, where in passed_over.items():
-            refused.append((candidate.name if where == devices else f"{candidate.name} on {', '.join(where)}", why))
-        if serves is not None:
+        looked = _look(candidate, needs, is_requested=requested != "auto")
+        refused += looked.refused
+        if looked.serves is not None:
+            there = replace(needs, device=looked.serves.name)
             reason = "requested" if requested != "auto" else "the first that runs this model"
-            return Choice(candidate, serves, candidate.profile(serves), free_bytes, reason, tuple(refused))
+            profile = candidate.profile(there)
+            return Choice(candidate, there, profile, looked.serves.free_bytes, reason, tuple(refused))
     sentence = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused)
     error = MissingExtra if any("pip install" in r for _, reasons in refused for r in reasons) else SettingError
     raise error(f"No backend can run this model: {sentence}.")
+
+
+@dataclass(frozen=True)
+class _Device:
+    """free_bytes: of the memory of its own that holds weights and cache; None: it uses the system's."""
+
+    name: str
+    free_bytes: int | None
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """The device of a candidate that serves, None where none does, and why those that were looked at do not."""
+
+    serves: _Device | None
+    refused: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def _look(candidate: Candidate, needs: Needs, *, is_requested: bool) -> _Looked:
+    """Asks the candidate's devices in turn, until one has room for all that is wanted."""
+    devices, room = candidate.devices(needs.device), needs.room
+    passed_over: dict[tuple[str, ...], list[str]] = {}  # devices by reasons, which are often the same
+    short: dict[str, int] = {}  # of devices without room for all of it, their free bytes
+    serves = None
+    for name in devices:
+        there = replace(needs, device=name)
+        reasons = candidate.refusals(there) + ([] if is_requested else candidate.shuns(there))
+        free_bytes = None
+        if not reasons and candidate.free_bytes is not None:
+            try:
+                free_bytes = candidate.free_bytes(name)
+            except gpu.TakesNoWork as error:
+                reasons = [str(error)]
+        if reasons:
+            passed_over.setdefault(tuple(reasons), []).append(name)
+        elif room is None or free_bytes is None or room.tokens_in(free_bytes) >= room.wanted_tokens:
+            serves = _Device(name, free_bytes)
+            break
+        else:
+            short[name] = free_bytes
+    if room is not None and short:
+        most = max(short, key=lambda name: room.tokens_in(short[name]))  # the first of equals
+        if serves is None and room.tokens_in(short[most]) >= room.least_tokens:
+            serves = _Device(most, short.pop(most))
+        for name, free_bytes in short.items():
+            passed_over.setdefault((_shortage(room, free_bytes, serves),), []).append(name)
+    return _Looked(
+        serves,
+        tuple(
+            (candidate.name if where == devices else f"{candidate.name} on {', '.join(where)}", why)
+            for why, where in passed_over.items()
+        ),
+    )
 
 
 def stored_bytes(weight: Weight) -> int:

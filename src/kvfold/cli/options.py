@@ -92,7 +92,7 @@ Context = Annotated[
         metavar="SIZE",
         parser=parse_size,
         envvar="KVFOLD_CTX_SIZE",
-        show_default="0: the model's own context, or what fits a quarter of the free memory",
+        show_default="0: the model's own context, or what fits a quarter of the free memory (of a GPU's: all)",
         help="Tokens that the cache holds.",
     ),
 ]
@@ -177,8 +177,8 @@ Device = Annotated[
         "-dev",
         metavar="auto|cpu|cuda|cuda:N",
         envvar="KVFOLD_DEVICE",
-        help="Where it computes. cuda: the first GPU of compute capability 8.0 or newer that has room for the model. auto: "
-        "that GPU, else the CPU.",
+        help="Where it computes. cuda: the first GPU of compute capability 8.0 or newer that has room for the model and its "
+        "context (-c), else the one with most room. auto: that GPU, else the CPU.",
     ),
 ]
 Workspace = Annotated[
