@@ -166,6 +166,23 @@ def test_a_prompt_or_a_model_behind_fa_is_not_its_value(
     assert said.endswith("in front of -fa or behind its value: -fa 1 'Once upon'")
 
 
+@pytest.mark.parametrize("value", ["true", "True", "yes", "2", "-1"])
+@pytest.mark.parametrize("verb", ["run", "plan", "bench"])
+def test_a_word_behind_fa_that_is_no_value_is_no_prompt_either(kvfold: Kvfold, verb: str, value: str) -> None:
+    written = [f"--fa={value}"] if value.startswith("-") else ["-fa", value]
+    done = kvfold(verb, *written, stdin=b"never read")
+    assert (done.code, done.out) == (2, "")
+    said = " ".join(done.err.split())
+    assert "Invalid value for '--fa'" in said
+    assert said.endswith(f"{value!r} is none of its values: allowed are auto, 0, 1, off, on.")
+
+
+def test_bench_names_the_option_whose_list_has_a_wrong_item(kvfold: Kvfold) -> None:
+    done = kvfold("bench", "-b", "512,0")
+    assert (done.code, done.out) == (2, "")
+    assert "Invalid value for '--batch-size': at least 1 is expected." in done.err
+
+
 def test_fa_has_the_engines_values() -> None:
     assert set(FA_VALUES.values()) == {value.value for value in Fa}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -24,6 +24,8 @@ from kvfold.cli.options import (
 from kvfold.cli.terminal import ByteProgress, note, print_json, report
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvfold.bench.sweep import Variant
     from kvfold.formats.checkpoint import Checkpoint
 
@@ -32,6 +34,8 @@ class Format(Enum):
     MD = "md"
     JSON = "json"
 
+
+T = TypeVar("T")
 
 # Lists, as llama-bench takes them: parted by commas, and an option may be given several times.
 Words = list[str] | None
@@ -211,14 +215,20 @@ def bench(
     def items(words: Words, default: str) -> list[str]:
         return [item for word in words or [default] for item in word.split(",")]
 
+    def parsed(parse: Callable[[str], T], option: str, words: list[str]) -> list[T]:
+        try:
+            return [parse(word) for word in words]
+        except typer.BadParameter as error:
+            raise typer.BadParameter(error.message, param_hint=repr(option)) from None
+
     cases = cases_of(counts(n_prompt, 512), counts(n_gen, 128), counts(n_depth, 0))
     chosen = variants(
         cases,
         mla=items(mla, "auto"),
-        fa=[parse_fa_option(item) for item in items(fa, "auto")],
+        fa=parsed(parse_fa_option, "--fa", items(fa, "auto")),
         cache_type=items(cache_type, "auto"),
         threads=list(counts(threads, 0)) if threads else [None],
-        batch_rows=[parse_count(item) for item in items(batch_size, "")] if batch_size else [None],
+        batch_rows=parsed(parse_count, "--batch-size", items(batch_size, "")) if batch_size else [None],
         dtype=dtype,
         backend=backend,
         device=device,

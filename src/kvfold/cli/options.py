@@ -15,6 +15,7 @@ import typer
 FA_FLAGS = ("--fa", "-fa", "--flash-attn")
 FA_VALUES = {"auto": "auto", "0": "0", "1": "1", "off": "0", "on": "1"}  # llama.cpp writes off and on
 
+_WORD = re.compile(r"[\w-]*")
 _SIZE = re.compile(r"(\d+)([KMG]?)", re.IGNORECASE)
 _SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -41,14 +42,14 @@ def parse_limit(value: str | int) -> int:
 
 
 def parse_fa_option(value: str) -> str:
-    """auto, 0 or 1. Looked at before anything else is read: the word behind an -fa that was to stand alone is a prompt or a
-    model, which would be missed somewhere else."""
+    """auto, 0 or 1. Looked at before anything else is read: what stands behind an -fa that was to stand alone is a prompt or
+    a model, which would be missed somewhere else. A single word such as "true" is meant as the value."""
     known = FA_VALUES.get(value.lower())
     if known is None:
-        raise typer.BadParameter(
-            f"{value!r} is none of its values: allowed are {', '.join(FA_VALUES)}. A prompt or a model goes in front of -fa "
-            f"or behind its value: -fa 1 {shlex.quote(value)}"
-        )
+        sentence = f"{value!r} is none of its values: allowed are {', '.join(FA_VALUES)}."
+        if not _WORD.fullmatch(value):
+            sentence += f" A prompt or a model goes in front of -fa or behind its value: -fa 1 {shlex.quote(value)}"
+        raise typer.BadParameter(sentence)
     return known
 
 
