@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -450,31 +451,76 @@ def measure(batch: Batch, label: str, keys: int, form: decode.Form | None, peer:
     return row
 
 
-def main() -> int:
+def count(text: str) -> int:
+    """At least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1 is expected")
+    return number
+
+
+def file_to_write(text: str) -> Path:
+    """Refused before the first measurement, not when its result is to be written."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} is no folder")
+    return path
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line. Ends with code 2 for what cannot be measured; `shapes` are those of `time`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check").add_argument("kind", choices=["few", "many", "triton", "prefill"])
     sweep, prompts, timing = (commands.add_parser(name) for name in ("sweep", "prefill", "time"))
-    sweep.add_argument("--heads", type=int, nargs="+", default=[16, 128])
-    sweep.add_argument("--out", type=Path, required=True)
-    prompts.add_argument("--out", type=Path, required=True)
+    sweep.add_argument("--heads", type=count, nargs="+", default=[16, 128])
+    sweep.add_argument("--out", type=file_to_write, required=True)
+    prompts.add_argument("--out", type=file_to_write, required=True)
     prompts.add_argument("--fa3", type=Path, help="library that registers torch.ops.flash_attn_3, run in turn")
     for parser_of_rows in (prompts, timing):
         parser_of_rows.add_argument(
             "--no-limits", action="store_true", help="do not measure the card's ceilings first"
         )
-    timing.add_argument("--heads", type=int, nargs="+", default=[16, 128])
-    timing.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64, 128])
-    timing.add_argument("--keys", type=int, nargs="+", default=[1024, 4096, 8192, 16384, 32768, 65536])
-    timing.add_argument("--s-q", type=int, nargs="+", default=[1])
+    timing.add_argument("--heads", type=count, nargs="+", default=[16, 128])
+    timing.add_argument("--batches", type=count, nargs="+", default=[1, 4, 16, 64, 128])
+    timing.add_argument("--keys", type=count, nargs="+", default=[1024, 4096, 8192, 16384, 32768, 65536])
+    timing.add_argument("--s-q", type=count, nargs="+", default=[1])
     timing.add_argument("--form", choices=["triton", "gluon"])
     timing.add_argument("--blocks", choices=["q8_0", "fp8"], help="the format of the cache; left out: bf16")
     timing.add_argument("--ragged", action="store_true", help="lengths from 1 to twice --keys in one batch")
-    timing.add_argument("--max-tokens", type=int, default=1 << 22, help="shapes with more tokens are left out")
+    timing.add_argument("--max-tokens", type=count, default=1 << 22, help="shapes with more tokens are left out")
     timing.add_argument("--peer", type=Path)
     timing.add_argument("--seconds", type=float, default=600, help="no shape is begun after this many")
-    timing.add_argument("--out", type=Path)
+    timing.add_argument("--out", type=file_to_write)
     args = parser.parse_args()
+    if args.command == "prefill" and args.fa3 is not None and not args.fa3.is_file():
+        prompts.error(f"--fa3: there is no file {args.fa3}")
+    if args.command == "time":
+        if args.form == "gluon" and args.blocks not in decode.GLUON_BLOCKS:
+            timing.error(f"--form gluon reads no {args.blocks}: leave --form out, or use --form triton")
+        if args.peer is not None and args.blocks is not None:
+            timing.error(f"--peer reads no {args.blocks}: leave --blocks out, or --peer")
+        if args.peer is not None and PathFinder.find_spec("flash_peer", [str(args.peer)]) is None:
+            timing.error(f"--peer: there is no flash_peer in {args.peer}")
+        args.shapes = [
+            shape
+            for shape in itertools.product(args.heads, args.s_q, args.batches, args.keys)
+            if shape[2] * shape[3] <= args.max_tokens
+        ]
+        if not args.shapes:
+            timing.error(f"every shape of --batches and --keys has more tokens than --max-tokens {args.max_tokens}")
+    if not torch.cuda.is_available():
+        parser.error("an NVIDIA GPU is needed, and torch finds none")
+    is_gluon = args.kind != "triton" if args.command == "check" else args.command == "time" and args.form == "gluon"
+    if is_gluon and (found := torch.cuda.get_device_capability()) != (9, 0):
+        parser.error(
+            f"kernels in Gluon are for compute capability 9.0 (Hopper), and this GPU has {found[0]}.{found[1]}"
+        )
+    return args
+
+
+def main() -> int:
+    args = arguments()
     begun = time.monotonic()
     torch.manual_seed(0)
     if args.command == "check":
@@ -506,17 +552,9 @@ def main() -> int:
         sys.path.insert(0, str(args.peer))
         import flash_peer as peer
     rows = []
-    shapes = [
-        (heads, s_q, batch, keys)
-        for heads in args.heads
-        for s_q in args.s_q
-        for batch in args.batches
-        for keys in args.keys
-        if batch * keys <= args.max_tokens
-    ]
-    most = max(batch * (keys + 64) * (2 if args.ragged else 1) for _, _, batch, keys in shapes)
+    most = max(batch * (keys + 64) * (2 if args.ragged else 1) for _, _, batch, keys in args.shapes)
     pool = random_pool(max(most, int(L2_BYTES / LATENT)), blocks=args.blocks)
-    for heads, s_q, size, keys in shapes:
+    for heads, s_q, size, keys in args.shapes:
         if time.monotonic() - begun > args.seconds:
             break
         kv_lens = [keys] * size

@@ -35,6 +35,7 @@ from kvfold.kernels.mla_schedule import (
 from kvfold.kernels.online_softmax import LOG2_E, NO_SCORE
 
 Form = Literal["triton", "gluon"]
+GLUON_BLOCKS: tuple[Blocks | None, ...] = (None, "fp8")  # pools that the Hopper kernels read
 
 COMBINE_PROGRAMS = 1056  # 8 on each of 132 multiprocessors: one wave
 MANY_COMBINED_ROWS = 128  # of a batch, from which on a row's partials are added one by one
@@ -170,7 +171,7 @@ def _gluon_lacks(
         if q.dtype == pool.dtype == out.dtype and q.dtype in (torch.bfloat16, torch.float16):
             return ""
         return f"required are queries in {q.dtype}, latents in {pool.dtype}, results in {out.dtype}, supported is one 16-bit type"
-    if blocks != "fp8":
+    if blocks not in GLUON_BLOCKS:
         return f"required is a pool of {blocks}, supported are bfloat16, float16 and fp8, missing is {blocks}"
     if not (q.dtype == out.dtype == torch.bfloat16):
         return f"required are queries in {q.dtype} over fp8, supported is bfloat16"
