@@ -311,9 +311,9 @@ def test_where_no_card_has_room_auto_is_the_cpu_and_cuda_refuses(
     checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
     report = plan_report(checkpoint, Settings.parse(device="auto", n_ctx=64), batch_rows=None)
     assert report.backend.name == "native"
-    assert [name for name, _ in report.backend.refused] == ["cuda on cuda:0", "cuda on cuda:1"]
+    assert [name for name, _ in report.backend.refused] == ["cuda on cuda:0, cuda:1"]
     report = plan_report(checkpoint, Settings.parse(device="cuda", n_ctx=64), batch_rows=None)
-    assert "cuda on cuda:0: weights and workspace" in report.refusal and "; cuda on cuda:1: " in report.refusal
+    assert "cuda on cuda:0, cuda:1: weights and workspace" in report.refusal
     report = plan_report(checkpoint, Settings.parse(device="cuda:0", n_ctx=64), batch_rows=None)
     assert report.refusal.startswith("No backend can run this model: cuda: weights and workspace")
     report = plan_report(checkpoint, Settings.parse(device="auto", profile=True, n_ctx=64), batch_rows=None)
@@ -376,14 +376,53 @@ def test_a_device_of_another_name_lists_the_allowed_ones(device: str) -> None:
         LLM(device=device)
 
 
+def shortage(room: Room, *free: int) -> str:
+    """What is said about GPUs that all lack the same."""
+    ((_, sentence),) = choose._shortages(room, {f"cuda:{index}": free for index, free in enumerate(free)}, None)
+    return sentence
+
+
 def test_too_little_memory_says_what_would_fit() -> None:
     room = Room(6 << 30, workspace_bytes=1 << 30, bytes_per_token=1 << 20, wanted_tokens=4096, least_tokens=4096)
-    assert "of n_ctx=4096 tokens 1024 fit" in choose._shortage(room, 11 << 30, None)
+    assert "of n_ctx=4096 tokens 1024 fit" in shortage(room, 11 << 30)
     smaller = dataclasses.replace(room, smaller=(("q8_0", 1 << 19),))
-    assert choose._shortage(smaller, 11 << 30, None).endswith("that are free, 2048 with cache_type=q8_0")
+    assert shortage(smaller, 11 << 30).endswith("that are free, 2048 with cache_type=q8_0")
     # 10 GiB: 2 are reserved, 2 are workspaces, 64 MiB the smallest cache
-    assert choose._shortage(room, 10 << 30, None).endswith("at most 6.38 GB fits, or use device=cpu")
-    assert "no model fits" in choose._shortage(room, 2 << 30, None)
+    assert shortage(room, 10 << 30).endswith("at most 6.38 GB fits, or use device=cpu")
+    assert "no model fits" in shortage(room, 2 << 30)
+
+
+def test_what_many_cards_lack_is_said_once_with_what_fits_the_largest() -> None:
+    room = Room(6 << 30, 1 << 30, 1 << 20, wanted_tokens=4096, least_tokens=4096, smaller=(("q8_0", 1 << 19),))
+    assert shortage(room, 9 << 30, 10 << 30, 8 << 30) == (
+        "weights and workspace take 10.7 GB of GPU memory and 8.59 to 10.7 GB are free on each: a type of the model of at "
+        "most 6.38 GB fits, or use device=cpu"
+    )
+    assert "and 10.7 GB are free on each: " in shortage(room, 10 << 30, (10 << 30) - 1)
+    assert shortage(room, 12 << 30, 11 << 30) == (
+        "of n_ctx=4096 tokens 1024 to 2048 fit the 11.8 to 12.9 GB of GPU memory that are free, 4096 with cache_type=q8_0"
+    )
+
+
+def test_eight_cards_without_room_are_one_refusal(
+    full_card_first: dict[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER,) * 8))
+    full_card_first.update({index: (1 << 30) + (index << 24) for index in range(8)})
+    checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
+    report = plan_report(checkpoint, Settings.parse(), batch_rows=None)
+    ((name, (reason,)),) = report.backend.refused
+    assert (report.backend.name, name) == ("native", "cuda on cuda:0 to cuda:7")
+    assert "and 1.07 to 1.19 GB are free on each: no model fits" in reason
+    full_card_first[3] = 16 << 30
+    report = plan_report(checkpoint, Settings.parse(), batch_rows=None)
+    assert [name for name, _ in report.backend.refused] == ["cuda on cuda:0 to cuda:2"]
+    full_card_first.update(free_for_tokens(checkpoint, 64, 128, 192, 0, 0, 64, 128))
+    report = plan_report(checkpoint, Settings.parse(n_ctx=192, device="cuda"), batch_rows=None)
+    assert report.weight_place == "in the memory of cuda:2"
+    report = plan_report(checkpoint, Settings.parse(n_ctx=256, device="cuda"), batch_rows=None)
+    assert "cuda on cuda:3, cuda:4, cuda:7: weights and workspace" in report.refusal
+    assert "; cuda on cuda:0 to cuda:2, cuda:5, cuda:6: of n_ctx=256 tokens 64 to 192 fit" in report.refusal
 
 
 def test_auto_without_a_gpu_is_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

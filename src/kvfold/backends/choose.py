@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -198,27 +198,51 @@ def _cuda_free_bytes(device: str) -> int:
     return gpu.free_bytes(device)
 
 
-def _shortage(room: Room, free_bytes: int, serves: _Device | None) -> str:
-    """Why this much GPU memory is too little, with what would fit, or with the device that has more."""
-    fits = room.tokens_in(free_bytes)
-    if fits < PAGE_TOKENS:
-        needed = room.weight_bytes + room.scratch_bytes + GPU_RESERVE_BYTES
-        largest = free_bytes - room.scratch_bytes - GPU_RESERVE_BYTES - room.bytes_per_token * PAGE_TOKENS
-        would = f"a type of the model of at most {largest / 1e9:.3g} GB fits" if largest > 0 else "no model fits"
-        return (
-            f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory and {free_bytes / 1e9:.3g} GB are free: "
-            f"{would}{gpu.OR_CPU}"
-        )
-    is_refused = fits < room.least_tokens
-    asked = f"n_ctx={room.least_tokens} tokens" if is_refused else f"the model's own {room.wanted_tokens} tokens"
-    sentence = f"of {asked} {fits} fit the {free_bytes / 1e9:.3g} GB of GPU memory that are free"
-    if is_refused:
-        return sentence + "".join(
-            f", {room.tokens_in(free_bytes, bytes_per_token)} with cache_type={name}"
-            for name, bytes_per_token in room.smaller
-        )
-    assert serves is not None and serves.free_bytes is not None
-    return f"{sentence}, {min(room.wanted_tokens, room.tokens_in(serves.free_bytes))} fit {serves.name}"
+def _shortages(room: Room, free: Mapping[str, int], serves: _Device | None) -> Iterator[tuple[list[str], str]]:
+    """Devices that lack the same, with one sentence: why their memory is too little, and what would fit the largest or which
+    device has more. free: bytes of each that does not serve."""
+    fits = {name: room.tokens_in(free_bytes) for name, free_bytes in free.items()}
+    lack_room = [name for name in free if fits[name] < PAGE_TOKENS]
+    lack_context = [name for name in free if PAGE_TOKENS <= fits[name] < room.least_tokens]
+    have_less = [name for name in free if fits[name] >= max(PAGE_TOKENS, room.least_tokens)]
+    if lack_room:
+        yield lack_room, _lacks_room(room, [free[name] for name in lack_room])
+    if lack_context:
+        yield lack_context, _lacks_context(room, [free[name] for name in lack_context])
+    if have_less:
+        assert serves is not None and serves.free_bytes is not None
+        most = min(room.wanted_tokens, room.tokens_in(serves.free_bytes))
+        fit = _tokens_that_fit(room, [free[name] for name in have_less])
+        yield have_less, f"of the model's own {room.wanted_tokens} tokens {fit}, {most} fit {serves.name}"
+
+
+def _lacks_room(room: Room, free: list[int]) -> str:
+    needed = room.weight_bytes + room.scratch_bytes + GPU_RESERVE_BYTES
+    largest = max(free) - room.scratch_bytes - GPU_RESERVE_BYTES - room.bytes_per_token * PAGE_TOKENS
+    would = f"a type of the model of at most {largest / 1e9:.3g} GB fits" if largest > 0 else "no model fits"
+    each = " on each" if len(free) > 1 else ""
+    return (
+        f"weights and workspace take {needed / 1e9:.3g} GB of GPU memory and {_gigabytes(free)} are free{each}: "
+        f"{would}{gpu.OR_CPU}"
+    )
+
+
+def _lacks_context(room: Room, free: list[int]) -> str:
+    others = (f", {room.tokens_in(max(free), size)} with cache_type={name}" for name, size in room.smaller)
+    return f"of n_ctx={room.least_tokens} tokens {_tokens_that_fit(room, free)}{''.join(others)}"
+
+
+def _tokens_that_fit(room: Room, free: list[int]) -> str:
+    tokens = _from_to(*(str(room.tokens_in(free_bytes)) for free_bytes in (min(free), max(free))))
+    return f"{tokens} fit the {_gigabytes(free)} of GPU memory that are free"
+
+
+def _gigabytes(free: list[int]) -> str:
+    return _from_to(*(f"{free_bytes / 1e9:.3g}" for free_bytes in (min(free), max(free)))) + " GB"
+
+
+def _from_to(least: str, most: str) -> str:
+    return least if least == most else f"{least} to {most}"
 
 
 def _cuda_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machine: Machine) -> Backend:
@@ -428,19 +452,18 @@ def _look(candidate: Candidate, needs: Needs, *, is_requested: bool) -> _Looked:
             break
         else:
             short[name] = free_bytes
+    refused = [
+        (candidate.name if where == devices else f"{candidate.name} on {gpu.in_words(where)}", why)
+        for why, where in passed_over.items()
+    ]
     if room is not None and short:
         most = max(short, key=lambda name: room.tokens_in(short[name]))  # the first of equals
         if serves is None and room.tokens_in(short[most]) >= room.least_tokens:
             serves = _Device(most, short.pop(most))
-        for name, free_bytes in short.items():
-            passed_over.setdefault((_shortage(room, free_bytes, serves),), []).append(name)
-    return _Looked(
-        serves,
-        tuple(
-            (candidate.name if where == devices else f"{candidate.name} on {', '.join(where)}", why)
-            for why, where in passed_over.items()
-        ),
-    )
+        for where, sentence in _shortages(room, short, serves):
+            on = f" on {gpu.in_words(where)}" if len(devices) > 1 else ""
+            refused.append((candidate.name + on, (sentence,)))
+    return _Looked(serves, tuple(refused))
 
 
 def stored_bytes(weight: Weight) -> int:

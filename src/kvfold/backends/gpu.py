@@ -128,6 +128,17 @@ def device_index(device: str) -> int:
     return next((index for index, found in enumerate(driver().gpus) if _has_kernels(found)), 0)
 
 
+def in_words(devices: list[str]) -> str:
+    """GPUs in ascending order: "cuda:0 to cuda:3, cuda:6"."""
+    runs: list[list[str]] = []
+    for device in devices:
+        if runs and device_index(device) == device_index(runs[-1][-1]) + 1:
+            runs[-1].append(device)
+        else:
+            runs.append([device])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
+
+
 def _has_kernels(found: Gpu) -> bool:
     return found.capability >= SMALLEST_CAPABILITY
 
