@@ -425,6 +425,20 @@ def test_eight_cards_without_room_are_one_refusal(
     assert "; cuda on cuda:0 to cuda:2, cuda:5, cuda:6: of n_ctx=256 tokens 64 to 192 fit" in report.refusal
 
 
+@pytest.mark.parametrize("settings", [{"profile": True}, {"deterministic": True}, {"isa": "generic"}])
+def test_what_is_for_native_alone_asks_no_gpu(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A native run imports no torch, however many GPUs there are."""
+    monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER, HOPPER)))
+    monkeypatch.setattr(gpu, "refusals", lambda device: pytest.fail("imports torch"))
+    checkpoint = open_checkpoint(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"))
+    report = plan_report(checkpoint, Settings.parse(n_ctx=64, **settings), batch_rows=None)
+    ((name, (reason,)),) = report.backend.refused
+    assert (report.backend.name, name) == ("native", "cuda")
+    assert reason.endswith("is for backend native, on device=cpu")
+
+
 def test_auto_without_a_gpu_is_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(0, ()))
     llm = LLM(write_gguf(tiny_model("v2-lite"), tmp_path / "m.gguf"), n_ctx=64)

@@ -186,7 +186,7 @@ class Choice:
 def _cuda_refusals(needs: Needs) -> list[str]:
     if needs.device == "cpu":
         return ["device=cpu was asked for"]
-    return gpu.refusals(needs.device) + needs.native.refusals
+    return needs.native.refusals or gpu.refusals(needs.device)  # which may import torch: 3 s
 
 
 def _cuda_profile(needs: Needs) -> MachineProfile:
