@@ -20,7 +20,7 @@ from kit.interpreter import torch  # before any kernel
 from kit.poison import poisoned_memory  # noqa: F401
 from kit.tiny_models import tiny_model, write_gguf, write_hf_dir
 from kvfold import LLM, SamplingParams
-from kvfold.backends import cuda_layers
+from kvfold.backends import choose, cuda, cuda_layers
 from kvfold.backends.cuda import _Graphs
 from kvfold.backends.cuda_step import expanded_bytes
 from kvfold.cache.latent import CacheType, encode
@@ -63,6 +63,67 @@ def test_ids_that_were_chosen_are_taken_where_no_graph_serves(tmp_path: Path) ->
         embedded.append(run._x.tensor)
     assert torch.isfinite(embedded[0]).all() and (embedded[0][0] != embedded[0][1]).any()
     assert torch.equal(*embedded)
+
+
+def test_a_step_runs_on_the_gpu_of_its_model_whatever_the_thread_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread begins with GPU 0: launches would go there, and leave a context, for a model that lies on another."""
+    current = [False]
+
+    class MadeCurrent:
+        def __init__(self, tensor: Any) -> None:
+            assert tensor.device == backend.device
+
+        def __enter__(self) -> None:
+            current.append(True)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    tiny = tiny_model("v2-lite", num_hidden_layers=1, first_k_dense_replace=0)
+    harness = cuda_harness(write_gguf(tiny, tmp_path / "m.gguf"), captures=False)
+    backend: Any = harness.loaded.backend
+    seen = []
+
+    def segment(ops: object, index: int, x: object) -> object:
+        seen.append(current[-1])
+        return run_segment(ops, index, x)
+
+    run_segment = backend.model.run_segment
+    monkeypatch.setattr(type(backend.model), "run_segment", lambda model, *arguments: segment(*arguments))
+    monkeypatch.setattr(torch.cuda, "device_of", MadeCurrent)
+    monkeypatch.setattr(cuda.ceilings, "read_rate", lambda device: seen.append(current[-1]))
+    monkeypatch.setattr(cuda.ceilings, "multiply_adds", lambda device, dtype: seen.append(current[-1]))
+    harness.logits(ids(4))
+    backend.read_rate()
+    backend.multiply_adds()
+    assert seen == [True] * (backend.model.num_segments + 3)
+    assert current == [False]
+
+
+def test_a_model_is_built_on_its_gpu_and_the_thread_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvfold.backends import cuda_weights
+
+    done: list[object] = []
+
+    class Current:
+        def __init__(self, device: Any) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            done.append(self.device)
+
+        def __exit__(self, *error: object) -> None:
+            done.append("as before")
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(cuda_weights, "upload", lambda *arguments, **settings: done.append("weights"))
+    monkeypatch.setattr(cuda, "CudaBackend", lambda *arguments, **settings: done.append(settings["device"]))
+    nothing: Any = None
+    choose._cuda_build(nothing, {}, nothing, choose.Machine("auto", "cuda:1", threads=1, workspace_bytes=1 << 20))
+    second = torch.device("cuda", 1)
+    assert done == [second, "weights", second, "as before"]
 
 
 def test_one_row_over_a_short_context_attends_in_one_launch(

@@ -252,17 +252,17 @@ def _cuda_build(model: DeepseekModel, weights: Weights, cache: PagedCache, machi
     from kvfold.backends.cuda_weights import upload
 
     device = torch.device("cuda", gpu.device_index(machine.device))
-    torch.cuda.set_device(device)
     dtype = torch.float32 if machine.dtype == "float32" else torch.bfloat16
     try:
-        return CudaBackend(
-            model,
-            upload(model, weights, device, dtype, machine.progress, rounds=machine.dtype in ("auto", "int8")),
-            cache,
-            device=device,
-            dtype=dtype,
-            workspace_bytes=machine.workspace_bytes,
-        )
+        with torch.cuda.device(device):
+            return CudaBackend(
+                model,
+                upload(model, weights, device, dtype, machine.progress, rounds=machine.dtype in ("auto", "int8")),
+                cache,
+                device=device,
+                dtype=dtype,
+                workspace_bytes=machine.workspace_bytes,
+            )
     except torch.cuda.OutOfMemoryError as error:
         raise SettingError(
             f"The memory of {device} is too small for this model and its cache, though {gpu.free_bytes(str(device)) / 1e9:.3g} "

@@ -104,6 +104,10 @@ class CudaBackend:
         """Decoded weights of the op at work, of launched and captured steps alike. Taken when a step first needs it."""
         return torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
 
+    def as_current(self) -> torch.cuda.device_of:
+        """Around launches: they go to the current GPU of the calling thread, which is GPU 0 until somebody sets another."""
+        return torch.cuda.device_of(self.chosen)
+
     @property
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device)
@@ -115,12 +119,14 @@ class CudaBackend:
 
     def read_rate(self) -> float:
         """Bytes a second, measured now."""
-        return ceilings.read_rate(self.device)
+        with self.as_current():
+            return ceilings.read_rate(self.device)
 
     def multiply_adds(self) -> dict[str, float]:
         """A second, by kind of operand, measured now."""
         kinds = {"bf16": torch.bfloat16, "f32": torch.float32}
-        return {kind: ceilings.multiply_adds(self.device, dtype) for kind, dtype in kinds.items()}
+        with self.as_current():
+            return {kind: ceilings.multiply_adds(self.device, dtype) for kind, dtype in kinds.items()}
 
     def chooses(self, step: Step) -> bool:
         return self._graphs is not None and self._graphs.chooses(step)
@@ -169,7 +175,7 @@ class CudaRun:
     def run(self, last: int | None = None) -> int:
         model = self._backend.model
         stop = model.num_segments if last is None else last
-        with torch.inference_mode():
+        with torch.inference_mode(), self._backend.as_current():
             if self.position == 0 and self._graphs is not None:
                 self._check_cancelled()
                 outputs = self._graphs.run(self._step)
@@ -214,7 +220,8 @@ class _Outputs(Mapping[str, "NDArray[np.float32]"]):
         if not tensor.is_cuda:
             return tensor.float().numpy()
         # Pinned: 26 MB of logits (64 rows of 102,400) took 4.4 ms into pageable memory.
-        host = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=True)
+        with torch.cuda.device_of(tensor):  # pinned memory makes a context on the current GPU
+            host = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=True)
         host.copy_(tensor, non_blocking=True)
         torch.cuda.current_stream(tensor.device).synchronize()
         return host.numpy()
