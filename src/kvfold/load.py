@@ -22,6 +22,7 @@ from kvfold.backends.choose import (
     NativeOptions,
     Needs,
     Room,
+    Served,
     choose_backend,
     types_of,
 )
@@ -289,20 +290,13 @@ _FORCED_PATHS = {
 def with_workspace(checkpoint: Checkpoint, settings: Settings, choice: Choice, n_ctx: int) -> Settings:
     """The settings with a workspace in which these threads run the model over n_ctx tokens. SettingError where one that was
     asked for is too small."""
-    if choice.candidate.name != "native":  # the others take scratch as they need it
-        return settings
-    from kvfold.backends.native import least_workspace_bytes
-
-    least = least_workspace_bytes(
+    paths = _FORCED_PATHS.get(settings.mla, (AttentionPath.ABSORBED, AttentionPath.DECOMPRESSED))
+    least = choice.candidate.least_workspace(
         _network(checkpoint, settings),
         checkpoint.tensors,
         cache_layout(checkpoint.config, settings),
-        threads=settings.threads,
-        rounds_activations=settings.dtype in ("auto", "int8"),
-        isa=settings.isa,
-        paths=_FORCED_PATHS.get(settings.mla, (AttentionPath.ABSORBED, AttentionPath.DECOMPRESSED)),
-        fused=settings.fa is not Fa.UNFUSED,
-        n_ctx=n_ctx,
+        choice.needs,
+        Served(settings.threads, paths, settings.fa is not Fa.UNFUSED, n_ctx),
     )
     if settings.workspace_bytes >= least:
         return settings

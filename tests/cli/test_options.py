@@ -25,13 +25,14 @@ VERBS = ("run", "chat", "inspect", "plan", "bench", "check", "synth")
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("0", 0), ("4096", 4096), ("32K", 32768), ("32k", 32768), ("1M", 1 << 20), ("2G", 2 << 30)]
+    ("text", "value"),
+    [("0", 0), ("4096", 4096), ("32K", 32768), ("32k", 32768), ("1M", 1 << 20), ("2G", 2 << 30), ("1T", 1 << 40)],
 )
 def test_sizes_take_binary_suffixes(text: str, value: int) -> None:
     assert parse_size(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "K", "-1", "1.5K", "32KB", "1T", "0x10", "1 K"])
+@pytest.mark.parametrize("text", ["", "K", "-1", "1.5K", "32KB", "1E", "0x10", "1 K"])
 def test_anything_else_is_no_size(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="32K"):
         parse_size(text)

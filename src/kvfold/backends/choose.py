@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.backends import gpu, gpu_rates, gpu_weights
-from kvfold.cache.latent import PAGE_TOKENS, CacheType, PagedCache
+from kvfold.cache.latent import PAGE_TOKENS, CacheLayout, CacheType, PagedCache
 from kvfold.errors import MissingExtra, SettingError, install_extra
-from kvfold.mla.plan import ARITHMETIC, CPU_CODES, CPU_PAIRS, MachineProfile
+from kvfold.mla.plan import ARITHMETIC, CPU_CODES, CPU_PAIRS, MachineProfile, Path
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Program
 from kvfold.model.step import Steps
@@ -147,6 +147,16 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Served:
+    """What a workspace is to serve: these threads, and sequences of up to n_ctx tokens on any of these paths, fused or not."""
+
+    threads: int
+    paths: Collection[Path]
+    fused: bool
+    n_ctx: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """devices:       those that a setting may mean there, in order; the first with room for all that is wanted serves, else
                    the one with most room
@@ -156,6 +166,7 @@ class Candidate:
     weight_bytes:  of a weight, by its name and the setting dtype, where the backend keeps it
     moves_weights: its backend is one of MovesWeights
     memory_types:  types that weights of a program had better have in memory where they are copied, by name
+    least_workspace: bytes without which it does not run; 0: it takes scratch as it needs it
     """
 
     name: str
@@ -168,6 +179,7 @@ class Candidate:
     weight_bytes: Callable[[str, Weight, str], int] = lambda name, weight, dtype: stored_bytes(weight)
     moves_weights: bool = False
     memory_types: Callable[[Program, Weights, Needs], Mapping[str, BlockType]] = lambda program, weights, needs: {}
+    least_workspace: Callable[[DeepseekModel, Weights, CacheLayout, Needs, Served], int] = lambda *_: 0
 
 
 @dataclass(frozen=True)
@@ -320,6 +332,24 @@ def _native_build(model: DeepseekModel, weights: Weights, cache: PagedCache, mac
     )
 
 
+def _native_least_workspace(
+    model: DeepseekModel, weights: Weights, layout: CacheLayout, needs: Needs, served: Served
+) -> int:
+    from kvfold.backends.native import least_workspace_bytes
+
+    return least_workspace_bytes(
+        model,
+        weights,
+        layout,
+        threads=served.threads,
+        rounds_activations=needs.dtype in ("auto", "int8"),
+        isa=needs.native.isa,
+        paths=served.paths,
+        fused=served.fused,
+        n_ctx=served.n_ctx,
+    )
+
+
 def _native_memory_types(program: Program, weights: Weights, needs: Needs) -> Mapping[str, BlockType]:
     """None where bits must not depend on whether and when weights were copied, and where nothing is multiplied on blocks."""
     from kvfold.backends.native import side_by_side
@@ -383,6 +413,7 @@ CANDIDATES = (
         lambda needs: native_profile(needs.cache_type, needs.native.isa, needs.dtype),
         moves_weights=True,
         memory_types=_native_memory_types,
+        least_workspace=_native_least_workspace,
     ),
     Candidate("plain", _plain_refusals, _plain_build, shuns=_plain_shuns),
 )

@@ -200,9 +200,9 @@ def bench(
 ) -> None:
     """Measures prompts and generation as llama-bench does.
 
-    Rows, lists (512,2048 or 64-256+64 or 1-8*2) and JSON fields are llama-bench's, but what is listed twice is one row. What the machine can do at most is
-    measured beside every sample, and the share reached is printed; so is the ratio to an opponent run in turn. A sample
-    during which the disk was read does not count and is taken again.
+    Rows, lists (512,2048 or 64-256+64 or 1-8*2) and JSON fields are llama-bench's, but what is listed twice is one row.
+    What the machine can do at most is measured beside every sample, and the share reached is printed; so is the ratio to an
+    opponent run in turn. A sample during which the disk was read does not count and is taken again.
     """
     from kvfold.bench.opponent import Opponent
     from kvfold.bench.report import markdown, row

@@ -1,7 +1,8 @@
 """`kvfold`: puts the verbs together, and turns errors into sentences and exit codes.
 
 Exit codes: 0 done, 1 an error with its sentence (a file refused, a setting that cannot be, a full disk) or a reader of
-stdout that went away, which is quiet, 2 a wrong command line, 130 ended by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP. KVFOLD_DEBUG=1 shows the traceback behind a sentence.
+stdout that went away, which is quiet, 2 a wrong command line, 130 ended by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
+KVFOLD_DEBUG=1 shows the traceback behind a sentence.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ FA_FLAGS = ("--fa", "-fa", "--flash-attn")
 FA_VALUES = {"auto": "auto", "0": "0", "1": "1", "off": "0", "on": "1"}  # llama.cpp writes off and on
 
 _WORD = re.compile(r"[\w-]*")
-_SIZE = re.compile(r"(\d+)([KMG]?)", re.IGNORECASE)
-_SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
+_SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def parse_size(value: str | int) -> int:
