@@ -460,6 +460,31 @@ def test_bfloat16_rounds_and_no_more(cache_type: str, mla: str, tmp_path: Path) 
     assert spread < 5.8, f"root mean square of the error: {spread:.3g} roundings"
 
 
+def told(model: LLM) -> str:
+    return model.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=40))[0].text
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_what_one_thread_launched_another_captures() -> None:
+    """A thread that has not multiplied yet has no handle of cuBLAS, and must not make it in the capture."""
+    model = LLM(device="cuda:0", n_ctx=256)
+    texts = [told(model)]
+    for _ in range(2):
+        other = threading.Thread(target=lambda: texts.append(told(model)))
+        other.start()
+        other.join()
+    assert len(texts) == 3 and len({*texts, told(model)}) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_models_on_two_gpus_tell_the_same() -> None:
+    """Each captures on a stream of its own GPU."""
+    models = [LLM(device=f"cuda:{index}", n_ctx=256) for index in (0, 1)]
+    assert len({told(model) for _ in range(3) for model in models}) == 1 and torch.cuda.current_device() == 0
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("mla", ["0", "2", "3"])

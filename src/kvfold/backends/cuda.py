@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvfold.backends.cuda_captured import MOST_STEP_ROWS, StepBuffers, StepForm
-from kvfold.backends.cuda_layers import CAPTURE_MODE, CapturedLayers, bucket_of, uncollected
+from kvfold.backends.cuda_layers import (
+    CAPTURE_MODE,
+    CapturedLayers,
+    bucket_of,
+    make_ready_to_capture,
+    uncollected,
+)
 from kvfold.backends.cuda_ops import CudaOps, Value, made
 from kvfold.backends.cuda_step import DeviceStep, on_device
 from kvfold.backends.cuda_weights import DeviceWeights
@@ -327,6 +333,11 @@ class _Graphs:
             choose(ops.outputs["logits"], self._buffers.choices(form), MOST_TOP_K, backend.chosen)
         return ops.outputs
 
+    @cached_property
+    def _side(self) -> torch.cuda.Stream:
+        """Of every capture. torch's own is one for all, on the GPU that captured first."""
+        return torch.cuda.Stream(self._backend.device)
+
     def _captured_or_none(self, form: StepForm) -> _CapturedStep | None:
         """None where there is no memory for it, beside what launching takes: the form is then launched every time."""
         try:
@@ -337,6 +348,10 @@ class _Graphs:
     def _capture(self, step: DeviceStep, form: StepForm) -> _CapturedStep:
         self._memory = self._memory or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with uncollected, torch.cuda.graph(graph, pool=self._memory, capture_error_mode=CAPTURE_MODE):
+        make_ready_to_capture()
+        with (
+            uncollected,
+            torch.cuda.graph(graph, pool=self._memory, stream=self._side, capture_error_mode=CAPTURE_MODE),
+        ):
             outputs = self._launch(step, form)
         return graph, outputs

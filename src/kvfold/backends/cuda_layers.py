@@ -65,6 +65,12 @@ class _Uncollected:
 uncollected = _Uncollected()  # the collector is the process's, and so is the count
 
 
+def make_ready_to_capture() -> None:
+    """The calling thread gets its handle of cuBLAS, if it has none: made where a thread first multiplies, it would end a capture
+    there."""
+    torch.cuda.current_blas_handle()
+
+
 def bucket_of(num_rows: int) -> int | None:
     if num_rows < LEAST_ROWS:
         return None
@@ -233,6 +239,7 @@ class CapturedLayers:
             open_graph = behind
             open_graph.capture_begin(pool=self._memory, capture_error_mode=CAPTURE_MODE)
 
+        make_ready_to_capture()
         with torch.cuda.stream(self._side), uncollected:
             open_graph.capture_begin(pool=self._memory, capture_error_mode=CAPTURE_MODE)
             try:
