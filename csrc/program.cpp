@@ -27,7 +27,7 @@ int64_t checked_workspace(int64_t bytes, int threads, const ProgramFacts& facts)
   if (bytes < least) {
     throw WorkspaceTooSmall("workspace_bytes: " + std::to_string(bytes) + ", expected at least " +
                             std::to_string(least) + " for " + std::to_string(threads) +
-                            " threads and this model: raise it (--workspace), or use fewer threads (-t).");
+                            " threads and this model: raise it, or use fewer threads.");
   }
   return bytes / 4;
 }

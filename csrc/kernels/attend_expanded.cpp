@@ -152,7 +152,7 @@ struct ExpandedOp {
   }
 
   void attend_stored(int64_t head, int64_t heads) {
-    const int64_t stride = ceil_div(its.num_keys, kPageTokens) * kPageTokens;
+    const int64_t stride = whole_pages(its.num_keys);
     for (int64_t from = 0; from < its.rows; from += tiles.rows) {
       const int64_t to = std::min(its.rows, from + tiles.rows);
       const auto scores = [&](int64_t h, int64_t row) {

@@ -34,7 +34,7 @@ from kvfold.formats.checkpoint import Checkpoint, open_checkpoint
 from kvfold.formats.hub import resolve
 from kvfold.formats.tensor_names import KvLayout
 from kvfold.machine import available_memory_bytes, physical_cores
-from kvfold.mla.plan import ARITHMETIC, Fa, MachineProfile, Mla, MlaPlan, choose, parse_fa, parse_mla
+from kvfold.mla.plan import ARITHMETIC, Fa, MachineProfile, Mla, MlaPlan, choose, parse_fa, parse_mla, paths_of
 from kvfold.mla.plan import Path as AttentionPath
 from kvfold.model.deepseek import DeepseekModel
 from kvfold.model.program import Program, record
@@ -280,34 +280,28 @@ def context_of(config: ModelConfig, settings: Settings, choice: Choice) -> int:
     return default_context(config, cache_layout(config, settings))
 
 
-_FORCED_PATHS = {
-    Mla.STANDARD: (AttentionPath.STANDARD,),
-    Mla.ABSORBED: (AttentionPath.ABSORBED,),
-    Mla.DECOMPRESSED: (AttentionPath.DECOMPRESSED,),
-}
-
-
 def with_workspace(checkpoint: Checkpoint, settings: Settings, choice: Choice, n_ctx: int) -> Settings:
     """The settings with a workspace in which these threads run the model over n_ctx tokens. SettingError where one that was
     asked for is too small."""
-    paths = _FORCED_PATHS.get(settings.mla, (AttentionPath.ABSORBED, AttentionPath.DECOMPRESSED))
     least = choice.candidate.least_workspace(
         _network(checkpoint, settings),
         checkpoint.tensors,
         cache_layout(checkpoint.config, settings),
         choice.needs,
-        Served(settings.threads, paths, settings.fa is not Fa.UNFUSED, n_ctx),
+        Served(settings.threads, paths_of(settings.mla), settings.fa is not Fa.UNFUSED, n_ctx),
     )
     if settings.workspace_bytes >= least:
         return settings
     if settings.is_workspace_given:
-        needed_by, smaller = f"{settings.threads} threads", "fewer threads (-t)"
+        many = settings.threads > 1
+        served, smaller = (f"{settings.threads} threads", ["fewer threads (-t)"]) if many else ("one thread", [])
         if settings.fa is Fa.UNFUSED:
-            needed_by += f" and the scores of {n_ctx} tokens"
-            smaller += ", a smaller context (-c), or fa=1, which stores no scores"
+            served += f" and the scores of {n_ctx} tokens"
+            smaller += ["a smaller context (-c)", "fa=1, which stores no scores"]
+        advice = f", or use {', '.join(smaller)}" if smaller else ""
         raise SettingError(
-            f"workspace={settings.workspace_bytes} bytes: {needed_by} need {least} with this model. Raise --workspace "
-            f"(workspace_bytes), or use {smaller}."
+            f"workspace={settings.workspace_bytes} bytes: with {served} this model needs {least}. Raise --workspace "
+            f"(workspace_bytes){advice}."
         )
     return replace(settings, workspace_bytes=least)
 

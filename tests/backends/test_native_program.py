@@ -392,7 +392,7 @@ def needed_at_load(path: Path, **settings: Any) -> int:
     """Bytes that the refusal of a workspace of 1 MiB names."""
     with pytest.raises(SettingError, match=r"^workspace=1048576 bytes: .* Raise --workspace") as error:
         native(path, threads=THREADS, workspace_bytes=1 << 20, **settings)
-    match = re.search(r" need (\d+) with this model", str(error.value))
+    match = re.search(r" this model needs (\d+)\.", str(error.value))
     assert match is not None
     return int(match[1])
 
@@ -406,7 +406,7 @@ def test_what_is_asked_for_at_load_is_enough_for_the_whole_context(
     """With fa=0 the scores of one member fit then, not those of 64."""
     settings: dict[str, Any] = {"dtype": dtype, "mla": mla, "fa": fa, "n_ctx": 704, "deterministic": True}
     least = needed_at_load(path, **settings)
-    with pytest.raises(SettingError, match=f"workspace={least - 1} bytes: .* need {least} "):
+    with pytest.raises(SettingError, match=rf"workspace={least - 1} bytes: .* needs {least}\."):
         native(path, threads=THREADS, workspace_bytes=least - 1, **settings)
     text, steps = ids(704), [690, 13, 1]
     small = native(path, threads=THREADS, workspace_bytes=least, **settings).logits(text, steps)

@@ -21,6 +21,7 @@ from kvfold.mla.plan import (
     multiply_adds,
     parse_fa,
     parse_mla,
+    paths_of,
     query_key_pairs,
 )
 
@@ -116,6 +117,17 @@ def test_avx2_takes_the_path_that_was_the_faster(
         machine=native_profile(CacheType(cache), "avx2"),
     )
     assert ms[plan.path] == min(ms.values())
+
+
+@pytest.mark.parametrize("setting", Mla)
+def test_paths_of_a_setting_are_those_that_it_takes(setting: Mla) -> None:
+    """One new row and 300, over none and 5000, of a prompt and generated."""
+    cases = [(rows, cached, is_prompt) for rows in (1, 300) for cached in (0, 5000) for is_prompt in (False, True)]
+    taken = {
+        choose(V3, new_rows=rows, cached_rows=cached, is_prompt=is_prompt, setting=setting).path
+        for rows, cached, is_prompt in cases
+    }
+    assert taken == set(paths_of(setting))
 
 
 def test_split_goes_by_role_not_by_count() -> None:

@@ -181,6 +181,16 @@ def multiply_adds(path: Path, mla: MlaConfig, new_rows: int, cached_rows: int) -
     return work.pairs + work.up
 
 
+def paths_of(setting: Mla) -> tuple[Path, ...]:
+    """All that `choose` may take under a setting."""
+    forced = {
+        Mla.STANDARD: Path.STANDARD,
+        Mla.ABSORBED: Path.ABSORBED,
+        Mla.DECOMPRESSED: Path.DECOMPRESSED,
+    }
+    return (forced[setting],) if setting in forced else (Path.ABSORBED, Path.DECOMPRESSED)
+
+
 def choose(
     mla: MlaConfig,
     *,
