@@ -110,8 +110,8 @@ def test_what_ends_a_sweep_comes_behind_what_was_sampled_until_then(
         ("1", "pp20", 3, False), ("1", "tg3", 3, False), ("2", "pp20", 2, True), ("2", "tg3", 1, True),
     ]  # fmt: skip
     assert [row(r)["is_cut"] for r in found] == [False, False, True, True]
-    (remark,) = [line for line in markdown([row(r) for r in found]) if "tg3: interrupted" in line]
-    assert remark == "row 4, tg3: interrupted, samples: 1"
+    (remark,) = [line for line in markdown([row(r) for r in found]) if "tg3: cut short" in line]
+    assert remark == "row 4, tg3: cut short, samples: 1"
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -213,6 +213,25 @@ ONE_VARIANT: dict[str, Any] = {
     "backend": "native",
     "workspace_bytes": None,
 }
+
+
+def test_what_is_asked_for_twice_is_one_variant_though_the_free_memory_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = itertools.count(100 << 20, 1 << 20)
+    monkeypatch.setattr("kvfold.load.default_workspace_bytes", lambda free_bytes: next(free))
+    found = variants([Case(20, 0, 0)], **(ONE_VARIANT | {"mla": ["auto", "1", "auto"]}))
+    assert [variant.settings.mla.value for variant in found] == ["auto", "1"]
+
+
+def test_a_row_says_the_workspace_that_its_threads_had(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default is raised at load to what they need; another run is given the figure of the row."""
+    monkeypatch.setattr("kvfold.load.default_workspace_bytes", lambda free_bytes: 1 << 20)
+    case = Case(20, 0, 0)
+    (result,) = sweep(checkpoint, variants([case], **(ONE_VARIANT | {"threads": [16]})), [case], repetitions=1)
+    assert row(result)["workspace_bytes"] == result.loaded.settings.workspace_bytes > 1 << 20
 
 
 def test_a_cache_that_memory_does_not_hold_is_refused_before_it_is_filled(

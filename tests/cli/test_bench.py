@@ -61,7 +61,7 @@ def test_a_signal_prints_the_rows_there_are(output: str, number: signal.Signals,
         assert all(len(row["samples_ts"]) >= 2 for row in rows)
     else:
         assert out.startswith(b"| model ")
-        assert b"row 1, pp16: interrupted, samples: " in out and b"row 2, tg3: interrupted, samples: " in out
+        assert b"row 1, pp16: cut short, samples: " in out and b"row 2, tg3: cut short, samples: " in out
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_an_opponent_that_fails_later_leaves_the_rows_there_are(
         assert (len(found["samples_ts"]), found["is_cut"]) == (1, True)
         assert found["opponents"][0]["samples_ts"] == [0.5]
     else:
-        assert "row 1, pp16: interrupted, samples: 1" in done.out
+        assert "row 1, pp16: cut short, samples: 1" in done.out
 
 
 def test_the_ratio_is_to_the_fastest_of_several_opponents(

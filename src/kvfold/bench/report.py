@@ -77,7 +77,7 @@ def row(result: Result) -> dict[str, Any]:
         "backend": loaded.backend.name,
         "isa": loaded.isa,
         "dtype": loaded.dtype,
-        "workspace_bytes": settings.workspace_bytes,
+        "workspace_bytes": loaded.settings.workspace_bytes,  # of the default, what its threads need
         "deterministic": settings.deterministic,
         "weights": loaded.weight_place,
         "layers": loaded.model.config.num_layers,
@@ -302,7 +302,7 @@ def _remarks(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield "p99/p50: of the times of generated tokens; of reads: of reading the weights of a token in the same run"
     for number, row in enumerate(rows, 1):
         if row["is_cut"]:
-            yield f"row {number}, {_name(row)}: interrupted, samples: {len(row['samples_ts'])}"
+            yield f"row {number}, {_name(row)}: cut short, samples: {len(row['samples_ts'])}"
         if row["discarded"]:
             yield f"row {number}, {_name(row)}: {len(row['discarded'])} samples discarded, the disk was read meanwhile"
         if row["disk_reads"]:

@@ -151,7 +151,13 @@ def variants(
         )
         for rows, one_type, one_mla, one_fa, one_threads in product(batch_rows, cache_type, mla, fa, threads)
     ]
-    return list(dict.fromkeys(every))
+    found: dict[Variant, Variant] = {}
+    for (
+        variant
+    ) in every:  # the default workspace follows the free memory, which changes between two that are asked for alike
+        alike = replace(variant, settings=replace(variant.settings, workspace_bytes=0))
+        found.setdefault(alike, variant)
+    return list(found.values())
 
 
 def names_of(variants: Sequence[Variant]) -> list[str]:
@@ -284,10 +290,10 @@ def _measure(
                 if not samples[case]:
                     rig.warm_up(case)
                 sample, failed = rig.sample(case)
-                samples[case].append(sample)
                 discarded[case] += failed
                 for opponent, rate in rates.items():
                     theirs[case].setdefault(opponent, []).append(rate)
+                samples[case].append(sample)  # the last: what is cut in between has rates too many, not too few
                 rate = 1e9 * case.num_tokens / sample.run.ns
                 under = f" with {name}" if name else ""
                 notice(f"{len(samples[case])} of {repetitions}: {case.name} {rate:.2f} t/s{under}")
@@ -308,9 +314,9 @@ def _measure(
             is_cut=count < repetitions,
         )
         pairs = (
-            _beside(opponent, rates, result.samples_ts)
+            _beside(opponent, rates[:count], result.samples_ts)
             for opponent, rates in theirs[case].items()
-            if len(rates) == count
+            if len(rates) >= count
         )
         yield replace(result, pairs=tuple(pairs))
     if ended_by is not None:

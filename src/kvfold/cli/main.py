@@ -77,8 +77,9 @@ def _end_in_order_by_signals() -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal ended_at
-        is_second, ended_at = time.monotonic() < ended_at + SAME_SIGNAL_SECONDS, time.monotonic()
-        if not is_second:
+        now = time.monotonic()
+        if now >= ended_at + SAME_SIGNAL_SECONDS:
+            ended_at = now
             sys.exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
