@@ -43,6 +43,7 @@ ATTENTION_BOUND = 1e-5
 ROUNDED_BOUND = 3e-2
 ROWWISE_BOUND = 2e-6
 WORKSPACE_BYTES = 16 << 20
+MEMBER_BYTES = 256 << 10  # of workspace for each thread: the largest program takes 120 KiB
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def _run(
         {"x": table, **weights},
         cache,
         threads=threads,
-        workspace_bytes=WORKSPACE_BYTES,
+        workspace_bytes=max(WORKSPACE_BYTES, threads * MEMBER_BYTES),
         rounds_activations=rounds_activations,
     )
     order = np.random.default_rng(0).permutation(sum(pages)).astype(np.int32)

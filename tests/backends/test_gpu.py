@@ -277,6 +277,8 @@ def full_card_first(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     monkeypatch.setattr(gpu, "driver", lambda: gpu.Driver(13000, (HOPPER, HOPPER)))
     monkeypatch.setattr(gpu, "refusals", lambda device: [])
     monkeypatch.setattr(gpu, "free_bytes", lambda device: free[gpu.device_index(device)])
+    # The default follows the free memory, and with it the tokens that fit.
+    monkeypatch.setattr("kvfold.load.default_workspace_bytes", lambda free_bytes: 64 << 20)
     return free
 
 

@@ -208,7 +208,7 @@ def test_shared_experts_in_the_op_of_routed_ones_follow_the_definition(
 def test_units_of_several_panels_of_down_follow_the_definition(
     down: str, shared_down: str, rows: int, threads: int
 ) -> None:
-    """608 outputs: one thread takes them in four units of three panels of 32 and seven of one, two threads in seven of two and five
+    """608 outputs, with panels of 32 rows: one thread takes them in four units of three panels of 32 and seven of one, two threads in seven of two and five
     of one. 600 rows are two tiles of results of the shared experts."""
     hidden = 608
     x, weights = inputs(rows, hidden), routed_weights("IQ4_NL", down, hidden)

@@ -46,7 +46,7 @@ class Driver:
     failure: str = ""
 
 
-class TakesNoWork(Exception):
+class TakesNoWork(SettingError):
     """A GPU that is there and of the right kind makes no context. In words, with the driver's own reason."""
 
 
