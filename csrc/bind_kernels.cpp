@@ -129,9 +129,9 @@ void bind_kernels(nb::module_& m) {
       "side_by_side_types",
       [](const std::string& name) {
         nb::set types;
-        for (const kvfold::InstructionSet* set : kvfold::instruction_sets()) {
-          if (name != set->name && !(name == "auto" && set == &kvfold::isa())) continue;
-          for (int32_t i = 0; i < set->num_side_by_side; i++) types.add(nb::int_(set->side_by_side[i].type));
+        const kvfold::InstructionSet* set = kvfold::find_set(name.c_str());
+        for (int32_t i = 0; set != nullptr && i < set->num_side_by_side; i++) {
+          types.add(nb::int_(set->side_by_side[i].type));
         }
         return types;
       },

@@ -185,15 +185,6 @@ CacheArray cache_array_of(nb::handle object, int type) {
   return describe(array_of<Half>(object, "cache", "uint16, writable"));
 }
 
-// nullptr where this processor has none of that name. "auto": the one in use.
-const InstructionSet* isa_of(const std::string& name) {
-  if (name == "auto") return &isa();
-  for (const InstructionSet* set : instruction_sets()) {
-    if (name == set->name) return set;
-  }
-  return nullptr;
-}
-
 // A Program and the arrays it points into.
 struct BoundProgram {
   BoundProgram(const std::vector<SegmentTuple>& segments, const std::vector<WeightTuple>& weights,
@@ -274,7 +265,7 @@ struct BoundProgram {
                                  const std::vector<WeightTuple>& weights, int cache_type,
                                  const std::vector<nb::object>& cache, int threads, bool rounds_activations,
                                  const std::string& name, const std::vector<SequenceTuple>& sequences) {
-    const InstructionSet* set = isa_of(name);
+    const InstructionSet* set = find_set(name.c_str());
     if (set == nullptr) refuse("isa: this processor has no " + name + ".");
     const ProgramFacts facts =
         check_program(segments_of(segments), weights_of(weights, rounds_activations ? set : nullptr),

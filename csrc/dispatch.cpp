@@ -70,18 +70,20 @@ const InstructionSet& isa() {
   return set != nullptr ? *set : *instruction_sets().front();
 }
 
-bool force_isa(const char* name) {
-  if (std::strcmp(name, "auto") == 0) {
-    forced.store(nullptr);
-    return true;
-  }
+const InstructionSet* find_set(const char* name) {
+  if (std::strcmp(name, "auto") == 0) return &isa();
   for (const InstructionSet* set : instruction_sets()) {
-    if (std::strcmp(set->name, name) == 0) {
-      forced.store(set);
-      return true;
-    }
+    if (std::strcmp(set->name, name) == 0) return set;
   }
-  return false;
+  return nullptr;
+}
+
+bool force_isa(const char* name) {
+  const bool undoes = std::strcmp(name, "auto") == 0;
+  const InstructionSet* set = undoes ? nullptr : find_set(name);
+  if (!undoes && set == nullptr) return false;
+  forced.store(set);
+  return true;
 }
 
 KernelNames names_of(const MatrixKernels& kernels) {

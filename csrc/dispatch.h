@@ -118,6 +118,9 @@ const std::vector<const InstructionSet*>& instruction_sets();
 // The one in use: the fastest, or the one forced.
 const InstructionSet& isa();
 
+// The one of that name, "auto": the one in use. nullptr where this processor has none.
+const InstructionSet* find_set(const char* name);
+
 // For programs built and kernels called from now on. False where this processor has no set of that name.
 // "auto" undoes.
 bool force_isa(const char* name);
